@@ -1,0 +1,42 @@
+# Everything here sets itself up: `make demo` and `make test` work on a fresh clone.
+# TORCH=cpu|cuda overrides which lock is used; PYTHON chooses the interpreter (3.11 or newer).
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help setup demo test test-slow test-all lint bench golden clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: ## create .venv and install the locked packages (does nothing when nothing changed)
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash requirements/setup.sh "$(VENV)"
+
+demo: setup ## the whole story on the tiny world
+	@$(BIN)/poise demo $(ARGS)
+
+test: setup ## the tests, without the slow ones (at most 15 minutes)
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: setup ## the slow tests alone
+	@$(PYTEST) -m slow $(ARGS) || [ $$? -eq 5 ]
+
+test-all: setup ## all tests, with the slow ones
+	@$(PYTEST) $(ARGS)
+
+lint: setup ## ruff, the import floors and the strict type check of operators/
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
+	@$(BIN)/mypy operators
+
+bench: setup ## the benchmarks; results go to benchmarks/RESULTS.md
+	@for file in benchmarks/merge.py benchmarks/optimizers.py benchmarks/training.py; do \
+		if [ -f $$file ]; then $(BIN)/python $$file || exit 1; fi; done
+
+clean: ## remove what the tools leave behind (not runs/, not .venv)
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

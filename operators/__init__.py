@@ -1,0 +1,1 @@
+"""Mathematics on tensors and parameters: no files, no Ray, no global random state."""

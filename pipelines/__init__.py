@@ -1,0 +1,1 @@
+"""Whole-model work: train, merge, evaluate, sweep, serve, report."""

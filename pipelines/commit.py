@@ -1,0 +1,83 @@
+"""Commit or nothing: a result appears under its final name only when it is complete."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines.errors import InputError
+
+
+def partial_path(final: str | Path) -> Path:
+    """Where the unfinished version of `final` lives: a hidden sibling, so a rename is atomic."""
+    final = Path(final)
+    return final.with_name(f".{final.name}.partial")
+
+
+def refuse_existing(final: str | Path, *, force: bool) -> None:
+    """Raise InputError if `final` exists and may not be replaced."""
+    if Path(final).exists() and not force:
+        raise InputError(
+            f"{final}: exists already; choose another output, or --force to replace it"
+        )
+
+
+@contextmanager
+def staged_directory(final: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A directory to write a result into, which becomes `final` when the block ends well.
+
+    The block gets the path `.NAME.partial` beside `final`. If the block raises or the process is
+    killed, the partial directory stays for the next attempt, which finds what is in it. With
+    `force` an old result is moved aside and removed only after the new one stands.
+
+    Raises:
+        InputError: `final` exists and `force` is false.
+    """
+    final = Path(final)
+    refuse_existing(final, force=force)
+    partial = partial_path(final)
+    partial.mkdir(parents=True, exist_ok=True)
+    yield partial
+    commit_directory(partial, final, force=force)
+
+
+def commit_directory(partial: Path, final: Path, *, force: bool = False) -> None:
+    """Make `partial` durable and rename it to `final`; with `force`, in place of an old one."""
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            _sync(path)
+    _sync(partial)
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        refuse_existing(final, force=force)
+        if old.exists():
+            shutil.rmtree(old)
+        final.rename(old)
+    partial.rename(final)
+    _sync(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a small file so that a reader sees the old content or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_bytes(data)
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file's or directory's bytes to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

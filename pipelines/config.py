@@ -1,0 +1,131 @@
+"""Configs: YAML files checked by pydantic, with `key.sub=value` overrides from the command line."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipelines.errors import InputError
+
+
+class Config(BaseModel):
+    """Base of every config: unknown keys are errors and instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def load_yaml(path: str | Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        InputError: the file is missing, is not text or is not YAML; names file and line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a directory, expected a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}:{line} not valid YAML: {problem}") from None
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `values` with `key.sub=value` overrides put in; values are read as YAML.
+
+    An index into a list is a number: `models.0.parameters.weight=0.5`.
+
+    Raises:
+        InputError: an override without `=`, or one whose path does not lead into a mapping or list.
+    """
+    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(values))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"override {override!r}: expected key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"override {override!r}: the value is not valid YAML") from None
+        _set(result, key.split("."), value, override)
+    return result
+
+
+def _set(target: Any, keys: list[str], value: Any, override: str) -> None:
+    """Put `value` at the path `keys` inside nested dictionaries and lists."""
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(target, dict):
+            if last:
+                target[key] = value
+            else:
+                target = target.setdefault(key, {})
+        elif isinstance(target, list) and key.isdigit() and int(key) < len(target):
+            if last:
+                target[int(key)] = value
+            else:
+                target = target[int(key)]
+        else:
+            where = ".".join(keys[:depth])
+            raise InputError(f"override {override!r}: {where!r} has no field {key!r}")
+
+
+def check(values: Any, model: type[ConfigT], source: str) -> ConfigT:
+    """`values` as an instance of `model`.
+
+    Raises:
+        InputError: the first field that does not fit, as `source: field: found ...: allowed ...`.
+    """
+    if not isinstance(values, Mapping):
+        kind = "nothing" if values is None else type(values).__name__
+        raise InputError(f"{source}: expected a mapping of fields, found {kind}")
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise InputError(f"{source}: {describe(error, model)}") from None
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem of a pydantic error in one line: field, what was found, what is allowed."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    field = ".".join(str(part) for part in first["loc"]) or "config"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        allowed = ", ".join(sorted(model.model_fields)) if len(first["loc"]) == 1 else ""
+        hint = f"; allowed: {allowed}" if allowed else ""
+        return f"{field}: unknown field{hint}{more}"
+    if first["type"] == "missing":
+        return f"{field}: required, not given{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], Mapping | list) and len(str(first["input"])) > 60:
+        return f"{field}: {message}{more}"
+    return f"{field}: found {first['input']!r}: {message}{more}"
+
+
+def load_config(path: str | Path, model: type[ConfigT], overrides: Iterable[str] = ()) -> ConfigT:
+    """Read a YAML config, put overrides in and check it against `model`.
+
+    Relative paths inside a config are relative to the working directory, as in mergekit, so that
+    the same file serves a laptop and a Ray job that ships its working directory.
+
+    Raises:
+        InputError: missing file, bad YAML, unknown key, wrong type or value out of range.
+    """
+    values = load_yaml(path)
+    if not isinstance(values, Mapping):
+        return check(values, model, str(path))
+    return check(apply_overrides(dict(values), overrides), model, str(path))

@@ -1,0 +1,77 @@
+"""Progress on stderr: a live bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class Progress:
+    """Counts finished units of one step and shows an estimate of the time left.
+
+    Use as a context manager; call `advance()` after each unit. `note` is a short text of what is
+    seen at the moment, such as `loss 0.31`.
+    """
+
+    def __init__(self, total: int, description: str, stream: TextIO | None = None) -> None:
+        self.total = total
+        self.description = description
+        self.done = 0
+        self._stream = stream or sys.stderr
+        self._start = self._last_line = time.monotonic()
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> Self:
+        if self._stream.isatty():
+            self._bar = RichProgress(
+                TextColumn("  {task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", style="dim"),
+                console=Console(file=self._stream),
+                transient=True,
+            )
+            self._task = self._bar.add_task(self.description, total=self.total, note="")
+            self._bar.start()
+        return self
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Count `units` more as finished."""
+        self.update(self.done + units, note)
+
+    def update(self, done: int, note: str = "") -> None:
+        """Set the number of finished units."""
+        self.done = done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= PLAIN_INTERVAL_S and done:
+            left = (now - self._start) / done * (self.total - done)
+            text = f"  {self.description}: {done}/{self.total}, about {left:.0f} s left"
+            print(f"{text}, {note}" if note else text, file=self._stream, flush=True)
+            self._last_line = now
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

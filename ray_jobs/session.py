@@ -1,0 +1,86 @@
+"""One Ray session for a command: join the user's cluster, or start a local one and stop it."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+# Nothing phones home, and nothing waits for a network that may not be there.
+QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def quiet_environment() -> None:
+    """Set the variables that keep libraries quiet and offline, where the user has not set them."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> Iterator[None]:
+    """Ray for the length of the block.
+
+    Joins the cluster in `RAY_ADDRESS` if there is one, or the session that already runs in this
+    process; else starts a local one with `num_cpus` (default: this machine's cores, at least 2)
+    and stops it at the end, also after Ctrl-C. Workers import this project from where the driver
+    does.
+    """
+    quiet_environment()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    joins = bool(os.environ.get("RAY_ADDRESS"))
+    local = (
+        {}
+        if joins
+        else {
+            "address": "local",
+            "num_cpus": num_cpus or max(2, os.cpu_count() or 1),
+            "include_dashboard": False,
+        }
+    )
+    ray.init(
+        **local,
+        runtime_env={"env_vars": worker_environment()} if not joins else None,
+        logging_level=logging.ERROR,
+        log_to_driver=log_to_driver,
+        configure_logging=False,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_environment() -> dict[str, str]:
+    """Environment of the workers: quiet, and able to import the project and what it uses."""
+    paths = [str(PROJECT_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    quiet = {name: os.environ.get(name, value) for name, value in QUIET_ENVIRONMENT.items()}
+    return {**quiet, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def log_directory() -> str:
+    """Where the running Ray session writes its logs; empty when there is none."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return ""
+    return str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs")
