@@ -1,0 +1,50 @@
+"""Means of graded prompts and their standard errors."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float]:
+    """Mean of `values` and its cluster-robust standard error.
+
+    Prompts about one person or object are not independent, so residuals are first summed inside a
+    cluster: `se = sqrt(G/(G-1) * sum_g (sum_{i in g} (x_i - mean))^2) / n` for G clusters. With
+    every prompt its own cluster this is the usual `std(ddof=1)/sqrt(n)`. (Liang and Zeger 1986;
+    for evaluations of language models, Miller 2024, "Adding error bars to evals", section 2.2.)
+
+    Args:
+        values: n graded values, any finite numbers.
+        clusters: the cluster of each value.
+
+    Returns:
+        mean and standard error, in the values' unit; the error of a single cluster is NaN.
+
+    Raises:
+        ValueError: no values, or as many clusters as values were not given.
+    """
+    if len(values) == 0 or len(values) != len(clusters):
+        raise ValueError(
+            f"found {len(values)} values and {len(clusters)} clusters; expected one or more of "
+            "each, in equal number"
+        )
+    x = np.asarray(values, dtype=np.float64)
+    mean = float(x.mean())
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(index, weights=x - mean)  # (G,) residual of each cluster
+    groups = len(sums)
+    if groups < 2:
+        return mean, float("nan")
+    return mean, float(np.sqrt(groups / (groups - 1) * np.square(sums).sum()) / len(x))
+
+
+def mean_of_means(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Unweighted mean of independent (mean, standard error) pairs, and its standard error.
+
+    Raises:
+        ValueError: no parts.
+    """
+    if not parts:
+        raise ValueError("found no means; expected one or more")
+    means, errors = np.asarray(parts, dtype=np.float64).T
+    return float(means.mean()), float(np.sqrt(np.square(errors).sum()) / len(parts))

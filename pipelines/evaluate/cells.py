@@ -1,0 +1,103 @@
+"""One cell of the matrix models x tasks: generate, grade, count."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from operators.statistics import clustered_mean
+from pipelines.commit import write_atomically
+from pipelines.evaluate.generate import Generator
+from pipelines.evaluate.graders import grade
+from pipelines.evaluate.tasks import Split, Task, load_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One model on one task, with all that its result depends on."""
+
+    model: str
+    path: str
+    task: str  # the task as JSON
+    split: Split
+    max_new_tokens: int
+    batch_size: int
+    limit: int | None
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class CellResult:
+    """Percent right with its standard error, over n prompts."""
+
+    model: str
+    task: str
+    value: float
+    stderr: float
+    n: int
+    fingerprint: str
+
+
+def cell_path(folder: str | Path, model: str, task: str) -> Path:
+    """Where a finished cell's numbers stand."""
+    return Path(folder) / "cells" / model / f"{task}.json"
+
+
+def finished_cell(folder: str | Path, model: str, task: str, fingerprint: str) -> CellResult | None:
+    """The result of a cell that an earlier run finished on the same inputs, if there is one."""
+    path = cell_path(folder, model, task)
+    if not path.is_file():
+        return None
+    result = CellResult(**json.loads(path.read_text()))
+    return result if result.fingerprint == fingerprint else None
+
+
+def run_cell(cell: Cell, generator: Generator, folder: str | Path) -> CellResult:
+    """Measure one cell and commit its completions and its numbers below `folder`.
+
+    The completions (`completions/MODEL/TASK.jsonl`) are written first, so that a cell whose
+    numbers stand is complete; to write them twice does no harm.
+    """
+    task = Task.model_validate_json(cell.task)
+    rows = load_rows(task, cell.split)[: cell.limit]
+    completions = generator.complete(
+        [row.prompt for row in rows],
+        max_new_tokens=cell.max_new_tokens,
+        batch_size=cell.batch_size,
+    )
+    values = [
+        grade(task.grader.name, completion, row.answers, task.grader.parameters)
+        for row, completion in zip(rows, completions, strict=True)
+    ]
+    lines = [
+        json.dumps({"id": row.id, "completion": completion, "value": value})
+        for row, completion, value in zip(rows, completions, values, strict=True)
+    ]
+    folder = Path(folder)
+    write_atomically(
+        folder / "completions" / cell.model / f"{task.name}.jsonl", "\n".join(lines) + "\n"
+    )
+    mean, error = clustered_mean(values, [row.cluster for row in rows])
+    result = CellResult(cell.model, task.name, 100 * mean, 100 * error, len(rows), cell.fingerprint)
+    write_atomically(cell_path(folder, cell.model, task.name), json.dumps(asdict(result)))
+    return result
+
+
+class CellWorker:
+    """A Ray Data actor that measures cells and keeps the last model it loaded."""
+
+    def __init__(self, folder: str, num_threads: int = 1) -> None:
+        import torch
+
+        torch.set_num_threads(num_threads)
+        self.folder = folder
+        self.path = ""
+        self.generator: Generator | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Run the cell described by `row["cell"]` (JSON); returns its numbers."""
+        cell = Cell(**json.loads(row["cell"]))
+        if self.generator is None or self.path != cell.path:
+            self.generator = None  # the old model leaves memory before the new one comes
+            self.generator, self.path = Generator(cell.path), cell.path
+        return asdict(run_cell(cell, self.generator, self.folder))

@@ -1,0 +1,181 @@
+"""The command `poise`: parse arguments, call one entry point, turn errors into exit statuses."""
+
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.errors import InputError
+from ray_jobs.session import log_directory, quiet_environment
+
+app = typer.Typer(
+    name="poise",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Align, merge, evaluate and serve language models on Ray, so that no strength is bought "
+    "with another. Start with `poise demo`.",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file; see configs/")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override fields of the config")
+]
+Out = Annotated[Path, typer.Option("--out", help="where the result goes")]
+Force = Annotated[
+    bool, typer.Option("--force", help="replace an existing result once the new one stands")
+]
+Plan = Annotated[bool, typer.Option("--plan", help="show what would be done and what it costs")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
+
+
+@app.command(epilog="Example: `poise demo --smoke --out runs/first --seed 1`")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="folder of the run")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="of world, training and merges")] = 0,
+    smoke: Annotated[bool, typer.Option("--smoke", help="a smaller world, at most 4 min")] = False,
+    force: Force = False,
+) -> None:
+    """The whole story on a tiny world: train, align, merge, evaluate, choose, report."""
+    from ray_jobs.demo import run_demo
+
+    run_demo(out, seed=seed, size="smoke" if smoke else "default", force=force)
+
+
+@app.command(epilog="Example: `poise align configs/demo/align/dpo-helpful.yaml --out runs/helpful`")
+def align(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Out = Path("runs/align"),
+    plan: Plan = False,
+    force: Force = False,
+) -> None:
+    """Align a model with preferences (DPO and others) under Ray Train."""
+    from ray_jobs.align import run_align
+
+    run_align(config, out, overrides or [], plan=plan, force=force)
+
+
+@app.command(epilog="Example: `poise merge configs/demo/merge/ties.yaml runs/ties`")
+def merge(
+    config: ConfigPath,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="where the result goes")] = None,
+    overrides: Overrides = None,
+    out_option: Annotated[Path | None, typer.Option("--out", help="instead of OUT")] = None,
+    plan: Plan = False,
+    force: Force = False,
+) -> None:
+    """Merge checkpoints without training (mergekit's YAML or our own)."""
+    from ray_jobs.merge import run_merge
+
+    given = list(overrides or [])
+    if out is not None and "=" in str(out):
+        given, out = [str(out), *given], None
+    if (out is None) == (out_option is None) and not (plan and out is None):
+        raise InputError("OUT: give it once, as the second argument or as --out")
+    run_merge(config, out or out_option, given, plan=plan, force=force)
+
+
+@app.command(epilog="Example: `poise evaluate configs/demo/evaluate.yaml --out runs/evaluation`")
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Out = Path("runs/evaluation"),
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure models on tasks: the matrix with standard errors."""
+    from ray_jobs.evaluate import run_evaluate
+
+    run_evaluate(config, out, overrides or [], force=force, as_json=as_json)
+
+
+@app.command(epilog="Example: `poise sweep configs/demo/sweep/expo.yaml --out runs/sweep`")
+def sweep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Out = Path("runs/sweep"),
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a merge's parameters on the development split with Ray Tune."""
+    from ray_jobs.sweep import run_sweep
+
+    run_sweep(config, out, overrides or [], force=force, as_json=as_json)
+
+
+@app.command(epilog="Example: `poise report runs/demo`")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of finished runs")],
+    out: Annotated[Path | None, typer.Option("--out", help="folder; default the run's own")] = None,
+    force: Force = False,
+) -> None:
+    """Table, plots and HTML page of finished runs."""
+    from ray_jobs.report import run_report
+
+    run_report(runs, out, force=force)
+
+
+@app.command(epilog="Example: `poise serve runs/demo/models/linear --port 8000`")
+def serve(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="finished checkpoints")],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
+) -> None:
+    """Serve checkpoints behind an OpenAI-compatible API with Ray Serve and vLLM."""
+    from ray_jobs.serve import run_serve
+
+    run_serve(paths, host=host, port=port)
+
+
+@app.command(epilog="Example: `echo 'reverse a b c' | poise chat runs/demo/models/linear`")
+def chat(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="a finished checkpoint")],
+) -> None:
+    """Talk to a model in the terminal."""
+    from ray_jobs.chat import run_chat
+
+    run_chat(path)
+
+
+def main() -> None:
+    """Run the command line and exit: 0; 2 for bad input; 130 after Ctrl-C; 1 for anything else."""
+    quiet_environment()
+    try:
+        app(standalone_mode=False)
+    except InputError as error:
+        _stop(f"poise: {error}", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("poise: interrupted; run the same command again to go on", 130)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's own usage errors
+            error.show()
+            sys.exit(error.exit_code)
+        place = _write_log(error)
+        first = (str(error).strip().splitlines() or [""])[0]
+        _stop(f"poise: {type(error).__name__}: {first[:300]}\npoise: log: {place}", 1)
+
+
+def _stop(message: str, status: int) -> None:
+    """Print the last words and leave with `status`."""
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _write_log(error: Exception) -> str:
+    """Write the traceback to a file; returns the file's path, and Ray's logs where they are."""
+    ray_logs = log_directory()
+    with tempfile.NamedTemporaryFile(
+        "w", prefix=f"poise-{os.getpid()}-", suffix=".log", delete=False
+    ) as file:
+        file.writelines(traceback.format_exception(error))
+    return f"{file.name}, Ray's: {ray_logs}" if ray_logs else file.name
+
+
+if __name__ == "__main__":
+    main()

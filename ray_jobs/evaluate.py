@@ -1,0 +1,44 @@
+"""`poise evaluate`: measure models on tasks under Ray Data."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.config import load_config
+from pipelines.evaluate import EvaluateConfig, evaluate
+from pipelines.evaluate.run import plan_cells
+from pipelines.storage import resolve_output
+from ray_jobs.session import ray_session
+
+
+def run_evaluate(
+    config_path: Path, out: Path, overrides: list[str], *, force: bool, as_json: bool
+) -> dict[str, Any]:
+    """Run the matrix of a config and print it; returns the content of `evaluation.json`."""
+    config = load_config(config_path, EvaluateConfig, overrides)
+    out = resolve_output(out, config.storage)
+    plan_cells(config)  # every input is looked at before Ray starts
+    with ray_session():
+        summary = evaluate(config, out, force=force)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        _print(summary)
+    print(f"evaluation: {out / 'evaluation.json'}", file=sys.stderr)
+    return summary
+
+
+def _print(summary: dict[str, Any]) -> None:
+    """The matrix as a table: a row for each model, a column for each H and task."""
+    models = summary["models"]
+    first = next(iter(models.values()))
+    heads = [name for name in first if name != "tasks"]
+    table = Table("model", *heads, *first["tasks"], title=f"{summary['split']} split, percent")
+    for name, entry in models.items():
+        numbers = [*(entry[head] for head in heads), *entry["tasks"].values()]
+        table.add_row(name, *(f"{n['value']:.1f} ±{n['stderr']:.1f}" for n in numbers))
+    Console().print(table)
