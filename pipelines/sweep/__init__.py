@@ -1,0 +1,6 @@
+"""Choose a merge's parameters by measuring: Ray Tune over merges, on the development split."""
+
+from pipelines.sweep.config import SweepConfig
+from pipelines.sweep.run import sweep
+
+__all__ = ["SweepConfig", "sweep"]

@@ -1,0 +1,61 @@
+"""The config of `poise sweep`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipelines.config import Config
+from pipelines.evaluate.tasks import Split
+
+
+class Range(Config):
+    """Values drawn at random between two bounds; exactly one kind is given."""
+
+    uniform: tuple[float, float] | None = None
+    log_uniform: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _one_rising_range(self) -> "Range":
+        given = [bounds for bounds in (self.uniform, self.log_uniform) if bounds is not None]
+        if len(given) != 1:
+            raise ValueError("give either uniform or log_uniform, as [low, high]")
+        low, high = given[0]
+        if not low < high or (self.log_uniform is not None and low <= 0):
+            raise ValueError(f"expected low < high (and low > 0 for log_uniform), found {given[0]}")
+        return self
+
+
+class SweepConfig(Config):
+    """Which fields of a merge are tried with which values, and what makes one the best."""
+
+    merge: Path = Field(description="the merge's config; `search` overrides fields of it")
+    search: dict[str, list[Any] | Range] = Field(
+        min_length=1,
+        description="field (as in key.sub=value) -> every value of a list, or draws from a range",
+    )
+    num_samples: int | None = Field(None, ge=1, description="draws, where there is a range")
+    tasks: Path = Field(description="a tasks.yaml")
+    only: list[str] | None = Field(None, description="names of the tasks to run; default all")
+    split: Split = "development"
+    max_new_tokens: int = Field(32, ge=1, le=8192)
+    batch_size: int = Field(256, ge=1)
+    limit: int | None = Field(None, ge=1, description="the first so many prompts of each task")
+    metric: str = Field("average", description="average, one of the H's, or a task's name")
+    mode: Literal["max", "min"] = "max"
+    max_concurrent_trials: int = Field(2, ge=1)
+    cpus_per_trial: float = Field(0.9, gt=0)
+    seed: int = 0
+    storage: Path | None = Field(None, description="where relative outputs live")
+
+    @model_validator(mode="after")
+    def _samples_where_drawn(self) -> "SweepConfig":
+        ranges = [key for key, value in self.search.items() if isinstance(value, Range)]
+        if ranges and self.num_samples is None:
+            raise ValueError(f"num_samples: required, because {ranges[0]} is a range")
+        if not ranges and self.num_samples is not None:
+            raise ValueError("num_samples: has no effect when every search is a list")
+        for key, value in self.search.items():
+            if isinstance(value, list) and not value:
+                raise ValueError(f"search.{key}: the list is empty")
+        return self

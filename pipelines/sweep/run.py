@@ -1,0 +1,152 @@
+"""Try merges with Ray Tune and measure each; every finished trial is kept."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.commit import staged_directory, write_atomically
+from pipelines.config import apply_overrides, load_yaml
+from pipelines.errors import InputError
+from pipelines.evaluate import EvaluateConfig, evaluate
+from pipelines.evaluate.tasks import DIMENSIONS, load_tasks
+from pipelines.fingerprint import fingerprint, fingerprint_file
+from pipelines.merge import load_merge_config, merge
+from pipelines.sweep.config import Range, SweepConfig
+
+RESULT_FILE = "sweep.json"
+CANDIDATE = "candidate"
+
+
+def sweep(config: SweepConfig, out: str | Path, *, force: bool = False) -> dict[str, Any]:
+    """Try the search's values, write `out/sweep.json` and `out/merge.yaml` with the best ones.
+
+    Trials that an interrupted run had finished are not run again. A finished `out` of the same
+    config is read, not done again.
+
+    Returns:
+        the content of `sweep.json`: every trial with its parameters and metrics, and the best.
+
+    Raises:
+        InputError: a config, model or task that cannot be used; `out` holds something else and
+            `force` is false.
+    """
+    out = Path(out)
+    key = _check(config)
+    if (out / RESULT_FILE).is_file() and not force:
+        finished = json.loads((out / RESULT_FILE).read_text())
+        if finished["fingerprint"] == key:
+            return finished
+    with staged_directory(out, force=force) as folder:
+        trials = _tune(config, folder.absolute(), key)
+        sign = 1 if config.mode == "max" else -1
+        best = max(trials, key=lambda trial: sign * trial["value"])  # the first of equals
+        result = {
+            "schema": 1,
+            "fingerprint": key,
+            "split": config.split,
+            "metric": config.metric,
+            "mode": config.mode,
+            "best": best,
+            "trials": trials,
+        }
+        chosen = apply_overrides(load_yaml(config.merge), _overrides(best["parameters"]))
+        write_atomically(folder / "merge.yaml", yaml.safe_dump(chosen, sort_keys=False))
+        write_atomically(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+        for scratch in ("tune", "trials"):
+            shutil.rmtree(folder / scratch, ignore_errors=True)
+    return result
+
+
+def _overrides(parameters: dict[str, Any]) -> list[str]:
+    """A trial's values as `key=value` overrides of the merge's config."""
+    return [f"{key}={json.dumps(value)}" for key, value in parameters.items()]
+
+
+def _check(config: SweepConfig) -> str:
+    """Find every mistake before the first trial; returns the fingerprint of config and inputs."""
+    tasks = load_tasks(config.tasks)
+    allowed = ["average", *DIMENSIONS, *(task.name for task in tasks)]
+    if config.metric not in allowed:
+        raise InputError(f"metric: found {config.metric!r}; allowed: {', '.join(allowed)}")
+    first = {
+        key: value[0] if isinstance(value, list) else (value.uniform or value.log_uniform)[0]
+        for key, value in config.search.items()
+    }
+    merge_config = load_merge_config(config.merge, _overrides(first))
+    files = [fingerprint_file(config.merge), fingerprint_file(config.tasks)]
+    settings = config.model_dump(mode="json", exclude={"max_concurrent_trials", "cpus_per_trial"})
+    return fingerprint([settings, files, merge_config.model_dump(mode="json")])
+
+
+def _tune(config: SweepConfig, folder: Path, key: str) -> list[dict[str, Any]]:
+    """Run the trials under Ray Tune; results in the order of the search space."""
+    from ray import tune
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    space = {name: _space(values) for name, values in config.search.items()}
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, config=config.model_dump_json(), folder=str(folder), key=key),
+        {"CPU": config.cpus_per_trial},
+    )
+    tuner = tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            num_samples=config.num_samples or 1,
+            search_alg=BasicVariantGenerator(random_state=config.seed),
+            max_concurrent_trials=config.max_concurrent_trials,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(storage_path=str(folder / "tune"), name="sweep", verbose=0),
+    )
+    results = tuner.fit()
+    if results.errors:
+        raise RuntimeError(f"{len(results.errors)} trials failed; the first: {results.errors[0]}")
+    return [result.metrics["trial"] for result in results]
+
+
+def _space(values: list[Any] | Range) -> Any:
+    """One field's search as Ray Tune has it."""
+    from ray import tune
+
+    if isinstance(values, list):
+        return tune.grid_search(values)
+    if values.uniform is not None:
+        return tune.uniform(*values.uniform)
+    return tune.loguniform(*values.log_uniform)
+
+
+def _trial(parameters: dict[str, Any], *, config: str, folder: str, key: str) -> None:
+    """Merge with `parameters`, measure, keep the numbers and drop the checkpoint."""
+    import torch
+    from ray import tune
+
+    torch.set_num_threads(1)
+    settings = SweepConfig.model_validate_json(config)
+    name = fingerprint([key, parameters])
+    record = Path(folder) / "trials" / f"{name}.json"
+    if not record.is_file():
+        scratch = Path(folder) / "trials" / name
+        shutil.rmtree(scratch, ignore_errors=True)
+        merged = load_merge_config(settings.merge, _overrides(parameters))
+        merge(merged, scratch / CANDIDATE, executor="local")
+        metrics = _measure(settings, scratch)
+        value = (metrics.get(settings.metric) or metrics["tasks"][settings.metric])["value"]
+        trial = {"parameters": parameters, "value": value, "metrics": metrics}
+        write_atomically(record, json.dumps(trial))
+        shutil.rmtree(scratch)
+    tune.report({"trial": json.loads(record.read_text())})
+
+
+def _measure(config: SweepConfig, scratch: Path) -> dict[str, Any]:
+    """The candidate's numbers on the sweep's tasks and split."""
+    evaluation = EvaluateConfig(
+        models={CANDIDATE: scratch / CANDIDATE},
+        **config.model_dump(
+            include={"tasks", "only", "split", "max_new_tokens", "batch_size", "limit"}
+        ),
+    )
+    return evaluate(evaluation, scratch / "evaluation", executor="local")["models"][CANDIDATE]

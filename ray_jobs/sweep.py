@@ -1,0 +1,41 @@
+"""`poise sweep`: choose a merge's parameters under Ray Tune."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.config import load_config
+from pipelines.storage import resolve_output
+from pipelines.sweep import SweepConfig, sweep
+from ray_jobs.session import ray_session
+
+
+def run_sweep(
+    config_path: Path, out: Path, overrides: list[str], *, force: bool, as_json: bool
+) -> dict[str, Any]:
+    """Run the sweep of a config and print its trials; returns the content of `sweep.json`."""
+    config = load_config(config_path, SweepConfig, overrides)
+    out = resolve_output(out, config.storage)
+    with ray_session():
+        result = sweep(config, out, force=force)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print(result)
+    print(f"sweep: {out / 'sweep.json'}; the best merge: {out / 'merge.yaml'}", file=sys.stderr)
+    return result
+
+
+def _print(result: dict[str, Any]) -> None:
+    """The trials as a table, the best one marked."""
+    names = list(result["best"]["parameters"])
+    table = Table(*names, result["metric"], title=f"{result['split']} split, percent")
+    for trial in result["trials"]:
+        mark = " *" if trial == result["best"] else ""
+        values = (str(trial["parameters"][name]) for name in names)
+        table.add_row(*values, f"{trial['value']:.2f}{mark}")
+    Console().print(table)
