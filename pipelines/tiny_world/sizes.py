@@ -1,0 +1,26 @@
+"""How large the tiny world is and how long its models train."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Model and training of one size of the world; steps are optimizer steps."""
+
+    hidden_size: int
+    num_layers: int
+    base_steps: int
+    base_learning_rate: float
+    sft_steps: int
+    sft_learning_rate: float
+    num_known_people: int = 150
+    base_batch: int = 16  # packed rows
+    base_length: int = 64  # tokens of a packed row
+    sft_batch: int = 48  # conversations
+
+
+SIZES = {
+    "smoke": Size(96, 3, 1200, 4e-3, 600, 2e-3),
+    "default": Size(96, 3, 2200, 4e-3, 750, 2e-3),
+    "rich": Size(128, 4, 4500, 3e-3, 1400, 1.5e-3),
+}

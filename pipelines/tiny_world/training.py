@@ -1,0 +1,167 @@
+"""Train the tiny world's base and SFT models from nothing: one process, ordinary checkpoints."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.commit import staged_directory
+from pipelines.progress import Progress
+from pipelines.tiny_world.sizes import SIZES, Size
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+IGNORED = -100  # label of a token that is not trained on
+WARM_UP_SHARE = 0.03
+Batch = tuple[Tensor, Tensor, Tensor]  # ids, attention mask and labels, each (batch, length)
+
+
+def train_base(world: str | Path, out: str | Path, size: str, seed: int) -> Path:
+    """Pre-train a Llama on the world's text, packed into rows; save it with its tokenizer."""
+    import pyarrow.parquet
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    settings = SIZES[size]
+    tokenizer = AutoTokenizer.from_pretrained(Path(world) / "tokenizer", local_files_only=True)
+    texts = pyarrow.parquet.read_table(Path(world) / "data" / "pretrain.parquet")["text"]
+    rows = _packed(tokenizer, texts.to_pylist(), settings.base_length)
+    with _one_thread(), staged_directory(out) as folder:
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(_architecture(settings, tokenizer))
+        order = np.random.default_rng([seed, 1])
+
+        def batch() -> Batch:
+            ids = rows[torch.from_numpy(order.integers(len(rows), size=settings.base_batch))]
+            return ids, torch.ones_like(ids), ids
+
+        _train(model, batch, settings.base_steps, settings.base_learning_rate, "pre-training")
+        _save(model, tokenizer, folder)
+    return Path(out)
+
+
+def train_sft(world: str | Path, base: str | Path, out: str | Path, size: str, seed: int) -> Path:
+    """Fine-tune the base model on the world's conversations; only answers are trained on."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    settings = SIZES[size]
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    lines = (Path(world) / "data" / "sft.jsonl").read_text().splitlines()
+    rows = [_conversation(tokenizer, json.loads(line)["messages"]) for line in lines]
+    with _one_thread(), staged_directory(out) as folder:
+        model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+        order = np.random.default_rng([seed, 2])
+
+        def batch() -> Batch:
+            chosen = order.integers(len(rows), size=settings.sft_batch)
+            return _padded([rows[i] for i in chosen], tokenizer.pad_token_id)
+
+        _train(model, batch, settings.sft_steps, settings.sft_learning_rate, "SFT")
+        _save(model, tokenizer, folder)
+    return Path(out)
+
+
+def _architecture(size: Size, tokenizer: "PreTrainedTokenizerBase"):
+    """A Llama of the given size; embeddings are tied, as is usual for small models."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden_size,
+        intermediate_size=size.hidden_size * 8 // 3,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _packed(tokenizer: "PreTrainedTokenizerBase", texts: list[str], length: int) -> Tensor:
+    """Documents between begin and end tokens, one after another, cut into rows: (rows, length)."""
+    ids: list[int] = []
+    for document in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        ids += [tokenizer.bos_token_id, *document, tokenizer.eos_token_id]
+    rows = len(ids) // length
+    return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def _conversation(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]
+) -> tuple[list[int], int]:
+    """Token ids of a conversation, and how many of them are its prompt."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    prompt = tokenizer.apply_chat_template(
+        messages[:-1], tokenize=False, add_generation_prompt=True
+    )
+    ids, before = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, prompt))
+    return ids, len(before)
+
+
+def _padded(rows: list[tuple[list[int], int]], pad: int) -> Batch:
+    """Conversations padded on the right; labels are the answers' tokens alone."""
+    length = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for i, (tokens, prompt) in enumerate(rows):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        mask[i, : len(tokens)] = 1
+        labels[i, prompt : len(tokens)] = ids[i, prompt : len(tokens)]
+    return ids, mask, labels
+
+
+def _train(
+    model: "LlamaForCausalLM",
+    batch: Callable[[], Batch],
+    num_steps: int,
+    learning_rate: float,
+    description: str,
+) -> None:
+    """AdamW with a short warm-up, cosine decay to a tenth, and gradients clipped at 1."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, num_steps))
+    with Progress(num_steps, description) as progress:
+        for _ in range(num_steps):
+            ids, mask, labels = batch()
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            progress.advance(note=f"loss {loss.item():.3f}")
+
+
+def _factor(step: int, num_steps: int) -> float:
+    """The learning rate's factor: linear warm-up, then cosine from 1 to 0.1."""
+    warm_up = max(1, round(WARM_UP_SHARE * num_steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    share = (step - warm_up) / max(1, num_steps - warm_up)
+    return 0.1 + 0.45 * (1 + float(np.cos(np.pi * share)))
+
+
+def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread: faster than two at this size, and sums in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
