@@ -1,0 +1,52 @@
+"""Consensus ⊕: one delta from several sparse ones, shared by offline and online merging."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SMALLEST_SUM = 1e-8
+
+
+def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+    """`sum_i w_i d_i`, divided by `sum_i w_i` with `normalize`.
+
+    Raises:
+        ValueError: with `normalize`, weights that sum to less than 1e-8 in magnitude.
+    """
+    merged = deltas[0] * weights[0]
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+        merged.add_(delta, alpha=weight)
+    if normalize:
+        total = sum(weights)
+        if abs(total) < SMALLEST_SUM:
+            raise ValueError(f"weight: the weights sum to {total}; cannot normalize by it")
+        merged.div_(total)
+    return merged
+
+
+def sign_elect(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+    """TIES's election (Yadav et al. 2023, section 4): per element, the sign of the weighted sum
+    wins, and the weighted deltas of that sign are summed; with `normalize` divided by their
+    absolute weights. 0 where the sum is 0 or none agrees.
+    """
+    elected = torch.sign(weighted_sum(deltas, weights, normalize=False))
+    merged = torch.zeros_like(elected)
+    agreeing = torch.zeros_like(elected) if normalize else None
+    for delta, weight in zip(deltas, weights, strict=True):
+        weighted = delta * weight
+        agrees = (torch.sign(weighted) == elected) & (elected != 0)
+        merged.add_(torch.where(agrees, weighted, 0.0))
+        if agreeing is not None:
+            agreeing.add_(agrees, alpha=abs(weight))
+    if agreeing is not None:
+        merged = torch.where(agreeing > 0, merged / agreeing, 0.0)
+    return merged
+
+
+def sign_consensus(a: Tensor, b: Tensor) -> Tensor:
+    """Online ⊕ (Lu et al. 2024, eq. 7): `a + b` where the signs agree or one is zero, else the one
+    of larger magnitude; equal and opposite: 0.
+    """
+    larger = torch.where(a.abs() > b.abs(), a, torch.where(b.abs() > a.abs(), b, 0.0))
+    return torch.where(torch.sign(a) * torch.sign(b) < 0, larger, a + b)
