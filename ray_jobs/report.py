@@ -1,0 +1,86 @@
+"""`poise report`: table, findings, plots and page of finished runs."""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.report import (
+    LEGEND,
+    LEGEND_OVER_RUNS,
+    PLAIN_WIDTH,
+    Results,
+    findings,
+    findings_over_runs,
+    load_results,
+    render_table,
+    table_rows,
+    table_rows_over_runs,
+    write_reports,
+)
+from pipelines.storage import resolve_output
+
+
+def run_report(paths: list[Path], out: Path | None, *, force: bool) -> None:
+    """Print the table and findings of each run, and of the means over several; write the files.
+
+    Raises:
+        InputError: a run that is not finished or cannot be read, several runs with different
+            models, or an `out` that holds other things; nothing has been written then.
+    """
+    target = None if out is None else resolve_output(out, None)
+    runs = [(path, load_results(path)) for path in paths]
+    texts = [_text_of_run(path, results, len(paths) > 1) for path, results in runs]
+    if len(runs) > 1:
+        texts.append(_text_over_runs([results for _, results in runs]))
+    pages = write_reports(runs, target, force=force)
+    _print("\n\n".join(texts))
+    for page in pages:
+        print(f"report: {page}", file=sys.stderr)
+
+
+def _text_of_run(path: Path, results: Results, several: bool) -> str:
+    """Table and findings of one run; named only where there are several."""
+    start = f"{path.resolve().name}, " if several else ""
+    return _text(
+        render_table(
+            table_rows(results),
+            title=f"{start}seed {results.seed}, {results.split} split, percent ±standard error",
+            legend=LEGEND.format(sft=results.sft_name),
+            **_terminal(),
+        ),
+        findings(results),
+    )
+
+
+def _text_over_runs(runs: Sequence[Results]) -> str:
+    """Table of means and findings over several runs."""
+    seeds = ", ".join(str(results.seed) for results in runs)
+    return _text(
+        render_table(
+            table_rows_over_runs(runs),
+            title=f"Means over {len(runs)} runs (seeds {seeds}), test split, percent",
+            legend=LEGEND_OVER_RUNS.format(sft=runs[0].sft_name),
+            **_terminal(),
+        ),
+        findings_over_runs(runs),
+    )
+
+
+def _text(table: str, sentences: list[str]) -> str:
+    """A table with its findings below."""
+    return table + "\n" + "".join(f"- {sentence}\n" for sentence in sentences)
+
+
+def _terminal() -> dict[str, int | bool]:
+    """Width and colour for `render_table`: the terminal's, or plain where stdout is none."""
+    if not sys.stdout.isatty():
+        return {"width": PLAIN_WIDTH, "colour": False}
+    return {"width": shutil.get_terminal_size().columns, "colour": "NO_COLOR" not in os.environ}
+
+
+def _print(text: str) -> None:
+    """Write to stdout; what its encoding lacks becomes '?', rather than an error at the end."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)

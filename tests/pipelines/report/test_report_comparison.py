@@ -1,0 +1,63 @@
+"""Differences, the tax and the front: by hand, and against the definition."""
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.report import load_results
+from pipelines.report.comparison import (
+    difference,
+    losses,
+    mixture_aligned,
+    pareto_front,
+    single_strength,
+)
+from pipelines.report.results import Measurement
+
+
+def test_difference_in_closed_form() -> None:
+    found = difference(Measurement(value=70.0, stderr=3.0), Measurement(value=60.0, stderr=4.0))
+    assert (found.value, found.stderr) == (10.0, 5.0)
+    assert not found.is_clear  # exactly two standard errors are not more than two
+    assert difference(
+        Measurement(value=9.9, stderr=3.0), Measurement(value=20.0, stderr=4.0)
+    ).is_loss
+    assert str(found) == "10.0 ±5.0 points"
+
+
+def test_who_was_aligned_to_what(make_run, content) -> None:
+    results = load_results(make_run("a", content))
+    assert list(single_strength(results)) == ["dpo-helpful", "dpo-honest", "dpo-harmless"]
+    assert list(mixture_aligned(results)) == ["dpo-mixture", "dpo-mixture-ondare"]
+
+
+def test_the_tax_is_every_clear_loss_largest_first(make_run, content) -> None:
+    """Losses of 3 and 6 points are within 2 * sqrt(3^2 + 3^2) = 8.49; equal ones keep the order."""
+    results = load_results(make_run("a", content))
+    found = losses(results, single_strength(results))
+    assert [(name, strength, d.value) for name, strength, d in found] == [
+        ("dpo-helpful", "honesty", -30.0),
+        ("dpo-helpful", "harmlessness", -30.0),
+    ]
+    assert all(math.isclose(d.stderr, math.sqrt(18)) for _, _, d in found)
+    content["models"]["dpo-harmless"]["helpfulness"]["value"] = 41.0
+    content["models"]["dpo-harmless"]["average"]["value"] -= 1.0
+    results = load_results(make_run("b", content))
+    assert [name for name, _, _ in losses(results, single_strength(results))] == [
+        "dpo-helpful",
+        "dpo-helpful",
+        "dpo-harmless",
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_beats(pairs) -> None:
+    points = {str(i): (float(x), float(y)) for i, (x, y) in enumerate(pairs)}
+
+    def beaten(p) -> bool:
+        return any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points.values())
+
+    front = pareto_front(points)
+    assert sorted(front) == sorted(name for name, p in points.items() if not beaten(p))
+    assert [points[name][0] for name in front] == sorted(points[name][0] for name in front)
