@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pipelines.report.comparison import own_strength, pareto_front
+from pipelines.report.labels import label_points
 from pipelines.report.results import COLUMNS, KINDS, STRENGTHS, Measurement, ModelResults, Results
 
 DPI = 150
@@ -85,7 +86,7 @@ def _measurements(model: ModelResults, tasks: Sequence[str]) -> list[Measurement
 
 def _number(axes: Axes, x: int, y: int, measured: Measurement) -> None:
     """A cell's value, and its error below, in the ink that shows on the cell's colour."""
-    colour = INK if measured.value < 62 else "white"
+    colour = INK if measured.value < 70 else "white"  # where their contrasts cross
     axes.text(x, y - 0.12, f"{measured.value:.1f}", ha="center", va="center", color=colour, size=9)
     error = f"±{measured.stderr:.1f}"
     axes.text(x, y + 0.28, error, ha="center", va="center", color=colour, size=6.5)
@@ -125,14 +126,24 @@ def plot_tradeoff(results: Results) -> bytes:
     }
     pairs = list(combinations(STRENGTHS, 2))
     figure = _figure(4.6 * len(pairs), 6.2)
-    for axes, (x, y) in zip(figure.subplots(1, len(pairs)), pairs, strict=True):
-        _pair(axes, results, looks, x, y)
+    panels = list(zip(figure.subplots(1, len(pairs)), pairs, strict=True))
+    drawn = [_pair(axes, results, looks, x, y) for axes, (x, y) in panels]
+    figure.canvas.draw()  # lays the figure out, so that names can be measured in pixels
+    colours = {name: look.colour for name, look in looks.items()}
+    for (axes, (x, y)), points in zip(panels, drawn, strict=True):
+        errors = {
+            name: (model.measurement(x).stderr, model.measurement(y).stderr)
+            for name, model in results.models.items()
+        }
+        label_points(axes, points, errors, colours)
     _legend(figure, groups, looks)
     return _png(figure)
 
 
-def _pair(axes: Axes, results: Results, looks: dict[str, _Look], x: str, y: str) -> None:
-    """One pair of strengths."""
+def _pair(
+    axes: Axes, results: Results, looks: dict[str, _Look], x: str, y: str
+) -> dict[str, tuple[float, float]]:
+    """Draw one pair of strengths; returns each model's point."""
     points = {}
     for name, look in looks.items():
         model = results.models[name]
@@ -156,6 +167,7 @@ def _pair(axes: Axes, results: Results, looks: dict[str, _Look], x: str, y: str)
     axes.grid(color="#eeeeee")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    return points
 
 
 def _legend(figure: Figure, groups: dict[str, list[str]], looks: dict[str, _Look]) -> None:
