@@ -31,6 +31,7 @@ class Progress:
         self.done = 0
         self._stream = stream or sys.stderr
         self._start = self._last_line = time.monotonic()
+        self._first: int | None = None
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> Self:
@@ -56,14 +57,19 @@ class Progress:
 
     def update(self, done: int, note: str = "") -> None:
         """Set the number of finished units."""
+        if self._first is None:
+            # The pace is that of the units themselves, without the start-up before the first.
+            self._first, self._start = done, time.monotonic()
         self.done = done
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
         if now - self._last_line >= PLAIN_INTERVAL_S and done:
-            left = (now - self._start) / done * (self.total - done)
-            text = f"  {self.description}: {done}/{self.total}, about {left:.0f} s left"
+            text = f"  {self.description}: {done}/{self.total}"
+            if done > self._first:
+                left = (now - self._start) / (done - self._first) * (self.total - done)
+                text += f", about {left:.0f} s left"
             print(f"{text}, {note}" if note else text, file=self._stream, flush=True)
             self._last_line = now
 

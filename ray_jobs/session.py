@@ -45,6 +45,7 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
     quiet_environment()
     import ray
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return

@@ -1,0 +1,15 @@
+"""Hugging Face checkpoints on the disk: lazy reading by slice, writing in place."""
+
+from pipelines.checkpoints.delta import CheckpointDelta
+from pipelines.checkpoints.lock import lock_directory
+from pipelines.checkpoints.reader import Checkpoint, StoredTensor
+from pipelines.checkpoints.writer import OutputLayout, plan_layout
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointDelta",
+    "OutputLayout",
+    "StoredTensor",
+    "lock_directory",
+    "plan_layout",
+]

@@ -1,0 +1,27 @@
+"""The reference delta of online merging, read by slice from two checkpoints."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipelines.checkpoints.reader import Checkpoint
+
+
+class CheckpointDelta:
+    """A `DeltaSource`: `tuned - base`, in float32, of any flat range of any tensor."""
+
+    def __init__(self, base: str | Path, tuned: str | Path) -> None:
+        self._base, self._tuned = Checkpoint.open(base), Checkpoint.open(tuned)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor that both have alike; None otherwise."""
+        base, tuned = self._base.find(name), self._tuned.find(name)
+        if base is None or tuned is None or base.shape != tuned.shape:
+            return None
+        return tuned.shape
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the delta: (stop - start,) float32."""
+        tuned = self._tuned.read(name, start, stop).to(torch.float32)
+        return tuned.sub_(self._base.read(name, start, stop).to(torch.float32))

@@ -1,0 +1,106 @@
+"""Lazy reading of Hugging Face checkpoints: any flat range of any tensor, nothing else."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from pipelines.checkpoints.safetensors_header import StoredTensor, read_header
+from pipelines.errors import InputError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint directory, one file or sharded; only headers are read on opening."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Read the headers.
+
+        Raises:
+            InputError: no checkpoint there, pickled weights only, or damaged files.
+        """
+        path = Path(path)
+        config = path / "config.json"
+        if not path.is_dir():
+            raise InputError(f"model {path}: no such directory")
+        if not config.is_file():
+            raise InputError(f"model {path}: no config.json; expected a Hugging Face checkpoint")
+        tensors: dict[str, StoredTensor] = {}
+        for file in _weight_files(path):
+            tensors |= read_header(file)
+        return cls(path, json.loads(config.read_text()), tensors)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of all tensors together."""
+        return sum(tensor.num_elements for tensor in self.tensors.values())
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embedding and not stored on its own."""
+        tied = bool(self.config.get("tie_word_embeddings", False))
+        return tied and HEAD not in self.tensors and EMBEDDING in self.tensors
+
+    def find(self, name: str) -> StoredTensor | None:
+        """The tensor of that name; a tied head is its embedding."""
+        if name == HEAD and self.is_tied:
+            return self.tensors[EMBEDDING]
+        return self.tensors.get(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements [start, stop) of a tensor in row-major order: 1-D, in the stored dtype."""
+        tensor = self.find(name)
+        assert tensor is not None, name
+        return read_range(tensor, start, tensor.num_elements if stop is None else stop)
+
+
+def read_range(tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of a stored tensor: 1-D, in the stored dtype."""
+    result = torch.empty(stop - start, dtype=tensor.dtype)
+    if stop == start:
+        return result
+    memory = memoryview(result.view(torch.uint8).numpy())
+    place = tensor.offset + start * tensor.dtype.itemsize
+    descriptor = os.open(tensor.file, os.O_RDONLY)
+    try:
+        while memory:
+            count = os.preadv(descriptor, [memory], place)
+            if count == 0:
+                raise InputError(f"{tensor.file}: truncated while it was read: {tensor.name}")
+            memory, place = memory[count:], place + count
+    finally:
+        os.close(descriptor)
+    return result
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory."""
+    index = path / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for name in names:
+            if not (path / name).is_file():
+                raise InputError(f"model {path}: {INDEX} names {name}, which is missing")
+        return [path / name for name in names]
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    for pattern in ("*.bin", "*.pt", "*.pth"):
+        for file in path.glob(pattern):
+            raise InputError(
+                f"model {path}: found {file.name}, a pickle, which can run code; allowed: "
+                "safetensors (convert it: load it with transformers where you trust it, then "
+                "save_pretrained)"
+            )
+    raise InputError(f"model {path}: no {WEIGHTS} and no {INDEX}")

@@ -1,0 +1,116 @@
+"""Writing a checkpoint in place: its layout is known beforehand, so ranges go to their offsets."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipelines.checkpoints.reader import INDEX, WEIGHTS
+from pipelines.checkpoints.safetensors_header import build_header
+from pipelines.commit import write_atomically
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """Where one tensor of the output goes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayout:
+    """All files of an output: each one's header and length, and each tensor's place."""
+
+    headers: dict[str, bytes]
+    sizes: dict[str, int]
+    tensors: dict[str, OutputTensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(self.sizes.values())
+
+    def create(self, folder: Path) -> None:
+        """Make the files at their full length, so that a disk too small is known at once.
+
+        Files of an earlier attempt stay as they are.
+
+        Raises:
+            OSError: the disk has no room for them.
+        """
+        for name, header in self.headers.items():
+            path = folder / name
+            if path.is_file() and path.stat().st_size == self.sizes[name]:
+                continue
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                os.posix_fallocate(descriptor, 0, self.sizes[name])
+                os.pwrite(descriptor, header, 0)
+            finally:
+                os.close(descriptor)
+        if INDEX not in self.headers and len(self.headers) > 1:
+            total = sum(prod(t.shape) * t.dtype.itemsize for t in self.tensors.values())
+            places = {name: tensor.file for name, tensor in self.tensors.items()}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+    def write(self, folder: Path, name: str, start: int, values: Tensor) -> None:
+        """Write a flat range of a tensor, in the output's dtype, whose first element is `start`."""
+        tensor = self.tensors[name]
+        assert values.dtype == tensor.dtype
+        memory = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+        place = tensor.offset + start * tensor.dtype.itemsize
+        descriptor = os.open(folder / tensor.file, os.O_WRONLY)
+        try:
+            while memory:
+                count = os.pwrite(descriptor, memory, place)
+                memory, place = memory[count:], place + count
+        finally:
+            os.close(descriptor)
+
+    def sync(self, folder: Path) -> None:
+        """Flush all files to the disk."""
+        for name in self.headers:
+            descriptor = os.open(folder / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def plan_layout(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> OutputLayout:
+    """Put tensors, in their order, into one file, or into shards of at most so many bytes."""
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, (dtype, shape) in tensors.items():
+        size = prod(shape) * dtype.itemsize
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (dtype, shape)
+        filled += size
+    headers, sizes, places = {}, {}, {}
+    for number, shard in enumerate(shards, start=1):
+        file = WEIGHTS
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        headers[file] = build_header(shard)
+        place = len(headers[file])
+        for name, (dtype, shape) in shard.items():
+            places[name] = OutputTensor(dtype, shape, file, place)
+            place += prod(shape) * dtype.itemsize
+        sizes[file] = place
+    return OutputLayout(headers, sizes, places)

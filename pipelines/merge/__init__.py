@@ -1,0 +1,7 @@
+"""Merging checkpoints: plan, workers that write in place, journal, commit."""
+
+from pipelines.merge.config import MergeConfig, load_merge_config
+from pipelines.merge.plan import MergePlan, plan_merge
+from pipelines.merge.run import merge
+
+__all__ = ["MergeConfig", "MergePlan", "load_merge_config", "merge", "plan_merge"]

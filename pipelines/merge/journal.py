@@ -1,0 +1,64 @@
+"""The journal of a merge: which items stand in the output's files for good."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pipelines.checkpoints import OutputLayout
+from pipelines.commit import write_atomically
+
+PLAN_FILE, JOURNAL_FILE = ".plan.json", ".journal"
+SYNC_INTERVAL_S = 2.0
+
+
+class Journal:
+    """Finished items of the merge in a folder; an item is recorded after its bytes are durable."""
+
+    def __init__(self, folder: Path, layout: OutputLayout) -> None:
+        self.folder, self.layout = folder, layout
+
+    def open(self, key: str) -> set[int]:
+        """Items that an earlier run of the same merge finished; another's remains are removed."""
+        plan = self.folder / PLAN_FILE
+        if not plan.is_file() or json.loads(plan.read_text()) != key:
+            for path in self.folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_atomically(plan, json.dumps(key))
+        self.layout.create(self.folder)
+        journal = self.folder / JOURNAL_FILE
+        lines = journal.read_text().splitlines(keepends=True) if journal.is_file() else []
+        return {int(line) for line in lines if line.endswith("\n")}
+
+    def record(self, finished: Iterable[int]) -> Iterator[int]:
+        """Pass finished items on, writing them down every so often and at the end."""
+        waiting: list[int] = []
+        last = time.monotonic()
+        for item in finished:
+            waiting.append(item)
+            if time.monotonic() - last > SYNC_INTERVAL_S:
+                self._write(waiting)
+                waiting, last = [], time.monotonic()
+            yield item
+        self._write(waiting)
+
+    def _write(self, items: list[int]) -> None:
+        """Make the output's bytes durable, then the record of them."""
+        self.layout.sync(self.folder)
+        with (self.folder / JOURNAL_FILE).open("a") as file:
+            # A line that a kill cut off is ended first, so that it joins no other number.
+            file.write("\n" if self._is_cut() else "")
+            file.write("".join(f"{item}\n" for item in items))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _is_cut(self) -> bool:
+        text = (self.folder / JOURNAL_FILE).read_bytes()
+        return bool(text) and not text.endswith(b"\n")
+
+    def remove(self) -> None:
+        """Drop plan and journal before the output gets its final name."""
+        for name in (PLAN_FILE, JOURNAL_FILE):
+            (self.folder / name).unlink(missing_ok=True)

@@ -1,0 +1,82 @@
+"""Run a merge: plan, do what is not done yet, commit."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from pipelines.checkpoints import lock_directory
+from pipelines.commit import commit_directory, partial_path, refuse_existing
+from pipelines.errors import InputError
+from pipelines.merge.card import PROVENANCE_FILE, write_companions
+from pipelines.merge.config import MergeConfig
+from pipelines.merge.executors import EXECUTORS
+from pipelines.merge.journal import Journal
+from pipelines.merge.plan import MergePlan, plan_merge
+from pipelines.progress import Progress
+
+
+def merge(
+    config: MergeConfig,
+    out: str | Path,
+    *,
+    force: bool = False,
+    executor: Literal["local", "ray"] = "local",
+) -> Path:
+    """Merge checkpoints into `out`, which appears when it is complete.
+
+    A merge that was interrupted goes on where it was and gives the same bytes. A finished `out`
+    of the same config and inputs is left as it is.
+
+    Args:
+        executor: `local` works in this process; `ray` in Ray Data actors (Ray is up already).
+
+    Raises:
+        InputError: inputs that cannot be merged, no room on the disk, another merge into `out`,
+            or an `out` that holds something else while `force` is false.
+    """
+    out = Path(out).absolute()
+    plan = plan_merge(config)
+    if is_finished(plan, out) and not force:
+        return out
+    refuse_existing(out, force=force)
+    folder = partial_path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_directory(folder):
+        try:
+            _fill(plan, folder, executor)
+        except InputError:
+            shutil.rmtree(folder)  # the inputs must change, so nothing in it is of use
+            raise
+        commit_directory(folder, out, force=force)
+    return out
+
+
+def is_finished(plan: MergePlan, out: Path) -> bool:
+    """Whether `out` is what the plan would make."""
+    path = out / PROVENANCE_FILE
+    return path.is_file() and json.loads(path.read_text()).get("fingerprint") == plan.fingerprint
+
+
+def _fill(plan: MergePlan, folder: Path, executor: str) -> None:
+    """Bring the unfinished output to its end."""
+    journal = Journal(folder, plan.layout)
+    try:
+        done = journal.open(plan.fingerprint)
+        items = [item for item in range(len(plan.items)) if item not in done]
+        if items:
+            with Progress(len(plan.items), f"merge by {plan.config.merge_method}") as progress:
+                progress.update(len(done))
+                for _ in journal.record(EXECUTORS[executor](plan, folder, items)):
+                    progress.advance()
+        write_companions(plan, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise InputError(
+            f"{folder.parent}: no room on the disk: the output takes "
+            f"{plan.layout.num_bytes} bytes, {free} are free"
+        ) from None
+    journal.remove()

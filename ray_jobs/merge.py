@@ -1,0 +1,36 @@
+"""`poise merge`: merge checkpoints without training."""
+
+import sys
+from pathlib import Path
+
+from pipelines.merge import load_merge_config, merge, plan_merge
+from pipelines.storage import resolve_output
+from ray_jobs.session import ray_session
+
+
+def run_merge(
+    config_path: Path, out: Path | None, overrides: list[str], *, plan: bool, force: bool
+) -> None:
+    """Run the merge of a config, or show what it would do."""
+    config = load_merge_config(config_path, overrides)
+    if plan:
+        planned = plan_merge(config)
+        num_elements = sum(t.num_elements for t in planned.reference.tensors.values())
+        print(
+            f"method          {config.merge_method}: {config.method.summary}\n"
+            f"models          {len(planned.models)}"
+            f"{'' if planned.base is None else ' and a base'}\n"
+            f"parameters      {num_elements:,}\n"
+            f"tensors         {len(planned.layout.tensors)}\n"
+            f"to be read      {planned.num_input_bytes:,} bytes\n"
+            f"to be written   {planned.layout.num_bytes:,} bytes "
+            f"in {len(planned.layout.headers)} file(s)\n"
+            f"work items      {len(planned.items)}"
+        )
+        return
+    assert out is not None
+    out = resolve_output(out, config.storage)
+    plan_merge(config)  # every input is looked at before Ray starts
+    with ray_session():
+        merge(config, out, force=force, executor="ray")
+    print(f"merged model: {out}", file=sys.stderr)
