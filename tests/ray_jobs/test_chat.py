@@ -1,0 +1,74 @@
+"""`poise chat` as a user runs it: lines in, answers out."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.evaluate.generate import Generator
+from ray_jobs.chat import run_chat
+from tests.tiny_models import save_tiny_llama
+
+
+def chat(path: Path, text: str, root: Path) -> subprocess.CompletedProcess[str]:
+    """`poise chat PATH` with `text` on its standard input."""
+    return subprocess.run(
+        [sys.executable, "-m", "ray_jobs.cli", "chat", str(path)],
+        input=text,
+        capture_output=True,
+        text=True,
+        cwd=root,
+        timeout=120,
+    )
+
+
+def expected(path: Path, *questions: str) -> str:
+    """The greedy answers, a line each, from one batch."""
+    prompts = [[{"role": "user", "content": question}] for question in questions]
+    length = 128 - max(len(Generator(path).encode(prompt)) for prompt in prompts)
+    answers = Generator(path).complete(prompts, max_new_tokens=length, batch_size=len(prompts))
+    return "".join(f"{answer}\n" for answer in answers)
+
+
+def test_answers_and_nothing_else_on_stdout(tmp_path: Path, project_root: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    done = chat(model, "a b\n\nyes no\n", project_root)
+    assert done.returncode == 0
+    assert done.stdout == expected(model, "a b", "yes no")
+    assert "> " not in done.stderr
+
+
+def test_a_line_does_not_depend_on_the_lines_before(tmp_path: Path, project_root: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    repeated = chat(model, "hello\na\nhello", project_root).stdout.splitlines()
+    assert len(repeated) == 3
+    assert repeated[0] == repeated[2]
+
+
+def test_a_question_longer_than_the_model_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    monkeypatch.setattr("sys.stdin", io.StringIO("a " * 200 + "\nyes\n"))
+    run_chat(model)
+    shown = capsys.readouterr()
+    assert shown.out == expected(model, "yes")
+    assert "too long" in shown.err and "128" in shown.err
+
+
+def test_a_folder_without_a_model(tmp_path: Path, project_root: Path) -> None:
+    done = chat(tmp_path / "absent", "hello\n", project_root)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "absent" in done.stderr and "config.json" in done.stderr
+
+
+def test_a_tokenizer_without_a_chat_template(tmp_path: Path, project_root: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    done = chat(model, "", project_root)
+    assert done.returncode == 2
+    assert "chat template" in done.stderr
