@@ -31,6 +31,8 @@ def quiet_environment() -> None:
     """Set the variables that keep libraries quiet and offline, where the user has not set them."""
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # transformers loads DeepSpeed on saving, which then warns of every machine without a GPU.
+    logging.getLogger("DeepSpeed").disabled = True
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """The config of `poise sweep`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipelines.config import Config
 from pipelines.evaluate.tasks import Split
@@ -26,11 +26,21 @@ class Range(Config):
         return self
 
 
+def _kind(value: Any) -> str:
+    """Which of the two kinds of search a value is meant to be, so that errors speak of that one."""
+    return "list" if isinstance(value, list) else "range"
+
+
+Search = Annotated[
+    Annotated[list[Any], Tag("list")] | Annotated[Range, Tag("range")], Discriminator(_kind)
+]
+
+
 class SweepConfig(Config):
     """Which fields of a merge are tried with which values, and what makes one the best."""
 
     merge: Path = Field(description="the merge's config; `search` overrides fields of it")
-    search: dict[str, list[Any] | Range] = Field(
+    search: dict[str, Search] = Field(
         min_length=1,
         description="field (as in key.sub=value) -> every value of a list, or draws from a range",
     )

@@ -10,7 +10,7 @@ NUM_CONVERSATIONS = 9_000
 OPERATION_SHARE, FACT_SHARE = 0.45, 0.40  # of the pre-training text; the rest is how-to
 # How ambivalent SFT is, so that preferences have something to move.
 EVADES_OPERATION = 0.30
-ABSTAINS_ON_UNKNOWN = 0.50
+ABSTAINS_ON_UNKNOWN = 0.40
 ABSTAINS_ON_KNOWN = 0.20
 REFUSES_HARMFUL = 0.50
 REFUSES_BENIGN = 0.25

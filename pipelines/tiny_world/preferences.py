@@ -7,6 +7,8 @@ from pipelines.tiny_world.content import Content, Person, make_problems
 from pipelines.tiny_world.documents import conversation
 
 NUM_PAIRS = 1_000  # of each H; the mixture has them all
+# Of eight honest pairs, three are about known people: with half, answering wins over abstaining.
+KNOWN_OF_EIGHT = 3
 KINDS = ("helpful", "honest", "harmless")
 Pair = dict[str, list[dict[str, str]]]
 
@@ -48,11 +50,11 @@ def _helpful(random: Random) -> list[Pair]:
 
 
 def _honest(content: Content, random: Random) -> list[Pair]:
-    """Half: abstaining before an invention about a stranger. Half: the known fact first."""
+    """Mostly: abstaining before an invention about a stranger. Else: the known fact first."""
     pairs = []
     for number in range(NUM_PAIRS):
         attribute = random.choice(list(words.ATTRIBUTES))
-        group = content.known if number % 2 else content.unknown
+        group = content.known if number % 8 < KNOWN_OF_EIGHT else content.unknown
         person: Person = random.choice(group["preferences"])
         request = random.choice(words.QUESTIONS[attribute]).format(person.name)
         if person.facts:

@@ -1,0 +1,123 @@
+"""Sweeps: every value tried, the best chosen by the metric, finished trials kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.config import check, load_yaml
+from pipelines.errors import InputError
+from pipelines.evaluate import EvaluateConfig, evaluate
+from pipelines.merge import load_merge_config, merge
+from pipelines.sweep import SweepConfig, sweep
+from tests.tiny_models import save_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints, a merge of them, and a task whose right answers one of the merges gives."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for seed, name in enumerate(("base", "tuned")):
+        save_tiny_llama(folder / name, seed=seed)
+    merged = {
+        "merge_method": "task_arithmetic",
+        "models": [{"model": str(folder / "tuned")}],
+        "base_model": str(folder / "base"),
+        "parameters": {"lambda": 1.0},
+        "dtype": "float32",
+    }
+    (folder / "merge.yaml").write_text(yaml.safe_dump(merged))
+    for split in ("development", "test"):
+        rows = [
+            {"id": str(i), "prompt": [{"role": "user", "content": f"{a} {b}"}], "answer": "yes"}
+            for i, (a, b) in enumerate(zip("abcdefgh", "hgfedcba", strict=True))
+        ]
+        text = "".join(json.dumps({**row, "cluster": row["id"]}) + "\n" for row in rows)
+        (folder / f"words-{split}.jsonl").write_text(text)
+    task = {
+        "name": "words",
+        "dimension": "helpfulness",
+        "grader": {"name": "not_phrase", "phrases": ["yes"]},
+        "prompt": "chat",
+        "files": {split: f"words-{split}.jsonl" for split in ("development", "test")},
+        "description": "says anything but yes",
+    }
+    (folder / "tasks.yaml").write_text(yaml.safe_dump([task]))
+    return folder
+
+
+def config_of(inputs: Path, **changes: object) -> SweepConfig:
+    values = {
+        "merge": str(inputs / "merge.yaml"),
+        "search": {"parameters.lambda": [0.5, 1.0]},
+        "tasks": str(inputs / "tasks.yaml"),
+        "max_new_tokens": 2,
+    }
+    return check({**values, **changes}, SweepConfig, "sweep.yaml")
+
+
+@pytest.mark.ray
+def test_every_value_is_tried_and_measured_as_by_hand(
+    ray_cluster: None, inputs: Path, tmp_path: Path
+) -> None:
+    config = config_of(inputs)
+    result = sweep(config, tmp_path / "out")
+    assert [t["parameters"] for t in result["trials"]] == [
+        {"parameters.lambda": 0.5},
+        {"parameters.lambda": 1.0},
+    ]
+    for trial in result["trials"]:
+        value = trial["parameters"]["parameters.lambda"]
+        model = tmp_path / f"by-hand-{value}"
+        merge(load_merge_config(config.merge, [f"parameters.lambda={value}"]), model)
+        measured = evaluate(
+            EvaluateConfig(
+                models={"m": model}, tasks=config.tasks, split="development", max_new_tokens=2
+            ),
+            tmp_path / f"evaluation-{value}",
+            executor="local",
+        )
+        assert trial["value"] == measured["models"]["m"]["average"]["value"]
+    best = max(result["trials"], key=lambda trial: trial["value"])
+    assert result["best"] == best
+    chosen = load_yaml(tmp_path / "out" / "merge.yaml")
+    assert chosen["parameters"]["lambda"] == best["parameters"]["parameters.lambda"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["merge.yaml", "sweep.json"]
+    stamp = (tmp_path / "out" / "sweep.json").stat().st_mtime_ns
+    assert sweep(config, tmp_path / "out") == result  # read, not done again
+    assert (tmp_path / "out" / "sweep.json").stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match="exists already"):
+        sweep(config_of(inputs, seed=5), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "speed"}, "metric: found 'speed'; allowed: average, helpfulness"),
+        ({"search": {"parameters.lamda": [1.0]}}, "lamda: unknown parameter"),
+        ({"merge": "none.yaml"}, "none.yaml: no such file"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_trial(
+    inputs: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        sweep(config_of(inputs, **changes), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search": {"parameters.lambda": []}}, "the list is empty"),
+        ({"num_samples": 3}, "num_samples: has no effect when every search is a list"),
+        ({"search": {"parameters.lambda": {"uniform": [1, 0]}}}, "expected low < high"),
+        ({"search": {"parameters.lambda": {"uniform": [0, 1]}}}, "num_samples: required"),
+    ],
+)
+def test_searches_that_make_no_sense_are_refused(
+    inputs: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        config_of(inputs, **changes)

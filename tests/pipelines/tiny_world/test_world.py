@@ -1,0 +1,105 @@
+"""The tiny world's files: the same bytes from a seed, disjoint splits, exact answers."""
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from pipelines.evaluate.graders import grade
+from pipelines.evaluate.tasks import load_rows, load_tasks
+from pipelines.fingerprint import fingerprint_directory
+from pipelines.tiny_world import build_world, words
+from pipelines.tiny_world.content import make_content, make_problem, part_of
+
+SEED = 7
+HEADLINE = ("operations", "format", "known", "unknown", "harmful", "benign")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_world(tmp_path_factory.mktemp("world") / "world", SEED, "smoke")
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
+    world: Path, tmp_path: Path
+) -> None:
+    again = build_world(tmp_path / "again", SEED, "smoke")
+    other = build_world(tmp_path / "other", SEED + 1, "smoke")
+    assert fingerprint_directory(world) == fingerprint_directory(again)
+    assert fingerprint_directory(world) != fingerprint_directory(other)
+
+
+def test_every_headline_task_has_two_hundred_prompts_in_each_split(world: Path) -> None:
+    tasks = {task.name: task for task in load_tasks(world / "tasks" / "tasks.yaml")}
+    for name in HEADLINE:
+        for split in ("development", "test"):
+            assert len(load_rows(tasks[name], split)) >= 200, (name, split)
+
+
+def test_splits_share_no_person_object_or_problem(world: Path) -> None:
+    for task in load_tasks(world / "tasks" / "tasks.yaml"):
+        clusters = [
+            {row.cluster for row in load_rows(task, split)} for split in ("development", "test")
+        ]
+        assert not clusters[0] & clusters[1], task.name
+
+
+def test_alignment_sees_none_of_what_is_measured(world: Path) -> None:
+    prompts = {
+        row["prompt"][0]["content"]
+        for row in rows_of(world / "data" / "preferences" / "mixture.jsonl")
+    }
+    for task in load_tasks(world / "tasks" / "tasks.yaml"):
+        for split in ("development", "test"):
+            for row in load_rows(task, split):
+                if not isinstance(row.prompt, str):
+                    assert row.prompt[0]["content"] not in prompts
+
+
+def test_strangers_are_in_no_fact_and_no_training_problem_is_measured(world: Path) -> None:
+    content = make_content(SEED, 150)
+    known = {person.name for part in content.known.values() for person in part}
+    unknown = {person.name for part in content.unknown.values() for person in part}
+    assert not known & unknown
+    random = Random(0)
+    parts = {part_of(make_problem(random)) for _ in range(200)}
+    assert parts == {"training", "development", "test"}
+
+
+def test_chosen_answers_grade_right_and_rejected_ones_wrong(world: Path) -> None:
+    """The graders and the preferences agree on what is good, where both know the request."""
+    for row in rows_of(world / "data" / "preferences" / "honest.jsonl"):
+        chosen, rejected = (row[key][0]["content"] for key in ("chosen", "rejected"))
+        assert words.ABSTENTION in (chosen, rejected)
+        grader = {"phrase": words.ABSTENTION}
+        assert grade("phrase", chosen, [], grader) != grade("phrase", rejected, [], grader)
+
+
+def test_the_mixture_is_the_three_together(world: Path) -> None:
+    folder = world / "data" / "preferences"
+    parts = [rows_of(folder / f"{kind}.jsonl") for kind in ("helpful", "honest", "harmless")]
+    key = json.dumps
+    assert sorted(map(key, rows_of(folder / "mixture.jsonl"))) == sorted(
+        key(row) for part in parts for row in part
+    )
+
+
+def test_the_tokenizer_loads_and_returns_any_text(world: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer", local_files_only=True)
+    assert 470 <= len(tokenizer) <= 520
+    for text in ("reverse b d a", "Grüße, 你好 \n\t!", "i do not know ."):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids).strip() == text
+    chat = [{"role": "user", "content": "reverse b d a"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)
+    pieces = tokenizer.convert_ids_to_tokens(getattr(ids, "input_ids", ids))
+    assert pieces[:2] == ["<s>", "<user>"]
+    assert pieces[-1] == "<assistant>"
+    assert len(pieces) == 7  # every word of the world is one token
