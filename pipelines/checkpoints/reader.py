@@ -40,7 +40,7 @@ class Checkpoint:
         tensors: dict[str, StoredTensor] = {}
         for file in _weight_files(path):
             tensors |= read_header(file)
-        return cls(path, json.loads(config.read_text()), tensors)
+        return cls(path, _read_json(config), tensors)
 
     @property
     def num_elements(self) -> int:
@@ -85,11 +85,23 @@ def read_range(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     return result
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+
+
 def _weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint directory."""
     index = path / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(_read_json(index)["weight_map"].values()))
         for name in names:
             if not (path / name).is_file():
                 raise InputError(f"model {path}: {INDEX} names {name}, which is missing")

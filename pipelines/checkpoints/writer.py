@@ -14,8 +14,6 @@ from pipelines.checkpoints.reader import INDEX, WEIGHTS
 from pipelines.checkpoints.safetensors_header import build_header
 from pipelines.commit import write_atomically
 
-MAX_SHARD_BYTES = 5_000_000_000
-
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
@@ -90,7 +88,7 @@ class OutputLayout:
 
 def plan_layout(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int,
 ) -> OutputLayout:
     """Put tensors, in their order, into one file, or into shards of at most so many bytes."""
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]

@@ -31,6 +31,7 @@ class MergeConfig(Config):
     dtype: DtypeName | None = Field(None, description="the output's, where out_dtype is not given")
     out_dtype: DtypeName | None = Field(None, description="the output's; default the base's own")
     seed: int = Field(0, description="of random masks")
+    max_shard_bytes: int = Field(5_000_000_000, ge=1, description="of one file of the output")
     num_workers: int = Field(2, ge=1, description="Ray Data actors")
     storage: Path | None = Field(None, description="where relative outputs live")
 

@@ -80,7 +80,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     reference = base or models[0]
     tensors = {name: _output_tensor(name, checkpoints, reference, config) for name in names}
     items = _items(tensors, whole=config.method.unit == "tensor")
-    return MergePlan(config, models, base, plan_layout(tensors), items)
+    return MergePlan(config, models, base, plan_layout(tensors, config.max_shard_bytes), items)
 
 
 def _names(checkpoints: list[Checkpoint]) -> list[str]:
