@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -58,14 +58,17 @@ def run_serve(paths: list[Path], *, host: str, port: int) -> None:
     check_servable(models, device)
     needed = needed_resources(models, device)
     num_cpus = max(math.ceil(needed["CPU"]), os.cpu_count() or 1)
-    with ray_session(num_cpus=num_cpus), _sigterm_as_interrupt():
+    stdout = sys.stdout
+    # Ray prints notices of its own; they are no result.
+    with redirect_stdout(sys.stderr), ray_session(num_cpus=num_cpus), _sigterm_as_interrupt():
         _check_resources(needed)
         with _serve_instance(host, port):
             start = time.monotonic()
             _say(f"loading {', '.join(m.name for m in models)} (about a minute on a CPU)")
             _deploy(build_app(models, device, worker_environment()))
             _say(f"ready after {time.monotonic() - start:.0f} s; Ctrl-C stops it")
-            print(f"serving {_url(host, port)}  try: {_curl(host, port, models[0])}", flush=True)
+            ready = f"serving {_url(host, port)}  try: {_curl(host, port, models[0])}"
+            print(ready, file=stdout, flush=True)
             _wait_for_interrupt()
             _say("stopping")
 

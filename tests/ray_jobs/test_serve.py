@@ -1,0 +1,191 @@
+"""`poise serve` as a user runs it, spoken to with the `openai` client."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipelines.errors import InputError
+from pipelines.evaluate.generate import Generator
+from ray_jobs.serve import run_serve
+from tests.tiny_models import save_tiny_llama, tiny_tokenizer
+
+MARK = "POISE_TEST_SERVER"
+QUESTION = [{"role": "user", "content": "a b"}]
+
+
+def save_servable_llama(path: Path, seed: int) -> Path:
+    """A tiny random Llama with heads of 32, the smallest that vLLM has on the CPU.
+
+    Its weights are large, so that greedy answers are long, varied and far from a tie.
+    """
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def processes_with(mark: str) -> list[str]:
+    """Command lines of the living processes whose environment holds `mark`."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in environment.read_bytes():
+                command = (environment.parent / "cmdline").read_bytes()
+                found.append(command.replace(b"\0", b" ").decode())
+        except OSError:  # another user's, or gone meanwhile
+            continue
+    return found
+
+
+def assert_nothing_remains(mark: str) -> None:
+    """Processes that were told to end get half a minute for it."""
+    deadline = time.monotonic() + 30
+    while (left := processes_with(mark)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left == []
+
+
+@contextmanager
+def server(paths: list[Path], port: int, root: Path, mark: str) -> Iterator[subprocess.Popen[str]]:
+    """`poise serve PATHS --port PORT` in a process group of its own, killed at the latest here."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray_jobs.cli", "serve", *map(str, paths), "--port", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, MARK: mark},
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_two_models_answer_and_ctrl_c_leaves_nothing(tmp_path: Path, project_root: Path) -> None:
+    pytest.importorskip("vllm")
+    openai = pytest.importorskip("openai")
+    models = {name: save_servable_llama(tmp_path / name, seed) for seed, name in enumerate("xy")}
+    port, mark = free_port(), uuid.uuid4().hex
+    with server(list(models.values()), port, project_root, mark) as process:
+        line = process.stdout.readline()
+        assert f"http://127.0.0.1:{port}/v1" in line, process.stderr.read()
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        assert sorted(model.id for model in client.models.list()) == ["x", "y"]
+        for name, path in models.items():
+            check_answers(client, name, Generator(path))
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="z", messages=QUESTION)
+        if shutil.which("curl"):
+            curl = shlex.split(line.partition("try: ")[2])
+            answer = json.loads(subprocess.run(curl, capture_output=True, check=True).stdout)
+            assert answer["choices"][0]["message"]["role"] == "assistant"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+        assert process.stdout.read() == ""
+    assert_nothing_remains(mark)
+
+
+def check_answers(client: object, name: str, generator: Generator) -> None:
+    """Chat, streamed chat and completion of one model equal transformers' greedy answers."""
+    greedy = {"model": name, "temperature": 0, "max_tokens": 12}
+    chat = client.chat.completions.create(messages=QUESTION, **greedy)
+    answer = chat.choices[0].message.content
+    expected = generator.complete([QUESTION], max_new_tokens=12, batch_size=1)[0]
+    assert answer.split() == expected.split() and answer.strip()
+    stream = client.chat.completions.create(messages=QUESTION, stream=True, **greedy)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert "".join(pieces) == answer
+    assert sum(map(bool, pieces)) > 1
+    completion = client.completions.create(prompt="a b", **greedy)
+    expected = generator.complete(["a b"], max_new_tokens=12, batch_size=1)[0]
+    assert completion.choices[0].text.split() == expected.split()
+
+
+@pytest.mark.slow
+def test_sigterm_while_loading_leaves_nothing(tmp_path: Path, project_root: Path) -> None:
+    pytest.importorskip("vllm")
+    mark = uuid.uuid4().hex
+    model = save_servable_llama(tmp_path / "model", 0)
+    with server([model], free_port(), project_root, mark) as process:
+        for line in process.stderr:
+            if "loading" in line:
+                break
+        time.sleep(5)  # into the engine's start
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+        assert process.stdout.read() == ""
+    assert_nothing_remains(mark)
+
+
+def test_a_taken_port_is_an_error_before_ray_starts(tmp_path: Path, project_root: Path) -> None:
+    pytest.importorskip("vllm")
+    model = save_tiny_llama(tmp_path / "model")
+    mark = uuid.uuid4().hex
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with server([model], port, project_root, mark) as process:
+            out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert out == ""
+    assert err == f"poise: --port {port}: taken on 127.0.0.1; choose another\n"
+    assert processes_with(mark) == []
+
+
+def test_a_missing_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="absent: no such directory"):
+        run_serve([tmp_path / "absent"], host="127.0.0.1", port=free_port())
+
+
+def test_a_host_that_is_not_this_machine(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    model = save_tiny_llama(tmp_path / "model")
+    with pytest.raises(InputError, match=r"--host 203\.0\.113\.1 --port"):
+        run_serve([model], host="203.0.113.1", port=free_port())
+
+
+def test_heads_that_the_engine_does_not_have(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    model = save_tiny_llama(tmp_path / "model")  # heads of 16
+    with pytest.raises(InputError, match="attention heads of 16; vLLM on the CPU serves 32"):
+        run_serve([model], host="127.0.0.1", port=free_port())
