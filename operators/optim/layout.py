@@ -1,14 +1,17 @@
 """Which elements of a parameter this rank owns."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from operators.counter_random import canonical_name
+
+CHUNK = 1 << 18  # elements worked on at once: it bounds temporaries, and 1 MB stays in a cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +19,10 @@ class ShardLayout:
     """One flat range of a parameter on this rank.
 
     `name` is the parameter's name in the checkpoint, `shape` its global shape; the rank owns the
-    row-major elements [start, start + count), which may be none. `group` holds the ranks that
-    share the parameter; None where this process has all of it.
+    row-major elements [start, start + count), which may be none. They lie from `offset` on in this
+    rank's flat tensor: 0 for a parameter's own tensor, more in a flat partition that holds several
+    parameters. A parameter of which a rank owns several ranges has a layout for each. `group`
+    holds the ranks that share the parameter; None where this process has all of it.
     """
 
     name: str
@@ -25,36 +30,46 @@ class ShardLayout:
     start: int
     count: int
     group: ProcessGroup | None = None
+    offset: int = 0
 
     @property
     def num_elements(self) -> int:
         """Elements of the whole parameter."""
         return prod(self.shape)
 
+    def chunks(self) -> Iterator[tuple[int, slice]]:
+        """The range in chunks: the first global index of each, and its place in the tensor."""
+        for done in range(0, self.count, CHUNK):
+            stop = min(done + CHUNK, self.count)
+            yield self.start + done, slice(self.offset + done, self.offset + stop)
+
 
 def layout_of(name: str, parameter: Tensor) -> ShardLayout:
-    """The layout of a plain parameter, or of a DTensor that is sharded by rows over one mesh axis.
+    """The layout of a plain parameter, or of a DTensor that is sharded by rows over one mesh axis
+    and replicated over all others (FSDP2, and its hybrid form).
 
     Raises:
         ValueError: a DTensor with another placement; names parameter and placement.
     """
-    name = canonical_name(name)
+    name, shape = canonical_name(name), tuple(parameter.shape)
     if not isinstance(parameter, DTensor):
-        return ShardLayout(name, tuple(parameter.shape), 0, parameter.numel())
-    if parameter.placements != (Shard(0),):
+        return ShardLayout(name, shape, 0, parameter.numel())
+    axes = [i for i, at in enumerate(parameter.placements) if not isinstance(at, Replicate)]
+    if not axes:
+        return ShardLayout(name, shape, 0, parameter.numel())
+    if [parameter.placements[i] for i in axes] != [Shard(0)]:
         raise ValueError(
             f"parameter {name!r}: found placement {parameter.placements}; "
             "allowed: a plain tensor, or a DTensor sharded by its rows over one mesh axis"
         )
-    mesh = parameter.device_mesh
-    rows, row_size = parameter.shape[0], prod(parameter.shape[1:])
+    mesh, [axis] = parameter.device_mesh, axes
+    rows, row_size = shape[0], prod(shape[1:])
     # torch.chunk's rule: equal shares, rounded up, so that the last ranks may own less or nothing.
-    share = -(-rows // mesh.size())
-    first = min(mesh.get_local_rank() * share, rows)
+    share = -(-rows // mesh.size(axis))
+    first = min(mesh.get_local_rank(axis) * share, rows)
     count = local(parameter).numel()
-    layout = ShardLayout(name, tuple(parameter.shape), first * row_size, count, mesh.get_group())
     assert count == (min(first + share, rows) - first) * row_size
-    return layout
+    return ShardLayout(name, shape, first * row_size, count, mesh.get_group(axis))
 
 
 def local(tensor: Tensor) -> Tensor:

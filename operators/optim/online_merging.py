@@ -1,70 +1,59 @@
-"""Online merging optimizers: each AdamW update is merged with a reference delta (Lu et al. 2024).
+"""OnDARE and OnTIES around AdamW (Lu et al. 2024); the equations are in `operators.optim.merge`."""
 
-`delta` is what AdamW would add, without weight decay; `tau = theta_ref - theta_base`; a is alpha
-and p the density. After the decoupled decay:
-
-    OnDARE:  theta += (1 - a) B_p(delta) + a B'_p(tau)             fresh masks each step, no rescale
-    OnTIES:  theta += ((1 - a) top_p(delta)) ⊕sign (a top_p(tau))
-"""
-
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from operators.consensus import sign_consensus
-from operators.counter_random import counter_key, keep_mask
-from operators.optim.delta import DeltaSource, MappingDelta
-from operators.optim.layout import ShardLayout, layout_of, local, sum_over
-from operators.sparsify import check_density, kept_count, top_cuts, top_mask
+from operators.optim.adamw import AdamWStep, moments, new_state
+from operators.optim.base import Nonfinite, OnlineMergingBase, Reference
+from operators.optim.layout import ShardLayout, local
+from operators.optim.merge import GRADIENT_STREAM, Update
+from operators.optim.options import AlphaSchedule, Consensus, Rounding, check_adamw
+from operators.optim.reference import DeltaPlacement, MissingDelta
+from operators.sparsify import Rescale, bernoulli
 
-UPDATE_STREAM, TAU_STREAM = 0, 1  # streams of the counter hash
-Consensus = Literal["dare", "ties"]
 NamedParameters = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
-@dataclass(slots=True)
-class _Update:
-    """One parameter's step in flight: what is to be merged into it, and where it lies."""
-
-    parameter: Tensor  # this rank's part, flat
-    delta: Tensor  # (count,)
-    layout: ShardLayout
-    state: dict[str, Any]
-    group: dict[str, Any]
-
-
-class OnlineMergingAdamW(Optimizer):
+class OnlineMergingAdamW(OnlineMergingBase):
     """AdamW whose updates are merged, step by step, with a reference delta.
 
     Args:
         named_parameters: `model.named_parameters()`, or groups of them (`{"params": [(name,
             tensor), ...], ...}`), as torch's optimizers take them. Plain tensors, or DTensors
-            sharded by rows; float32 or float64.
-        reference_delta: tau by parameter name, or a `DeltaSource`.
+            sharded by rows. A group may have its own value of every option up to `seed`, and
+            `"merge": False`, which makes it plain AdamW.
+        reference_delta: tau by parameter name, or a `DeltaSource`; None where alpha is 0.
         lr, betas, eps, weight_decay: as `torch.optim.AdamW`.
         consensus: `dare` (random masks, sum) or `ties` (largest magnitudes, sign consensus).
         density: p in (0, 1], the fraction kept of update and tau.
         alpha: a in [0, 1), the weight of tau.
         merge_every: K >= 1, merge once in K steps (step-K); call `merge_pending()` at the end.
-        seed: of the masks.
+        rescale: divide what `dare` keeps by the density (the paper does not).
+        rounding: how parameters are written. `stochastic` keeps small updates on average;
+            bfloat16 and float16 parameters need it.
+        alpha_schedule: `constant`, or alpha in proportion to the learning rate (`lr`).
+        gradient_density, gradient_rescale: ChildTuning-F: keep this share of the gradient, by
+            chance, before the moments see it, and divide it by the share.
+        seed: of the masks and of the rounding.
+        missing_delta, delta_placement, delta_dtype: see `ReferenceDelta`.
+        nonfinite: a gradient with Inf or NaN is an error (`raise`), or its step is left out on
+            all ranks (`skip`); either way nothing has changed.
 
     With density 1 and alpha 0 it is torch's AdamW (`foreach=False, fused=False`) bit for bit. Masks
     and thresholds follow the global index, so they are the same under any sharding.
 
     Raises:
-        ValueError: a value out of range, an unnamed or low-precision parameter, or a parameter
-            whose tau is missing, of another shape or not finite.
+        ValueError: a value out of range or without effect, an unnamed parameter, one of a dtype
+            that `rounding` does not go with, one whose tau is missing or of another shape.
     """
 
     def __init__(
         self,
         named_parameters: NamedParameters,
-        reference_delta: Mapping[str, Tensor] | DeltaSource,
+        reference_delta: Reference,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -74,234 +63,115 @@ class OnlineMergingAdamW(Optimizer):
         density: float = 1.0,
         alpha: float = 1e-7,
         merge_every: int = 1,
+        rescale: bool = False,
+        rounding: Rounding = "nearest",
+        alpha_schedule: AlphaSchedule = "constant",
+        gradient_density: float = 1.0,
+        gradient_rescale: bool = True,
         seed: int = 0,
+        missing_delta: MissingDelta = "error",
+        delta_placement: DeltaPlacement = "device",
+        delta_dtype: torch.dtype = torch.bfloat16,
+        nonfinite: Nonfinite = "raise",
     ) -> None:
-        self.consensus, self.merge_every, self.seed = consensus, merge_every, seed
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            "consensus": consensus,
             "density": density,
             "alpha": alpha,
+            "merge_every": merge_every,
+            "rescale": rescale,
+            "rounding": rounding,
+            "alpha_schedule": alpha_schedule,
+            "gradient_density": gradient_density,
+            "gradient_rescale": gradient_rescale,
+            "seed": seed,
+            "merge": True,
         }
-        _check_whole(consensus, merge_every)
+        self._prepare(reference_delta, missing_delta, delta_placement, delta_dtype, nonfinite)
         super().__init__(named_parameters, defaults)
-        source = reference_delta
-        self._source = MappingDelta(source) if isinstance(source, Mapping) else source
-        self._layouts: dict[Tensor, ShardLayout] = {}
-        self._tau: dict[str, Tensor] = {}  # never in a checkpoint: read again from its source
-        for group in self.param_groups:
-            _check_group(group)
-            for name, parameter in zip(_names(group), group["params"], strict=True):
-                self._layouts[parameter] = _checked_layout(name, parameter, self._source)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_adamw(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step; parameters without a gradient are left alone."""
+        """One optimizer step; parameters without a gradient are left alone.
+
+        Raises:
+            ValueError: a sparse gradient, or one with Inf or NaN (see `nonfinite`).
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates = [
-            self._adamw(parameter, group)
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        if self.merge_every == 1:
-            self._merge(updates)
-        else:
-            self._step_k(updates)
+        parameters = self._gradients()
+        if self._is_skipped(parameters):
+            return loss
+        updates = [self._advance(parameter, group) for parameter, group in parameters]
+        due = [(p, group) for p, group in parameters if self._is_due(p, group)]
+        if due or not all(_is_anchored(group) for _, group in parameters):
+            self._merger.forget_counts()
+        self._merger.merge(updates)
+        self._merge_from_anchors([self._since_anchor(p, group) for p, group in due])
         return loss
 
-    @torch.no_grad()
-    def merge_pending(self) -> None:
-        """Merge the tail of step-K that is shorter than K; nothing where no step is pending."""
-        pending = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if "anchor" in state and int(state["step"]) % self.merge_every:
-                    pending.append(self._since_anchor(parameter, group))
-        self._merge_from_anchors(pending)
+    def _is_due(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Whether step-K merges after this step."""
+        steps = self._steps_of(self.state[parameter])
+        return _is_anchored(group) and steps % int(group["merge_every"]) == 0
 
-    def _adamw(self, parameter: Tensor, group: dict[str, Any]) -> _Update:
-        """Advance the moments, apply the decay, and return what AdamW would add."""
-        if parameter.grad is None or parameter.grad.is_sparse:
-            name = self._layouts[parameter].name
-            raise ValueError(f"parameter {name!r}: its gradient is sparse; allowed: dense ones")
-        state = self.state[parameter]
-        theta, gradient = local(parameter), local(parameter.grad)
+    def _advance(self, parameter: Tensor, group: dict[str, Any]) -> Update:
+        """Advance the moments, apply the decay, and return what AdamW would add.
+
+        With step-K it is not to be merged: a plain step moves theta.
+        """
+        state, anchored = self.state[parameter], _is_anchored(group)
         if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-            if self.merge_every > 1:
-                state["anchor"] = parameter.detach().clone()
-        lr, (beta1, beta2) = group["lr"], group["betas"]
+            state.update(new_state(parameter, anchored=anchored))
         state["step"] += 1
-        step = state["step"].item()
-        decay = 1 - lr * group["weight_decay"]
-        theta.mul_(decay)
-        if "anchor" in state:
-            local(state["anchor"]).mul_(decay)
-        mean = local(state["exp_avg"]).lerp_(gradient, 1 - beta1)
-        square = (
-            local(state["exp_avg_sq"]).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        )
-        denominator = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
-        # In addcdiv's order of operations, so that `theta + delta` is torch's AdamW to the bit.
-        delta = (mean * -(lr / (1 - beta1**step))).div_(denominator)
-        return _Update(theta, delta, self._layouts[parameter], state, group)
+        numbers = AdamWStep.of(group, self._steps_of(state))
+        theta, (mean, square) = local(parameter), moments(state)
 
-    def _step_k(self, updates: list[_Update]) -> None:
-        """Plain steps move theta; every K-th merges all that came since the anchor."""
-        due = []
-        for update in updates:
-            update.parameter.add_(update.delta)
-            if int(update.state["step"]) % self.merge_every == 0:
-                update.delta = update.parameter - local(update.state["anchor"])
-                due.append(update)
-        self._merge_from_anchors(due)
+        def delta(place: slice) -> Tensor:
+            return numbers.delta(mean[place], square[place])
 
-    def _since_anchor(self, parameter: Tensor, group: dict[str, Any]) -> _Update:
-        """All that plain steps have added since the last merge."""
-        state, theta = self.state[parameter], local(parameter)
-        delta = theta - local(state["anchor"])
-        return _Update(theta, delta, self._layouts[parameter], state, group)
+        stochastic = group["rounding"] == "stochastic"
+        decay = numbers.decay if stochastic else 1.0
+        update = self._update(parameter, group, delta, decay=decay)
+        for layout in update.layouts:
+            for start, place in layout.chunks():
+                gradient = self._gradient(parameter, update, layout, start, place)
+                numbers.advance(mean[place], square[place], gradient)
+                if not stochastic:
+                    theta[place].mul_(numbers.decay)
+        if anchored:
+            local(state["anchor"]).mul_(numbers.decay)
+            update.merged = [False] * len(update.layouts)
+        return update
 
-    def _merge_from_anchors(self, updates: list[_Update]) -> None:
-        """theta = anchor + merge(delta), which is the next anchor."""
-        for update in updates:
-            update.parameter.copy_(local(update.state["anchor"]))
-        self._merge(updates)
-        for update in updates:
-            local(update.state["anchor"]).copy_(update.parameter)
-
-    def _merge(self, updates: list[_Update]) -> None:
-        """Add the merged updates to the parameters."""
-        if self.consensus == "dare":
-            for update in updates:
-                update.parameter.add_(self._dare(update))
-        else:
-            self._ties(updates)
-
-    def _dare(self, update: _Update) -> Tensor:
-        """`(1 - a) B_p(delta) + a B'_p(tau)`."""
-        alpha = update.group["alpha"]
-        merged = self._bernoulli(update.delta, UPDATE_STREAM, update)
-        if alpha == 0:
-            return merged
-        tau = self._bernoulli(self._local_tau(update), TAU_STREAM, update)
-        return merged.mul_(1 - alpha).add_(tau, alpha=alpha)
-
-    def _bernoulli(self, x: Tensor, stream: int, update: _Update) -> Tensor:
-        """x under a fresh mask of this step and stream, not rescaled."""
-        layout, density = update.layout, update.group["density"]
-        if density == 1:
-            return x.clone()
-        mask = keep_mask(self._key(update, stream), density, layout.start, layout.count, x.device)
-        return torch.where(mask, x, 0.0)
-
-    def _ties(self, updates: list[_Update]) -> None:
-        """`((1 - a) top_p(delta)) ⊕sign (a top_p(tau))`, thresholds over all ranks at once."""
-        self._prepare_top_tau(updates)
-        tops = self._top([(u, u.delta) for u in updates], UPDATE_STREAM)
-        for update, kept in zip(updates, tops, strict=True):
-            alpha = update.group["alpha"]
-            if alpha:
-                tau = self._tau[update.layout.name]
-                kept = sign_consensus(kept.mul_(1 - alpha), tau * alpha)
-            update.parameter.add_(kept)
-
-    def _prepare_top_tau(self, updates: list[_Update]) -> None:
-        """top_p(tau) does not change, so it is found once."""
-        new = [u for u in updates if u.group["alpha"] and u.layout.name not in self._tau]
-        tops = self._top([(u, self._read_tau(u.layout)) for u in new], TAU_STREAM)
-        for update, kept in zip(new, tops, strict=True):
-            self._tau[update.layout.name] = kept.to(update.parameter.device)
-
-    def _top(self, items: list[tuple[_Update, Tensor]], stream: int) -> list[Tensor]:
-        """The top-p part of each tensor, exact over the whole parameter on all its ranks."""
-        sparse = [i for i, (update, _) in enumerate(items) if update.group["density"] < 1]
-        tops = [x.clone() for _, x in items]
-        for group in dict.fromkeys(items[i][0].layout.group for i in sparse):
-            chosen = [i for i in sparse if items[i][0].layout.group is group]
-            layouts = [items[i][0].layout for i in chosen]
-            keys = [self._key(items[i][0], stream) for i in chosen]
-            counts = [
-                kept_count(items[i][0].group["density"], layout.num_elements)
-                for i, layout in zip(chosen, layouts, strict=True)
-            ]
-            parts = [(items[i][1], lay.start) for i, lay in zip(chosen, layouts, strict=True)]
-            cuts = top_cuts(parts, counts, keys, partial(sum_over, group))
-            for i, cut, key, (x, start) in zip(chosen, cuts, keys, parts, strict=True):
-                tops[i] = torch.where(top_mask(x, cut, key, start), x, 0.0)
-        return tops
-
-    def _key(self, update: _Update, stream: int) -> tuple[int, int]:
-        """The counter hash's key; top_p(tau) is constant, so its ties belong to no step."""
-        constant = self.consensus == "ties" and stream == TAU_STREAM
-        step = 0 if constant else int(update.state["step"])
-        return counter_key(self.seed, update.layout.name, stream, step)
-
-    def _local_tau(self, update: _Update) -> Tensor:
-        """This rank's part of tau, read once."""
-        key = update.layout.name
-        if key not in self._tau:
-            self._tau[key] = self._read_tau(update.layout).to(update.parameter.device)
-        return self._tau[key]
-
-    def _read_tau(self, layout: ShardLayout) -> Tensor:
-        """This rank's part of tau from its source, checked to be finite."""
-        tau = self._source.read(layout.name, layout.start, layout.start + layout.count)
-        if not torch.isfinite(tau).all():
-            raise ValueError(f"reference_delta: {layout.name!r} holds NaN or Inf")
-        return tau
+    def _gradient(
+        self, parameter: Tensor, update: Update, layout: ShardLayout, start: int, place: slice
+    ) -> Tensor:
+        """A chunk of the gradient, unscaled and after gradient dropout: in the moments' dtype."""
+        assert parameter.grad is not None
+        mean, _ = moments(self.state[parameter])
+        gradient = local(parameter.grad)[place].to(mean.dtype)
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            gradient = gradient / scale.to(gradient.device)
+        density = update.group["gradient_density"]
+        if density < 1:
+            rescale: Rescale = "inverse_density" if update.group["gradient_rescale"] else "none"
+            key = update.key(layout, GRADIENT_STREAM)
+            gradient = bernoulli(gradient, density, key, start, rescale)
+        return gradient
 
 
-def _check_whole(consensus: str, merge_every: int) -> None:
-    """Raise ValueError for what holds for all groups."""
-    if consensus not in ("dare", "ties"):
-        raise ValueError(f"consensus: found {consensus!r}; allowed: 'dare', 'ties'")
-    if merge_every < 1:
-        raise ValueError(f"merge_every: found {merge_every}; allowed: 1 or more")
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError for a parameter group's values out of range."""
-    check_density(group["density"])
-    if not 0 <= group["alpha"] < 1:
-        raise ValueError(f"alpha: found {group['alpha']}; allowed: at least 0 and below 1")
-    for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name}: found {group[name]}; allowed: 0 or more")
-    for beta in group["betas"]:
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas: found {beta}; allowed: at least 0 and below 1")
-
-
-def _names(group: dict[str, Any]) -> list[str]:
-    """The names of a group's parameters."""
-    if "param_names" not in group:
-        raise ValueError("parameters: found unnamed ones; give model.named_parameters()")
-    return list(group["param_names"])
-
-
-def _checked_layout(name: str, parameter: Tensor, source: DeltaSource) -> ShardLayout:
-    """A parameter's layout, once its tau and dtype are known to fit."""
-    layout = layout_of(name, parameter)
-    if parameter.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"parameter {layout.name!r}: found {parameter.dtype}; updates as small as alpha * tau "
-            "vanish in its rounding; allowed: float32 and float64 (master weights)"
-        )
-    shape = source.shape(layout.name)
-    if shape is None:
-        raise ValueError(f"reference_delta: has no tensor for parameter {layout.name!r}")
-    if shape != layout.shape:
-        raise ValueError(
-            f"reference_delta: {layout.name!r} has shape {shape}; the parameter's is {layout.shape}"
-        )
-    return layout
+def _is_anchored(group: dict[str, Any]) -> bool:
+    """Whether a group merges only once in several steps."""
+    return bool(group["merge"] and group["merge_every"] > 1)

@@ -9,42 +9,15 @@ from torch import Tensor, nn
 from operators.counter_random import counter_key, keep_mask
 from operators.optim import OnlineMergingAdamW
 from operators.sparsify import kept_count
-
-# Large, so that first updates differ in size: with a small one all are equal up to rounding.
-EPS = 0.5
-SHAPES = {"weight": (7, 5), "norm.weight": (11,), "embed": (33, 3)}
-
-
-def make_parameters(seed: int = 0) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return {n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()}
-
-
-def make_tau(scale: float = 1.0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(99)
-    return {n: scale * torch.randn(s, generator=generator) for n, s in SHAPES.items()}
-
-
-def set_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
-    generator = torch.Generator().manual_seed(1000 + step)
-    for parameter in parameters.values():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-
-
-def run(optimizer_of, num_steps: int, parameters=None) -> dict[str, nn.Parameter]:
-    """Parameters after so many steps on pinned gradients."""
-    parameters = parameters or make_parameters()
-    optimizer = optimizer_of(parameters)
-    for step in range(num_steps):
-        set_gradients(parameters, step)
-        optimizer.step()
-    return parameters
-
-
-def merging(**options):
-    tau = options.pop("tau", make_tau())
-    settings = {"lr": 1e-2, "weight_decay": 0.1, **options}
-    return lambda parameters: OnlineMergingAdamW(parameters.items(), tau, **settings)
+from tests.operators.optim.helpers import (
+    EPS,
+    SHAPES,
+    make_parameters,
+    make_tau,
+    merging,
+    run,
+    set_gradients,
+)
 
 
 @pytest.mark.parametrize("consensus", ["dare", "ties"])

@@ -1,0 +1,65 @@
+"""AdamW (Loshchilov and Hutter 2019), split for merging: moments first, then what they add."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from operators.optim.layout import local
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWStep:
+    """One step's numbers, in torch's order of operations, so that p = 1 and a = 0 is its AdamW
+    (`foreach=False, fused=False`) to the bit.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    step_size: float  # lr over the first moment's bias correction
+    root_correction: float  # square root of the second moment's
+    decay: float  # 1 - lr * weight_decay, for theta and anchor
+
+    @classmethod
+    def of(cls, group: dict[str, Any], step: int) -> "AdamWStep":
+        """The numbers of step t >= 1."""
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        return cls(
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            step_size=lr / (1 - beta1**step),
+            root_correction=(1 - beta2**step) ** 0.5,
+            decay=1 - lr * group["weight_decay"],
+        )
+
+    def advance(self, mean: Tensor, square: Tensor, gradient: Tensor) -> None:
+        """Take a gradient into both moments, in place; all of one shape and dtype."""
+        mean.lerp_(gradient, 1 - self.beta1)
+        square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+
+    def delta(self, mean: Tensor, square: Tensor) -> Tensor:
+        """What the step adds, without decay: `-lr * m_hat / (sqrt(v_hat) + eps)`."""
+        denominator = (square.sqrt() / self.root_correction).add_(self.eps)
+        # addcdiv's order: `theta + delta` rounds as torch's AdamW does.
+        return (mean * -self.step_size).div_(denominator)
+
+
+def new_state(parameter: Tensor, *, anchored: bool) -> dict[str, Any]:
+    """A parameter's state before its first step; moments and anchor are float32 or wider."""
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    state: dict[str, Any] = {
+        "step": torch.tensor(0.0),
+        "exp_avg": torch.zeros_like(parameter, dtype=wide),
+        "exp_avg_sq": torch.zeros_like(parameter, dtype=wide),
+    }
+    if anchored:
+        state["anchor"] = parameter.detach().to(wide, copy=True)
+    return state
+
+
+def moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """This rank's part of both moments, flat."""
+    return local(state["exp_avg"]), local(state["exp_avg_sq"])

@@ -1,0 +1,103 @@
+"""Which parameters an optimizer's tensors hold, and the checks that need all of its ranks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from operators.optim.layout import ShardLayout, layout_of, local, sum_over
+from operators.optim.options import check_dtype
+from operators.optim.reference import ReferenceDelta
+
+Bound = tuple[list[ShardLayout], list[bool]]
+
+
+class Bindings:
+    """For each tensor that is stepped, the ranges of parameters in it; built at first sight."""
+
+    def __init__(self, reference: ReferenceDelta) -> None:
+        self._reference = reference
+        self._names: dict[Tensor, str] = {}
+        self._layouts: dict[Tensor, list[ShardLayout]] = {}
+        self._bound: dict[Tensor, Bound] = {}
+
+    def add(self, names: Iterable[str], group: dict[str, Any]) -> None:
+        """Note the names of a group's parameters and check those that will be trained."""
+        for name, parameter in zip(names, group["params"], strict=True):
+            self._names[parameter] = name
+            if parameter.requires_grad:
+                self.of(parameter, group)
+
+    def replace(self, layouts: Mapping[Tensor, Sequence[ShardLayout]]) -> None:
+        """Bind flat tensors that now stand for the parameters.
+
+        Raises:
+            ValueError: ranges that overlap or leave their tensor.
+        """
+        for tensor, parts in layouts.items():
+            end = 0
+            for part in sorted(parts, key=lambda part: (part.offset, part.count)):
+                stop, size = part.offset + part.count, local(tensor).numel()
+                if part.offset < end or stop > size:
+                    raise ValueError(
+                        f"layouts: {part.name!r} at [{part.offset}, {stop}) overlaps another "
+                        f"range or leaves its tensor of {size} elements"
+                    )
+                end = stop
+        self._names.clear()
+        self._bound.clear()
+        self._layouts = {tensor: list(parts) for tensor, parts in layouts.items()}
+
+    def of(self, tensor: Tensor, group: dict[str, Any]) -> Bound:
+        """A tensor's ranges of parameters, and for each whether it is merged.
+
+        Raises:
+            ValueError: an unknown tensor, one whose dtype does not go with the group's rounding,
+                or a parameter without a fitting tau.
+        """
+        if tensor not in self._bound:
+            if tensor in self._names:
+                self._layouts[tensor] = [layout_of(self._names[tensor], tensor)]
+            if tensor not in self._layouts:
+                raise ValueError(
+                    f"parameters: found a tensor of shape {tuple(tensor.shape)} that was not "
+                    "given; allowed: the named parameters, or tensors given to `bind`"
+                )
+            layouts = self._layouts[tensor]
+            check_dtype(layouts[0].name if layouts else "", tensor, group["rounding"])
+            merged = [group["merge"] and self._reference.covers(layout) for layout in layouts]
+            self._bound[tensor] = layouts, merged
+        return self._bound[tensor]
+
+    def name(self, tensor: Tensor) -> str:
+        """What to call a tensor in a message."""
+        return ", ".join(repr(layout.name) for layout in self._layouts.get(tensor, [])[:3])
+
+    def flags_anywhere(self, flags: Tensor) -> Tensor:
+        """Flags that are set on this rank or any that shares a parameter with it.
+
+        Args:
+            flags: int64 (n,), 0 where not set; the same n on every rank.
+        """
+        every = [layout.group for layouts in self._layouts.values() for layout in layouts]
+        for group in dict.fromkeys(every):
+            flags = sum_over(group, flags)
+        return flags
+
+
+def first_not_finite(gradients: Sequence[Tensor]) -> int | None:
+    """Position of the first gradient with Inf or NaN; None if there is none."""
+    if not gradients:
+        return None
+    # One pass each and one transfer for all; a sum that overflows is looked into below.
+    sums = torch.stack([gradient.sum(dtype=_wide(gradient)).double() for gradient in gradients])
+    for i in (~torch.isfinite(sums)).nonzero().flatten().tolist():
+        if not torch.isfinite(gradients[i]).all():
+            return int(i)
+    return None
+
+
+def _wide(gradient: Tensor) -> torch.dtype:
+    """The dtype of sums over a gradient."""
+    return torch.float64 if gradient.dtype == torch.float64 else torch.float32

@@ -1,0 +1,219 @@
+"""The reference delta of an optimizer: which parameters have one, and where it lives.
+
+Dense (OnDARE) it takes 2 bytes for each element of this rank's shards in bfloat16; of top_p(tau)
+(OnTIES), which is constant, only indices and values are kept where those are smaller.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from operators.optim.delta import DeltaSource, MappingDelta
+from operators.optim.layout import CHUNK, ShardLayout
+from operators.optim.options import check_choice
+from operators.sparsify import TopCut, top_mask
+
+MissingDelta = Literal["error", "zero_rows", "exclude"]
+DeltaPlacement = Literal["device", "host", "source"]
+_Place = tuple[str, int]  # a layout's name and first index
+
+
+@dataclass(slots=True)
+class _Sparse:
+    """What is kept of a range, in order: index from the range's start, value, and how many kept
+    elements precede each chunk.
+    """
+
+    indices: Tensor  # (kept,) int32
+    values: Tensor  # (kept,)
+    bounds: list[int]  # (num_chunks + 1,)
+
+    def chunk(self, done: int, count: int) -> Tensor:
+        """Elements [done, done + count) of the range, dense: (count,) float32."""
+        number = done // CHUNK
+        inside = slice(self.bounds[number], self.bounds[number + 1])
+        dense = torch.zeros(count, device=self.values.device)
+        dense[self.indices[inside].long() - done] = self.values[inside].float()
+        return dense
+
+
+class ReferenceDelta:
+    """tau as the optimizer uses it: checked, padded, rounded to `dtype`, by chunk.
+
+    Args:
+        source: tensors by name, a `DeltaSource`, or None where no group has an alpha above 0.
+        missing: what to do without a tau of the parameter's shape: `error`; `zero_rows` takes rows
+            that the reference lacks (tokens added since) as zero; `exclude` lets the parameter's
+            updates through as they are.
+        placement: keep it on the parameter's `device`, on the `host` (pinned where there is a
+            GPU), or read it from the `source` at every use.
+        dtype: of what is kept, bfloat16 or float32. Values are rounded to it in every placement.
+    """
+
+    def __init__(
+        self,
+        source: Mapping[str, Tensor] | DeltaSource | None,
+        missing: MissingDelta = "error",
+        placement: DeltaPlacement = "device",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        check_choice("missing_delta", missing, ("error", "zero_rows", "exclude"))
+        check_choice("delta_placement", placement, ("device", "host", "source"))
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"delta_dtype: found {dtype}; allowed: torch.bfloat16 and torch.float32"
+            )
+        self.source = MappingDelta(source) if isinstance(source, Mapping) else source
+        self._missing, self._placement, self._dtype = missing, placement, dtype
+        self._dense: dict[_Place, Tensor] = {}
+        self._top: dict[_Place, Tensor | _Sparse | TopCut] = {}
+
+    def covers(self, layout: ShardLayout) -> bool:
+        """Whether a parameter takes part in merging.
+
+        Raises:
+            ValueError: the parameter has no tau, or one of another shape, and that is not allowed.
+        """
+        if self.source is None:
+            return True
+        name, found = layout.name, self.source.shape(layout.name)
+        if found == layout.shape or (self._missing == "zero_rows" and _fewer_rows(found, layout)):
+            return True
+        if self._missing == "exclude":
+            return False
+        if found is None:
+            raise ValueError(f"reference_delta: has no tensor for parameter {name!r}")
+        raise ValueError(
+            f"reference_delta: {name!r} has shape {found}; the parameter's is {layout.shape}"
+        )
+
+    def read(self, layout: ShardLayout, start: int, count: int) -> Tensor:
+        """tau's elements [start, start + count) from the source: (count,) float32 on the host.
+
+        Raises:
+            ValueError: they hold NaN or Inf.
+        """
+        if self.source is None:
+            return torch.zeros(count)
+        rows_end = torch.Size(self.source.shape(layout.name) or ()).numel()
+        stop = min(start + count, rows_end)
+        tau = self.source.read(layout.name, start, stop) if start < stop else torch.zeros(0)
+        if not torch.isfinite(tau).all():
+            raise ValueError(f"reference_delta: {layout.name!r} holds NaN or Inf")
+        return torch.nn.functional.pad(tau, (0, count - tau.numel()))
+
+    def chunk(self, layout: ShardLayout, start: int, count: int, device: torch.device) -> Tensor:
+        """tau's elements [start, start + count), a chunk of the layout: float32 on `device`."""
+        if self._placement == "source":
+            return self._rounded(layout, start, count).to(device).float()
+        kept = self.dense(layout, device)
+        first = start - layout.start
+        return kept[first : first + count].to(device).float()
+
+    def dense(self, layout: ShardLayout, device: torch.device) -> Tensor:
+        """All of a layout's tau as it is kept (device or host): (count,), read at the first use."""
+        place = (layout.name, layout.start)
+        if place not in self._dense:
+            kept = self._empty(layout.count, device)
+            for start, at in layout.chunks():
+                done = start - layout.start
+                count = at.stop - at.start
+                kept[done : done + count] = self.read(layout, start, count)
+            self._dense[place] = kept
+        return self._dense[place]
+
+    def has_top(self, layout: ShardLayout) -> bool:
+        """Whether `keep_top` was called for this layout."""
+        return (layout.name, layout.start) in self._top
+
+    def keep_top(
+        self,
+        layout: ShardLayout,
+        cut: TopCut,
+        key: tuple[int, int],
+        density: float,
+        device: torch.device,
+    ) -> None:
+        """Keep top_p(tau) of a layout, whose place in its parameter's order `cut` says."""
+        place = (layout.name, layout.start)
+        if self._placement == "source":
+            self._top[place] = cut
+            return
+        indices, values, bounds = [], [], [0]
+        for start, _ in layout.chunks():
+            tau = self.read(layout, start, min(CHUNK, layout.start + layout.count - start))
+            places = top_mask(tau, cut, key, start).nonzero().squeeze(1)
+            indices.append((places + (start - layout.start)).int())
+            values.append(tau[places].to(self._dtype))
+            bounds.append(bounds[-1] + places.numel())
+        found = _Sparse(
+            self._moved(torch.cat(indices) if indices else torch.zeros(0).int(), device),
+            self._moved(torch.cat(values) if values else torch.zeros(0).to(self._dtype), device),
+            bounds,
+        )
+        width = self._dtype.itemsize
+        if density * (4 + width) < width or layout.count == 0:
+            self._top[place] = found
+        else:
+            dense = self._empty(layout.count, device).zero_()
+            dense[found.indices.long()] = found.values
+            self._top[place] = dense
+
+    def top_chunk(
+        self,
+        layout: ShardLayout,
+        key: tuple[int, int],
+        start: int,
+        count: int,
+        device: torch.device,
+    ) -> Tensor:
+        """top_p(tau)'s elements [start, start + count), a chunk of the layout, zero where dropped:
+        float32 on `device`.
+        """
+        kept = self._top[layout.name, layout.start]
+        done = start - layout.start
+        if isinstance(kept, TopCut):
+            tau = self.read(layout, start, count)
+            tau = torch.where(top_mask(tau, kept, key, start), tau, 0.0)
+            return tau.to(self._dtype).to(device).float()
+        if isinstance(kept, _Sparse):
+            return kept.chunk(done, count).to(device)
+        return kept[done : done + count].to(device).float()
+
+    def num_bytes(self) -> int:
+        """Bytes that are kept on this rank, wherever they live."""
+        tensors = list(self._dense.values())
+        for kept in self._top.values():
+            if isinstance(kept, _Sparse):
+                tensors += [kept.indices, kept.values]
+            elif isinstance(kept, Tensor):
+                tensors.append(kept)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _rounded(self, layout: ShardLayout, start: int, count: int) -> Tensor:
+        return self.read(layout, start, count).to(self._dtype)
+
+    def _empty(self, count: int, device: torch.device) -> Tensor:
+        """Room for `count` values where they are to live."""
+        if self._placement == "host":
+            return torch.empty(count, dtype=self._dtype, pin_memory=device.type == "cuda")
+        return torch.empty(count, dtype=self._dtype, device=device)
+
+    def _moved(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """A tensor where it is to live."""
+        if self._placement == "device":
+            return tensor.to(device)
+        return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _fewer_rows(found: tuple[int, ...] | None, layout: ShardLayout) -> bool:
+    """Whether tau is the parameter's without its last rows."""
+    return (
+        found is not None
+        and len(found) == len(layout.shape) > 0
+        and found[0] < layout.shape[0]
+        and found[1:] == layout.shape[1:]
+    )
