@@ -17,6 +17,7 @@ QUIET_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOGGING_CONFIG": str(PROJECT_ROOT / "ray_jobs" / "ray_data_logging.yaml"),
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -61,17 +62,38 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
             "include_dashboard": False,
         }
     )
-    ray.init(
-        **local,
-        runtime_env={"env_vars": worker_environment()} if not joins else None,
-        logging_level=logging.ERROR,
-        log_to_driver=log_to_driver,
-        configure_logging=False,
-    )
+    with _native_logs_off_the_terminal():
+        ray.init(
+            **local,
+            runtime_env={"env_vars": worker_environment()} if not joins else None,
+            logging_level=logging.ERROR,
+            log_to_driver=log_to_driver,
+            configure_logging=False,
+        )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _native_logs_off_the_terminal() -> Iterator[None]:
+    """Start Ray's native part so that only fatal errors of it reach the terminal.
+
+    It calls every actor of Ray Data an error; and it announces the level it was asked for, on the
+    file descriptor itself. Errors that stop Ray come as exceptions all the same.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
 
 
 def worker_environment() -> dict[str, str]:

@@ -1,0 +1,241 @@
+"""`poise demo`: the whole story on the tiny world, step by step, through the same code as the
+other commands. Every step's config stands as a file below `OUT/configs/`, made from configs/demo/.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.commit import write_atomically
+from pipelines.config import apply_overrides, load_config, load_yaml
+from pipelines.evaluate import EvaluateConfig, best_model, evaluate
+from pipelines.merge import load_merge_config, merge
+from pipelines.storage import resolve_output
+from pipelines.sweep import SweepConfig, sweep
+from pipelines.tiny_world import build_world, train_base, train_sft
+from pipelines.train import AlignConfig, align
+from pipelines.versions import versions
+from ray_jobs.report import run_report
+from ray_jobs.session import PROJECT_ROOT, ray_session
+from ray_jobs.steps import Step, Steps
+
+CONFIGS = PROJECT_ROOT / "configs" / "demo"
+SINGLE = ("helpful", "honest", "harmless")
+MIXTURES = ("dpo-mixture", "dpo-mixture-ondare", "dpo-mixture-onties")
+ALIGNED = (*(f"dpo-{name}" for name in SINGLE), *MIXTURES)
+SWEPT = ("task_arithmetic", "expo")
+MERGES = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "expo")
+RESULT_FILE = "results.json"
+
+
+def run_demo(out: Path, *, seed: int, size: str, force: bool) -> None:
+    """Run what is not finished of the demo in `out`, then print table, plots and page.
+
+    Raises:
+        InputError: `out` holds a run with another seed or size, or something else.
+    """
+    out = resolve_output(out, None)
+    old = out.with_name(f".{out.name}.old")
+    if force and out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    settings = {"seed": seed, "size": size}
+    state = Steps(out, settings)
+    if not (out / RESULT_FILE).is_file():
+        with Demo(out, seed, size) as run:
+            state.run(run.steps())
+        write_results(out, seed, state.seconds)
+    run_report([out], None, force=True)
+    shutil.rmtree(old, ignore_errors=True)
+    _last_lines(out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Paths:
+    """Where the demo's pieces stand."""
+
+    out: Path
+
+    @property
+    def world(self) -> Path:
+        return self.out / "world"
+
+    def model(self, name: str) -> Path:
+        return self.out / "models" / name
+
+    def config(self, name: str) -> Path:
+        return self.out / "configs" / f"{name}.yaml"
+
+    def result(self, name: str) -> Path:
+        return self.out / "results" / name
+
+
+class Demo:
+    """The steps of one run; Ray starts with the first step that needs it."""
+
+    def __init__(self, out: Path, seed: int, size: str) -> None:
+        self.paths, self.seed, self.size = _Paths(out), seed, size
+        self._stack = ExitStack()
+        self._ray_runs = False
+
+    def __enter__(self) -> "Demo":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def steps(self) -> list[Step]:
+        """All steps, in order, with their times on two idle cores in seconds."""
+        paths = self.paths
+        smoke = self.size == "smoke"
+        steps = [
+            Step("world", paths.world, self._world, 3),
+            Step("train base", paths.model("base"), self._base, 60 if smoke else 110),
+            Step("train sft", paths.model("sft"), self._sft, 25 if smoke else 35),
+        ]
+        for name in ALIGNED:
+            steps.append(Step(f"align {name}", paths.model(name), self._align(name), 18))
+        for name in SWEPT:
+            steps.append(
+                Step(f"sweep {name}", paths.result(f"sweep-{name}"), self._sweep(name), 20)
+            )
+        for name in MERGES:
+            steps.append(Step(f"merge {name}", paths.model(name), self._merge(name), 4))
+        for split in ("development", "test"):
+            output = paths.result(f"evaluation-{split}")
+            steps.append(Step(f"evaluate on {split}", output, self._evaluate(split), 20))
+        return steps
+
+    def _ray(self) -> None:
+        if not self._ray_runs:
+            self._stack.enter_context(ray_session())
+            self._ray_runs = True
+
+    def _write_config(self, name: str, overrides: list[str] = ()) -> Path:
+        """Make a step's config from configs/demo/: this run's folder and seed put in."""
+        text = (CONFIGS / f"{name}.yaml").read_text()
+        comment = text.splitlines()[0]
+        text = text.replace("configs/demo/", f"{self.paths.out}/configs/")
+        values = yaml.safe_load(text.replace("runs/demo", str(self.paths.out)))
+        if "seed" in values:
+            values["seed"] = self.seed
+        values = apply_overrides(values, overrides)
+        path = self.paths.config(name)
+        write_atomically(path, f"{comment}\n{yaml.safe_dump(values, sort_keys=False)}")
+        return path
+
+    def _world(self) -> None:
+        settings = {"seed": self.seed, "size": self.size}
+        write_atomically(self.paths.config("world"), yaml.safe_dump(settings))
+        build_world(self.paths.world, self.seed, self.size)
+
+    def _base(self) -> None:
+        train_base(self.paths.world, self.paths.model("base"), self.size, self.seed)
+
+    def _sft(self) -> None:
+        base, sft = self.paths.model("base"), self.paths.model("sft")
+        train_sft(self.paths.world, base, sft, self.size, self.seed)
+
+    def _align(self, name: str) -> Callable[[], None]:
+        def run() -> None:
+            self._ray()
+            config = load_config(self._write_config(f"align/{name}"), AlignConfig)
+            align(config, self.paths.model(name))
+
+        return run
+
+    def _sweep(self, name: str) -> Callable[[], None]:
+        def run() -> None:
+            self._ray()
+            self._write_config(f"merge/{name}")
+            config = load_config(self._write_config(f"sweep/{name}"), SweepConfig)
+            sweep(config, self.paths.result(f"sweep-{name}"))
+
+        return run
+
+    def _merge(self, name: str) -> Callable[[], None]:
+        def run() -> None:
+            self._ray()
+            overrides = [f"{k}={json.dumps(v)}" for k, v in chosen(self.paths.out, name).items()]
+            config = load_merge_config(self._write_config(f"merge/{name}", overrides))
+            merge(config, self.paths.model(name), executor="ray")
+
+        return run
+
+    def _evaluate(self, split: str) -> Callable[[], None]:
+        def run() -> None:
+            self._ray()
+            config = load_config(self._write_config(f"evaluate-{split}"), EvaluateConfig)
+            evaluate(config, self.paths.result(f"evaluation-{split}"))
+
+        return run
+
+
+def chosen(out: Path, merge_name: str) -> dict[str, Any]:
+    """The parameters that a sweep chose for a merge on development; empty for the other merges."""
+    path = _Paths(out).result(f"sweep-{merge_name}") / "sweep.json"
+    return json.loads(path.read_text())["best"]["parameters"] if path.is_file() else {}
+
+
+def write_results(out: Path, seed: int, seconds: dict[str, float]) -> None:
+    """Put what the steps found together as `results.json`."""
+    paths = _Paths(out)
+    measured = {
+        split: json.loads((paths.result(f"evaluation-{split}") / "evaluation.json").read_text())
+        for split in ("development", "test")
+    }
+    models = {}
+    for name, numbers in measured["test"]["models"].items():
+        kind, parents, config = _origin(out, name)
+        models[name] = {
+            **numbers,
+            "kind": kind,
+            "parents": parents,
+            "config": config,
+            "chosen": {key.split(".")[-1]: v for key, v in chosen(out, name).items()},
+            "path": f"models/{name}",
+        }
+    results = {
+        "schema": 1,
+        "seed": seed,
+        "split": "test",
+        "models": models,
+        "best_merge": best_model(measured["development"], MERGES),
+        "timings_s": seconds,
+        "versions": versions(),
+    }
+    write_atomically(out / RESULT_FILE, json.dumps(results, indent=2) + "\n")
+
+
+def _origin(out: Path, name: str) -> tuple[str, list[str], str]:
+    """Kind, parents and config (relative to `out`) of a model of the demo."""
+    if name == "base":
+        return "base", [], "configs/world.yaml"
+    if name == "sft":
+        return "sft", ["base"], "configs/world.yaml"
+    if name in ALIGNED:
+        return "aligned", ["sft"], f"configs/align/{name}.yaml"
+    config = f"configs/merge/{name}.yaml"
+    entries = load_yaml(out / config)["models"]
+    return "merge", [Path(entry["model"]).name for entry in entries], config
+
+
+def _last_lines(out: Path) -> None:
+    """Where everything is, and how to talk to the best model."""
+    best = json.loads((out / RESULT_FILE).read_text())["best_merge"]
+    body = json.dumps({"model": best, "messages": [{"role": "user", "content": "reverse b d a"}]})
+    print(
+        f"\nTalk to the best merge:  poise chat {out / 'models' / best}\n"
+        f"or serve it:             poise serve {out / 'models' / best}\n"
+        "and, in another terminal:\n"
+        "  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"    -d '{body}'",
+        file=sys.stderr,
+    )

@@ -1,0 +1,76 @@
+"""The command line: exit statuses and one-line errors, as a user sees them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ray_jobs.cli import app, main
+
+COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+BAD_INPUT = [
+    (["evaluate", "none.yaml"], "none.yaml: no such file"),
+    (["sweep", "none.yaml"], "none.yaml: no such file"),
+    (["align", "none.yaml"], "none.yaml: no such file"),
+    (["merge", "none.yaml", "out"], "none.yaml: no such file"),
+    (["report", "none"], "none"),
+    (["serve", "none"], "none"),
+    (["chat", "none"], "none"),
+    (["evaluate", "typo.yaml"], "typo.yaml: modles: unknown field; allowed: batch_size"),
+    (["merge", "typo.yaml"], "OUT: give it once"),
+    (["merge", "broken.yaml", "out"], "broken.yaml: line 2: not valid YAML"),
+    (["demo", "--out", "."], "exists and is no run of this command"),
+    (["dance"], "No such command 'dance'"),
+]
+
+
+def write_bad_files(folder: Path) -> None:
+    (folder / "typo.yaml").write_text("modles: {}\ntasks: t.yaml\nmodels: {a: b}\n")
+    (folder / "broken.yaml").write_text("models: [a\nb: {\n")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example_for_each_command(name: str) -> None:
+    whole = CliRunner().invoke(app, ["--help"])
+    assert whole.exit_code == 0
+    assert name in whole.stdout
+    page = CliRunner().invoke(app, [name, "--help"])
+    assert page.exit_code == 0
+    assert f"poise {name}" in page.stdout
+    assert "Example" in page.stdout
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    write_bad_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["poise", *arguments])
+    with pytest.raises(SystemExit) as exit_status:
+        main()
+    errors = capsys.readouterr().err
+    assert exit_status.value.code == 2, errors
+    assert message in errors
+    assert "Traceback" not in errors
+    if errors.startswith("poise: "):
+        assert errors.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"typo.yaml", "broken.yaml"}
+
+
+def test_the_module_is_the_command(tmp_path: Path, project_root: Path) -> None:
+    """As a submitted Ray job runs it, in a process of its own."""
+    command = [sys.executable, "-m", "ray_jobs.cli", "merge", "none.yaml", "out"]
+    environment = {"PYTHONPATH": str(project_root), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2
+    assert result.stderr == "poise: none.yaml: no such file\n"
+    assert result.stdout == ""

@@ -1,0 +1,129 @@
+"""`poise demo --smoke`, run as a user would: interrupted, gone on with, read, run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_jobs.demo import ALIGNED, MERGES, SINGLE
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+SEED = 0
+STRENGTHS = {"helpful": "helpfulness", "honest": "honesty", "harmless": "harmlessness"}
+DIMENSIONS = tuple(STRENGTHS.values())
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start the demo on the smoke size in a process group of its own."""
+    command = [sys.executable, "-m", "ray_jobs.cli", "demo", "--smoke", "--out", str(out)]
+    return subprocess.Popen(
+        [*command, "--seed", str(SEED), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "120"},
+    )
+
+
+def wait_for_step(out: Path, name: str, process: subprocess.Popen[str], limit_s: float) -> None:
+    """Wait until the run in `out` has finished the step `name`."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline and process.poll() is None:
+        state = out / "steps.json"
+        if state.is_file() and name in json.loads(state.read_text())["seconds"]:
+            return
+        time.sleep(0.5)
+    process.kill()
+    pytest.fail(f"step {name!r} was not finished: {process.communicate()[1][-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run that was interrupted by Ctrl-C on its way, and what it printed."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    process = start(out)
+    wait_for_step(out, "align dpo-helpful", process, 500)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 130, errors
+    assert not (out / "results.json").exists()
+    process = start(out)
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors[-3000:]
+    assert "train base" not in errors  # finished before the interruption
+    return out, output
+
+
+@pytest.fixture(scope="module")
+def results(demo: tuple[Path, str]) -> dict[str, Any]:
+    return json.loads((demo[0] / "results.json").read_text())
+
+
+def value(results: dict[str, Any], model: str, head: str) -> tuple[float, float]:
+    """Percent and standard error of one model under one heading."""
+    entry = results["models"][model][head]
+    return entry["value"], entry["stderr"]
+
+
+def test_results_have_every_model_and_their_files_stand(
+    demo: tuple[Path, str], results: dict[str, Any]
+) -> None:
+    out = demo[0]
+    assert set(results["models"]) == {"base", "sft", *ALIGNED, *MERGES}
+    assert results["best_merge"] in MERGES
+    for entry in results["models"].values():
+        assert (out / entry["path"] / "model.safetensors").is_file()
+        assert (out / entry["config"]).is_file()
+        assert all(task["n"] >= 100 for task in entry["tasks"].values())
+    for name in ("matrix.png", "tradeoff.png", "report.html"):
+        assert (out / name).stat().st_size > 10_000
+
+
+def test_each_single_strength_beats_sft_on_its_own(results: dict[str, Any]) -> None:
+    for name in SINGLE:
+        strength = STRENGTHS[name]
+        assert value(results, f"dpo-{name}", strength) > value(results, "sft", strength)
+
+
+def test_the_tax_is_there_to_be_seen(results: dict[str, Any]) -> None:
+    """Some strength of some single-strength model is below SFT by over two standard errors."""
+    taxed = []
+    for name in SINGLE:
+        for strength in DIMENSIONS:
+            (before, error), (after, other) = (
+                value(results, model, strength) for model in ("sft", f"dpo-{name}")
+            )
+            if before - after > 2 * (error**2 + other**2) ** 0.5:
+                taxed.append((name, strength))
+    assert taxed
+
+
+def test_the_table_names_the_best_merge(demo: tuple[Path, str], results: dict[str, Any]) -> None:
+    assert results["best_merge"] in demo[1]
+    assert "dpo-mixture-onties" in demo[1]
+
+
+def test_a_second_run_only_prints(demo: tuple[Path, str]) -> None:
+    out, printed = demo
+    before = {path: path.stat().st_mtime_ns for path in (out / "models").rglob("*.safetensors")}
+    process = start(out)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output == printed
+    assert before == {p: p.stat().st_mtime_ns for p in (out / "models").rglob("*.safetensors")}
+
+
+def test_another_seed_does_not_overwrite(demo: tuple[Path, str]) -> None:
+    process = start(demo[0], "--seed", "1")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "holds a run with seed=0" in errors
