@@ -15,11 +15,11 @@ def run_merge(
     config = load_merge_config(config_path, overrides)
     if plan:
         planned = plan_merge(config)
-        num_elements = sum(t.num_elements for t in planned.reference.tensors.values())
+        num_elements = sum(t.num_elements for t in planned.tensors.values())
         print(
             f"method          {config.merge_method}: {config.method.summary}\n"
             f"models          {len(planned.models)}"
-            f"{'' if planned.base is None else ' and a base'}\n"
+            f"{' and a base' if config.method.needs_base else ''}\n"
             f"parameters      {num_elements:,}\n"
             f"tensors         {len(planned.layout.tensors)}\n"
             f"to be read      {planned.num_input_bytes:,} bytes\n"

@@ -3,13 +3,16 @@
 from pipelines.checkpoints.delta import CheckpointDelta
 from pipelines.checkpoints.lock import lock_directory
 from pipelines.checkpoints.reader import Checkpoint, StoredTensor
+from pipelines.checkpoints.source import Source, TensorSpec
 from pipelines.checkpoints.writer import OutputLayout, plan_layout
 
 __all__ = [
     "Checkpoint",
     "CheckpointDelta",
     "OutputLayout",
+    "Source",
     "StoredTensor",
+    "TensorSpec",
     "lock_directory",
     "plan_layout",
 ]

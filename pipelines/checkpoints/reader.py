@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -52,6 +53,10 @@ class Checkpoint:
         """Whether the head is the embedding and not stored on its own."""
         tied = bool(self.config.get("tie_word_embeddings", False))
         return tied and HEAD not in self.tensors and EMBEDDING in self.tensors
+
+    def names(self) -> Iterable[str]:
+        """All stored tensors, in the order of the files."""
+        return self.tensors.keys()
 
     def find(self, name: str) -> StoredTensor | None:
         """The tensor of that name; a tied head is its embedding."""

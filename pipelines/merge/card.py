@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import yaml
 
 from pipelines.checkpoints.reader import HEAD
 from pipelines.commit import write_atomically
+from pipelines.fingerprint import fingerprint
+from pipelines.merge.layers import num_layers
 from pipelines.merge.plan import MergePlan
 from pipelines.versions import versions
 
 PROVENANCE_FILE = "poise.json"
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -26,8 +30,12 @@ COPIED = (
 )
 
 
-def write_companions(plan: MergePlan, folder: Path) -> None:
-    """Write everything but the weights into the output's folder."""
+def write_companions(plan: MergePlan, folder: Path, inputs: Mapping[str, str]) -> None:
+    """Write everything but the weights into the output's folder.
+
+    Args:
+        inputs: fingerprints of the inputs' content, by path.
+    """
     for name in COPIED:
         source = plan.reference.path / name
         if source.is_file():
@@ -36,9 +44,9 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
     provenance = {
         "kind": "merge",
         "config": _config(plan),
-        "parameters": plan.config.complete_parameters(),
-        "inputs": plan.input_fingerprints,
-        "fingerprint": plan.fingerprint,
+        "inputs": dict(inputs),
+        "settings": fingerprint(plan.settings),
+        "key": plan.key,
         "versions": versions(),
     }
     write_atomically(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
@@ -53,22 +61,36 @@ def _config(plan: MergePlan) -> dict[str, Any]:
 
 
 def _model_config(plan: MergePlan) -> dict[str, Any]:
-    """The reference's config.json with the output's dtype, and tied only where the output is."""
+    """The reference's config.json with dtype, number of layers and tying as in the output."""
     config = dict(plan.reference.config)
-    dtypes = {tensor.dtype for tensor in plan.layout.tensors.values()}
+    dtypes = [tensor.dtype for tensor in plan.tensors.values()]
     floating = sorted(str(d).removeprefix("torch.") for d in dtypes if d.is_floating_point)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = floating[0]
-    if HEAD in plan.layout.tensors and HEAD not in plan.reference.tensors:
+    if HEAD in plan.tensors and HEAD not in plan.reference.names():
         config["tie_word_embeddings"] = False
+    if plan.config.slices:
+        config |= _stacked(plan)
     return config
+
+
+def _stacked(plan: MergePlan) -> dict[str, Any]:
+    """What slices change in config.json: the number of layers, and lists with an entry a layer."""
+    config = plan.reference.config
+    own = num_layers(plan.reference)
+    layers = [layer for each in plan.config.slices for layer in range(*each.sources[0].layer_range)]
+    changed: dict[str, Any] = {key: len(layers) for key in LAYER_COUNTS if config.get(key) == own}
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == own and max(layers) < own:
+            changed[key] = [value[layer] for layer in layers]
+    return changed
 
 
 def model_card(plan: MergePlan) -> str:
     """A Hugging Face model card: front matter, the method in words, the config."""
-    models = [str(entry.model) for entry in plan.config.merged_models]
+    models = plan.config.merged_models
     base = plan.config.base_model
     front = {
-        "base_model": [*([] if base is None else [str(base)]), *models],
+        "base_model": list(dict.fromkeys([*([] if base is None else [base]), *models])),
         "library_name": "transformers",
         "tags": ["merge", "poise"],
     }

@@ -1,39 +1,90 @@
 """The config of `poise merge`: mergekit's YAML for the methods both have."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from operators.merging import METHODS, Method
 from pipelines.config import Config, load_config
+from pipelines.merge.parameters import has_filters, resolve, value_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DtypeName = Literal["float32", "bfloat16", "float16"]
+# Fields of mergekit's files that change nothing here, and why.
+WITHOUT_EFFECT = {"int8_mask": "masks are never stored"}
+GIB = 1 << 30
+_UNITS = {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+Parameters = dict[str, Any]
 
 
 class ModelEntry(Config):
     """One model and its own parameters."""
 
-    model: Path
-    parameters: dict[str, Any] = Field({}, description="of the method, for this model")
+    model: str = Field(description="a checkpoint's folder")
+    parameters: Parameters = Field({}, description="of the method, for this model")
+
+
+class SliceSource(ModelEntry):
+    """Layers of one model, as an ingredient of a slice."""
+
+    layer_range: tuple[int, int] = Field(description="first layer, and the one after the last")
+
+    @field_validator("layer_range")
+    @classmethod
+    def _is_a_range(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= value[0] < value[1]:
+            raise ValueError("allowed: two layers, 0 <= first < last")
+        return value
+
+
+class Slice(Config):
+    """Consecutive layers of the output, each merged from the same layer of every source."""
+
+    sources: list[SliceSource] = Field(min_length=1)
+    parameters: Parameters = Field({}, description="of the method, for this slice")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Slice":
+        lengths = {source.layer_range[1] - source.layer_range[0] for source in self.sources}
+        if len(lengths) > 1:
+            raise ValueError("layer_range: all sources of a slice have the same number of layers")
+        return self
 
 
 class MergeConfig(Config):
     """An offline merge."""
 
     merge_method: str = Field(description="a name of `operators.merging.METHODS`")
-    models: list[ModelEntry] = Field(min_length=1)
-    base_model: Path | None = Field(None, description="W0, the models' common ancestor")
-    parameters: dict[str, Any] = Field({}, description="of the method, for all models")
+    models: list[ModelEntry] = Field([], description="what is merged, layer by layer")
+    slices: list[Slice] = Field([], description="instead of models: the output's layers in turn")
+    base_model: str | None = Field(None, description="W0, the models' common ancestor")
+    parameters: Parameters = Field({}, description="of the method, for all models")
     dtype: DtypeName | None = Field(None, description="the output's, where out_dtype is not given")
     out_dtype: DtypeName | None = Field(None, description="the output's; default the base's own")
     seed: int = Field(0, description="of random masks")
+    allow_nonfinite: bool = Field(False, description="merge NaN and Inf instead of stopping")
     max_shard_bytes: int = Field(5_000_000_000, ge=1, description="of one file of the output")
-    num_workers: int = Field(2, ge=1, description="Ray Data actors")
+    memory_budget: int = Field(
+        GIB, ge=1 << 24, description="bytes of all workers together, beside the program's own"
+    )
+    num_workers: int = Field(2, ge=1, description="threads, or Ray Data actors")
     storage: Path | None = Field(None, description="where relative outputs live")
+
+    @field_validator("memory_budget", "max_shard_bytes", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        """Sizes may be texts such as `512MiB` or `5GB`."""
+        if isinstance(value, str):
+            text = value.upper().replace(" ", "")
+            for unit, factor in _UNITS.items():
+                number = text.removesuffix(unit)
+                if number != text and number.replace(".", "", 1).isdigit():
+                    return int(float(number) * factor)
+        return value
 
     @model_validator(mode="after")
     def _what_the_method_takes(self) -> "MergeConfig":
@@ -41,17 +92,12 @@ class MergeConfig(Config):
             raise ValueError(
                 f"merge_method: found {self.merge_method!r}; allowed: {', '.join(METHODS)}"
             )
-        entries = self.merged_models
-        self.method.check_models(len(entries), has_base=self.base_model is not None)
-        for entry in self.models:
-            for name in entry.parameters:
-                parameter = self.method.parameters.get(name)
-                if parameter is not None and not parameter.per_model:
-                    raise ValueError(
-                        f"models: {entry.model}: {name}: is one value for all models; "
-                        "give it under parameters"
-                    )
-        self.complete_parameters()
+        if bool(self.models) == bool(self.slices):
+            raise ValueError("models, slices: give exactly one of them")
+        has_base = self.base_model is not None and self.method.needs_base
+        for entries in self.groups():
+            self.method.check_models(len(entries), has_base=has_base)
+            self._check_parameters(entries)
         return self
 
     @property
@@ -59,14 +105,20 @@ class MergeConfig(Config):
         """The method's entry in the table."""
         return METHODS[self.merge_method]
 
+    def is_base(self, entry: ModelEntry) -> bool:
+        """Whether an entry is the base, which mergekit's files list among the models."""
+        return self.method.needs_base and entry.model == self.base_model
+
+    def groups(self) -> Iterator[list[ModelEntry]]:
+        """What is merged with each other: the models, or each slice's sources; without the base."""
+        for group in [self.models] if self.models else [each.sources for each in self.slices]:
+            yield [entry for entry in group if not self.is_base(entry)]
+
     @property
-    def merged_models(self) -> list[ModelEntry]:
-        """The models without the base, which mergekit's files list among them."""
-        return [
-            entry
-            for entry in self.models
-            if entry.parameters or self.base_model is None or entry.model != self.base_model
-        ]
+    def merged_models(self) -> list[str]:
+        """The models without the base, each once, in their order."""
+        entries = [entry for group in self.groups() for entry in group]
+        return list(dict.fromkeys(entry.model for entry in entries))
 
     @property
     def output_dtype(self) -> torch.dtype | None:
@@ -74,22 +126,69 @@ class MergeConfig(Config):
         name = self.out_dtype or self.dtype
         return None if name is None else DTYPES[name]
 
-    def complete_parameters(self) -> dict[str, Any]:
-        """The method's parameters with defaults; per-model ones as lists.
+    def notices(self) -> list[str]:
+        """A line for each field that is accepted and changes nothing."""
+        lines = []
+        entries = [*self.models, *(source for each in self.slices for source in each.sources)]
+        scopes = [self.parameters, *(each.parameters for each in self.slices)]
+        for name, reason in WITHOUT_EFFECT.items():
+            if any(name in scope for scope in [*scopes, *(e.parameters for e in entries)]):
+                lines.append(f"{name}: has no effect: {reason}")
+        if any(self.is_base(entry) and entry.parameters for entry in entries):
+            lines.append(f"parameters of {self.base_model}: have no effect: it is the base")
+        if self.base_model is not None and not self.method.needs_base:
+            lines.append(
+                f"base_model: {self.merge_method} does not merge it; the result's config and "
+                "tokenizer are from it"
+            )
+        return lines
 
-        Raises:
-            ValueError: an unknown or missing parameter, or a value out of its range.
-        """
-        entries = self.merged_models
-        own = {name for entry in entries for name in entry.parameters}
-        given: dict[str, Any] = dict(self.parameters)
-        for name in own:
-            values = [e.parameters.get(name, self.parameters.get(name)) for e in entries]
-            if name in self.method.parameters:
-                default = self.method.parameters[name].default
-                values = [default if value is None else value for value in values]
-            given[name] = values
-        return self.method.complete(given, len(entries))
+    def _check_parameters(self, entries: list[ModelEntry]) -> None:
+        """Every name is known, every value in its range, every required one there."""
+        common = [self.parameters, *(each.parameters for each in self.slices)]
+        for scope in common:
+            self._check_values(scope)
+        for entry in entries:
+            self._check_values(entry.parameters)
+            for name in entry.parameters:
+                if name in self.method.parameters and not self.method.parameters[name].per_model:
+                    raise ValueError(
+                        f"models: {entry.model}: {name}: is one value for all models; "
+                        "give it under parameters"
+                    )
+        own = [entry.parameters for entry in entries]
+        if not has_filters([*own, *common]):  # filters show at each tensor what they leave out
+            resolve(self.method, own, common, "", 0.0)
+
+    def _check_values(self, scope: Mapping[str, Any]) -> None:
+        """Names and ranges of one scope, with every value of its gradients and filters."""
+        for name, setting in scope.items():
+            if name in WITHOUT_EFFECT:
+                continue
+            if name not in self.method.parameters:
+                allowed = ", ".join(self.method.parameters) or "none"
+                raise ValueError(f"{name}: unknown parameter; allowed: {allowed}")
+            parameter = self.method.parameters[name]
+            try:
+                value_for(setting, "", 0.0)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            for value in leaves(setting):
+                if not parameter.accepts(value):
+                    raise ValueError(f"{name}: found {value!r}; allowed: {parameter.allowed}")
+
+
+def leaves(setting: Any) -> Iterator[Any]:
+    """The single values of a setting: of a gradient, of entries with filters, or itself."""
+    if isinstance(setting, list) and setting:
+        for entry in setting:
+            yield from leaves(entry)
+    elif (
+        isinstance(setting, Mapping) and "value" in setting and set(setting) <= {"filter", "value"}
+    ):
+        yield from leaves(setting["value"])
+    else:
+        yield setting
 
 
 def load_merge_config(path: str | Path, overrides: Iterable[str] = ()) -> MergeConfig:

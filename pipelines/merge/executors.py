@@ -1,60 +1,98 @@
-"""Who does a plan's items: this process, or a pool of Ray Data actors. The bytes are the same."""
+"""Who does a plan's items: threads of this process, or a pool of Ray Data actors. Same bytes."""
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipelines.errors import InputError
 from pipelines.merge.plan import MergePlan
 from pipelines.merge.worker import MergeWorker
 
-Executor = Callable[[MergePlan, Path, list[int]], Iterator[int]]
+Result = dict[str, Any]
+Executor = Callable[[MergePlan, Path, list[int]], Iterator[Result]]
 
 
-def in_this_process(plan: MergePlan, folder: Path, items: list[int]) -> Iterator[int]:
-    """Do the items one after another; yields each finished one."""
+def in_threads(plan: MergePlan, folder: Path, items: list[int]) -> Iterator[Result]:
+    """Do the items in `num_workers` threads; yields each finished one.
+
+    Items start in their order, as long as what they take together stays within the memory budget.
+    Each has one thread to itself, so that no sum depends on how many there are.
+    """
     worker = MergeWorker(plan, folder)
-    yield from _finished(worker({"item": item}) for item in items)
+    needs = plan.num_working_bytes
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    waiting = list(reversed(items))
+    running: dict[Future[Result], int] = {}
+    try:
+        with ThreadPoolExecutor(plan.config.num_workers) as pool:
+            try:
+                while waiting or running:
+                    while waiting and _fits(plan, needs[waiting[-1]], running.values()):
+                        item = waiting.pop()
+                        running[pool.submit(worker, {"item": item})] = needs[item]
+                    finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        del running[future]
+                    yield from _checked(future.result() for future in finished)
+            finally:
+                pool.shutdown(cancel_futures=True)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
-def in_ray(plan: MergePlan, folder: Path, items: list[int]) -> Iterator[int]:
+def _fits(plan: MergePlan, need: int, running: Iterable[int]) -> bool:
+    """Whether another item may start."""
+    taken = list(running)
+    if len(taken) >= plan.config.num_workers:
+        return False
+    return not taken or sum(taken) + need <= plan.config.memory_budget
+
+
+def in_ray(plan: MergePlan, folder: Path, items: list[int]) -> Iterator[Result]:
     """Do the items in Ray Data actors; only descriptions pass through Ray.
 
-    An actor that is lost is replaced and its item done again.
+    An actor that is lost is replaced and its item done again. There are as many actors as the
+    memory budget lets work at the same time on the largest items.
     """
     import ray
 
+    largest = max(plan.num_working_bytes[item] for item in items)
+    size = min(plan.config.num_workers, len(items), plan.config.memory_budget // largest or 1)
     dataset = ray.data.from_items(
         [{"item": item} for item in items], override_num_blocks=len(items)
     )
     results = dataset.map(
         _Actor,
         fn_constructor_args=(plan, str(folder.absolute())),
-        compute=ray.data.ActorPoolStrategy(size=min(plan.config.num_workers, len(items))),
+        compute=ray.data.ActorPoolStrategy(size=size),
         num_cpus=0.9,
     )
-    yield from _finished(results.iter_rows())
+    yield from _checked(results.iter_rows())
 
 
 class _Actor:
     """A worker in a process of its own, with one thread: the pool has a process for each core."""
 
     def __init__(self, plan: MergePlan, folder: str) -> None:
-        import torch
-
         torch.set_num_threads(1)
         self._worker = MergeWorker(plan, Path(folder))
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return self._worker(row)
+    def __call__(self, row: dict[str, Any]) -> Result:
+        result = self._worker(row)
+        # Arrow has no lists of mixed types: digests travel as text.
+        return result | {"digests": [list(map(str, entry)) for entry in result["digests"]]}
 
 
-def _finished(rows: Iterable[dict[str, Any]]) -> Iterator[int]:
-    """Items of results, or the first error among them."""
-    for row in rows:
-        if row["error"]:
-            raise InputError(row["error"])
-        yield int(row["item"])
+def _checked(results: Iterable[Result]) -> Iterator[Result]:
+    """Results, or the first error among them."""
+    for result in results:
+        if result["error"]:
+            raise InputError(result["error"])
+        yield {"item": int(result["item"]), "digests": [list(d) for d in result["digests"]]}
 
 
-EXECUTORS: dict[str, Executor] = {"local": in_this_process, "ray": in_ray}
+EXECUTORS: dict[str, Executor] = {"local": in_threads, "ray": in_ray}

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pipelines.checkpoints import OutputLayout
 from pipelines.commit import write_atomically
@@ -19,6 +20,7 @@ class Journal:
 
     def __init__(self, folder: Path, layout: OutputLayout) -> None:
         self.folder, self.layout = folder, layout
+        self._results: list[dict[str, Any]] = []
 
     def open(self, key: str) -> set[int]:
         """Items that an earlier run of the same merge finished; another's remains are removed."""
@@ -30,29 +32,39 @@ class Journal:
         self.layout.create(self.folder)
         journal = self.folder / JOURNAL_FILE
         lines = journal.read_text().splitlines(keepends=True) if journal.is_file() else []
-        return {int(line) for line in lines if line.endswith("\n")}
+        self._results = [found for line in lines if (found := _result(line)) is not None]
+        return {result["item"] for result in self._results}
 
-    def record(self, finished: Iterable[int]) -> Iterator[int]:
+    def record(self, finished: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Pass finished items on, writing them down every so often and at the end."""
-        waiting: list[int] = []
+        waiting: list[dict[str, Any]] = []
         last = time.monotonic()
-        for item in finished:
-            waiting.append(item)
+        for result in finished:
+            waiting.append(result)
             if time.monotonic() - last > SYNC_INTERVAL_S:
                 self._write(waiting)
                 waiting, last = [], time.monotonic()
-            yield item
+            yield result
         self._write(waiting)
 
-    def _write(self, items: list[int]) -> None:
+    def digests(self) -> dict[str, dict[str, dict[int, str]]]:
+        """Digests of the inputs' blocks that the items' readers took: by checkpoint and tensor."""
+        found: dict[str, dict[str, dict[int, str]]] = {}
+        for result in self._results:
+            for path, name, start, digest in result["digests"]:
+                found.setdefault(path, {}).setdefault(name, {})[int(start)] = digest
+        return found
+
+    def _write(self, results: list[dict[str, Any]]) -> None:
         """Make the output's bytes durable, then the record of them."""
         self.layout.sync(self.folder)
         with (self.folder / JOURNAL_FILE).open("a") as file:
-            # A line that a kill cut off is ended first, so that it joins no other number.
+            # A line that a kill cut off is ended first, so that it joins no other.
             file.write("\n" if self._is_cut() else "")
-            file.write("".join(f"{item}\n" for item in items))
+            file.write("".join(f"{json.dumps(result)}\n" for result in results))
             file.flush()
             os.fsync(file.fileno())
+        self._results.extend(results)
 
     def _is_cut(self) -> bool:
         text = (self.folder / JOURNAL_FILE).read_bytes()
@@ -62,3 +74,11 @@ class Journal:
         """Drop plan and journal before the output gets its final name."""
         for name in (PLAN_FILE, JOURNAL_FILE):
             (self.folder / name).unlink(missing_ok=True)
+
+
+def _result(line: str) -> dict[str, Any] | None:
+    """A line's result; None of a line that was cut off."""
+    try:
+        return json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None

@@ -1,18 +1,20 @@
-"""What a merge will do: which tensors, in which pieces, written where."""
+"""What a merge will do: which tensors, in which pieces, written where, at what cost."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
-import torch
-
-from pipelines.checkpoints import Checkpoint, OutputLayout, StoredTensor, plan_layout
+from pipelines.checkpoints import Checkpoint, OutputLayout, Source, plan_layout
+from pipelines.checkpoints.digests import BLOCK_ELEMENTS, checkpoint_fingerprint, identity
 from pipelines.errors import InputError
-from pipelines.fingerprint import fingerprint, fingerprint_directory
+from pipelines.fingerprint import fingerprint
 from pipelines.merge.config import MergeConfig
+from pipelines.merge.graph import output_tensors
+from pipelines.merge.tensor import TensorMerge
 
-CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
-# Elements of one piece: large enough for the disk, small enough for the memory of a worker.
-PIECE_ELEMENTS = 1 << 22
+# Elements of one piece: whole blocks of the fingerprints, large enough for the disk.
+PIECE_ELEMENTS = BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,115 +34,98 @@ class MergePlan:
     """A merge, ready to run: its inputs opened, its output laid out, its work cut into items."""
 
     config: MergeConfig
-    models: list[Checkpoint]
-    base: Checkpoint | None
+    models: dict[str, Source]
+    base: Source | None
+    tensors: dict[str, TensorMerge]
     layout: OutputLayout
     items: list[Item]
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
 
     @property
-    def reference(self) -> Checkpoint:
+    def reference(self) -> Source:
         """The model that the output's config and tokenizer come from."""
-        return self.base or self.models[0]
-
-    @property
-    def inputs(self) -> list[Checkpoint]:
-        """All checkpoints that are read."""
-        return [*self.models, *([] if self.base is None else [self.base])]
+        return self.base or next(iter(self.models.values()))
 
     @property
     def num_input_bytes(self) -> int:
-        """Bytes of all tensors that are read."""
-        return sum(t.num_bytes for model in self.inputs for t in model.tensors.values())
+        """Bytes that are read, in one pass."""
+        return sum(
+            operand.spec.num_elements * operand.spec.dtype.itemsize
+            for tensor in self.tensors.values()
+            for operand in tensor.operands
+        )
+
+    @property
+    def num_working_bytes(self) -> list[int]:
+        """Memory that each item takes while it is done."""
+        return [max(self.tensors[piece.name].num_working_bytes for piece in i) for i in self.items]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The config as a user would write it, without what changes no byte of the weights."""
+        return self.config.model_dump(
+            mode="json",
+            exclude_defaults=True,
+            exclude={"num_workers", "storage", "memory_budget"},
+        )
 
     @cached_property
-    def input_fingerprints(self) -> dict[str, str]:
-        """Of every input's files, by path."""
+    def identities(self) -> dict[str, Any]:
+        """Of every input's files: lengths and times of change."""
+        return {path: identity(found) for path, found in self.checkpoints.items()}
+
+    @cached_property
+    def key(self) -> str:
+        """Of this very merge of these very files: what an interrupted run is recognised by."""
+        return fingerprint([self.settings, self.identities])
+
+    def input_fingerprints(
+        self, known: Mapping[str, Mapping[str, dict[int, str]]] | None = None
+    ) -> dict[str, str]:
+        """Of every input's content, by path.
+
+        Args:
+            known: digests that were taken while merging, by path and tensor.
+        """
         return {
-            str(model.path): fingerprint_directory(model.path, CHECKPOINT_FILES)
-            for model in self.inputs
+            path: checkpoint_fingerprint(found, (known or {}).get(path, {}))
+            for path, found in self.checkpoints.items()
         }
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of all that the output's bytes depend on."""
-        settings = self.config.model_dump(mode="json", exclude={"num_workers", "storage"})
-        return fingerprint([settings, self.input_fingerprints])
 
 
 def plan_merge(config: MergeConfig) -> MergePlan:
     """Open the inputs, check that they fit together, and plan the work.
 
     Raises:
-        InputError: a checkpoint that cannot be read, or tensors that differ in name or shape.
+        InputError: a checkpoint that cannot be read, tensors that differ in name or shape, or
+            a tensor that takes more memory than the budget.
     """
-    models = [Checkpoint.open(entry.model) for entry in config.merged_models]
-    base = None if config.base_model is None else Checkpoint.open(config.base_model)
-    checkpoints = [*models, *([] if base is None else [base])]
-    names = _names(checkpoints)
-    reference = base or models[0]
-    tensors = {name: _output_tensor(name, checkpoints, reference, config) for name in names}
-    items = _items(tensors, whole=config.method.unit == "tensor")
-    return MergePlan(config, models, base, plan_layout(tensors, config.max_shard_bytes), items)
+    models: dict[str, Source] = {path: Checkpoint.open(path) for path in config.merged_models}
+    base = None
+    if config.base_model is not None:
+        base = models.get(config.base_model) or Checkpoint.open(config.base_model)
+    tensors = output_tensors(config, models, base)
+    described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    layout = plan_layout(described, config.max_shard_bytes)
+    sources = [*models.values(), *([] if base is None else [base])]
+    plan = MergePlan(config, models, base, tensors, layout, _items(tensors), _checkpoints(sources))
+    _check_memory(plan)
+    return plan
 
 
-def _names(checkpoints: list[Checkpoint]) -> list[str]:
-    """The output's tensors, in the order of the first checkpoint that has most of them.
-
-    A head that only some store on their own is in the output; for the others it is the embedding.
-    """
-    widest = max(checkpoints, key=lambda checkpoint: len(checkpoint.tensors))
-    for checkpoint in checkpoints:
-        for name in widest.tensors:
-            if checkpoint.find(name) is None:
-                raise InputError(
-                    f"model {checkpoint.path}: has no tensor {name!r}, which "
-                    f"{widest.tensors[name].file} has"
-                )
-        for name, tensor in checkpoint.tensors.items():
-            if name not in widest.tensors:
-                raise InputError(
-                    f"model {widest.path}: has no tensor {name!r}, which {tensor.file} has"
-                )
-    return list(widest.tensors)
+def _checkpoints(sources: list[Source]) -> dict[str, Checkpoint]:
+    """The checkpoints that are read, by path."""
+    return {str(source.path): source for source in sources if isinstance(source, Checkpoint)}
 
 
-def _output_tensor(
-    name: str, checkpoints: list[Checkpoint], reference: Checkpoint, config: MergeConfig
-) -> tuple[torch.dtype, tuple[int, ...]]:
-    """Dtype and shape of one tensor of the output, the same in all inputs but for the dtype."""
-    found = [_stored(checkpoint, name) for checkpoint in checkpoints]
-    own = _stored(reference, name)
-    for tensor in found:
-        if tensor.shape != own.shape:
-            raise InputError(
-                f"{tensor.file}: {name}: found shape {list(tensor.shape)}; "
-                f"allowed: {list(own.shape)}, as in {own.file}"
-            )
-        if tensor.dtype.is_floating_point != own.dtype.is_floating_point:
-            raise InputError(
-                f"{tensor.file}: {name}: found {tensor.dtype}; allowed: like {own.dtype} "
-                f"in {own.file}"
-            )
-    dtype = own.dtype
-    if dtype.is_floating_point and config.output_dtype is not None:
-        dtype = config.output_dtype
-    return dtype, own.shape
-
-
-def _stored(checkpoint: Checkpoint, name: str) -> StoredTensor:
-    tensor = checkpoint.find(name)
-    assert tensor is not None, name
-    return tensor
-
-
-def _items(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], *, whole: bool) -> list[Item]:
+def _items(tensors: Mapping[str, TensorMerge]) -> list[Item]:
     """Pieces, the small ones together, in the order of the output's bytes."""
     items: list[Item] = []
     gathered: list[Piece] = []
     size = 0
-    for name, (_, shape) in tensors.items():
-        count = torch.Size(shape).numel()
-        step = max(1, count if whole else PIECE_ELEMENTS)
+    for name, tensor in tensors.items():
+        count = tensor.num_elements
+        step = max(1, count if tensor.is_whole else PIECE_ELEMENTS)
         for start in range(0, max(1, count), step):
             piece = Piece(name, start, min(start + step, count))
             if gathered and size + piece.stop - piece.start > PIECE_ELEMENTS:
@@ -149,3 +134,15 @@ def _items(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], *, whole: bo
             gathered.append(piece)
             size += piece.stop - piece.start
     return [*items, tuple(gathered)]
+
+
+def _check_memory(plan: MergePlan) -> None:
+    """Raise InputError if a single item takes more than the budget."""
+    largest = max(range(len(plan.items)), key=lambda item: plan.num_working_bytes[item])
+    needed = plan.num_working_bytes[largest]
+    if needed > plan.config.memory_budget:
+        tensor = plan.tensors[plan.items[largest][0].name]
+        raise InputError(
+            f"memory_budget: found {plan.config.memory_budget}; allowed: at least {needed}, as "
+            f"{tensor.method} needs all of {tensor.name} {list(tensor.shape)} at once"
+        )

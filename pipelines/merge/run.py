@@ -9,6 +9,7 @@ from typing import Literal
 from pipelines.checkpoints import lock_directory
 from pipelines.commit import commit_directory, partial_path, refuse_existing
 from pipelines.errors import InputError
+from pipelines.fingerprint import fingerprint
 from pipelines.merge.card import PROVENANCE_FILE, write_companions
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.executors import EXECUTORS
@@ -30,7 +31,8 @@ def merge(
     of the same config and inputs is left as it is.
 
     Args:
-        executor: `local` works in this process; `ray` in Ray Data actors (Ray is up already).
+        executor: `local` works in threads of this process; `ray` in Ray Data actors (Ray is up
+            already).
 
     Raises:
         InputError: inputs that cannot be merged, no room on the disk, another merge into `out`,
@@ -54,23 +56,30 @@ def merge(
 
 
 def is_finished(plan: MergePlan, out: Path) -> bool:
-    """Whether `out` is what the plan would make."""
+    """Whether `out` is what the plan would make; inputs that were touched since are read again."""
     path = out / PROVENANCE_FILE
-    return path.is_file() and json.loads(path.read_text()).get("fingerprint") == plan.fingerprint
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text())
+    if found.get("key") == plan.key:
+        return True
+    if found.get("settings") != fingerprint(plan.settings):
+        return False
+    return found.get("inputs") == plan.input_fingerprints()
 
 
 def _fill(plan: MergePlan, folder: Path, executor: str) -> None:
     """Bring the unfinished output to its end."""
     journal = Journal(folder, plan.layout)
     try:
-        done = journal.open(plan.fingerprint)
+        done = journal.open(plan.key)
         items = [item for item in range(len(plan.items)) if item not in done]
         if items:
             with Progress(len(plan.items), f"merge by {plan.config.merge_method}") as progress:
                 progress.update(len(done))
                 for _ in journal.record(EXECUTORS[executor](plan, folder, items)):
                     progress.advance()
-        write_companions(plan, folder)
+        write_companions(plan, folder, plan.input_fingerprints(journal.digests()))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

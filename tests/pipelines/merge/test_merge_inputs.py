@@ -93,7 +93,10 @@ def test_nan_in_weights(own_family: Family, tmp_path: Path, value: float) -> Non
     values[13] = value
     file = change(own_family.models[1], NORM, values)
     message = refused(own_family, tmp_path / "o" / "out")
-    assert message == f"{file}: {NORM}: holds NaN or Inf; allowed: finite numbers"
+    assert (
+        message
+        == f"{file}: {NORM}: holds NaN or Inf; allowed: finite numbers (or allow_nonfinite: true)"
+    )
 
 
 def test_pickle_is_refused(own_family: Family, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ pipelines.merge.plan.PIECE_ELEMENTS = 500
 pipelines.merge.journal.SYNC_INTERVAL_S = 0.0
 plain = MergeWorker.run
 def slow(self, item):
-    plain(self, item)
     time.sleep(0.1)
+    return plain(self, item)
 MergeWorker.run = slow
 merge(load_merge_config(sys.argv[1]), sys.argv[2])
 """
@@ -130,7 +130,7 @@ def test_a_cut_line_of_the_journal_is_no_item(
 
         patch.setattr("pipelines.merge.worker.MergeWorker.run", fail)
         merge(config, out)
-    (partial / JOURNAL_FILE).write_text("1")  # of a line "17\n"
+    (partial / JOURNAL_FILE).write_text('{"item": 1, "dig')
     merge(config, out)
     assert files_of(out) == files_of(undisturbed)
 
@@ -167,7 +167,7 @@ def test_remains_of_another_merge_are_not_used(family: Family, tmp_path: Path, f
     partial = partial_path(out)
     partial.mkdir()
     (partial / ".plan.json").write_text('"of another"')
-    (partial / JOURNAL_FILE).write_text("0\n1\n2\n")
+    (partial / JOURNAL_FILE).write_text('{"item": 0, "digests": []}\n')
     (partial / "model.safetensors").write_bytes(b"\1" * 100)
     merge(config, out)
     assert files_of(out) == files_of(undisturbed)

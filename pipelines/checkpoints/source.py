@@ -1,0 +1,44 @@
+"""What a merge reads from: a checkpoint on the disk, or anything that behaves like one."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class TensorSpec(Protocol):
+    """A tensor as its header describes it; `file` is where a user finds it."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def file(self) -> Path: ...
+    @property
+    def num_elements(self) -> int: ...
+
+
+class Source(Protocol):
+    """Named tensors that can be read by flat ranges."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is, for people; config and tokenizer files lie there."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+
+    def names(self) -> Iterable[str]:
+        """All tensors, in the order of the files."""
+
+    def find(self, name: str) -> TensorSpec | None:
+        """The tensor of that name, or None; a tied head is its embedding."""
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) in row-major order: 1-D; in the stored dtype, or float32 where
+        they are computed. The same elements have the same bits, whatever the range.
+        """

@@ -1,0 +1,203 @@
+"""From a config to the tensors of its output: slices of layers, operands, parameters, checks."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.checkpoints import Source, TensorSpec
+from pipelines.errors import InputError
+from pipelines.merge.config import MergeConfig, ModelEntry, SliceSource
+from pipelines.merge.layers import by_layer, comes_first, num_layers, with_layer
+from pipelines.merge.parameters import resolve
+from pipelines.merge.tensor import Operand, TensorMerge
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ingredient:
+    """A source in a slice: its layers from `first` on, and its own parameters."""
+
+    source: Source
+    first: int
+    own: Mapping[str, Any]
+    is_base: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSlice:
+    """Consecutive layers of the output, from layer `start` on; `common` are parameters of all."""
+
+    start: int
+    count: int
+    ingredients: list[Ingredient]
+    common: list[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """One tensor of the output: its name, its place t in [0, 1], its name in each ingredient."""
+
+    name: str
+    t: float
+    names: list[str]
+
+
+def output_tensors(
+    config: MergeConfig, models: Mapping[str, Source], base: Source | None
+) -> dict[str, TensorMerge]:
+    """All tensors of the output, in the order of the reference's files.
+
+    Args:
+        models: the opened models by their names in the config.
+        base: the model that the config names as such; the methods of task vectors start from it.
+
+    Raises:
+        InputError: layers that a model does not have, tensors that are missing or differ in
+            shape, a parameter without a value.
+    """
+    slices = _slices(config, models, base)
+    tensors = {
+        outline.name: _tensor(config, each, outline, base)
+        for each in slices
+        for outline in _outlines(each, first=each is slices[0], last=each is slices[-1])
+    }
+    reference = base or next(iter(models.values()))
+    order = {name: place for place, name in enumerate(reference.names())}
+    return dict(sorted(tensors.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def _slices(
+    config: MergeConfig, models: Mapping[str, Source], base: Source | None
+) -> list[LayerSlice]:
+    """The config's slices; models without slices are one of all layers."""
+    groups: list[tuple[list[ModelEntry], list[Mapping[str, Any]]]] = [
+        (list(config.models), [config.parameters])
+    ]
+    if config.slices:
+        groups = [(list(s.sources), [s.parameters, config.parameters]) for s in config.slices]
+    slices, start = [], 0
+    for entries, common in groups:
+        ingredients = [_ingredient(e, models) for e in entries if not config.is_base(e)]
+        if base is not None and config.method.needs_base:
+            first = next((_first_layer(e) for e in entries if config.is_base(e)), None)
+            if first is None and config.slices:
+                raise InputError(
+                    f"slices: {config.merge_method} needs base_model {config.base_model} among "
+                    "the sources of every slice"
+                )
+            ingredients.append(Ingredient(base, first or 0, {}, is_base=True))
+        entry = entries[0]
+        count = num_layers(ingredients[0].source)
+        if isinstance(entry, SliceSource):
+            count = entry.layer_range[1] - entry.layer_range[0]
+        slices.append(LayerSlice(start, count, ingredients, common))
+        start += count
+    return slices
+
+
+def _ingredient(entry: ModelEntry, models: Mapping[str, Source]) -> Ingredient:
+    """An entry with its source.
+
+    Raises:
+        InputError: its layer_range goes beyond the model's layers.
+    """
+    source = models[entry.model]
+    if isinstance(entry, SliceSource) and entry.layer_range[1] > num_layers(source):
+        raise InputError(
+            f"layer_range of {entry.model}: found {list(entry.layer_range)}; allowed: up to its "
+            f"{num_layers(source)} layers"
+        )
+    return Ingredient(source, _first_layer(entry), entry.parameters)
+
+
+def _first_layer(entry: ModelEntry) -> int:
+    return entry.layer_range[0] if isinstance(entry, SliceSource) else 0
+
+
+def _outlines(each: LayerSlice, *, first: bool, last: bool) -> Iterator[Outline]:
+    """The slice's tensors; embeddings come with the first slice, norm and head with the last."""
+    layers = [by_layer(ingredient.source.names()) for ingredient in each.ingredients]
+    for name in dict.fromkeys(name for own in layers for name in own.get(None, [])):
+        if first if comes_first(name) else last:
+            t = 0.0 if comes_first(name) else 1.0
+            yield Outline(name, t, [name] * len(layers))
+    for offset in range(each.count):
+        t = offset / (each.count - 1) if each.count > 1 else 1.0
+        numbers = [ingredient.first + offset for ingredient in each.ingredients]
+        names = dict.fromkeys(
+            with_layer(name, each.start + offset)
+            for own, number in zip(layers, numbers, strict=True)
+            for name in own.get(number, [])
+        )
+        for name in names:
+            yield Outline(name, t, [with_layer(name, number) for number in numbers])
+
+
+def _tensor(
+    config: MergeConfig, each: LayerSlice, outline: Outline, base: Source | None
+) -> TensorMerge:
+    """One tensor of the output, with its operands checked against each other."""
+    operands = _operands(each, outline)
+    has_base = each.ingredients[-1].is_base
+    models = operands[:-1] if has_base else operands
+    specs = [operand.spec for operand in operands]
+    reference = next((o.spec for o in operands if o.source is base), specs[0])
+    for spec, name in zip(specs, outline.names, strict=True):
+        _check_like(name, spec, reference)
+    dtype = reference.dtype
+    if dtype.is_floating_point and config.output_dtype is not None:
+        dtype = config.output_dtype
+    own = [ingredient.own for ingredient in each.ingredients if not ingredient.is_base]
+    try:
+        parameters = resolve(config.method, own, each.common, outline.name, outline.t)
+    except ValueError as error:
+        raise InputError(f"{outline.name}: {error}") from None
+    return TensorMerge(
+        name=outline.name,
+        shape=reference.shape,
+        dtype=dtype,
+        method=config.merge_method,
+        models=tuple(models),
+        base=operands[-1] if has_base else None,
+        parameters=parameters,
+        seed=config.seed,
+        allow_nonfinite=config.allow_nonfinite,
+    )
+
+
+def _operands(each: LayerSlice, outline: Outline) -> list[Operand]:
+    """The tensor in every ingredient.
+
+    Raises:
+        InputError: one of them does not have it.
+    """
+    operands = [
+        Operand(ingredient.source, name)
+        for ingredient, name in zip(each.ingredients, outline.names, strict=True)
+    ]
+    found = next(o.spec for o in operands if o.source.find(o.name) is not None)
+    for operand in operands:
+        if operand.source.find(operand.name) is None:
+            raise InputError(
+                f"model {operand.source.path}: has no tensor {operand.name!r}, which "
+                f"{found.file} has"
+            )
+    return operands
+
+
+def _check_like(name: str, spec: TensorSpec, reference: TensorSpec) -> None:
+    """Shapes are the same, and both are numbers of one kind."""
+    if spec.shape != reference.shape:
+        raise InputError(
+            f"{spec.file}: {name}: found shape {list(spec.shape)}; "
+            f"allowed: {list(reference.shape)}, as in {reference.file}"
+        )
+    if spec.dtype.is_floating_point != reference.dtype.is_floating_point:
+        raise InputError(
+            f"{spec.file}: {name}: found {spec.dtype}; allowed: like {reference.dtype} "
+            f"in {reference.file}"
+        )
+    if not spec.dtype.is_floating_point and spec.dtype != reference.dtype:
+        raise InputError(
+            f"{spec.file}: {name}: found {spec.dtype}; allowed: {reference.dtype}, as in "
+            f"{reference.file}"
+        )
