@@ -55,10 +55,14 @@ class OnlineMergingBase(Optimizer):
         group.setdefault("first_lr", float(group["lr"]))
         names = names_of(group)
         self._check_group(group)
-        self._bindings.add(names, group)
+        self._bindings.add(names, group["params"], self._options(group))
+
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group's options of merging."""
+        return group
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_merging(group, has_reference=self._reference.source is not None)
+        check_merging(self._options(group), has_reference=self._reference.source is not None)
 
     def bind(self, layouts: Mapping[Tensor, Sequence[ShardLayout]]) -> None:
         """Say which parameters lie in tensors that have taken the parameters' place, such as
@@ -88,9 +92,10 @@ class OnlineMergingBase(Optimizer):
         """Merge the tail of step-K that is shorter than K; nothing where no step is pending."""
         updates = []
         for group in self.param_groups:
+            every = self._options(group)["merge_every"]
             for parameter in group["params"]:
                 state = self.state.get(parameter, {})
-                if "anchor" in state and self._steps_of(state) % group["merge_every"]:
+                if "anchor" in state and self._steps_of(state) % every:
                     updates.append(self._since_anchor(parameter, group))
         if updates:
             self._merger.forget_counts()
@@ -133,11 +138,12 @@ class OnlineMergingBase(Optimizer):
         decay: float = 1.0,
     ) -> Update:
         """An update of a parameter, to be added to its anchor or else to itself."""
-        layouts, merged = self._bindings.of(parameter, group)
+        options = self._options(group)
+        layouts, merged = self._bindings.of(parameter, options)
         step = self._steps_of(self.state[parameter])
         theta = local(parameter)
         base = theta if anchor is None else anchor
-        return Update(theta, base, decay, delta, layouts, merged, step, group)
+        return Update(theta, base, decay, delta, layouts, merged, step, options)
 
     def _merge_from_anchors(self, updates: list[Update]) -> None:
         """theta = anchor + merge(theta - anchor), which is the next anchor."""
@@ -157,13 +163,23 @@ class OnlineMergingBase(Optimizer):
                 if parameter.grad is None:
                     continue
                 if parameter.grad.is_sparse:
-                    self._bindings.of(parameter, group)
+                    self._bindings.of(parameter, self._options(group))
                     name = self._bindings.name(parameter)
                     raise ValueError(
                         f"parameter {name}: its gradient is sparse; allowed: dense ones"
                     )
                 found.append((parameter, group))
         return found
+
+    def _is_rehearsal(self, parameters: list[tuple[Tensor, dict[str, Any]]]) -> bool:
+        """Whether a first step is one at learning rate 0 on gradients of zero, by which
+        torch.distributed.checkpoint makes an optimizer's state: it must not move along tau.
+        """
+        if self.state or not parameters or any(float(g["lr"]) for _, g in parameters):
+            return False
+        moves = any(p.grad is not None and bool(local(p.grad).any()) for p, _ in parameters)
+        flag = torch.tensor([moves], dtype=torch.int64, device=parameters[0][0].device)
+        return not self._bindings.flags_anywhere(flag).item()
 
     def _is_skipped(self, parameters: list[tuple[Tensor, dict[str, Any]]]) -> bool:
         """Whether a gradient with Inf or NaN, on any rank, forbids this step.
@@ -172,7 +188,7 @@ class OnlineMergingBase(Optimizer):
             ValueError: there is one, no GradScaler looks after it, and `nonfinite` is "raise".
         """
         for parameter, group in parameters:
-            self._bindings.of(parameter, group)
+            self._bindings.of(parameter, self._options(group))
         device = parameters[0][0].device if parameters else torch.device("cpu")
         found_inf = getattr(self, "found_inf", None)
         worst = None

@@ -22,9 +22,11 @@ class Bindings:
         self._layouts: dict[Tensor, list[ShardLayout]] = {}
         self._bound: dict[Tensor, Bound] = {}
 
-    def add(self, names: Iterable[str], group: dict[str, Any]) -> None:
+    def add(
+        self, names: Iterable[str], parameters: Iterable[Tensor], group: dict[str, Any]
+    ) -> None:
         """Note the names of a group's parameters and check those that will be trained."""
-        for name, parameter in zip(names, group["params"], strict=True):
+        for name, parameter in zip(names, parameters, strict=True):
             self._names[parameter] = name
             if parameter.requires_grad:
                 self.of(parameter, group)

@@ -112,6 +112,10 @@ class OnlineMergingAdamW(OnlineMergingBase):
         parameters = self._gradients()
         if self._is_skipped(parameters):
             return loss
+        if self._is_rehearsal(parameters):
+            for parameter, group in parameters:
+                self.state[parameter].update(new_state(parameter, anchored=_is_anchored(group)))
+            return loss
         updates = [self._advance(parameter, group) for parameter, group in parameters]
         due = [(p, group) for p, group in parameters if self._is_due(p, group)]
         if due or not all(_is_anchored(group) for _, group in parameters):

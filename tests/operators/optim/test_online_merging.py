@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from operators.counter_random import counter_key, keep_mask
-from operators.optim import OnlineMergingAdamW
+from operators.optim import OnlineMerging, OnlineMergingAdamW
 from operators.sparsify import kept_count
 from tests.operators.optim.helpers import (
     EPS,
@@ -236,3 +237,47 @@ def test_a_reference_with_nan_is_named() -> None:
     tau["embed"][3, 1] = float("nan")
     with pytest.raises(ValueError, match="'embed' holds NaN"):
         run(merging(tau=tau, alpha=0.1), 1)
+
+
+class Net(nn.Module):
+    """The usual parameters as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, parameter in make_parameters().items():
+            self.register_parameter(name.replace(".", "_"), parameter)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("merge_every", [1, 3])
+def test_distributed_checkpoints_make_the_state_without_moving_weights(wrap, merge_every) -> None:
+    """torch.distributed.checkpoint steps an empty optimizer at rate 0 to find its state."""
+    options = {"alpha": 0.1, "density": 0.5, "merge_every": merge_every}
+
+    def make():
+        net = Net()
+        tau = {n.replace(".", "_"): t for n, t in make_tau().items()}
+        if wrap:
+            base = torch.optim.AdamW(net.named_parameters(), lr=1e-2)
+            return net, OnlineMerging(base, tau, **options)
+        return net, OnlineMergingAdamW(net.named_parameters(), tau, lr=1e-2, **options)
+
+    def steps(net, optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            set_gradients(dict(net.named_parameters()), step)
+            optimizer.step()
+
+    whole_net, whole = make()
+    steps(whole_net, whole, 0, 4)
+    net, optimizer = make()
+    get_state_dict(net, optimizer)  # makes the state
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), Net().parameters(), strict=True))
+    if wrap:  # the base counts that step as one of its own: torch's habit
+        net, optimizer = make()
+    steps(net, optimizer, 0, 2)
+    weights, state = copy.deepcopy(get_state_dict(net, optimizer))
+    fresh_net, fresh = make()
+    set_state_dict(fresh_net, fresh, model_state_dict=weights, optim_state_dict=state)
+    steps(fresh_net, fresh, 2, 4)
+    for name, parameter in fresh_net.named_parameters():
+        assert torch.equal(parameter, whole_net.get_parameter(name))

@@ -97,7 +97,7 @@ def test_the_share_of_merges_without_effect_is_counted() -> None:
     optimizer = OnlineMergingAdamW(
         [("w", parameter)], {"w": torch.tensor([1e-9, 1e-9, 0.0, 1e-9])}, lr=0.0, alpha=0.5
     )
-    parameter.grad = torch.zeros(4)
+    parameter.grad = torch.ones(4)
     optimizer.step()
     assert optimizer.unchanged_share() == pytest.approx(2 / 3)
 

@@ -1,0 +1,227 @@
+"""Online merging around any torch optimizer: the method needs nothing but its updates."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Adafactor, Muon, Optimizer
+
+from operators.optim.base import Nonfinite, OnlineMergingBase, Reference
+from operators.optim.layout import local
+from operators.optim.merge import Update
+from operators.optim.options import AlphaSchedule, Consensus, Rounding
+from operators.optim.reference import DeltaPlacement, MissingDelta
+
+# Names, since libraries have their own: their update of an element depends on other elements.
+_PREFIX = "merging_"
+_NOT_ELEMENTWISE = {"Adafactor", "Muon", "Shampoo", "SOAP"}
+
+
+class OnlineMerging(OnlineMergingBase):
+    """Merges what any optimizer adds with a reference delta; options as `OnlineMergingAdamW`.
+
+    Args:
+        base_optimizer: made with `model.named_parameters()`; its groups may have options of their
+            own, named with a prefix (`merging_density`): bases have an `alpha` too. From now on
+            step this optimizer and not that one. Its decoupled weight decay
+            (AdamW, NAdam and RAdam with that flag, Adafactor, Muon) is kept out of the merge.
+
+    Groups, state, learning rates and schedulers are shared with the base optimizer. `delta` is the
+    difference of parameters before and after its step, so it holds the rounding of that step, and
+    a step needs a copy of the parameters for its duration. With density 1 and alpha 0 it is the
+    base optimizer to the bit.
+
+    Raises:
+        ValueError: as `OnlineMergingAdamW`; also half-precision parameters, which lose the base's
+            own updates; LBFGS; a base that is not element-wise on sharded parameters.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        reference_delta: Reference,
+        *,
+        consensus: Consensus = "dare",
+        density: float = 1.0,
+        alpha: float = 1e-7,
+        merge_every: int = 1,
+        rescale: bool = False,
+        rounding: Rounding = "nearest",
+        alpha_schedule: AlphaSchedule = "constant",
+        seed: int = 0,
+        missing_delta: MissingDelta = "error",
+        delta_placement: DeltaPlacement = "device",
+        delta_dtype: torch.dtype = torch.bfloat16,
+        nonfinite: Nonfinite = "raise",
+    ) -> None:
+        if isinstance(base_optimizer, LBFGS):
+            raise ValueError(
+                "base_optimizer: found LBFGS, which takes several steps in one; "
+                "allowed: optimizers that make one update a step"
+            )
+        options = {
+            "consensus": consensus,
+            "density": density,
+            "alpha": alpha,
+            "merge_every": merge_every,
+            "rescale": rescale,
+            "rounding": rounding,
+            "alpha_schedule": alpha_schedule,
+            "seed": seed,
+            "merge": True,
+        }
+        self.base_optimizer = base_optimizer
+        self._prepare(reference_delta, missing_delta, delta_placement, delta_dtype, nonfinite)
+        super().__init__(
+            base_optimizer.param_groups,
+            {**base_optimizer.defaults, **{_PREFIX + name: options[name] for name in options}},
+        )
+        self._share(base_optimizer.state, base_optimizer.param_groups)
+
+    def _share(self, state: Any, groups: list[dict[str, Any]]) -> None:
+        """Make state and groups one with the base optimizer's."""
+        self.state = self.base_optimizer.state = state
+        self.param_groups = self.base_optimizer.param_groups = groups
+
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+        options = {
+            name.removeprefix(_PREFIX): value
+            for name, value in group.items()
+            if name.startswith(_PREFIX)
+        }
+        return {**options, "lr": group["lr"], "first_lr": group["first_lr"]}
+
+    def _passes_through(self, group: dict[str, Any]) -> bool:
+        """Whether merging would change nothing: the base alone steps these parameters."""
+        options = self._options(group)
+        return not options["merge"] or (options["density"] == 1 and options["alpha"] == 0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the base optimizer gets the group too."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for parameter in group["params"]:
+            self._check_base(parameter, group)
+
+    def _check_base(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Raise ValueError where the base optimizer cannot be merged with."""
+        if not parameter.requires_grad:
+            return
+        layouts, _ = self._bindings.of(parameter, self._options(group))
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"parameter {layouts[0].name!r}: found {parameter.dtype}, in which the base "
+                "optimizer's updates vanish; allowed: float32 and float64, or OnlineMergingAdamW"
+            )
+        names = {base.__name__ for base in type(self.base_optimizer).__mro__}
+        if names & _NOT_ELEMENTWISE and any(layout.group is not None for layout in layouts):
+            raise ValueError(
+                f"base_optimizer: found {type(self.base_optimizer).__name__} on the sharded "
+                f"parameter {layouts[0].name!r}; its updates are not element-wise, so they would "
+                "depend on the sharding; allowed: whole parameters"
+            )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the base optimizer, merged; parameters without a gradient are left alone.
+
+        Raises:
+            ValueError: a sparse gradient, or one with Inf or NaN (see `nonfinite`).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = self._gradients()
+        if self._is_skipped(parameters):
+            return loss
+        rehearsal = self._is_rehearsal(parameters)
+        self._unscale(parameters)
+        merging = [(p, group) for p, group in parameters if not self._passes_through(group)]
+        anchors = [self._before(parameter, group) for parameter, group in merging]
+        with self._without_decay():
+            self.base_optimizer.step()
+        due = []
+        for (parameter, group), anchor in zip(merging, anchors, strict=True):
+            if rehearsal:
+                self._new_state(parameter, group, anchor)
+            elif self._count_step(parameter, group, anchor):
+                due.append(self._difference(parameter, group, anchor))
+        if due:
+            self._merger.forget_counts()
+        self._merge_from_anchors(due)
+        return loss
+
+    def _unscale(self, parameters: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Divide gradients by a GradScaler's scale, where it left that to the optimizer."""
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            for parameter, _ in parameters:
+                local(parameter.grad).div_(scale.to(parameter.device))  # type: ignore[arg-type]
+
+    def _before(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """Apply the decay that was taken over; return the anchor of this step, flat."""
+        theta, state = local(parameter), self.state.get(parameter, {})
+        anchor = local(state["anchor"]) if "anchor" in state else theta.clone()
+        if self._is_decoupled(group):
+            decay = 1 - float(group["lr"]) * group["weight_decay"]
+            theta.mul_(decay)
+            anchor.mul_(decay)
+        return anchor
+
+    def _count_step(self, parameter: Tensor, group: dict[str, Any], anchor: Tensor) -> bool:
+        """Count a parameter's step and say whether it is to be merged now."""
+        state = self.state[parameter]
+        if "merging_step" not in state:
+            self._new_state(parameter, group, anchor)
+        state["merging_step"] += 1
+        return self._steps_of(state) % int(self._options(group)["merge_every"]) == 0
+
+    def _new_state(self, parameter: Tensor, group: dict[str, Any], anchor: Tensor) -> None:
+        """Add to the base's state of a parameter, which the base has made by now."""
+        state = self.state[parameter]
+        state["merging_step"] = torch.tensor(0.0)
+        if self._options(group)["merge_every"] > 1:
+            state["anchor"] = torch.empty_like(parameter)
+            local(state["anchor"]).copy_(anchor)
+
+    def _difference(self, parameter: Tensor, group: dict[str, Any], anchor: Tensor) -> Update:
+        """The update that is merged: since the anchor of step-K, or since before this step."""
+        if "anchor" in self.state[parameter]:
+            return self._since_anchor(parameter, group)
+        theta = local(parameter)
+        return self._update(parameter, group, lambda place: theta[place] - anchor[place], anchor)
+
+    def _steps_of(self, state: dict[str, Any]) -> int:
+        return int(state["merging_step"])
+
+    def _is_decoupled(self, group: dict[str, Any]) -> bool:
+        """Whether the base multiplies parameters by `1 - lr * weight_decay`."""
+        known = isinstance(self.base_optimizer, Adafactor | Muon)
+        return bool(group.get("weight_decay")) and (
+            known or bool(group.get("decoupled_weight_decay"))
+        )
+
+    @contextmanager
+    def _without_decay(self) -> Iterator[None]:
+        """Keep the base optimizer from the decay that was applied already."""
+        taken = [
+            (group, group["weight_decay"])
+            for group in self.param_groups
+            if self._is_decoupled(group) and not self._passes_through(group)
+        ]
+        for group, _ in taken:
+            group["weight_decay"] = 0.0
+        try:
+            yield
+        finally:
+            for group, weight_decay in taken:
+                group["weight_decay"] = weight_decay
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; the base optimizer's state is in the same dictionary."""
+        super().load_state_dict(state_dict)
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        self._share(self.base_optimizer.state, self.base_optimizer.param_groups)
