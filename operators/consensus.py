@@ -25,22 +25,34 @@ def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float], *, normaliz
     return merged
 
 
-def sign_elect(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+def sign_elect(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    normalize: bool,
+    like_mergekit: bool = False,
+) -> Tensor:
     """TIES's election (Yadav et al. 2023, section 4): per element, the sign of the weighted sum
     wins, and the weighted deltas of that sign are summed; with `normalize` divided by their
     absolute weights. 0 where the sum is 0 or none agrees.
+
+    Args:
+        like_mergekit: a sum of 0 elects plus, and `normalize` divides by the agreeing weights with
+            their signs, by 1 where these sum to 0.
     """
     elected = torch.sign(weighted_sum(deltas, weights, normalize=False))
+    if like_mergekit:
+        elected = torch.where(elected < 0, -1.0, 1.0)
     merged = torch.zeros_like(elected)
     agreeing = torch.zeros_like(elected) if normalize else None
     for delta, weight in zip(deltas, weights, strict=True):
         weighted = delta * weight
-        agrees = (torch.sign(weighted) == elected) & (elected != 0)
+        agrees = (torch.sign(weighted) == elected) & (weighted != 0)
         merged.add_(torch.where(agrees, weighted, 0.0))
         if agreeing is not None:
-            agreeing.add_(agrees, alpha=abs(weight))
+            agreeing.add_(agrees, alpha=weight if like_mergekit else abs(weight))
     if agreeing is not None:
-        merged = torch.where(agreeing > 0, merged / agreeing, 0.0)
+        merged = torch.where(agreeing != 0, merged / agreeing, merged)
     return merged
 
 
@@ -50,3 +62,8 @@ def sign_consensus(a: Tensor, b: Tensor) -> Tensor:
     """
     larger = torch.where(a.abs() > b.abs(), a, torch.where(b.abs() > a.abs(), b, 0.0))
     return torch.where(torch.sign(a) * torch.sign(b) < 0, larger, a + b)
+
+
+def mixup(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """`share * a + (1 - share) * b` (M3)."""
+    return (a * share).add_(b, alpha=1 - share)

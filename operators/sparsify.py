@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from operators.counter_random import counter_words_at, keep_mask
+from operators.counter_random import WORDS, counter_words, counter_words_at, keep_mask
 from operators.selection import Cut, Reduce, kth_largest, magnitude_keys
 
 Rescale = Literal["none", "inverse_density"]
+Ties = Literal["hash", "index"]
 
 
 def kept_count(density: float, count: int) -> int:
@@ -27,6 +29,11 @@ def kept_count(density: float, count: int) -> int:
     """
     check_density(density)
     return max(1, math.floor(density * count))
+
+
+def dropped_count(density: float, gamma: float, count: int) -> int:
+    """How many of the largest breadcrumbs drops: `min(floor(gamma * count), count - kept)`."""
+    return min(math.floor(gamma * count), count - kept_count(density, count))
 
 
 def check_density(density: float) -> None:
@@ -55,11 +62,12 @@ def bernoulli(
 @dataclass(frozen=True, slots=True)
 class TopCut:
     """Where top-p cuts a tensor: magnitude keys above `key` stay, and of those equal to it the ones
-    whose counter word is at most `word` (None: all).
+    whose counter word (`by_index`: whose global index) is at most `word` (None: all).
     """
 
     key: int
     word: int | None
+    by_index: bool = False
 
 
 def top_cuts(
@@ -107,7 +115,8 @@ def top_mask(x: Tensor, cut: TopCut, key: tuple[int, int], start: int) -> Tensor
         return magnitudes >= cut.key
     mask = magnitudes > cut.key
     places = (magnitudes == cut.key).nonzero().squeeze(1)
-    mask[places] = counter_words_at(key, places + start) <= cut.word
+    order = places + start if cut.by_index else counter_words_at(key, places + start)
+    mask[places] = order <= cut.word
     return mask
 
 
@@ -115,3 +124,104 @@ def top(x: Tensor, density: float, key: tuple[int, int]) -> Tensor:
     """Keep the `max(1, floor(density * n))` largest magnitudes of a whole flat tensor (TIES)."""
     [cut] = top_cuts([(x, 0)], [kept_count(density, x.numel())], [key])
     return torch.where(top_mask(x, cut, key, 0), x, 0.0)
+
+
+def row_top_mask(
+    rows: Tensor, count: int, key: tuple[int, int], start: int, ties: Ties = "hash"
+) -> Tensor:
+    """Which elements are among the `count` largest magnitudes of their row.
+
+    Args:
+        rows: whole rows, (r, width).
+        start: global index of rows[0, 0]; equal magnitudes are decided by the counter hash of the
+            global index, or with `ties: index` the first ones stay.
+
+    Returns:
+        bool, shape of rows, with exactly `min(count, width)` in each row.
+    """
+    width = rows.shape[1]
+    if count >= width:
+        return torch.ones_like(rows, dtype=torch.bool)
+    if count <= 0:
+        return torch.zeros_like(rows, dtype=torch.bool)
+    keys = magnitude_keys(rows)
+    ordered = np.partition(keys.numpy(), width - count, axis=1)
+    threshold = torch.from_numpy(ordered[:, width - count : width - count + 1].copy())
+    mask = keys > threshold
+    missing = count - mask.sum(dim=1)
+    equal = (keys == threshold) & ((keys == threshold).sum(dim=1) > missing)[:, None]
+    mask |= (keys == threshold) & ~equal
+    return _decide_ties(mask, equal, missing, key, start, ties)
+
+
+def _decide_ties(
+    mask: Tensor, equal: Tensor, missing: Tensor, key: tuple[int, int], start: int, ties: Ties
+) -> Tensor:
+    """`mask` with the first `missing[i]` of the equal elements of each row i put in."""
+    places = equal.reshape(-1).nonzero().squeeze(1)
+    if places.numel() == 0:
+        return mask
+    row = places // mask.shape[1]
+    order = places if ties == "index" else counter_words_at(key, places + start)
+    by_row = (row << 32 | (order & 0xFFFFFFFF)).argsort()
+    row = row[by_row]
+    rank = torch.arange(len(row)) - torch.searchsorted(row, row)
+    mask.view(-1)[places[by_row][rank < missing[row]]] = True
+    return mask
+
+
+def magprune_probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
+    """DELLA's keep probabilities (Deep et al. 2024): larger magnitudes are kept more often.
+
+    `p_r = (p - eps) + 2 eps (rank - 1) / (width - 1)`, rank 1 = smallest magnitude of its row;
+    equal magnitudes get their mid-rank, a row of width 1 has p_r = p. eps is the half width of the
+    window; the paper's is the full width.
+
+    Args:
+        rows: whole rows, (r, width).
+
+    Returns:
+        float64, shape of rows.
+    """
+    width = rows.shape[1]
+    if width == 1:
+        return torch.full(rows.shape, density, dtype=torch.float64)
+    # Sorted together with their columns: numpy sorts integers fastest.
+    keys = magnitude_keys(rows).numpy().astype(np.int64) << 32
+    ordered = np.sort(keys | np.arange(width), axis=1)
+    columns, magnitudes = ordered & 0xFFFFFFFF, ordered >> 32
+    places = np.broadcast_to(np.arange(width, dtype=np.int32), rows.shape)
+    starts = np.ones(rows.shape, dtype=bool)
+    np.not_equal(magnitudes[:, 1:], magnitudes[:, :-1], out=starts[:, 1:])
+    ends = np.ones(rows.shape, dtype=bool)
+    ends[:, :-1] = starts[:, 1:]
+    first = np.maximum.accumulate(np.where(starts, places, 0), axis=1)
+    last = np.minimum.accumulate(np.where(ends, places, width)[:, ::-1], axis=1)[:, ::-1]
+    middle = np.empty(rows.shape)
+    np.put_along_axis(middle, columns, (first + last) / 2, axis=1)
+    return torch.from_numpy((density - epsilon) + 2 * epsilon * middle / (width - 1))
+
+
+def magprune(
+    rows: Tensor,
+    density: float,
+    epsilon: float,
+    key: tuple[int, int],
+    start: int,
+    *,
+    rescale: bool = True,
+) -> Tensor:
+    """Keep each element with its own probability p_r (DELLA), divided by it with `rescale`.
+
+    Args:
+        rows: whole rows, (r, width).
+        density: in (0, 1]; 1 keeps everything.
+        start: global index of rows[0, 0].
+    """
+    if density == 1:
+        return rows
+    probabilities = magprune_probabilities(rows, density, epsilon)
+    words = counter_words(key, start, rows.numel()).view(rows.shape)
+    mask = words < (probabilities * WORDS).floor()
+    kept = torch.where(mask, rows, 0.0)
+    return kept.div_(probabilities) if rescale else kept

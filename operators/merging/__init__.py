@@ -1,7 +1,21 @@
 """Offline merge methods: pure functions on tensors, and the table of them."""
 
-from operators.merging.merge import merge_tensor
-from operators.merging.method import MergeInput, Method, Parameter
+from operators.merging.gathering import Gathering, begin_gathering
+from operators.merging.merge import merge_range, merge_tensor
+from operators.merging.method import MergeContext, MergeInput, Method
+from operators.merging.mixup import mixup_lambda
+from operators.merging.parameters import Parameter
 from operators.merging.table import METHODS
 
-__all__ = ["METHODS", "MergeInput", "Method", "Parameter", "merge_tensor"]
+__all__ = [
+    "METHODS",
+    "Gathering",
+    "MergeContext",
+    "MergeInput",
+    "Method",
+    "Parameter",
+    "begin_gathering",
+    "merge_range",
+    "merge_tensor",
+    "mixup_lambda",
+]

@@ -1,12 +1,79 @@
-"""Weighted averages of the models themselves."""
+"""Averages of the models themselves: weighted, by preference, and Model Stock's."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from operators.consensus import weighted_sum
-from operators.merging.method import MergeInput
+from operators.merging.method import MergeInput, StatisticFactory
+from operators.merging.reductions import gram_matrix, gram_of
+
+SIMPLEX_TOLERANCE = 1e-6
+_SINGULAR = 1e-6  # mergekit keeps the base where the denominator of t is smaller
 
 
 def linear(work: MergeInput) -> Tensor:
     """Model soup (Wortsman et al. 2022): `sum_i w_i W_i`, divided by `sum_i w_i` with normalize."""
     parameters = work.parameters
-    return weighted_sum(work.models, parameters["weight"], normalize=parameters["normalize"])
+    return weighted_sum(work.weights(), parameters["weight"], normalize=parameters["normalize"])
+
+
+def rewarded_soup(work: MergeInput) -> Tensor:
+    """Rewarded soups (Rame et al. 2023): `sum_i w_i W_i`, w on the simplex of preferences."""
+    return weighted_sum(work.weights(), work.parameters["weight"], normalize=False)
+
+
+def check_simplex(parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the weights sum to 1; that none is negative is in their range."""
+    total = sum(parameters["weight"])
+    if abs(total - 1) > SIMPLEX_TOLERANCE:
+        raise ValueError(f"weight: found weights that sum to {total:g}; allowed: a sum of 1")
+
+
+def model_stock(work: MergeInput) -> Tensor:
+    """Model Stock (Jang et al. 2024): `W = t mean(W_i) + (1 - t) W_0` with
+    `t = T cos / (1 + (T - 1) cos)`, cos = the mean cosine between two deltas.
+
+    For the tensor or for each of its rows. cos <= 0 gives t = 0; a zero delta counts as cosine 0.
+    """
+    deltas = work.deltas()
+    clip = work.parameters["fidelity"] == "paper"
+    mean = weighted_sum(deltas, [1.0] * len(deltas), normalize=True)
+    if work.parameters["scope"] == "row":
+        rows = [delta.view(-1, work.width) for delta in deltas]
+        ratios = torch.from_numpy(stock_ratio(gram_matrix(rows), clip=clip)).float()
+        return work.origin().add_(mean.view(-1, work.width).mul_(ratios[:, None]).view(-1))
+    t = float(stock_ratio(np.array(work.context.gram), clip=clip))
+    return work.origin().add(mean, alpha=t)
+
+
+def stock_ratio(gram: NDArray[np.float64], *, clip: bool = True) -> NDArray[np.float64]:
+    """Model Stock's t from inner products (T, T, ...) of the deltas: float64 (...).
+
+    With `clip`, t = 0 for cos <= 0; without, as mergekit has it, t is what the formula gives, of
+    any sign and size, and 0 only where its denominator is below 1e-6.
+    """
+    count = len(gram)
+    norms = np.sqrt(np.einsum("ii...->i...", gram))
+    total = np.zeros(gram.shape[2:])
+    for i in range(count):
+        for j in range(i):
+            # Norms one after the other: their product underflows for tiny deltas.
+            known = (norms[i] > 0) & (norms[j] > 0)
+            cosine = gram[i, j] / np.where(known, norms[i], 1.0) / np.where(known, norms[j], 1.0)
+            total += np.where(known, np.clip(cosine, -1.0, 1.0), 0.0)
+    cosine = total / (count * (count - 1) / 2)
+    if clip:
+        cosine = np.maximum(cosine, 0.0)
+    below = 1 + (count - 1) * cosine
+    singular = np.abs(below) < _SINGULAR
+    return np.where(singular, 0.0, count * cosine / np.where(singular, 1.0, below))
+
+
+def stock_statistics(parameters: Mapping[str, Any]) -> tuple[StatisticFactory, ...]:
+    """Inner products of the deltas, unless each row has its own."""
+    return () if parameters["scope"] == "row" else (gram_of(MergeInput.deltas),)

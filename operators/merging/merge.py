@@ -1,12 +1,15 @@
 """The entry point of every merge: one tensor, or one flat range of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from operators.merging.method import MergeInput
+from operators.merging.gathering import gather
+from operators.merging.method import CHUNK, MergeContext, MergeInput, Method
 from operators.merging.table import METHODS
 
 
@@ -19,6 +22,7 @@ def merge_tensor(
     seed: int = 0,
     start: int = 0,
     shape: tuple[int, ...] | None = None,
+    context: MergeContext | None = None,
     **parameters: Any,
 ) -> Tensor:
     """Merge one tensor, or the flat range of it that begins at element `start`.
@@ -29,8 +33,10 @@ def merge_tensor(
         base: the tensor of the base model, where the method has one.
         name: the tensor's name in the checkpoint; random masks depend on it.
         seed: of the random masks.
-        start: first global index of a flat range; methods whose unit is the tensor need all of it.
+        start: first global index of a flat range, a multiple of `Method.grain(shape, parameters)`.
         shape: global shape of the tensor that the range is from; default the models' own.
+        context: what a gathering found of the whole (operators.merging.method); without one it is
+            found here, for which the whole tensor is needed.
         **parameters: the method's parameters; `lambda_` is `lambda`; per-model ones may be lists.
 
     Returns:
@@ -38,32 +44,65 @@ def merge_tensor(
 
     Raises:
         ValueError: an unknown method or parameter, a value out of range, shapes that differ, or
-            a range where the whole tensor is needed.
+            a range where the whole tensor or a context is needed.
     """
     if method not in METHODS:
         raise ValueError(f"method: found {method!r}; allowed: {', '.join(METHODS)}")
     entry = METHODS[method]
-    entry.check_models(len(models), has_base=base is not None)
     given = {"lambda" if key == "lambda_" else key: value for key, value in parameters.items()}
+    complete = entry.complete(given, len(models))
+    entry.check_models(len(models), has_base=base is not None, parameters=complete)
     own = tuple(models[0].shape)
-    whole = own if shape is None else tuple(shape)
     for tensor in (*models, *([] if base is None else [base])):
         if tuple(tensor.shape) != own:
             raise ValueError(f"{name}: found shapes {own} and {tuple(tensor.shape)}; allowed: one")
-    if entry.unit == "tensor" and (start != 0 or models[0].numel() != torch.Size(whole).numel()):
-        raise ValueError(f"{name}: {method} needs the whole tensor, found a range of it")
     work = MergeInput(
-        models=[_flat(model) for model in models],
-        base=None if base is None else _flat(base),
+        models=[model.detach().reshape(-1) for model in models],
+        base=None if base is None else base.detach().reshape(-1),
         name=name,
-        shape=whole,
+        shape=own if shape is None else tuple(shape),
         seed=seed,
         start=start,
-        parameters=entry.complete(given, len(models)),
+        parameters=complete,
     )
-    return entry.merge(work).view(own)
+    return merge_range(method, work, context).view(own)
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """Row-major elements in float32: differences in bf16 would lose most of their bits."""
-    return tensor.detach().reshape(-1).to(torch.float32)
+def merge_range(method: str, work: MergeInput, context: MergeContext | None = None) -> Tensor:
+    """As `merge_tensor`, of an input that is checked and flat: (n,) float32.
+
+    Raises:
+        ValueError: a range where the whole tensor or a context is needed, or rows cut in two.
+    """
+    entry = METHODS[method]
+    unit = entry.unit_of(work.parameters)
+    whole = work.start == 0 and work.count == prod(work.shape)
+    if not whole:
+        if unit == "tensor":
+            raise ValueError(f"{work.name}: {method} needs the whole tensor, found a range of it")
+        if context is None and entry.statistics(work.parameters):
+            raise ValueError(f"{work.name}: {method} of a range needs a context, found none")
+        if unit == "row" and (work.start % work.width or work.count % work.width):
+            raise ValueError(
+                f"{work.name}: found the range [{work.start}, {work.start + work.count}); "
+                f"allowed: whole rows of {work.width} elements"
+            )
+    if work.count == 0:
+        return torch.empty(0)
+    if context is None:
+        context = gather(method, work)
+    return _in_chunks(entry, replace(work, context=context))
+
+
+def _in_chunks(entry: Method, work: MergeInput) -> Tensor:
+    """The merge, a piece at a time that stays in a core's cache."""
+    unit = entry.unit_of(work.parameters)
+    if unit == "tensor":
+        return entry.merge(work)
+    size = max(1, CHUNK // work.width) * work.width if unit == "row" else CHUNK
+    if work.count <= size:
+        return entry.merge(work)
+    merged = torch.empty(work.count)
+    for first, part in work.parts(size):
+        merged[first : first + part.count] = entry.merge(part)
+    return merged

@@ -1,60 +1,76 @@
-"""What a merge method is: a function on one range of one tensor, and its parameters."""
+"""What a merge method is, and how an engine streams one.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+A method is a pure function of one flat range of one tensor: `Method.merge(MergeInput) -> Tensor`.
+What a range cannot know by itself (a threshold over the whole tensor, a norm, M3's lambda) is in
+its `MergeContext`. The context is found beforehand by a `Gathering` (operators.merging.gathering),
+which sees the same ranges in one or more passes and keeps only small sums of them:
 
+    gathering = begin_gathering(method, {name: shape}, num_models=T, seed=seed, parameters=values)
+    while not gathering.done:
+        total = None
+        for start, stop in ranges:                     # in any order, any process
+            seen = gathering.observe(name, models, base, start)
+            total = seen if total is None else gathering.add(total, seen)
+        gathering = gathering.advance(total)           # the next pass, or the end
+    context = gathering.context(name)
+    merged = merge_tensor(method, models, base, name=name, start=start, shape=shape,
+                          context=context, **values)   # any range, in any order
+
+- Ranges must start at multiples of `Method.grain(shape, parameters)` and end at such a multiple or
+  at the tensor's end. Within that rule neither their sizes nor their order change a bit of the
+  result. Each element is shown once in each pass.
+- Models and base may be handed over in the checkpoint's dtype and of any size, for example as views
+  of mapped files: they are worked on in float32, in chunks that stay in a core's cache. In a pass
+  over a sample (`gathering.sampled(name, start, stop)` is false for ranges without any element of
+  it) ranges may be left out where that is false.
+- `gathering`, what `observe` returns and contexts can be pickled and are small (a few MB at most).
+- `scope: model` (`parameters["scope"]`) wants one gathering over all tensors that are merged,
+  `{name: shape}` of all of them; otherwise one for each tensor. Methods that need nothing give a
+  gathering that is done at once.
+- `merge_tensor(..., context=None)` of a whole tensor does all of this itself.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, Literal, Protocol
+
+import torch
 from torch import Tensor
 
-REQUIRED = "required"
+from operators.merging.parameters import Parameter, complete_parameters
+from operators.sparsify import TopCut
+
+Unit = Literal["element", "row", "tensor"]
+BLOCK = 1 << 20  # elements of a block of a sum: partial sums do not depend on chunks
+CHUNK = 1 << 16  # elements worked on at once: a few float32 buffers of it stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
-    """One parameter of a method: its default (or REQUIRED), its range or choices.
+class MergeContext:
+    """What only the whole tensor, or the whole merge, can tell the merge of a range.
 
-    A number lies in [low, high]; `above_low` leaves `low` itself out. A parameter with a boolean
-    default is a switch; one with `choices` is one of these texts. `per_model` ones may be given as
-    a list with one value for each model.
+    Attributes:
+        cuts: for each model, where its delta is cut: top-p has one cut, breadcrumbs two.
+        cut_offset: global index of the tensor's first element in what the cuts run over.
+        rescale: for each model, the factor of what was kept (`rescale: l1`).
+        gram: inner products of the method's vectors over the tensor, float64.
+        mixup_lambda: M3's lambda, drawn once for the merge.
     """
 
-    meaning: str
-    default: float | bool | str
-    low: float = -float("inf")
-    high: float = float("inf")
-    above_low: bool = False
-    per_model: bool = False
-    choices: tuple[str, ...] = ()
-
-    @property
-    def allowed(self) -> str:
-        """The range in words."""
-        if self.choices:
-            return ", ".join(self.choices)
-        if isinstance(self.default, bool):
-            return "true, false"
-        if self.low == -float("inf") and self.high == float("inf"):
-            return "a finite number"
-        lower = f"above {self.low:g}" if self.above_low else f"at least {self.low:g}"
-        return lower if self.high == float("inf") else f"{lower} and at most {self.high:g}"
-
-    def accepts(self, value: Any) -> bool:
-        """Whether a value has the right type and range."""
-        if self.choices:
-            return value in self.choices
-        if isinstance(self.default, bool) or isinstance(value, bool):
-            return isinstance(self.default, bool) and isinstance(value, bool)
-        if not isinstance(value, int | float) or not abs(value) < float("inf"):
-            return False
-        return self.low <= value <= self.high and not (self.above_low and value == self.low)
+    cuts: tuple[tuple[TopCut, ...], ...] = ()
+    cut_offset: int = 0
+    rescale: tuple[float, ...] = ()
+    gram: tuple[tuple[float, ...], ...] = ()
+    mixup_lambda: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class MergeInput:
     """One flat range of one tensor of all models, and all that a method may need to know of it.
 
-    models and base are (n,) float32; element 0 is element `start` of the tensor of global `shape`.
-    `parameters` are complete; the per-model ones are lists.
+    models and base are (n,) of any floating dtype; element 0 is element `start` of the tensor of
+    global `shape`. `parameters` are complete; the per-model ones are lists.
     """
 
     models: Sequence[Tensor]
@@ -64,69 +80,198 @@ class MergeInput:
     seed: int
     start: int
     parameters: Mapping[str, Any]
+    context: MergeContext = field(default_factory=MergeContext)
+
+    @property
+    def count(self) -> int:
+        """Elements of the range."""
+        return self.models[0].numel()
+
+    @property
+    def width(self) -> int:
+        """Elements of a row: of the last dimension, or of all of a vector."""
+        return self.shape[-1] if self.shape else 1
+
+    def weights(self) -> list[Tensor]:
+        """The models' own values in float32."""
+        return [model.to(torch.float32) for model in self.models]
+
+    def origin(self) -> Tensor:
+        """`W_0` in float32."""
+        assert self.base is not None
+        return self.base.to(torch.float32)
 
     def deltas(self) -> list[Tensor]:
-        """The task vectors `W_i - W_0` of the range."""
-        assert self.base is not None
-        return [model - self.base for model in self.models]
+        """The task vectors `W_i - W_0` in float32: bf16 would lose most of their bits."""
+        origin = self.origin()
+        return [
+            model - origin if model.dtype == torch.float32 else model.float().sub_(origin)
+            for model in self.models
+        ]
+
+    def part(self, first: int, last: int) -> "MergeInput":
+        """The elements [first, last) of the range."""
+        return replace(
+            self,
+            models=[model[first:last] for model in self.models],
+            base=None if self.base is None else self.base[first:last],
+            start=self.start + first,
+        )
+
+    def parts(self, size: int) -> Iterator[tuple[int, "MergeInput"]]:
+        """The range in parts of `size`, each with its offset."""
+        for first in range(0, self.count, size):
+            yield first, self.part(first, min(first + size, self.count))
+
+
+def rows_of_block(width: int) -> int:
+    """Rows of a block of a sum, where a method works on whole rows."""
+    return max(1, BLOCK // max(1, width))
 
 
 MergeFunction = Callable[[MergeInput], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Scope:
+    """What a gathering runs over: the tensors in the order of their names, and the merge's settings."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    num_models: int
+    seed: int
+    parameters: Mapping[str, Any]
+
+    @property
+    def count(self) -> int:
+        """Elements of all tensors."""
+        return sum(map(prod, self.shapes.values()))
+
+    @property
+    def over_model(self) -> bool:
+        """Whether thresholds run over all tensors of the merge."""
+        return self.parameters.get("scope") == "model"
+
+    def offset(self, name: str) -> int:
+        """Global index of a tensor's first element."""
+        before = (own for own in self.shapes if own < name)
+        return sum(prod(self.shapes[own]) for own in before) if self.over_model else 0
+
+
+class Statistic(Protocol):
+    """One thing to gather, in one or more passes; each state is immutable and can be pickled."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing has to be seen any more."""
+
+    def sampled(self, first: int, last: int) -> bool:
+        """Whether this pass looks at any of the elements [first, last) of the scope."""
+
+    def observe(self, work: MergeInput, offset: int) -> Any:
+        """What a range adds to this pass; `offset` is its tensor's first index in the scope."""
+
+    def add(self, one: Any, other: Any) -> Any:
+        """What two ranges add together."""
+
+    def advance(self, total: Any) -> "Statistic":
+        """The state after a pass in which all ranges added `total`."""
+
+    def fill(self, context: MergeContext, name: str) -> MergeContext:
+        """The context of a tensor with what was found."""
+
+
+StatisticFactory = Callable[[Scope], Statistic]
+
+
+def no_statistics(parameters: Mapping[str, Any]) -> tuple[StatisticFactory, ...]:
+    """What methods gather of which every range can be merged alone."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
 class Method:
     """A merge method as the table has it.
 
-    `unit` is the smallest part of a tensor that can be merged by itself: any range of elements, or
-    the whole tensor. `num_models` are the fewest and the most models (None: any number).
+    Attributes:
+        unit: the smallest part that can be merged alone, without a context, at default parameters:
+            an element, a row, the whole tensor. An engine that gathers contexts asks `unit_of`.
+        streamed_unit: the same for one that is given the context.
+        needs_base: whether there is a base model; the name of a parameter: where that is given.
+        num_models: the fewest and the most models (None: any number).
+        statistics: what must be gathered with these parameters, in this order.
+        check: raises ValueError for combinations of parameters that cannot be.
     """
 
     merge: MergeFunction
     summary: str
     parameters: Mapping[str, Parameter]
-    needs_base: bool = True
-    unit: Literal["element", "tensor"] = "element"
+    needs_base: bool | str = True
+    unit: Unit = "element"
+    streamed_unit: Unit = "element"
     num_models: tuple[int, int | None] = (1, None)
+    statistics: Callable[[Mapping[str, Any]], tuple[StatisticFactory, ...]] = no_statistics
+    check: Callable[[Mapping[str, Any]], None] | None = None
+
+    def unit_of(self, parameters: Mapping[str, Any]) -> Unit:
+        """The smallest part that can be merged alone, given these parameters and a context."""
+        return "row" if parameters.get("scope") == "row" else self.streamed_unit
+
+    def grain(self, shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int:
+        """Ranges of a tensor of this shape must start at multiples of this many elements."""
+        unit, sums = self.unit_of(parameters), bool(self.statistics(parameters))
+        if unit == "tensor":
+            return max(1, prod(shape))
+        if unit == "row":
+            width = max(1, shape[-1] if shape else 1)
+            return width * rows_of_block(width) if sums else width
+        return BLOCK if sums else 1
 
     def complete(self, given: Mapping[str, Any], num_models: int) -> dict[str, Any]:
         """Parameters with defaults put in, the per-model ones as lists.
 
         Raises:
-            ValueError: an unknown or missing parameter, or a value out of its range.
+            ValueError: an unknown or missing parameter, a value out of its range, or a combination
+                that cannot be.
         """
-        for name in given:
-            if name not in self.parameters:
-                allowed = ", ".join(self.parameters) or "none"
-                raise ValueError(f"{name}: unknown parameter; allowed: {allowed}")
-        return {
-            name: _complete(name, parameter, given.get(name, parameter.default), num_models)
-            for name, parameter in self.parameters.items()
-        }
+        values = complete_parameters(self.parameters, self._translated(given), num_models)
+        if values.get("filter_wise"):
+            if given.get("scope", "row") != "row":
+                raise ValueError(f"filter_wise: found true with scope: {given['scope']}")
+            values["scope"] = "row"
+        if self.check is not None:
+            self.check(values)
+        return values
 
-    def check_models(self, num_models: int, *, has_base: bool) -> None:
-        """Raise ValueError unless the method takes so many models, with or without a base."""
+    def _translated(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """mergekit's `rescale`, a switch, as one of the names: on is the method's own, or l1."""
+        values = dict(given)
+        parameter = self.parameters.get("rescale")
+        if parameter is not None and isinstance(values.get("rescale"), bool):
+            own = parameter.default
+            if values.get("fidelity") == "mergekit" or own == "none":
+                own = "l1"
+            values["rescale"] = own if values["rescale"] else "none"
+        return values
+
+    def check_models(
+        self, num_models: int, *, has_base: bool, parameters: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raise ValueError unless the method takes so many models, with or without a base.
+
+        Args:
+            parameters: complete ones; without them, what depends on them is not checked.
+        """
         fewest, most = self.num_models
         if num_models < fewest or (most is not None and num_models > most):
             allowed = f"{fewest} or more" if most is None else f"{fewest} to {most}"
             allowed = str(fewest) if most == fewest else allowed
             raise ValueError(f"models: found {num_models}; allowed: {allowed}")
-        if self.needs_base and not has_base:
+        needed = self.needs_base
+        if isinstance(needed, str):
+            if parameters is None:
+                return
+            needed = parameters[needed] is not None
+        if needed and not has_base:
             raise ValueError("base_model: required, not given")
-        if has_base and not self.needs_base:
+        if has_base and not needed:
             raise ValueError("base_model: has no effect with this method")
-
-
-def _complete(name: str, parameter: Parameter, value: Any, num_models: int) -> Any:
-    """One parameter's value, checked; a list where it is per model."""
-    if isinstance(value, str) and value == REQUIRED:
-        raise ValueError(f"{name}: required, not given; allowed: {parameter.allowed}")
-    values = list(value) if isinstance(value, list | tuple) else None
-    if values is not None and not parameter.per_model:
-        raise ValueError(f"{name}: found a list; allowed: one value for all models")
-    if values is not None and len(values) != num_models:
-        raise ValueError(f"{name}: found {len(values)} values; allowed: one for each model")
-    for one in values or [value]:
-        if not parameter.accepts(one):
-            raise ValueError(f"{name}: found {one!r}; allowed: {parameter.allowed}")
-    return (values or [value] * num_models) if parameter.per_model else value

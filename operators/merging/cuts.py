@@ -1,0 +1,236 @@
+"""The statistic of thresholds: where each model's delta is cut so that exactly k elements stay.
+
+The first pass looks at a sample (of a small tensor: at all of it) and brackets each threshold. The
+second counts what is above the bracket and how keys spread inside it. If only some of the elements
+at a threshold stay, the third finds the counter word up to which they do. Tensors whose sample
+misled, or whose magnitudes spread over many octaves, take one pass more.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from operators.counter_random import WORDS, counter_key, counter_words_at
+from operators.merging.method import CHUNK, MergeContext, MergeInput, Scope, StatisticFactory
+from operators.selection import Cut, KeyCounts, KeySearch, cut_of, sample_places
+from operators.sparsify import TopCut
+
+Keys = NDArray[np.int32]
+Counts = Callable[[Mapping[str, Any], int, int], Sequence[int]]
+_TOP_KEY = 0x7FFFFFFF
+_RUNS, _RUN = 128, 1024  # a sample is so many runs of so many neighbours
+_ALL = 2 * _RUNS * _RUN  # below it, all elements are the sample
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One threshold: the `count` largest magnitudes of a model stay.
+
+    `search` runs over magnitudes until `cut` is known, then over what decides between equal ones.
+    """
+
+    model: int
+    count: int
+    search: KeySearch | None = None
+    cut: Cut | None = None
+    found: TopCut | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CutSearch:
+    """All thresholds of a tensor, or of all tensors of a merge (`scope: model`).
+
+    Attributes:
+        vectors: what is cut, made of a range: one float32 tensor for each model.
+        targets: None of them has a search before the sample is seen.
+    """
+
+    scope: Scope
+    vectors: Callable[[MergeInput], Sequence[Tensor]]
+    targets: tuple[Target, ...]
+
+    @property
+    def done(self) -> bool:
+        """Whether all thresholds are found."""
+        return all(target.found is not None for target in self.targets)
+
+    @property
+    def _sampling(self) -> bool:
+        return all(target.search is None for target in self.targets if target.found is None)
+
+    def sampled(self, first: int, last: int) -> bool:
+        """Whether this pass looks at the elements [first, last): after the first pass, always."""
+        return not self._sampling or len(self._sample(first, last)) > 0
+
+    def observe(self, work: MergeInput, offset: int) -> Any:
+        """The range's part of the sample, or its counts for each target."""
+        if self._sampling:
+            return self._observe_sample(work, offset)
+        above = [0] * len(self.targets)
+        inside: list[list[NDArray[Any]]] = [[] for _ in self.targets]
+        for first, part in work.parts(CHUNK):
+            keys = [_keys(vector) for vector in self.vectors(part)]
+            for i, target in enumerate(self.targets):
+                search = target.search
+                if target.found is not None or search is None:
+                    continue
+                values: NDArray[Any] = keys[target.model]
+                if target.cut is not None:
+                    places = np.flatnonzero(values == target.cut.key)
+                    values = self._order(target.model, places + (offset + work.start + first))
+                above[i] += int(np.count_nonzero(values > search.high))
+                inside[i].append(values[(values >= search.low) & (values <= search.high)])
+        return [
+            None if target.search is None else target.search.count(inside[i], above[i])
+            for i, target in enumerate(self.targets)
+        ]
+
+    def add(self, one: Any, other: Any) -> Any:
+        """Samples side by side; counts added."""
+        if self._sampling:
+            return [np.concatenate(pair, axis=1) for pair in zip(one, other, strict=True)]
+        return [
+            None if target.search is None else target.search.add(a, b)
+            for target, a, b in zip(self.targets, one, other, strict=True)
+        ]
+
+    def advance(self, total: Any) -> "CutSearch":
+        """Brackets from the sample; then narrower ones, until the cuts are exact."""
+        if self._sampling:
+            targets = [
+                target if target.found else self._bracket(target, total[target.model])
+                for target in self.targets
+            ]
+        else:
+            targets = [
+                target if counts is None else self._narrow(target, counts)
+                for target, counts in zip(self.targets, total, strict=True)
+            ]
+        return replace(self, targets=tuple(targets))
+
+    def fill(self, context: MergeContext, name: str) -> MergeContext:
+        """The context with every model's cuts."""
+        cuts: list[list[TopCut]] = [[] for _ in range(self.scope.num_models)]
+        for target in self.targets:
+            assert target.found is not None
+            cuts[target.model].append(target.found)
+        return replace(context, cuts=tuple(map(tuple, cuts)), cut_offset=self.scope.offset(name))
+
+    def _sample(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The sample's runs in the indices [first, last) of the scope: evenly spread."""
+        count = self.scope.count
+        if count <= _ALL:
+            return [(first, last)] if last > first else []
+        starts = (place * (count - _RUN) // (_RUNS - 1) for place in range(_RUNS))
+        runs = ((max(start, first), min(start + _RUN, last)) for start in starts)
+        return [(begin, end) for begin, end in runs if begin < end]
+
+    def _observe_sample(self, work: MergeInput, offset: int) -> list[NDArray[np.int64]]:
+        """For each model, rows of places and keys of the sampled elements of a range."""
+        begin = offset + work.start
+        seen: list[list[NDArray[np.int64]]] = [[] for _ in work.models]
+        for first, last in self._sample(begin, begin + work.count):
+            places = np.arange(first, last)
+            part = work.part(first - begin, last - begin)
+            for model, vector in enumerate(self.vectors(part)):
+                seen[model].append(np.stack([places, _keys(vector)]))
+        return [np.concatenate(one or [np.empty((2, 0), dtype=np.int64)], axis=1) for one in seen]
+
+    def _bracket(self, target: Target, sample: NDArray[np.int64]) -> Target:
+        """The first search of a target; the cut itself where the sample is everything."""
+        keys = sample[1, sample[0].argsort()]
+        count, size = self.scope.count, len(keys)
+        if count <= _ALL:
+            return self._settle(target, cut_of(keys, target.count))
+        assert size == _RUNS * _RUN
+        ordered = np.sort(keys)[::-1]
+        middle = min(max(round(target.count / count * size), 1), size)
+        above = (keys > ordered[middle - 1]).reshape(_RUNS, _RUN).mean(axis=1)
+        # Neighbours are alike, so a run is one draw and not a thousand.
+        share = target.count / count
+        spread = max(float(above.std()) * math.sqrt(_RUN), math.sqrt(share * (1 - share)))
+        first, last = sample_places(target.count, count, size, spread)
+        low = int(ordered[last - 1]) if last <= size else 0
+        high = int(ordered[first - 1]) if first >= 1 else _TOP_KEY
+        return replace(target, search=KeySearch(target.count, low, high, _TOP_KEY))
+
+    def _narrow(self, target: Target, counts: KeyCounts) -> Target:
+        """A target after a pass of its search."""
+        assert target.search is not None
+        state = target.search.advance(counts)
+        if isinstance(state, KeySearch):
+            return replace(target, search=state)
+        if target.cut is None:
+            return self._settle(target, state)
+        top = target.search.top
+        last = TopCut(target.cut.key, top - state.key, by_index=self._by_index)
+        return replace(target, search=None, found=last)
+
+    def _settle(self, target: Target, cut: Cut) -> Target:
+        """A target whose magnitude is known: found, or to be decided between equal ones."""
+        if cut.key == 0 or cut.num_above + cut.num_equal == target.count:
+            return replace(target, search=None, cut=cut, found=TopCut(cut.key, None))
+        k, tied = target.count - cut.num_above, cut.num_equal
+        if self._by_index:
+            top = self.scope.count - 1
+            return replace(target, cut=cut, search=KeySearch(k, 0, top, top))
+        # Counter words are uniform, so that the k-th lies close to its expectation.
+        margin = 8 * math.sqrt(k * (tied - k) / tied) + 8
+        low = math.floor((1 - (k + margin) / tied) * WORDS)
+        high = math.ceil((1 - (k - margin) / tied) * WORDS)
+        top = WORDS - 1
+        search = KeySearch(k, max(low, 0), min(high, top), top, collect=True)
+        return replace(target, cut=cut, search=search)
+
+    @property
+    def _by_index(self) -> bool:
+        return bool(self.scope.parameters.get("ties") == "index")
+
+    def _order(self, model: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What decides between equal magnitudes, largest first: the counter word or the index."""
+        if self._by_index:
+            return self.scope.count - 1 - places
+        key = tie_key(self.scope, model)
+        return WORDS - 1 - counter_words_at(key, torch.from_numpy(places)).numpy()
+
+
+def tie_key(scope: Scope, model: int) -> tuple[int, int]:
+    """The counter hash's key that decides between equal magnitudes of a model.
+
+    With `scope: model` the indices run over all tensors, and the name is empty.
+    """
+    name = "" if scope.over_model else next(iter(scope.shapes))
+    return counter_key(scope.seed, name, model, 0)
+
+
+def search_cuts(
+    counts: Counts, vectors: Callable[[MergeInput], Sequence[Tensor]]
+) -> StatisticFactory:
+    """The statistic of cuts.
+
+    Args:
+        counts: from the parameters, a model's position and the number of elements: how many stay
+            above each of the model's cuts.
+        vectors: what is cut, made of a range: one float32 tensor for each model.
+    """
+
+    def begin(scope: Scope) -> CutSearch:
+        targets = [
+            Target(model, kept, found=TopCut(0, None) if kept >= scope.count else None)
+            for model in range(scope.num_models)
+            for kept in counts(scope.parameters, model, scope.count)
+        ]
+        return CutSearch(scope, vectors, tuple(targets))
+
+    return begin
+
+
+def _keys(vector: Tensor) -> Keys:
+    """Integers that order like magnitudes."""
+    return vector.numpy().view(np.int32) & np.int32(_TOP_KEY)

@@ -1,0 +1,103 @@
+"""Mixup Model Merge, M3 (Zhou et al. 2025): two models, mixed in a proportion drawn at random.
+
+`lam ~ Beta(alpha, alpha)` is drawn once for the merge, from its seed. With DARE (`dare_density`)
+the deltas are dropped at random and rescaled beforehand.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from operators.consensus import mixup
+from operators.counter_random import counter_key
+from operators.merging.cuts import search_cuts
+from operators.merging.method import MergeInput, StatisticFactory
+from operators.merging.task_vectors import cut_mask, model_key, row_mask, top_counts
+from operators.sparsify import bernoulli, kept_count
+
+
+def draw_mixup_lambda(alpha: float, seed: int) -> float:
+    """lam of a merge: Beta(alpha, alpha), a function of the seed alone.
+
+    numpy's RandomState, whose stream is frozen, seeded by the counter hash.
+    """
+    generator = np.random.RandomState(counter_key(seed, "mixup_lambda", 0, 0))
+    return float(generator.beta(alpha, alpha))
+
+
+def mixup_lambda(parameters: Mapping[str, Any], seed: int) -> float:
+    """lam of a merge with these parameters: the given one, or the one that the seed draws."""
+    fixed = parameters["mixup_lambda"]
+    return draw_mixup_lambda(parameters["mixup_alpha"], seed) if fixed is None else float(fixed)
+
+
+def check_mixup(parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError unless there is either a lam or an alpha to draw it with."""
+    alpha, fixed = parameters["mixup_alpha"], parameters["mixup_lambda"]
+    if alpha is None and fixed is None:
+        raise ValueError("mixup_alpha: required where mixup_lambda is not given; allowed: above 0")
+    if alpha is not None and fixed is not None:
+        raise ValueError("mixup_alpha: has no effect where mixup_lambda is given")
+
+
+def m3_average(work: MergeInput) -> Tensor:
+    """`lam W_1 + (1 - lam) W_2` (eq. 4); with DARE `W_0 + lam F(D_1) + (1 - lam) F(D_2)`."""
+    if work.parameters["dare_density"] is not None:
+        return work.origin().add_(_mixed(work))
+    first, second = work.weights()
+    return mixup(first, second, _lambda(work))
+
+
+def m3_task_arithmetic(work: MergeInput) -> Tensor:
+    """`W_0 + lambda (lam F(D_1) + (1 - lam) F(D_2))` (eq. 5)."""
+    return work.origin().add_(_mixed(work), alpha=work.parameters["lambda"])
+
+
+def m3_ties(work: MergeInput) -> Tensor:
+    """TIES with mixup where both deltas survive trim and election; else the survivor unchanged."""
+    trimmed = [
+        torch.where(_trim_mask(delta, work, i), delta, 0.0) for i, delta in enumerate(dared(work))
+    ]
+    elected = torch.sign(trimmed[0] + trimmed[1])
+    first, second = (torch.where(torch.sign(delta) == elected, delta, 0.0) for delta in trimmed)
+    both = (first != 0) & (second != 0)
+    merged = torch.where(both, mixup(first, second, _lambda(work)), first + second)
+    return work.origin().add_(merged, alpha=work.parameters["lambda"])
+
+
+def dared(work: MergeInput) -> list[Tensor]:
+    """The deltas, with DARE's drop and rescale where `dare_density` is given."""
+    deltas, density = work.deltas(), work.parameters["dare_density"]
+    if density is None:
+        return deltas
+    return [
+        bernoulli(delta, density, model_key(work, i), work.start, "inverse_density")
+        for i, delta in enumerate(deltas)
+    ]
+
+
+def mixup_ties_statistics(parameters: Mapping[str, Any]) -> tuple[StatisticFactory, ...]:
+    """The cuts through the deltas, after DARE."""
+    return () if parameters["scope"] == "row" else (search_cuts(top_counts, dared),)
+
+
+def _mixed(work: MergeInput) -> Tensor:
+    first, second = dared(work)
+    return mixup(first, second, _lambda(work))
+
+
+def _lambda(work: MergeInput) -> float:
+    """The merge's lam: the context's, or what the seed draws, which is the same."""
+    known = work.context.mixup_lambda
+    return mixup_lambda(work.parameters, work.seed) if known is None else known
+
+
+def _trim_mask(delta: Tensor, work: MergeInput, position: int) -> Tensor:
+    """TIES's trim: the largest magnitudes of tensor, model or row."""
+    if work.parameters["scope"] != "row":
+        return cut_mask(delta, work, position, 0)
+    count = kept_count(work.parameters["density"][position], work.width)
+    return row_mask(delta, work, position, count)

@@ -1,0 +1,134 @@
+"""Sums over whole tensors that do not depend on chunks, on threads or on the order of work.
+
+Float64 partial sums over fixed blocks, added in the order of their indices. Blocks are 2^20
+elements; where a method works on rows, as many whole rows as fit into that (at least one).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from operators.merging.method import (
+    BLOCK,
+    CHUNK,
+    MergeContext,
+    MergeInput,
+    Scope,
+    StatisticFactory,
+    rows_of_block,
+)
+
+Partials = dict[tuple[str, int], NDArray[np.float64]]
+BlockFunction = Callable[[MergeInput], NDArray[np.float64]]
+Fill = Callable[[MergeContext, NDArray[np.float64]], MergeContext]
+# mergekit too leaves a delta alone whose L1 norm, or what is kept of it, is smaller.
+SMALLEST_NORM = 1e-7
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSums:
+    """A statistic: the sum over a tensor's blocks of what `of_block` makes of each."""
+
+    of_block: BlockFunction
+    into: Fill
+    by_rows: bool = False
+    totals: Mapping[str, NDArray[np.float64]] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the one pass is over."""
+        return self.totals is not None
+
+    def sampled(self, first: int, last: int) -> bool:
+        """Every element counts."""
+        return True
+
+    def observe(self, work: MergeInput, offset: int) -> Partials:
+        """The partial sums of the range's blocks."""
+        size = rows_of_block(work.width) * work.width if self.by_rows else BLOCK
+        assert work.start % size == 0, "a range starts inside a block"
+        return {
+            (work.name, work.start + first): self.of_block(block)
+            for first, block in work.parts(size)
+        }
+
+    def add(self, one: Partials, other: Partials) -> Partials:
+        """The blocks of both."""
+        return one | other
+
+    def advance(self, total: Partials) -> "BlockSums":
+        """The sums, each tensor's blocks in the order of their indices."""
+        sums: dict[str, NDArray[np.float64]] = {}
+        for (name, _), partial in sorted(total.items(), key=lambda item: item[0]):
+            sums[name] = sums[name] + partial if name in sums else partial
+        return replace(self, totals=sums)
+
+    def fill(self, context: MergeContext, name: str) -> MergeContext:
+        """The context with what follows from a tensor's sum."""
+        assert self.totals is not None
+        return context if name not in self.totals else self.into(context, self.totals[name])
+
+
+def gram_matrix(vectors: Sequence[Tensor]) -> NDArray[np.float64]:
+    """Inner products of float32 vectors of one shape (..., n) along n: float64 (T, T, ...).
+
+    numpy adds pairwise on one thread, so the result is the same for any number of them.
+    """
+    parts = [vector.numpy().astype(np.float64) for vector in vectors]
+    count = len(parts)
+    gram = np.empty((count, count, *parts[0].shape[:-1]))
+    for i in range(count):
+        for j in range(i + 1):
+            gram[i, j] = gram[j, i] = (parts[i] * parts[j]).sum(axis=-1)
+    return gram
+
+
+def gram_of(vectors: Callable[[MergeInput], Sequence[Tensor]]) -> StatisticFactory:
+    """The statistic of inner products of the vectors that `vectors` makes of a range."""
+
+    def of_block(work: MergeInput) -> NDArray[np.float64]:
+        total = np.zeros(())
+        for _, part in work.parts(CHUNK):
+            total = total + gram_matrix(vectors(part))
+        return total
+
+    def into(context: MergeContext, gram: NDArray[np.float64]) -> MergeContext:
+        return replace(context, gram=tuple(map(tuple, gram.tolist())))
+
+    def begin(scope: Scope) -> BlockSums:
+        return BlockSums(of_block, into)
+
+    return begin
+
+
+def rescale_by_l1(
+    sparse: Callable[[MergeInput], Sequence[Tensor]], *, by_rows: bool
+) -> StatisticFactory:
+    """The statistic of `||D_i||_1 / ||F(D_i)||_1`, by which `rescale: l1` multiplies what is kept.
+
+    Args:
+        sparse: the kept parts of a range's deltas, not rescaled.
+        by_rows: F needs whole rows.
+    """
+
+    def of_block(work: MergeInput) -> NDArray[np.float64]:
+        sums = np.zeros((2, len(work.models)))
+        size = max(1, CHUNK // work.width) * work.width if by_rows else CHUNK
+        for _, part in work.parts(size):
+            for kind, deltas in enumerate((part.deltas(), sparse(part))):
+                sums[kind] += [delta.abs().numpy().astype(np.float64).sum() for delta in deltas]
+        return sums
+
+    def into(context: MergeContext, sums: NDArray[np.float64]) -> MergeContext:
+        whole, kept = sums
+        usable = (whole >= SMALLEST_NORM) & (kept >= SMALLEST_NORM)
+        factors = np.where(usable, whole / np.where(usable, kept, 1.0), 1.0)
+        return replace(context, rescale=tuple(factors.tolist()))
+
+    def begin(scope: Scope) -> BlockSums:
+        return BlockSums(of_block, into, by_rows)
+
+    return begin
