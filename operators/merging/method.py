@@ -134,7 +134,7 @@ MergeFunction = Callable[[MergeInput], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What a gathering runs over: the tensors in the order of their names, and the merge's settings."""
+    """What a gathering runs over: tensors in the order of their names, and the settings."""
 
     shapes: Mapping[str, tuple[int, ...]]
     num_models: int
