@@ -1,11 +1,13 @@
-"""Objectives of preference training on response log-probabilities.
+"""Objectives of alignment training on log-probabilities of responses.
 
-Each loss is per pair, shape (pairs,), unreduced: whoever calls divides by the global batch, so that
-micro-batches and the number of workers change nothing. Names and parameters are TRL's.
+Losses are per pair or per response and unreduced, and token-level terms are sums: whoever calls
+divides by the counts of the global batch, so that micro-batches and the number of workers change
+nothing. Names and parameters are TRL's.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +18,8 @@ from torch.nn import functional as F
 class PairLogProbabilities:
     """Log-probabilities of the chosen and rejected responses, each (pairs,), prompts left out.
 
-    `policy_*` carry gradients; `reference_*` do not. All are sums over response tokens, or means
-    where the objective asks for them (IPO).
+    `policy_*` carry gradients; `reference_*` do not, and are 0 where an objective has no reference.
+    All are sums over response tokens, or means where the objective asks for them.
     """
 
     policy_chosen: Tensor
@@ -57,7 +59,9 @@ def token_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     return chosen - predictions.logsumexp(-1)
 
 
-def sigmoid_loss(pairs: PairLogProbabilities, beta: float, label_smoothing: float) -> Tensor:
+def sigmoid_loss(
+    pairs: PairLogProbabilities, *, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
     """DPO (Rafailov et al. 2023, eq. 7), with conservative label smoothing (Mitchell 2023):
     `-(1 - e) log sigmoid(beta m) - e log sigmoid(-beta m)` for margin m and smoothing e.
     """
@@ -65,30 +69,114 @@ def sigmoid_loss(pairs: PairLogProbabilities, beta: float, label_smoothing: floa
     return -(1 - label_smoothing) * F.logsigmoid(m) - label_smoothing * F.logsigmoid(-m)
 
 
-def hinge_loss(pairs: PairLogProbabilities, beta: float, label_smoothing: float) -> Tensor:
+def hinge_loss(pairs: PairLogProbabilities, *, beta: float) -> Tensor:
     """Hinge on the margin (SLiC, Zhao et al. 2023): `max(0, 1 - beta m)`."""
     return torch.relu(1 - beta * pairs.margin)
 
 
-def ipo_loss(pairs: PairLogProbabilities, beta: float, label_smoothing: float) -> Tensor:
+def ipo_loss(pairs: PairLogProbabilities, *, beta: float) -> Tensor:
     """IPO (Azar et al. 2023, eq. 17): `(m - 1/(2 beta))^2`, on means over response tokens."""
     return (pairs.margin - 1 / (2 * beta)).square()
 
 
-PairLoss = Callable[[PairLogProbabilities, float, float], Tensor]
+def simpo_loss(pairs: PairLogProbabilities, *, beta: float, simpo_gamma: float) -> Tensor:
+    """SimPO (Meng et al. 2024, eq. 6): `-log sigmoid(beta m - gamma)`, on means over response
+    tokens and without a reference.
+    """
+    return -F.logsigmoid(beta * pairs.margin - simpo_gamma)
+
+
+def odds_ratio_loss(pairs: PairLogProbabilities, *, beta: float) -> Tensor:
+    """ORPO's odds-ratio term (Hong et al. 2024, eq. 7): `-beta log sigmoid(log odds(chosen) -
+    log odds(rejected))`, `odds = P / (1 - P)`, P from means over response tokens. The likelihood
+    term of its eq. 6 is added by the caller, with weight 1.
+    """
+    log_odds = _log_odds(pairs.policy_chosen) - _log_odds(pairs.policy_rejected)
+    return -beta * F.logsigmoid(log_odds)
+
+
+def _log_odds(log_probability: Tensor) -> Tensor:
+    """`log(P / (1 - P))`; a P that rounds to 1 counts as just below it, and gets no gradient."""
+    x = log_probability.clamp(max=-torch.finfo(torch.float32).eps)
+    return x - torch.log(-torch.expm1(x))
+
+
+def kto_loss(
+    log_ratio: Tensor,
+    desirable: Tensor,
+    reference_point: Tensor,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO (Ethayarajh et al. 2024, eq. 8): `w (1 - sigmoid(s beta (r - z0)))`, s = 1 and w the
+    desirable weight for desirable responses, s = -1 and w the other weight for undesirable ones.
+
+    Args:
+        log_ratio: (responses,), r = log pi(y|x) - log ref(y|x), summed over response tokens.
+        desirable: (responses,) bool.
+        reference_point: scalar z0 of the global batch, from `kto_reference_point`.
+    """
+    sign = torch.where(desirable, 1.0, -1.0).to(log_ratio)
+    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(log_ratio)
+    return weight * (1 - torch.sigmoid(sign * beta * (log_ratio - reference_point)))
+
+
+def kto_reference_point(log_ratio_sum: Tensor, count: int) -> Tensor:
+    """KTO's z0: mean of log pi(y'|x) - log ref(y'|x) over mismatched pairs of prompts x and
+    responses y' of the global batch, at least 0, without gradient.
+    """
+    return (log_ratio_sum.detach() / count).clamp(min=0)
 
 
 @dataclass(frozen=True, slots=True)
-class PairObjective:
-    """A loss on pairs, whether it takes means over tokens, and whether smoothing applies."""
+class Objective:
+    """What a training objective needs and computes.
 
-    loss: PairLoss
-    mean_over_tokens: bool
-    takes_label_smoothing: bool
+    `loss` gives one number per pair (`PairLogProbabilities`) or per response (`kto_loss`); None
+    where the likelihood is all. `likelihood` is the weight of the mean negative log-likelihood per
+    response token (of chosen responses, where there are pairs): a number or a parameter's name.
+    `parameters` are the names with their defaults.
+    """
+
+    rows: Literal["pairs", "labelled", "texts"]
+    loss: Callable[..., Tensor] | None
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    likelihood: float | str = 0.0
+    uses_reference: bool = False
+    mean_over_tokens: bool = False
+
+    def likelihood_weight(self, parameters: Mapping[str, float]) -> float:
+        """The weight of the likelihood term under these parameters."""
+        return parameters[self.likelihood] if isinstance(self.likelihood, str) else self.likelihood
+
+    def loss_parameters(self, parameters: Mapping[str, float]) -> dict[str, float]:
+        """Those of the parameters that `loss` takes."""
+        return {name: value for name, value in parameters.items() if name != self.likelihood}
 
 
-PAIR_OBJECTIVES: dict[str, PairObjective] = {
-    "dpo": PairObjective(sigmoid_loss, mean_over_tokens=False, takes_label_smoothing=True),
-    "hinge": PairObjective(hinge_loss, mean_over_tokens=False, takes_label_smoothing=False),
-    "ipo": PairObjective(ipo_loss, mean_over_tokens=True, takes_label_smoothing=False),
+OBJECTIVES: dict[str, Objective] = {
+    "sft": Objective("texts", None, likelihood=1.0),
+    "dpo": Objective(
+        "pairs",
+        sigmoid_loss,
+        {"beta": 0.1, "label_smoothing": 0.0, "rpo_alpha": 0.0},
+        likelihood="rpo_alpha",
+        uses_reference=True,
+    ),
+    "hinge": Objective("pairs", hinge_loss, {"beta": 0.1}, uses_reference=True),
+    "ipo": Objective("pairs", ipo_loss, {"beta": 0.1}, uses_reference=True, mean_over_tokens=True),
+    "simpo": Objective(
+        "pairs", simpo_loss, {"beta": 2.0, "simpo_gamma": 0.5}, mean_over_tokens=True
+    ),
+    "orpo": Objective(
+        "pairs", odds_ratio_loss, {"beta": 0.1}, likelihood=1.0, mean_over_tokens=True
+    ),
+    "kto": Objective(
+        "labelled",
+        kto_loss,
+        {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+        uses_reference=True,
+    ),
 }

@@ -14,15 +14,15 @@ def run_align(
 ) -> None:
     """Run the training of a config, or show what it would do."""
     config = load_config(config_path, AlignConfig, overrides)
-    planned = plan_alignment(config)  # every input is looked at before Ray starts
     if plan:
+        planned = plan_alignment(config)
         print(
             f"objective       {config.objective.name}, optimizer {config.optimizer.name}\n"
             f"strategy        {config.strategy} on {config.num_workers} worker(s)\n"
-            f"parameters      {planned['num_parameters']:,}\n"
-            f"pairs           {planned['num_pairs']:,}\n"
-            f"steps           {planned['num_steps']:,} of {config.global_batch_size} pairs\n"
-            f"tokens          about {planned['num_tokens']:,}"
+            f"parameters      {planned.num_parameters:,}\n"
+            f"rows            {planned.table.num_rows:,}\n"
+            f"steps           {planned.num_steps:,} of {config.global_batch_size} rows\n"
+            f"tokens          about {planned.num_tokens:,}"
         )
         return
     out = resolve_output(out, config.storage)

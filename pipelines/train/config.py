@@ -5,24 +5,48 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from operators.losses import PAIR_OBJECTIVES
+from operators.losses import OBJECTIVES, Objective
 from pipelines.config import Config
 
 ONLINE = {"ondare": "dare", "onties": "ties"}
+ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
 class ObjectiveConfig(Config):
-    """The preference loss and its parameters, named as in TRL."""
+    """The loss and its parameters, named as in TRL; what is not given has the loss's default."""
 
-    name: Literal["dpo", "ipo", "hinge"] = "dpo"
-    beta: float = Field(0.1, gt=0, description="strength of the pull towards the reference")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of wrong labels (dpo)")
+    name: Literal["sft", "dpo", "ipo", "hinge", "kto", "simpo", "orpo"] = "dpo"
+    beta: float | None = Field(None, gt=0, description="strength of the pull to the reference")
+    label_smoothing: float | None = Field(
+        None, ge=0, lt=0.5, description="share of wrong labels (dpo)"
+    )
+    rpo_alpha: float | None = Field(None, ge=0, description="weight of the likelihood term (dpo)")
+    simpo_gamma: float | None = Field(None, ge=0, description="target margin (simpo)")
+    desirable_weight: float | None = Field(None, gt=0, description="of desirable rows (kto)")
+    undesirable_weight: float | None = Field(None, gt=0, description="of undesirable rows (kto)")
 
     @model_validator(mode="after")
-    def _smoothing_where_it_acts(self) -> "ObjectiveConfig":
-        if self.label_smoothing and not PAIR_OBJECTIVES[self.name].takes_label_smoothing:
-            raise ValueError(f"label_smoothing: has no effect on {self.name}; allowed with dpo")
+    def _parameters_where_they_act(self) -> "ObjectiveConfig":
+        takes = self.definition.parameters
+        for name in type(self).model_fields:
+            if name != "name" and getattr(self, name) is not None and name not in takes:
+                users = [key for key, value in OBJECTIVES.items() if name in value.parameters]
+                raise ValueError(
+                    f"{name}: has no effect on {self.name}; allowed with {', '.join(users)}"
+                )
         return self
+
+    @property
+    def definition(self) -> Objective:
+        """The objective's entry in the table."""
+        return OBJECTIVES[self.name]
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """All parameters of the loss, with the defaults of those that were not given."""
+        defaults = self.definition.parameters
+        given = {name: getattr(self, name) for name in defaults}
+        return {name: defaults[name] if v is None else v for name, v in given.items()}
 
 
 class ReferenceDelta(Config):
@@ -59,25 +83,48 @@ class OptimizerConfig(Config):
 
 
 class AlignConfig(Config):
-    """A preference training run."""
+    """An alignment run."""
 
     model: Path = Field(description="Hugging Face checkpoint to start from; also the reference")
-    data: Path = Field(description="preference rows (prompt, chosen, rejected): JSONL or Parquet")
+    data: Path = Field(description="rows as JSONL or Parquet: a file, or a folder of them")
+    split: str | None = Field(None, description="only files of the folder that begin with this")
+    max_length: int = Field(1024, ge=2, description="tokens of prompt and response together")
+    too_long: Literal["error", "cut_prompt", "drop"] = Field(
+        "error", description="rows above max_length; a response is never cut"
+    )
+    max_bad_share: float = Field(0.0, ge=0, lt=1, description="share of rows that may be unusable")
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_share: float = Field(0.0, ge=0, lt=1, description="share of the steps")
     num_steps: int | None = Field(None, ge=1, description="optimizer steps; or num_epochs")
     num_epochs: float | None = Field(None, gt=0, description="passes over the data; or num_steps")
-    global_batch_size: int = Field(32, ge=1, description="pairs of one optimizer step")
-    micro_batch_size: int | None = Field(None, ge=1, description="pairs of one pass on a worker")
-    max_length: int = Field(1024, ge=2, description="tokens of prompt and response together")
+    global_batch_size: int = Field(32, ge=1, description="rows of one optimizer step")
+    micro_batch_size: int | None = Field(None, ge=1, description="rows of one pass on a worker")
     max_gradient_norm: float | None = Field(1.0, gt=0)
-    strategy: Literal["single", "ddp", "fsdp2"] = "fsdp2"
+    strategy: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "fsdp2"
     num_workers: int = Field(2, ge=1)
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="of forward and backward passes; master weights are float32"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory")
+    cpu_offload: bool = Field(
+        False, description="parameters and optimizer state rest in CPU memory (fsdp2, zero)"
+    )
     checkpoint_every: int = Field(100, ge=1, description="steps between resumable checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of them are kept")
     max_failures: int = Field(1, ge=0, description="restarts after a lost worker")
+    min_chosen_log_ratio: float | None = Field(
+        None,
+        lt=0,
+        description="stop when log pi - log ref of the chosen responses, per token and over ten "
+        "steps, falls below this (objectives with a reference)",
+    )
+    tensorboard: bool = Field(False, description="write event files beside metrics.jsonl")
     seed: int = 0
+    cache: Path | None = Field(
+        None, description="where tokens and reference log-probabilities are kept for later runs"
+    )
     storage: Path | None = Field(None, description="where relative outputs live")
 
     @model_validator(mode="after")
@@ -88,6 +135,20 @@ class AlignConfig(Config):
             raise ValueError(
                 f"num_workers: found {self.num_workers}; allowed with strategy single: 1"
             )
+        if self.cpu_offload and self.strategy in ("single", "ddp"):
+            raise ValueError(
+                f"cpu_offload: has no effect with strategy {self.strategy}; allowed with fsdp2, "
+                "zero1, zero2, zero3"
+            )
+        if self.min_chosen_log_ratio is not None and not self.objective.definition.uses_reference:
+            raise ValueError(
+                f"min_chosen_log_ratio: has no effect with objective {self.objective.name}, which "
+                "has no reference"
+            )
+        self._check_batch()
+        return self
+
+    def _check_batch(self) -> None:
         if self.global_batch_size % self.num_workers:
             raise ValueError(
                 f"global_batch_size: found {self.global_batch_size}; "
@@ -97,6 +158,5 @@ class AlignConfig(Config):
         if self.micro_batch_size is not None and share % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size: found {self.micro_batch_size}; allowed: a divisor of {share}, "
-                "the pairs of one step on one worker"
+                "the rows of one step on one worker"
             )
-        return self

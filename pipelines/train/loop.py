@@ -1,176 +1,198 @@
 """The training loop of one worker under Ray Train."""
 
-import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch import Tensor
 
-from operators.losses import PAIR_OBJECTIVES, PairLogProbabilities
-from pipelines.train.checkpoints import is_first, load_checkpoint, save_checkpoint, saved_steps
+from pipelines.fingerprint import fingerprint
+from pipelines.train.checkpoints import save_checkpoint, saved_steps, step_folder
 from pipelines.train.config import AlignConfig
-from pipelines.train.data import Batch, Pair, collate, global_batch, num_steps_of, prepare_pairs
-from pipelines.train.optimizer import build_optimizer, build_schedule
-from pipelines.train.policy import (
-    distribute,
-    export_model,
-    load_model,
-    reduce_gradients,
-    response_log_probabilities,
+from pipelines.train.data import (
+    Batch,
+    TokenTable,
+    collate,
+    collate_mismatched,
+    deal,
+    global_batch,
 )
-from pipelines.train.reference import reference_log_probabilities
+from pipelines.train.errors import PERMANENT, DivergenceError, has_failed, record_failure
+from pipelines.train.export import export_model
+from pipelines.train.metrics import Clock, MetricsWriter, Watch, add_up, delta_metrics
+from pipelines.train.objectives import (
+    MicroLoss,
+    Shares,
+    labelled_loss,
+    mismatched_point,
+    pair_loss,
+    score_responses,
+    shares_of,
+    text_loss,
+)
+from pipelines.train.optimizer import learning_rate, set_learning_rate
+from pipelines.train.reference import compute_reference, read_reference, reference_path
+from pipelines.train.strategies import build_strategy
 
-METRICS_FILE = "metrics.jsonl"
 MODEL_FOLDER = "model"
+PAD = 0  # padding is masked out, so any id serves
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Train, from the newest checkpoint if there is one, and export the model.
 
+    A failure that would come again is recorded for the driver; a worker that is started after one
+    does nothing.
+
     Args:
-        settings: `config` (an AlignConfig as JSON) and `folder`, which all workers can reach.
+        settings: `config` (an AlignConfig as JSON), `folder` of the run, `cache`, the `tokens`
+            below it and their fingerprint `data_key`, the model's fingerprint `model_key` and
+            `num_steps`. All workers can reach the folders.
     """
+    folder = Path(settings["folder"])
+    if has_failed(folder):
+        return
     config = AlignConfig.model_validate_json(settings["config"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    run = _Run(config, Path(settings["folder"]), device)
-    run.train()
-    if hasattr(run.optimizer, "merge_pending"):
-        run.optimizer.merge_pending()
-    export_model(run.model, config.model, run.folder / MODEL_FOLDER)
+    try:
+        run = Run(config, settings, device)
+        run.train()
+        if hasattr(run.strategy.optimizer, "merge_pending"):
+            run.strategy.optimizer.merge_pending()
+        export_model(run.strategy, config.model, folder / MODEL_FOLDER)
+    except DivergenceError as error:  # seen by all workers at once, so none waits for another
+        record_failure(folder, error)
+    except PERMANENT as error:
+        if not isinstance(error, ConnectionError):  # another worker was lost: worth a restart
+            record_failure(folder, error)
+        raise
 
 
-@dataclass(slots=True)
-class _Totals:
-    """What a step adds up over micro-batches and workers; each a sum over pairs."""
-
-    values: Tensor  # (5,): loss, correct, margin, chosen and rejected log-probabilities
-
-    def per_pair(self, num_pairs: int) -> dict[str, float]:
-        """Means over the global batch, named as in metrics.jsonl."""
-        names = ("loss", "accuracy", "margin", "chosen_log_probability", "rejected_log_probability")
-        return dict(zip(names, (self.values / num_pairs).tolist(), strict=True))
-
-
-class _Run:
+class Run:
     """One worker's model, data and optimizer, and the steps on them."""
 
-    def __init__(self, config: AlignConfig, folder: Path, device: torch.device) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: AlignConfig, settings: dict[str, Any], device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.folder = Path(settings["folder"])
+        self.num_steps: int = settings["num_steps"]
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.objective = PAIR_OBJECTIVES[config.objective.name]
-        self.pairs, pad = prepare_pairs(config)
-        self.collate: Callable[[list[Pair]], Batch] = partial(collate, pad=pad, device=device)
-        self.share = config.global_batch_size // self.world
-        self.micro_batch = config.micro_batch_size or self.share
-        self.num_steps = config.num_steps or num_steps_of(
-            config.num_epochs, len(self.pairs), config.global_batch_size
-        )
-        self.model: nn.Module = distribute(load_model(config.model), config.strategy, device)
-        # Before any forward pass: after one, the root of fsdp2 holds whole parameters.
-        self.optimizer: Optimizer = build_optimizer(config.optimizer, self.model, config.seed)
-        self.schedule = build_schedule(config, self.optimizer, self.num_steps)
-        self.reference = reference_log_probabilities(
-            self.model,
-            self.pairs,
-            self.collate,
-            folder,
-            batch_size=2 * self.micro_batch,
-            mean_over_tokens=self.objective.mean_over_tokens,
-        ).to(device)
+        self.objective = config.objective.definition
+        columns = 2 if self.objective.rows == "pairs" else 1
+        self.table = TokenTable(settings["tokens"], columns)
+        self.micro_batch = config.micro_batch_size or config.global_batch_size // self.world
+        self.strategy = build_strategy(config, device)
+        self.model = self.strategy.model
+        self.reference = self._reference(settings) if self.objective.uses_reference else None
         self.first_step = self._resume()
+        self.model.train()
+
+    def _reference(self, settings: dict[str, Any]) -> Tensor:
+        """Log-probabilities of the model before training, (rows, 2): from an earlier run or now.
+
+        Columns are chosen and rejected, or the response and the mismatched one.
+        """
+        key = fingerprint([settings["model_key"], settings["data_key"], self.config.precision])
+        path = reference_path(Path(settings["cache"]), key)
+        collates = {"response": partial(collate, self.table, pad=PAD, device=self.device)}
+        if self.objective.rows == "labelled":
+            collates["mismatched"] = partial(
+                collate_mismatched, self.table, pad=PAD, device=self.device
+            )
+        # The first rank's word counts: its file may come to be seen later by others.
+        missing = add_up(torch.tensor(int(self.rank == 0 and not path.is_file())))
+        if missing:
+            self.model.eval()
+            lengths = self.table.lengths.max(axis=1)
+            compute_reference(self._score, collates, lengths, path, self.device)
+        return read_reference(path).to(self.device)
 
     def _resume(self) -> int:
         """Go back to the newest checkpoint; returns how many steps it has."""
         done = max(saved_steps(self.folder), default=0)
         if done:
-            load_checkpoint(self.folder, done, self.model, self.optimizer)
-            self.schedule.last_epoch = done - 1  # the schedule is a function of the step alone
-            self.schedule.step()
-        if is_first():
-            _keep_metrics(self.folder / METRICS_FILE, done)
+            self.strategy.load(step_folder(self.folder, done))
         return done
 
     def train(self) -> None:
         """All steps that are left; step n sees global batch n - 1, whatever came before."""
-        self.model.train()
-        for step in range(self.first_step + 1, self.num_steps + 1):
-            totals, norm = self._step(step - 1)
-            if is_first():
-                record = {"step": step, **totals.per_pair(self.config.global_batch_size)}
-                record |= {"gradient_norm": norm, "learning_rate": self._learning_rate}
-                with (self.folder / METRICS_FILE).open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-            self.schedule.step()
-            if step % self.config.checkpoint_every == 0 or step == self.num_steps:
-                save_checkpoint(self.folder, step, self.model, self.optimizer)
+        config, watch, clock = self.config, Watch(self.config), Clock()
+        with MetricsWriter(self.folder, self.first_step, tensorboard=config.tensorboard) as out:
+            for step in range(self.first_step + 1, self.num_steps + 1):
+                rows = global_batch(
+                    self.table.num_rows, config.global_batch_size, step - 1, config.seed
+                )
+                set_learning_rate(
+                    self.strategy.optimizer, learning_rate(config, step, self.num_steps)
+                )
+                record = self._gradients(rows)
+                record["gradient_norm"] = self.strategy.update(partial(watch.check, step, record))
+                record["learning_rate"] = learning_rate(config, step, self.num_steps)
+                due = step % config.checkpoint_every == 0 or step == self.num_steps
+                if due:
+                    record |= delta_metrics(self.strategy, config)
+                record |= clock.measure(int(self.table.lengths[rows].sum()))
+                out.write({"step": step, **record})
+                if due:
+                    save_checkpoint(
+                        self.folder, step, self.strategy.save, num_kept=config.keep_checkpoints
+                    )
+
+    def _gradients(self, rows: list[int]) -> dict[str, float]:
+        """Gradients of a global batch's loss; returns its metrics."""
+        mine = deal(rows, self.table.lengths, self.rank, self.world)
+        shares = shares_of(self.table, rows, self.objective)
+        micro = [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
+        metrics: dict[str, Tensor] = {}
+        point = self._reference_point(micro, len(rows)) if self._has_point else None
+        for number, part in enumerate(micro):
+            with self.strategy.accumulating(last=number == len(micro) - 1):
+                result = self._micro_loss(part, shares, point)
+                # Workers' gradients are averaged, so each one's loss is multiplied by their
+                # number: the sum is the global batch's mean, however it is cut up.
+                self.strategy.backward(result.loss * self.world)
+            for name, value in {"loss": result.loss.detach(), **result.metrics}.items():
+                metrics[name] = metrics.get(name, 0) + value
+        sums = add_up(torch.stack(list(metrics.values())))
+        record = dict(zip(metrics, sums.tolist(), strict=True))
+        return record if point is None else record | {"kl": float(point)}
 
     @property
-    def _learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+    def _has_point(self) -> bool:
+        return self.objective.rows == "labelled"
 
-    def _step(self, number: int) -> tuple[_Totals, float]:
-        """One optimizer step on global batch `number`."""
-        rows = global_batch(
-            len(self.pairs), self.config.global_batch_size, number, self.config.seed
-        )
-        mine = rows[self.rank * self.share : (self.rank + 1) * self.share]
-        totals = torch.zeros(5, device=self.reference.device)
-        self.optimizer.zero_grad()
-        for first in range(0, self.share, self.micro_batch):
-            last = first + self.micro_batch >= self.share
-            with reduce_gradients(self.model, now=last):
-                totals += self._micro_batch(mine[first : first + self.micro_batch])
-        norm = self._clip()
-        self.optimizer.step()
-        if self.world > 1:
-            dist.all_reduce(totals)
-        if not torch.isfinite(totals).all():
-            raise RuntimeError(
-                f"step {number + 1}: the loss is not finite; try a lower optimizer.learning_rate "
-                "or a smaller max_gradient_norm"
-            )
-        return _Totals(totals), norm
+    def _micro_loss(self, rows: list[int], shares: Shares, point: Tensor | None) -> MicroLoss:
+        """The loss of some rows, by the kind of rows that the objective takes."""
+        batch = collate(self.table, rows, PAD, self.device)
+        with self.strategy.forward_context():
+            responses = score_responses(self.model, batch)
+        config = self.config.objective
+        if self.objective.rows == "pairs":
+            reference = None if self.reference is None else self.reference[rows]
+            return pair_loss(config, responses, reference, shares)
+        if self.objective.rows == "texts":
+            return text_loss(config, responses, shares)
+        desirable = torch.from_numpy(self.table.labels[rows]).to(self.device)
+        reference = self.reference[rows, 0]
+        return labelled_loss(config, responses, reference, desirable, point, shares)
 
-    def _micro_batch(self, rows: list[int]) -> Tensor:
-        """Add the gradients of some pairs; returns their sums for the metrics."""
-        batch = self.collate([self.pairs[row] for row in rows])
-        chosen, rejected = response_log_probabilities(
-            self.model, batch, mean_over_tokens=self.objective.mean_over_tokens
-        )
-        pairs = PairLogProbabilities(chosen, rejected, *self.reference[rows].unbind(1))
-        objective = self.config.objective
-        losses = self.objective.loss(pairs, objective.beta, objective.label_smoothing)
-        # Workers' gradients are averaged, so each one's sum is multiplied by their number: the
-        # result is the mean over the global batch, however it is cut up.
-        (losses.sum() * (self.world / self.config.global_batch_size)).backward()
-        margin = objective.beta * pairs.margin.detach()
-        columns = (losses, (margin > 0).float(), margin, chosen, rejected)
-        return torch.stack([column.detach().sum() for column in columns])
+    def _score(self, batch: Batch) -> Tensor:
+        """Log-probabilities of a batch's responses."""
+        with self.strategy.forward_context():
+            return score_responses(self.model, batch).log_probability
 
-    def _clip(self) -> float:
-        """Clip the gradients' global norm, where the config wants it; returns the norm before."""
-        limit = self.config.max_gradient_norm
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(
-            parameters, torch.inf if limit is None else limit, foreach=True
-        )
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    @torch.no_grad()
+    def _reference_point(self, micro: list[list[int]], num_rows: int) -> Tensor:
+        """KTO's z0 of the global batch, before any of its gradients."""
 
+        def score() -> Tensor:
+            batches = (collate_mismatched(self.table, r, PAD, self.device) for r in micro)
+            return torch.cat([self._score(batch) for batch in batches])
 
-def _keep_metrics(path: Path, steps: int) -> None:
-    """Drop the lines of steps that will be made again."""
-    if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-        path.write_text("".join(kept))
+        mine = [row for part in micro for row in part]
+        return mismatched_point(score, self.reference[mine, 1], add_up, num_rows)

@@ -1,50 +1,57 @@
 """Optimizer and learning-rate schedule from their configs."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints import CheckpointDelta
-from pipelines.train.config import ONLINE, AlignConfig, OptimizerConfig
+from pipelines.train.config import ONLINE, AlignConfig
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module, seed: int) -> Optimizer:
+def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
     """AdamW, or online merging around it, whose tau is read by slice from two checkpoints."""
-    shared = {
-        "lr": config.learning_rate,
-        "betas": config.betas,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
+    settings = config.optimizer
+    shared: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
     }
-    if config.name not in ONLINE:
+    if settings.name not in ONLINE:
         return torch.optim.AdamW(model.parameters(), foreach=True, **shared)
-    delta = CheckpointDelta(config.reference.base, config.reference.tuned)
+    delta = CheckpointDelta(settings.reference.base, settings.reference.tuned)
     return OnlineMergingAdamW(
         model.named_parameters(),
         delta,
         **shared,
-        consensus=ONLINE[config.name],
-        density=config.density,
-        alpha=config.alpha,
-        merge_every=config.merge_every,
-        seed=seed,
+        consensus=ONLINE[settings.name],
+        density=settings.density,
+        alpha=settings.alpha,
+        merge_every=settings.merge_every,
+        seed=config.seed,
     )
 
 
-def build_schedule(config: AlignConfig, optimizer: Optimizer, num_steps: int) -> LambdaLR:
-    """Linear warm-up, then constant, or down to 0 linearly or along a cosine."""
+def learning_rate(config: AlignConfig, step: int, num_steps: int) -> float:
+    """The learning rate of a step (from 1): linear warm-up, then constant, or down to 0 linearly
+    or along a cosine. A function of the step alone, so that a resumption needs no state.
+    """
     warm_up = round(config.warmup_share * num_steps)
+    done = step - 1
+    if done < warm_up:
+        factor = (done + 1) / warm_up
+    else:
+        share = min(1.0, (done - warm_up) / max(1, num_steps - warm_up))
+        cosine = 0.5 * (1 + math.cos(math.pi * share))
+        factor = {"constant": 1.0, "linear": 1 - share, "cosine": cosine}[config.schedule]
+    return config.optimizer.learning_rate * factor
 
-    def factor(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        share = min(1.0, (step - warm_up) / max(1, num_steps - warm_up))
-        if config.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * share))
-        return 1 - share if config.schedule == "linear" else 1.0
 
-    return LambdaLR(optimizer, factor)
+def set_learning_rate(optimizer: Optimizer, value: float) -> None:
+    """Use a learning rate for all parameters from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

@@ -1,61 +1,70 @@
-"""Log-probabilities of the reference model, computed once before the first step."""
+"""Log-probabilities of the reference model, computed once and kept for every later run."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.commit import write_atomically
-from pipelines.train.checkpoints import is_first, wait_for_all
-from pipelines.train.data import Batch, Pair
-from pipelines.train.policy import response_log_probabilities
+from pipelines.train.data import Batch
+from pipelines.train.strategies import first_rank, wait_for_all
 
-FILE = "reference.safetensors"
+SEQUENCES_PER_BATCH = 16
+
+
+def reference_path(cache: Path, key: str) -> Path:
+    """The file of one reference model on one token table, by their fingerprint."""
+    return cache / f"reference-{key}.parquet"
+
+
+def read_reference(path: Path) -> Tensor:
+    """(rows, columns) float32: a column for each of a row's sequences."""
+    table = pq.read_table(path)
+    return torch.from_numpy(np.stack([column.to_numpy() for column in table.columns], axis=1))
 
 
 @torch.no_grad()
-def reference_log_probabilities(
-    model: nn.Module,
-    pairs: list[Pair],
-    collate: Callable[[list[Pair]], Batch],
-    folder: Path,
-    *,
-    batch_size: int,
-    mean_over_tokens: bool,
-) -> Tensor:
-    """The policy's own log-probabilities before training: (pairs, 2) float32, chosen, rejected.
+def compute_reference(
+    score: Callable[[Batch], Tensor],
+    collates: dict[str, Callable[[list[int]], Batch]],
+    lengths: np.ndarray,
+    path: Path,
+    device: torch.device,
+) -> None:
+    """Write log-probabilities of all rows' responses, summed over their tokens.
 
-    Each rank takes every world-size-th pair of the pairs ordered by length; a file below `folder`
-    keeps the result for a run that goes on later, when the policy is the reference no more.
+    Batches are cut from the rows ordered by length, the same whatever the workers, which take
+    turns; sharded passes are collective, so all make equally many.
+
+    Args:
+        score: log-probabilities of a batch's sequences, under the model as it is.
+        collates: for each set of sequences its name and the batch of some rows; a batch of twice
+            as many sequences as rows gives two columns.
+        lengths: (rows,) tokens of each row's longest sequence.
     """
-    path = folder / FILE
-    if path.is_file():
-        return load_file(path)["log_probabilities"]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    order = sorted(range(len(pairs)), key=lambda i: (_length(pairs[i]), i))
-    # Sharded forward passes are collective, so every rank makes equally many.
-    order += order[-1:] * (-len(order) % world)
-    mine = order[rank::world]
-    device = next(model.parameters()).device
-    values = torch.full((len(pairs), 2), -torch.inf, device=device)
-    model.eval()
-    for first in range(0, len(mine), batch_size):
-        chosen = mine[first : first + batch_size]
-        batch = collate([pairs[i] for i in chosen])
-        both = response_log_probabilities(model, batch, mean_over_tokens=mean_over_tokens)
-        values[chosen] = torch.stack(both, dim=1)
-    model.train()
-    if world > 1:
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-    values = values.cpu()
-    if is_first():
-        write_atomically(path, save({"log_probabilities": values}))
+    order = sorted(range(len(lengths)), key=lambda row: (int(lengths[row]), row))
+    groups = [order[i : i + SEQUENCES_PER_BATCH] for i in range(0, len(order), SEQUENCES_PER_BATCH)]
+    groups += groups[-1:] * (-len(groups) % world)
+    columns: dict[str, np.ndarray] = {}
+    for name, collate in collates.items():
+        values: Tensor | None = None
+        for rows in groups[rank::world]:
+            found = score(collate(rows)).view(-1, len(rows)).T.float()  # (rows, 1 or 2)
+            if values is None:
+                values = torch.full((len(order), found.shape[1]), -torch.inf, device=device)
+            values[rows] = found
+        if world > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        for i, column in enumerate(values.T.cpu().numpy()):
+            columns[f"{name}_{i}"] = column
+    if first_rank():
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns), sink)
+        write_atomically(path, sink.getvalue().to_pybytes())
     wait_for_all()
-    return values
-
-
-def _length(pair: Pair) -> int:
-    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))

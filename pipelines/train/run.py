@@ -1,26 +1,56 @@
 """Align a model under Ray Train: check everything, train, commit an ordinary checkpoint."""
 
 import json
+import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.checkpoints import Checkpoint, CheckpointDelta, lock_directory
 from pipelines.commit import commit_directory, partial_path, refuse_existing, write_atomically
 from pipelines.errors import InputError
-from pipelines.fingerprint import fingerprint, fingerprint_directory, fingerprint_file
+from pipelines.fingerprint import fingerprint, fingerprint_directory
 from pipelines.progress import Progress
-from pipelines.train.config import AlignConfig
-from pipelines.train.data import num_steps_of, prepare_pairs
-from pipelines.train.loop import METRICS_FILE, MODEL_FOLDER, train_worker
+from pipelines.train.config import ZERO_STAGES, AlignConfig
+from pipelines.train.data import TokenSettings, TokenTable, num_steps_of, token_table
+from pipelines.train.errors import forget_failure, raise_failure
 from pipelines.versions import versions
 
-PROVENANCE_FILE = "poise.json"
+PROVENANCE_FILE, METRICS_FILE, MODEL_FOLDER = "poise.json", "metrics.jsonl", "model"
+CACHE_FOLDER = ".poise-cache"
 CHECKPOINT_FILES = ("*.safetensors", "*.json")
 POLL_S = 0.5
+# Settings under which a run is still the same run.
+IMMATERIAL = {
+    "storage",
+    "cache",
+    "max_failures",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+    "num_workers",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "cpu_offload",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do, once every input has been looked at."""
+
+    num_parameters: int
+    num_steps: int
+    num_tokens: int
+    table: TokenTable
+    data_key: str
+    inputs: dict[str, str]
+    fingerprint: str
 
 
 def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
@@ -33,42 +63,61 @@ def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
     Raises:
         InputError: config, model or data that cannot be used; `out` or its unfinished run belongs
             to another config and `force` is false.
+        TrainingError: the run failed; one line says why.
     """
     out = Path(out).absolute()
-    plan = plan_alignment(config)
-    if _finished(out, plan["fingerprint"]) and not force:
+    cache = (config.cache or out.parent / CACHE_FOLDER).absolute()
+    plan = plan_alignment(config, cache)
+    if _finished(out, plan.fingerprint) and not force:
         return out
     refuse_existing(out, force=force)
     folder = partial_path(out)
-    with _unfinished_run(folder, plan["fingerprint"], force=force):
-        _train(config, folder, plan["num_steps"])
+    with _unfinished_run(folder, plan.fingerprint, config, force=force):
+        _train(config, worker_settings(config, plan, folder, cache), plan.num_steps)
         provenance = {
             "kind": "aligned",
-            "config": config.model_dump(mode="json", exclude={"storage"}),
-            "inputs": plan["inputs"],
-            "fingerprint": plan["fingerprint"],
+            "config": config.model_dump(mode="json", exclude={"storage", "cache"}),
+            "inputs": plan.inputs,
+            "fingerprint": plan.fingerprint,
             "versions": versions(),
         }
         model = folder / MODEL_FOLDER
         write_atomically(model / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
-        (folder / METRICS_FILE).replace(model / METRICS_FILE)
+        for name in (METRICS_FILE, "tensorboard"):
+            if (folder / name).exists():
+                (folder / name).replace(model / name)
         commit_directory(model, out, force=force)
     shutil.rmtree(folder)
     return out
 
 
-def plan_alignment(config: AlignConfig) -> dict[str, Any]:
+def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
     """Look at every input, and say what the run will do.
 
-    Returns:
-        numbers of parameters, pairs, steps and tokens; fingerprints of the inputs and of the run.
+    Args:
+        cache: where tokens are kept; without it they are made and thrown away.
+
+    Raises:
+        InputError: config, model or data that cannot be used.
     """
+    if cache is None and config.cache is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return plan_alignment(config, Path(folder))
     checkpoint = Checkpoint.open(config.model)
-    pairs, _ = prepare_pairs(config)
-    inputs = {
-        "model": fingerprint_directory(config.model, CHECKPOINT_FILES),
-        "data": fingerprint_file(config.data),
-    }
+    settings = TokenSettings(
+        str(config.model),
+        config.objective.definition.rows,
+        config.max_length,
+        config.too_long,
+    )
+    table, data_key = token_table(
+        config.data,
+        config.split,
+        settings,
+        cache or config.cache,
+        max_bad_share=config.max_bad_share,
+    )
+    inputs = {"model": fingerprint_directory(config.model, CHECKPOINT_FILES), "data": data_key}
     if config.optimizer.reference is not None:
         reference = config.optimizer.reference
         _check_delta(checkpoint, CheckpointDelta(reference.base, reference.tuned))
@@ -76,18 +125,32 @@ def plan_alignment(config: AlignConfig) -> dict[str, Any]:
             path = getattr(reference, name)
             inputs[f"optimizer.reference.{name}"] = fingerprint_directory(path, CHECKPOINT_FILES)
     num_steps = config.num_steps or num_steps_of(
-        config.num_epochs, len(pairs), config.global_batch_size
+        config.num_epochs, table.num_rows, config.global_batch_size
     )
-    lengths = [2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
-    mean_tokens = sum(lengths) / len(lengths)
-    settings = config.model_dump(mode="json", exclude={"storage", "max_failures"})
+    same = config.model_dump(mode="json", exclude=IMMATERIAL)
+    same["strategy"] = config.strategy if config.strategy in ZERO_STAGES else "native"
+    mean_tokens = float(table.lengths.sum(axis=1).mean())
+    return Plan(
+        num_parameters=checkpoint.num_elements,
+        num_steps=num_steps,
+        num_tokens=round(mean_tokens * config.global_batch_size * num_steps),
+        table=table,
+        data_key=data_key,
+        inputs=inputs,
+        fingerprint=fingerprint([same, inputs]),
+    )
+
+
+def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) -> dict[str, Any]:
+    """What `train_worker` is told."""
     return {
-        "num_parameters": checkpoint.num_elements,
-        "num_pairs": len(pairs),
-        "num_steps": num_steps,
-        "num_tokens": round(mean_tokens * config.global_batch_size * num_steps),
-        "inputs": inputs,
-        "fingerprint": fingerprint([settings, inputs]),
+        "config": config.model_dump_json(),
+        "folder": str(folder),
+        "cache": str(cache),
+        "tokens": str(plan.table.folder),
+        "data_key": plan.data_key,
+        "model_key": plan.inputs["model"],
+        "num_steps": plan.num_steps,
     }
 
 
@@ -109,34 +172,53 @@ def _finished(out: Path, key: str) -> bool:
 
 
 @contextmanager
-def _unfinished_run(folder: Path, key: str, *, force: bool) -> Iterator[None]:
-    """Hold the folder of an unfinished run: a new one, or one of the same config to go on with."""
-    record = folder / "run.json"
-    if record.is_file() and json.loads(record.read_text()) != key:
-        if not force:
+def _unfinished_run(folder: Path, key: str, config: AlignConfig, *, force: bool) -> Iterator[None]:
+    """Hold the folder of an unfinished run: a new one, or one of the same config to go on with.
+
+    Raises:
+        InputError: the folder holds another run, or one whose checkpoints need as many workers as
+            wrote them.
+    """
+    path = folder / "run.json"
+    record = {"fingerprint": key, "num_workers": config.num_workers}
+    if path.is_file() and (found := json.loads(path.read_text())) != record:
+        same_run = found.get("fingerprint") == key
+        if same_run and config.strategy in ZERO_STAGES and not force:
+            raise InputError(
+                f"num_workers: found {config.num_workers}; {folder} holds an unfinished run with "
+                f"strategy {config.strategy}, which goes on with {found['num_workers']}"
+            )
+        if not same_run and not force:
             raise InputError(
                 f"{folder}: holds an unfinished run of another config or other inputs; "
                 "remove it, choose another output, or --force to begin anew"
             )
-        shutil.rmtree(folder)
+        if not same_run or force:
+            shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with lock_directory(folder):
-        write_atomically(record, json.dumps(key))
+        write_atomically(path, json.dumps(record))
         shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)
         yield
 
 
-def _train(config: AlignConfig, folder: Path, num_steps: int) -> None:
+def _train(config: AlignConfig, settings: dict[str, Any], num_steps: int) -> None:
     """Run the workers; lost ones are started again and go on from the last checkpoint."""
+    # The controller looks at its workers this often, and the run's end waits for it.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
+    from pipelines.train.loop import train_worker
+
+    folder = Path(settings["folder"])
     on_gpu = torch.cuda.is_available()
     resources = {"GPU": 1.0} if on_gpu else {"CPU": 0.9}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.model_dump_json(), "folder": str(folder)},
+        train_loop_config=settings,
         scaling_config=ScalingConfig(
             num_workers=config.num_workers, use_gpu=on_gpu, resources_per_worker=resources
         ),
@@ -147,8 +229,13 @@ def _train(config: AlignConfig, folder: Path, num_steps: int) -> None:
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
+    forget_failure(folder)
     with _watched(folder / METRICS_FILE, num_steps):
-        trainer.fit()
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise_failure(folder, error)
+    raise_failure(folder)
 
 
 @contextmanager
@@ -158,10 +245,11 @@ def _watched(metrics: Path, num_steps: int) -> Iterator[None]:
 
     def follow(progress: Progress) -> None:
         while not stop.wait(POLL_S):
-            lines = metrics.read_text().splitlines() if metrics.is_file() else []
-            if lines:
-                last = _parsed(lines)
-                note = f"loss {last['loss']:.3f}, accuracy {last['accuracy']:.2f}"
+            last = _last_record(metrics)
+            if last is not None:
+                note = f"loss {last['loss']:.3f}"
+                if "accuracy" in last:
+                    note += f", accuracy {last['accuracy']:.2f}"
                 progress.update(last["step"], note)
 
     with Progress(num_steps, "steps") as progress:
@@ -174,9 +262,12 @@ def _watched(metrics: Path, num_steps: int) -> Iterator[None]:
             thread.join()
 
 
-def _parsed(lines: list[str]) -> dict[str, Any]:
+def _last_record(metrics: Path) -> dict[str, Any] | None:
     """The last whole line; the very last one may be half written."""
-    try:
-        return json.loads(lines[-1])
-    except json.JSONDecodeError:
-        return json.loads(lines[-2]) if len(lines) > 1 else {"step": 0, "loss": 0, "accuracy": 0}
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    for line in reversed(lines[-2:]):
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            continue
+    return None

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_files import align_config, metrics
+from training_files import align_config, metrics, run_here, seeded_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipelines.train import align
-from pipelines.train.loop import train_worker
+from pipelines.train import align, loop
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +65,10 @@ def test_interrupted_run_ends_with_the_same_bytes(
     tiny_llama: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that stopped between checkpoints repeats the lost steps exactly."""
-    config = align_config(tiny_llama, preferences).model_dump_json()
-    train_worker({"config": config, "folder": str(tmp_path / "whole")})
-
-    from pipelines.train import loop
-
-    real, folder = loop.global_batch, tmp_path / "broken"
+    config = align_config(tiny_llama, preferences)
+    whole = run_here(config, tmp_path / "whole")
+    broken = tmp_path / "broken"
+    real = loop.global_batch
 
     def stops_at_the_fourth(num_rows: int, size: int, number: int, seed: int) -> list[int]:
         if number == 3:
@@ -80,9 +77,10 @@ def test_interrupted_run_ends_with_the_same_bytes(
 
     monkeypatch.setattr(loop, "global_batch", stops_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        train_worker({"config": config, "folder": str(folder)})
+        run_here(config, broken)
     monkeypatch.setattr(loop, "global_batch", real)
-    assert len(metrics(folder)) == 3  # the third step is lost: the last checkpoint is the second's
-    train_worker({"config": config, "folder": str(folder)})
-    for file in ("metrics.jsonl", "model/model.safetensors"):
-        assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    assert len(metrics(broken)) == 3  # the third step is lost: the last checkpoint is the second's
+    run_here(config, broken)
+    assert seeded_metrics(broken) == seeded_metrics(whole)
+    file = "model/model.safetensors"
+    assert (broken / file).read_bytes() == (whole / file).read_bytes()

@@ -5,7 +5,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-from pipelines.train import AlignConfig
+from pipelines.train import AlignConfig, plan_alignment
+from pipelines.train.loop import train_worker
+from pipelines.train.metrics import MEASURED
+from pipelines.train.run import worker_settings
 
 LETTERS = "abcdefghij"
 
@@ -51,6 +54,19 @@ def align_config(model: Path, data: Path, **fields: Any) -> AlignConfig:
     return AlignConfig(**(settings | fields))
 
 
+def run_here(config: AlignConfig, folder: Path) -> Path:
+    """Train in this process, as one worker; returns the folder of the unfinished run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cache = folder.parent / "cache"
+    train_worker(worker_settings(config, plan_alignment(config, cache), folder, cache))
+    return folder
+
+
 def metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def seeded_metrics(folder: Path) -> list[dict[str, float]]:
+    """The same without what is measured by a clock."""
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics(folder)]

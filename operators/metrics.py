@@ -1,0 +1,30 @@
+"""Numbers that are watched during alignment, as sums that add up over shards."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def delta_sums(now: Tensor, before: Tensor, tau: Tensor | None = None) -> Tensor:
+    """Sums over one shard, from which `norm_and_cosine` makes its numbers.
+
+    Args:
+        now, before: (n,) a parameter's shard, now and before training.
+        tau: (n,) the reference delta's shard; None where there is none.
+
+    Returns:
+        (3,) float64: |now - before|^2, (now - before) . tau, |tau|^2.
+    """
+    delta = now.double() - before.double()
+    along = torch.zeros_like(delta) if tau is None else tau.double()
+    return torch.stack([delta @ delta, delta @ along, along @ along])
+
+
+def norm_and_cosine(sums: Tensor) -> tuple[float, float]:
+    """Norm of the delta, and its cosine with tau (0 where one of them is 0), from the added-up
+    sums of all shards.
+    """
+    square, dot, tau_square = sums.tolist()
+    product = math.sqrt(square) * math.sqrt(tau_square)
+    return math.sqrt(square), dot / product if product else 0.0

@@ -1,0 +1,24 @@
+"""Alignment data: formats, tokens in a cache, and batches by index."""
+
+from pipelines.train.data.batches import (
+    Batch,
+    collate,
+    collate_mismatched,
+    deal,
+    global_batch,
+    num_steps_of,
+)
+from pipelines.train.data.cache import TokenSettings, token_table
+from pipelines.train.data.table import TokenTable
+
+__all__ = [
+    "Batch",
+    "TokenSettings",
+    "TokenTable",
+    "collate",
+    "collate_mismatched",
+    "deal",
+    "global_batch",
+    "num_steps_of",
+    "token_table",
+]

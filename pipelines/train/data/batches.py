@@ -1,0 +1,79 @@
+"""Which rows a step sees, and rows as tensors."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.train.data.table import TokenTable
+
+
+def num_steps_of(num_epochs: float, num_rows: int, global_batch_size: int) -> int:
+    """Optimizer steps of so many passes over the data, rounded up to a whole step."""
+    return max(1, -(-int(num_epochs * num_rows) // global_batch_size))
+
+
+def global_batch(num_rows: int, size: int, number: int, seed: int) -> list[int]:
+    """The rows of global batch `number` (from 0): a function of the seed and the number alone.
+
+    Batches run through one shuffled order of the data after another, so that each row comes once
+    an epoch, whatever the workers and micro-batches.
+    """
+    first, last = number * size, (number + 1) * size - 1
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(num_rows)
+        for epoch in range(first // num_rows, last // num_rows + 1)
+    }
+    places = (divmod(place, num_rows) for place in range(first, last + 1))
+    return [int(orders[epoch][offset]) for epoch, offset in places]
+
+
+def deal(rows: list[int], lengths: np.ndarray, rank: int, world: int) -> list[int]:
+    """One rank's share of a global batch: every world-size-th row from the longest to the shortest.
+
+    Micro-batches then hold rows of like lengths, with little padding, and ranks have equal work.
+    """
+    longest = lengths.max(axis=1)
+    return sorted(rows, key=lambda row: (-int(longest[row]), row))[rank::world]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences padded on the right: all rows' first sequences, then all their second ones.
+
+    ids and mask are (sequences, length) int64, and so is `response`, which marks learned tokens.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    response: Tensor
+
+
+def collate(table: TokenTable, rows: list[int], pad: int, device: torch.device | str) -> Batch:
+    """Rows as one batch."""
+    found = [table.sequences(row) for row in rows]
+    return pad_together([s[i] for i in range(table.sequences_per_row) for s in found], pad, device)
+
+
+def collate_mismatched(
+    table: TokenTable, rows: list[int], pad: int, device: torch.device | str
+) -> Batch:
+    """The rows' prompts with other rows' responses."""
+    return pad_together([table.mismatched(row) for row in rows], pad, device)
+
+
+def pad_together(
+    sequences: Iterable[tuple[np.ndarray, np.ndarray]], pad: int, device: torch.device | str
+) -> Batch:
+    """Sequences of ids and marks, padded on the right to one length."""
+    sequences = list(sequences)
+    shape = (len(sequences), max(len(ids) for ids, _ in sequences))
+    ids = np.full(shape, pad, np.int64)
+    mask, response = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for i, (values, marks) in enumerate(sequences):
+        ids[i, : len(values)] = values
+        mask[i, : len(values)] = 1
+        response[i, : len(values)] = marks
+    return Batch(*(torch.from_numpy(x).to(device) for x in (ids, mask, response)))

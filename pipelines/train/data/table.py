@@ -1,0 +1,133 @@
+"""Tokenised rows on the disk, read by index: an Arrow file that is mapped into memory."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.errors import InputError
+from pipelines.train.data.tokens import TokenRow
+
+TABLE_FILE, COUNTS_FILE = "tokens.arrow", "counts.json"
+SCHEMA = pa.schema(
+    [
+        ("ids", pa.list_(pa.int32())),
+        ("response", pa.list_(pa.uint8())),
+        ("label", pa.bool_()),
+    ]
+)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What tokenising did to the rows; `first_bad` shows the first ones that were left out."""
+
+    rows: int = 0
+    bad: int = 0
+    dropped: int = 0
+    prompts_cut: int = 0
+    prompts_shortened: int = 0
+    first_bad: list[str] = field(default_factory=list)
+
+    def add(self, other: "Counts") -> None:
+        """Count another part's rows too."""
+        for name in ("rows", "bad", "dropped", "prompts_cut", "prompts_shortened"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.first_bad = (self.first_bad + other.first_bad)[:3]
+
+
+def record_batch(rows: Iterable[TokenRow]) -> pa.RecordBatch:
+    """Rows as Arrow: one entry a sequence, a row's sequences one after another."""
+    entries = [(s.ids, s.response, row.label) for row in rows for s in row.sequences]
+    columns = zip(*entries, strict=True) if entries else ((), (), ())
+    arrays = [pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+class TokenTable:
+    """Rows by index; nothing is read but what is asked for."""
+
+    def __init__(self, folder: str | Path, sequences_per_row: int) -> None:
+        self.folder = Path(folder)
+        self.sequences_per_row = sequences_per_row
+        self.counts = Counts(**json.loads((self.folder / COUNTS_FILE).read_text()))
+        reader = pa.ipc.open_file(pa.memory_map(str(self.folder / TABLE_FILE)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._first = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        self._columns = [
+            tuple(_lists(batch.column(name)) for name in ("ids", "response")) for batch in batches
+        ]
+        self._labels = [batch.column("label") for batch in batches]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, each with one or two sequences."""
+        return int(self._first[-1]) // self.sequences_per_row
+
+    def sequences(self, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids (int32) and learned-token marks (uint8) of a row's sequences."""
+        first = row * self.sequences_per_row
+        return [self._sequence(first + i) for i in range(self.sequences_per_row)]
+
+    def _sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        batch = int(np.searchsorted(self._first, number, side="right")) - 1
+        place = number - self._first[batch]
+        ids, response = (
+            values[offsets[place] : offsets[place + 1]] for values, offsets in self._columns[batch]
+        )
+        return ids, response
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(rows, sequences of a row) int64: tokens of each sequence."""
+        return self._per_sequence(lambda columns: np.diff(columns[0][1]))
+
+    @cached_property
+    def response_lengths(self) -> np.ndarray:
+        """(rows, sequences of a row) int64: learned tokens of each sequence."""
+
+        def count(columns: tuple) -> np.ndarray:
+            values, offsets = columns[1]
+            sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+            return np.diff(sums[offsets])
+
+        return self._per_sequence(count)
+
+    def _per_sequence(self, count) -> np.ndarray:
+        numbers = [count(columns) for columns in self._columns]
+        flat = np.concatenate(numbers).astype(np.int64) if numbers else np.zeros(0, np.int64)
+        return flat.reshape(-1, self.sequences_per_row)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(rows,) bool: whether the response is desirable; only of labelled rows."""
+        return np.concatenate([c.to_numpy(zero_copy_only=False) for c in self._labels]).astype(bool)
+
+    def mismatched(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """A row's prompt with the response of a row that has another prompt (KTO's z0).
+
+        The partner is the first such row from half the table away, so it is the row's alone.
+
+        Raises:
+            InputError: all rows have the same prompt.
+        """
+        ids, response = self.sequences(row)[0]
+        prompt = ids[: int(response.argmax())]
+        for step in range(self.num_rows):
+            other, marks = self.sequences((row + self.num_rows // 2 + step) % self.num_rows)[0]
+            first = int(marks.argmax())
+            if not np.array_equal(other[:first], prompt):
+                swapped = np.concatenate([prompt, other[first:]])
+                learned = np.zeros(len(swapped), np.uint8)
+                learned[len(prompt) :] = 1
+                return swapped, learned
+        raise InputError("data: kto needs rows with at least two different prompts")
+
+
+def _lists(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and offsets of a column of lists, without a copy."""
+    return column.values.to_numpy(), column.offsets.to_numpy()

@@ -1,0 +1,66 @@
+"""What ends a training run for good, and how a worker tells the driver."""
+
+import json
+from pathlib import Path
+
+from pipelines.commit import write_atomically
+from pipelines.errors import InputError
+
+FAILURE_FILE = "failure.json"
+
+
+class TrainingError(RuntimeError):
+    """A run that failed, with one line that says why."""
+
+
+class DivergenceError(TrainingError):
+    """A run whose numbers went astray; every worker sees it at the same step."""
+
+
+# What would happen again in the same way: a restart of the workers would not help.
+PERMANENT = (InputError, DivergenceError, ValueError, TypeError, OSError)
+
+
+def record_failure(folder: Path, error: BaseException) -> None:
+    """Leave word of a failure for the driver."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    kinds = {InputError: "input", DivergenceError: "diverged"}
+    kind = next((name for cls, name in kinds.items() if isinstance(error, cls)), "error")
+    text = lines[0] if kind != "error" else f"{type(error).__name__}: {lines[0]}"
+    write_atomically(folder / FAILURE_FILE, json.dumps({"kind": kind, "message": text}))
+
+
+def has_failed(folder: Path) -> bool:
+    """Whether this run has failed for good."""
+    return (folder / FAILURE_FILE).is_file()
+
+
+def forget_failure(folder: Path) -> None:
+    """Let a run be tried again."""
+    (folder / FAILURE_FILE).unlink(missing_ok=True)
+
+
+def raise_failure(folder: Path, error: Exception | None = None) -> None:
+    """Raise what a worker recorded, or else what is known of `error`; nothing without either.
+
+    Raises:
+        InputError: the worker found input that cannot be used.
+        DivergenceError: the numbers went astray.
+        TrainingError: anything else.
+    """
+    path = folder / FAILURE_FILE
+    if path.is_file():
+        failure = json.loads(path.read_text())
+        kinds = {"input": InputError, "diverged": DivergenceError}
+        raise kinds.get(failure["kind"], TrainingError)(failure["message"]) from None
+    if error is not None:
+        raise TrainingError(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    """The failure of the first worker that has one, in one line."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    rank, first = min(failures.items())
+    cause = getattr(first, "cause", None) or first
+    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
+    return f"worker {rank}: {type(cause).__name__}: {lines[-1] if lines else 'no message'}"[:300]

@@ -1,0 +1,153 @@
+"""What a run reports: one JSON line a step, TensorBoard, and a stop where numbers go astray."""
+
+import json
+import math
+import resource
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from operators.metrics import delta_sums, norm_and_cosine
+from pipelines.checkpoints import Checkpoint, CheckpointDelta
+from pipelines.train.config import AlignConfig
+from pipelines.train.errors import DivergenceError
+from pipelines.train.strategies import Strategy, first_rank
+
+METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
+WINDOW = 10  # steps over which a collapse is judged
+MEASURED = ("tokens_per_s", "seconds", "memory_bytes")  # those that no seed decides
+
+
+class MetricsWriter:
+    """Writes the lines of metrics.jsonl, on the first rank alone; a context manager."""
+
+    def __init__(self, folder: Path, steps_done: int, *, tensorboard: bool) -> None:
+        self._path = folder / METRICS_FILE
+        self._board = None
+        if not first_rank():
+            return
+        _keep(self._path, steps_done)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            place = folder / TENSORBOARD_FOLDER
+            self._board = SummaryWriter(str(place), purge_step=steps_done + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a step's numbers; `step` is one of them."""
+        if not first_rank():
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _keep(path: Path, steps: int) -> None:
+    """Drop the lines of steps that will be made again."""
+    if path.is_file():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+        path.write_text("".join(kept))
+
+
+class Watch:
+    """Stops a run that diverges, with advice."""
+
+    def __init__(self, config: AlignConfig) -> None:
+        self._limit = config.min_chosen_log_ratio
+        self._ratios: deque[float] = deque(maxlen=WINDOW)
+
+    def check(self, step: int, record: dict[str, float], gradient_norm: float) -> None:
+        """Look at a step's numbers.
+
+        Raises:
+            DivergenceError: loss or gradients are not finite, or the policy has forgotten the
+                chosen responses.
+        """
+        for name, value in (("loss", record["loss"]), ("gradient norm", gradient_norm)):
+            if not math.isfinite(value):
+                raise DivergenceError(
+                    f"step {step}: the {name} is {value}; try a lower optimizer.learning_rate, "
+                    "a longer warmup_share or a smaller max_gradient_norm"
+                )
+        if self._limit is None:
+            return
+        self._ratios.append(record["chosen_log_ratio_per_token"])
+        mean = sum(self._ratios) / len(self._ratios)
+        if len(self._ratios) == WINDOW and mean < self._limit:
+            raise DivergenceError(
+                f"step {step}: the chosen responses have lost {-mean:.2f} nats a token against "
+                f"the reference (min_chosen_log_ratio {self._limit}); try a lower "
+                "optimizer.learning_rate, a larger objective.beta or objective.rpo_alpha"
+            )
+
+
+class Clock:
+    """Tokens a second since the last call, and the most memory this process has had."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def measure(self, num_tokens: int) -> dict[str, float]:
+        """The measured part of a step's line."""
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        return {
+            "tokens_per_s": num_tokens / seconds,
+            "seconds": seconds,
+            "memory_bytes": peak_memory(),
+        }
+
+
+def peak_memory() -> int:
+    """The most bytes held so far: on the GPU where there is one, else by this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@torch.no_grad()
+def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
+    """Norm of all that training has added so far, and its cosine with tau where there is one.
+
+    The start is read again from its files, range by range; every rank must call.
+    """
+    start = Checkpoint.open(config.model)
+    reference = config.optimizer.reference
+    source = None if reference is None else CheckpointDelta(reference.base, reference.tuned)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for part, values in strategy.owned():
+        where = (part.name, part.start, part.start + part.count)
+        tau = None if source is None else source.read(*where)
+        sums += delta_sums(values.detach().cpu(), start.read(*where).float(), tau)
+    norm, cosine = norm_and_cosine(add_up(sums))
+    return {"delta_norm": norm} | ({} if source is None else {"tau_cosine": cosine})
+
+
+def add_up(values: Tensor) -> Tensor:
+    """Values summed over the workers."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.to("cuda") if dist.get_backend() == "nccl" else values
+        dist.all_reduce(values)
+    return values

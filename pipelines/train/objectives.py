@@ -1,0 +1,165 @@
+"""The loss of one micro-batch and the sums that its metrics are made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from operators.losses import (
+    Objective,
+    PairLogProbabilities,
+    kto_reference_point,
+    token_log_probabilities,
+)
+from pipelines.train.config import ObjectiveConfig
+from pipelines.train.data import Batch, TokenTable
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What sums over a global batch are divided by; known to every worker beforehand."""
+
+    rows: int
+    desirable: int
+    undesirable: int
+    tokens: int  # response tokens of all sequences
+    likelihood_tokens: int  # those that the likelihood term runs over
+
+
+def shares_of(table: TokenTable, rows: list[int], objective: Objective) -> Shares:
+    """Counts of a global batch."""
+    lengths = table.response_lengths[rows]
+    desirable = int(table.labels[rows].sum()) if objective.rows == "labelled" else 0
+    return Shares(
+        rows=len(rows),
+        desirable=desirable,
+        undesirable=len(rows) - desirable,
+        tokens=int(lengths.sum()),
+        likelihood_tokens=int(lengths[:, 0].sum()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Responses:
+    """Log-probabilities of a batch's responses, summed over their tokens, and their lengths."""
+
+    log_probability: Tensor  # (sequences,) float32
+    num_tokens: Tensor  # (sequences,) int64
+
+
+def score_responses(model: nn.Module, batch: Batch) -> Responses:
+    """Run the model; log-probabilities of learned tokens alone, never of prompts or padding."""
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+    marks = batch.response[:, 1:]
+    values = token_log_probabilities(logits, batch.ids) * marks
+    return Responses(values.sum(-1), marks.sum(-1))
+
+
+@dataclass(frozen=True, slots=True)
+class MicroLoss:
+    """A micro-batch's share of the global batch's loss, and of the means of its metrics."""
+
+    loss: Tensor  # scalar with gradient
+    metrics: dict[str, Tensor]  # scalars; added up over micro-batches and workers they are means
+
+
+def pair_loss(
+    config: ObjectiveConfig,
+    responses: Responses,
+    reference: Tensor | None,
+    shares: Shares,
+) -> MicroLoss:
+    """Loss of preference pairs.
+
+    Args:
+        responses: of 2n sequences: all chosen ones, then all rejected ones.
+        reference: (n, 2) log-probabilities of chosen and rejected; None without a reference.
+        shares: counts of the global batch.
+    """
+    objective, parameters = config.definition, config.parameters
+    sums = responses.log_probability.view(2, -1)  # (2, n): chosen, rejected
+    lengths = responses.num_tokens.view(2, -1)
+    before = torch.zeros_like(sums) if reference is None else reference.T
+    divisor = lengths if objective.mean_over_tokens else torch.ones_like(lengths)
+    pairs = PairLogProbabilities(*(sums / divisor), *(before / divisor))
+    losses = objective.loss(pairs, **objective.loss_parameters(parameters))
+    loss = losses.sum() / shares.rows
+    weight = objective.likelihood_weight(parameters)
+    if weight:
+        loss = loss - weight * sums[0].sum() / shares.likelihood_tokens
+    beta = parameters["beta"]
+    with torch.no_grad():
+        columns = {
+            "accuracy": (pairs.margin > 0).float(),
+            "margin": beta * pairs.margin,
+            "chosen_reward": beta * pairs.chosen_log_ratio,
+            "rejected_reward": beta * pairs.rejected_log_ratio,
+            "chosen_log_probability": pairs.policy_chosen,
+            "rejected_log_probability": pairs.policy_rejected,
+        }
+        metrics = {name: column.sum() / shares.rows for name, column in columns.items()}
+        if reference is not None:
+            ratio = (sums[0] - before[0]).sum() / shares.likelihood_tokens
+            metrics["chosen_log_ratio_per_token"] = ratio
+        metrics["likelihood_loss"] = -sums[0].sum() / shares.likelihood_tokens
+    return MicroLoss(loss, metrics)
+
+
+def labelled_loss(
+    config: ObjectiveConfig,
+    responses: Responses,
+    reference: Tensor,
+    desirable: Tensor,
+    reference_point: Tensor,
+    shares: Shares,
+) -> MicroLoss:
+    """KTO's loss of single responses.
+
+    Args:
+        responses: of n sequences.
+        reference: (n,) log-probabilities under the reference.
+        desirable: (n,) bool.
+        reference_point: z0 of the global batch.
+        shares: counts of the global batch.
+    """
+    parameters = config.parameters
+    ratio = responses.log_probability - reference
+    losses = config.definition.loss(ratio, desirable, reference_point, **parameters)
+    beta = parameters["beta"]
+    with torch.no_grad():
+        good, bad = desirable.float(), (~desirable).float()
+        num_good, num_bad = max(1, shares.desirable), max(1, shares.undesirable)
+        right = (ratio > reference_point) == desirable
+        metrics = {
+            "accuracy": right.float().sum() / shares.rows,
+            "chosen_reward": beta * (ratio * good).sum() / num_good,
+            "rejected_reward": beta * (ratio * bad).sum() / num_bad,
+            "chosen_log_probability": (responses.log_probability * good).sum() / num_good,
+            "rejected_log_probability": (responses.log_probability * bad).sum() / num_bad,
+        }
+        metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
+        per_token = ratio * good / responses.num_tokens
+        metrics["chosen_log_ratio_per_token"] = per_token.sum() / num_good
+    return MicroLoss(losses.sum() / shares.rows, metrics)
+
+
+def text_loss(config: ObjectiveConfig, responses: Responses, shares: Shares) -> MicroLoss:
+    """Supervised fine-tuning: mean negative log-likelihood per learned token."""
+    mean = -responses.log_probability.sum() / shares.likelihood_tokens
+    weight = config.definition.likelihood_weight(config.parameters)
+    return MicroLoss(weight * mean, {"likelihood_loss": mean.detach()})
+
+
+def mismatched_point(
+    score: Callable[[], Tensor], reference: Tensor, add_up: Callable[[Tensor], Tensor], rows: int
+) -> Tensor:
+    """KTO's z0 of a global batch.
+
+    Args:
+        score: log-probabilities of this worker's mismatched responses, (n,), without gradient.
+        reference: the same under the reference.
+        add_up: sums a scalar over the workers.
+        rows: of the global batch.
+    """
+    return kto_reference_point(add_up((score() - reference).sum()), rows)

@@ -1,0 +1,89 @@
+"""A model built without memory and filled by slice, each rank reading only what it owns."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from operators.optim.layout import ShardLayout
+from pipelines.checkpoints import Checkpoint
+from pipelines.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Owned = tuple[ShardLayout, Tensor]  # where a flat range of a parameter lies, and its values
+
+
+def empty_model(path: Path) -> "PreTrainedModel":
+    """A causal language model on the meta device, in float32: the optimizer's master weights.
+
+    Raises:
+        InputError: the checkpoint's names are not the architecture's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, KeyError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model {path}: not a causal language model: {first}") from None
+    check_names(model, Checkpoint.open(path))
+    return model
+
+
+def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise InputError unless the checkpoint has each parameter under its name and shape."""
+    for name, parameter in model.named_parameters():
+        stored = checkpoint.find(name)
+        if stored is None:
+            raise InputError(
+                f"model {checkpoint.path}: has no tensor {name!r}, which its architecture needs"
+            )
+        if stored.shape != tuple(parameter.shape):
+            raise InputError(
+                f"model {checkpoint.path}: {name}: found shape {list(stored.shape)}; its "
+                f"architecture's is {list(parameter.shape)}"
+            )
+
+
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Give a model on the meta device memory: parameters unset, computed buffers as they must be.
+
+    Parameters that several modules share stay shared.
+    """
+    shared = _shared_parameters(model)
+    model.to_empty(device=device)
+    for owner, name, others in shared:
+        for module, other in others:
+            module._parameters[other] = owner._parameters[name]
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            root = model if hasattr(model, "_init_weights") else model.module
+            root._init_weights(module)
+
+
+def _shared_parameters(
+    model: nn.Module,
+) -> list[tuple[nn.Module, str, list[tuple[nn.Module, str]]]]:
+    """Each parameter that stands in several places: the first one and the others."""
+    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((module, name))
+    return [(*found[0], found[1:]) for found in places.values() if len(found) > 1]
+
+
+@torch.no_grad()
+def fill(owned: Iterable[Owned], checkpoint: Checkpoint) -> None:
+    """Read what this rank owns from the checkpoint's files."""
+    for layout, values in owned:
+        stop = layout.start + layout.count
+        values.copy_(checkpoint.read(layout.name, layout.start, stop))

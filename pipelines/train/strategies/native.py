@@ -1,0 +1,137 @@
+"""Strategies of torch itself: one process, replicas (DDP), or shards by rows (FSDP2)."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from operators.optim.layout import layout_of, local
+from pipelines.checkpoints import Checkpoint
+from pipelines.train.config import AlignConfig
+from pipelines.train.strategies.base import first_rank
+from pipelines.train.strategies.loading import Owned, empty_model, fill, materialize
+
+
+class NativeStrategy:
+    """`single`, `ddp` and `fsdp2`, whose checkpoints are interchangeable."""
+
+    def __init__(
+        self,
+        config: AlignConfig,
+        device: torch.device,
+        build_optimizer: Callable[["NativeStrategy"], Optimizer],
+    ) -> None:
+        self.config, self.device = config, device
+        model = empty_model(config.model)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.strategy == "fsdp2":
+            self._shard(model)
+        materialize(model, torch.device("cpu") if config.cpu_offload else device)
+        self.bare = model
+        self.parameter_names = frozenset(name for name, _ in model.named_parameters())
+        fill(self._local_parameters(), Checkpoint.open(config.model))
+        self.model: nn.Module = model
+        if config.strategy == "ddp":
+            self.model = nn.parallel.DistributedDataParallel(model)
+        # Before any forward pass: after one, the root of fsdp2 holds whole parameters.
+        self.optimizer = build_optimizer(self)
+
+    def _shard(self, model: nn.Module) -> None:
+        """Shard each block and then the rest by rows over all workers."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+        options = {"mesh": init_device_mesh(self.device.type, (dist.get_world_size(),))}
+        if self.config.precision == "bf16":
+            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        if self.config.cpu_offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        for block in _blocks(model):
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+
+    def _local_parameters(self) -> Iterator[Owned]:
+        for name, parameter in self.bare.named_parameters():
+            yield layout_of(name, parameter), local(parameter)
+
+    def owned(self) -> Iterator[Owned]:
+        """What this rank alone answers for; of replicas, all of it is the first rank's."""
+        if self.config.strategy == "fsdp2" or first_rank():
+            yield from self._local_parameters()
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """Around forward passes: their precision, where the sharding does not see to it."""
+        if self.config.precision == "bf16" and self.config.strategy != "fsdp2":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-batch: workers reduce gradients at the last."""
+        if self.config.strategy == "ddp" and not last:
+            with self.model.no_sync():
+                yield
+            return
+        if self.config.strategy == "fsdp2":
+            self.model.set_requires_gradient_sync(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradients."""
+        loss.backward()
+
+    def update(self, check: Callable[[float], None]) -> float:
+        """Clip to the config's limit, step, drop the gradients; returns their norm before that."""
+        limit = self.config.max_gradient_norm
+        parameters = [p for p in self.bare.parameters() if p.grad is not None]
+        found = nn.utils.clip_grad_norm_(
+            parameters, torch.inf if limit is None else limit, foreach=True
+        )
+        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
+        check(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def save(self, folder: Path) -> None:
+        """Write parameters and optimizer state, all ranks together."""
+        weights, moments = get_state_dict(self.bare, self.optimizer)
+        with _no_complaints():
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        """Go back to what `save` wrote, on any number of ranks."""
+        weights, moments = get_state_dict(self.bare, self.optimizer)
+        state = {"model": weights, "optimizer": moments}
+        with _no_complaints():
+            dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            self.bare,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+
+@contextlib.contextmanager
+def _no_complaints() -> Iterator[None]:
+    """Without DCP's warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer: the elements of its longest module list."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len, default=[]))

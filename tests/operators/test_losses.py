@@ -1,0 +1,156 @@
+"""Losses against their papers' formulas in float64, written out by hand with the math module."""
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from operators.losses import (
+    OBJECTIVES,
+    PairLogProbabilities,
+    kto_loss,
+    kto_reference_point,
+    token_log_probabilities,
+)
+
+PAIR_NAMES = [name for name, objective in OBJECTIVES.items() if objective.rows == "pairs"]
+
+
+def random_values(seed: int, count: int = 6, columns: int = 4) -> list[list[float]]:
+    """Columns of log-probabilities; small ones, as means over tokens are."""
+    draw = random.Random(seed)
+    return [[-draw.uniform(0.05, 3.0) for _ in range(count)] for _ in range(columns)]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def log_odds(x: float) -> float:
+    return math.log(math.exp(x) / (1 - math.exp(x)))
+
+
+BY_HAND = {
+    "dpo": lambda c, r, rc, rr: (
+        -0.9 * math.log(sigmoid(0.3 * (c - rc - r + rr)))
+        - 0.1 * math.log(sigmoid(-0.3 * (c - rc - r + rr)))
+    ),
+    "hinge": lambda c, r, rc, rr: max(0.0, 1 - 0.3 * (c - rc - r + rr)),
+    "ipo": lambda c, r, rc, rr: ((c - rc) - (r - rr) - 1 / (2 * 0.3)) ** 2,
+    "simpo": lambda c, r, rc, rr: -math.log(sigmoid(0.3 * (c - r) - 0.7)),
+    "orpo": lambda c, r, rc, rr: -0.3 * math.log(sigmoid(log_odds(c) - log_odds(r))),
+}
+PARAMETERS = {"beta": 0.3, "label_smoothing": 0.1, "simpo_gamma": 0.7}
+
+
+@pytest.mark.parametrize("name", PAIR_NAMES)
+def test_pair_losses_equal_their_formulas(name: str) -> None:
+    """Float64 in, float64 out; reference-free ones are given a reference of 0."""
+    objective = OBJECTIVES[name]
+    columns = random_values(seed=1)
+    if not objective.uses_reference:
+        columns[2] = columns[3] = [0.0] * len(columns[0])
+    pairs = PairLogProbabilities(*(torch.tensor(c, dtype=torch.float64) for c in columns))
+    parameters = {k: v for k, v in PARAMETERS.items() if k in objective.parameters}
+    found = objective.loss(pairs, **parameters)
+    expected = [BY_HAND[name](*row) for row in zip(*columns, strict=True)]
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in PAIR_NAMES if name != "ipo"])
+def test_pair_losses_push_the_right_way(name: str) -> None:
+    """More likely chosen responses and less likely rejected ones never cost more (IPO, which has a
+    target for the margin, aside).
+    """
+    objective = OBJECTIVES[name]
+    columns = [torch.tensor(c, dtype=torch.float64) for c in random_values(seed=2)]
+    chosen, rejected = (column.requires_grad_() for column in columns[:2])
+    parameters = {k: 0.3 for k in objective.parameters if k in ("beta", "simpo_gamma")}
+    objective.loss(PairLogProbabilities(*columns), **parameters).sum().backward()
+    assert (chosen.grad <= 0).all() and (rejected.grad >= 0).all()
+    assert (chosen.grad < 0).any()
+
+
+@pytest.mark.parametrize("name", PAIR_NAMES)
+def test_certain_responses_give_finite_numbers(name: str) -> None:
+    """Probability 1, and one that float32 cannot tell from 0."""
+    objective = OBJECTIVES[name]
+    policy = [torch.tensor([0.0, -1e-9, -200.0]), torch.tensor([-200.0, 0.0, -1e-9])]
+    for column in policy:
+        column.requires_grad_()
+    zeros = torch.zeros(3)
+    parameters = {k: 0.3 for k in objective.parameters if k in ("beta", "simpo_gamma")}
+    loss = objective.loss(PairLogProbabilities(*policy, zeros, zeros), **parameters)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert all(torch.isfinite(column.grad).all() for column in policy)
+
+
+def test_kto_equals_its_formula() -> None:
+    """Eq. 8 of the paper, desirable and undesirable, each with its weight."""
+    ratios, _, _, _ = random_values(seed=3)
+    desirable = [True, False, True, True, False, False]
+    z0 = 0.4
+    expected = [
+        1.5 * (1 - sigmoid(0.3 * (r - z0))) if good else 0.5 * (1 - sigmoid(0.3 * (z0 - r)))
+        for r, good in zip(ratios, desirable, strict=True)
+    ]
+    found = kto_loss(
+        torch.tensor(ratios, dtype=torch.float64),
+        torch.tensor(desirable),
+        torch.tensor(z0, dtype=torch.float64),
+        beta=0.3,
+        desirable_weight=1.5,
+        undesirable_weight=0.5,
+    )
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_kto_reference_point_is_clamped_and_has_no_gradient() -> None:
+    """z0 is the mean, at least 0, and a constant of the loss."""
+    total = torch.tensor(6.0, requires_grad=True)
+    point = kto_reference_point(total, 4)
+    assert point.item() == 1.5 and not point.requires_grad
+    assert kto_reference_point(torch.tensor(-6.0), 4).item() == 0
+
+
+def test_token_log_probabilities_are_a_softmax() -> None:
+    """Entry t is the softmax of position t at the label of position t + 1."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 7, generator=draw) * 5
+    labels = torch.randint(7, (2, 5), generator=draw)
+    found = token_log_probabilities(logits.bfloat16(), labels)
+    assert found.shape == (2, 4) and found.dtype == torch.float32
+    for row in range(2):
+        for place in range(4):
+            values = [math.exp(x) for x in logits.bfloat16()[row, place].tolist()]
+            expected = math.log(values[labels[row, place + 1]] / sum(values))
+            assert found[row, place].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@given(st.integers(0, 1000), st.sampled_from(PAIR_NAMES), st.integers(1, 5))
+def test_losses_add_up_over_any_cut(seed: int, name: str, cut: int) -> None:
+    """A pair's loss does not know the other pairs of its batch."""
+    objective = OBJECTIVES[name]
+    columns = [torch.tensor(c) for c in random_values(seed)]
+    parameters = {k: 0.5 for k in objective.parameters if k in ("beta", "simpo_gamma")}
+    whole = objective.loss(PairLogProbabilities(*columns), **parameters)
+    parts = [
+        objective.loss(PairLogProbabilities(*(c[place] for c in columns)), **parameters)
+        for place in (slice(0, cut), slice(cut, None))
+    ]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_parameters_are_split_between_loss_and_likelihood() -> None:
+    """rpo_alpha weighs the likelihood and is no argument of the loss."""
+    dpo = OBJECTIVES["dpo"]
+    parameters = {"beta": 0.1, "label_smoothing": 0.0, "rpo_alpha": 0.7}
+    assert dpo.likelihood_weight(parameters) == 0.7
+    assert dpo.loss_parameters(parameters) == {"beta": 0.1, "label_smoothing": 0.0}
+    assert OBJECTIVES["orpo"].likelihood_weight({"beta": 0.1}) == 1.0
+    assert OBJECTIVES["hinge"].likelihood_weight({"beta": 0.1}) == 0.0
