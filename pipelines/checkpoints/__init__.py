@@ -2,6 +2,7 @@
 
 from pipelines.checkpoints.delta import CheckpointDelta
 from pipelines.checkpoints.lock import lock_directory
+from pipelines.checkpoints.opening import open_model
 from pipelines.checkpoints.reader import Checkpoint, StoredTensor
 from pipelines.checkpoints.source import Source, TensorSpec
 from pipelines.checkpoints.writer import OutputLayout, plan_layout
@@ -14,5 +15,6 @@ __all__ = [
     "StoredTensor",
     "TensorSpec",
     "lock_directory",
+    "open_model",
     "plan_layout",
 ]

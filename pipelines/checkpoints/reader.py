@@ -38,10 +38,16 @@ class Checkpoint:
             raise InputError(f"model {path}: no such directory")
         if not config.is_file():
             raise InputError(f"model {path}: no config.json; expected a Hugging Face checkpoint")
+        settings = read_json(config)
+        if "quantization_config" in settings:
+            raise InputError(
+                f"{config}: quantization_config: a quantised checkpoint cannot be merged; allowed: "
+                "one with float weights"
+            )
         tensors: dict[str, StoredTensor] = {}
         for file in _weight_files(path):
             tensors |= read_header(file)
-        return cls(path, _read_json(config), tensors)
+        return cls(path, settings, tensors)
 
     @property
     def num_elements(self) -> int:
@@ -53,6 +59,10 @@ class Checkpoint:
         """Whether the head is the embedding and not stored on its own."""
         tied = bool(self.config.get("tie_word_embeddings", False))
         return tied and HEAD not in self.tensors and EMBEDDING in self.tensors
+
+    def checkpoints(self) -> Iterable["Checkpoint"]:
+        """All files that are read: its own."""
+        return [self]
 
     def names(self) -> Iterable[str]:
         """All stored tensors, in the order of the files."""
@@ -90,7 +100,7 @@ def read_range(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     return result
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object.
 
     Raises:
@@ -106,7 +116,7 @@ def _weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint directory."""
     index = path / INDEX
     if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         for name in names:
             if not (path / name).is_file():
                 raise InputError(f"model {path}: {INDEX} names {name}, which is missing")

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pipelines.checkpoints.reader import Checkpoint
 
 
 class TensorSpec(Protocol):
@@ -31,6 +34,9 @@ class Source(Protocol):
     @property
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
+
+    def checkpoints(self) -> Iterable["Checkpoint"]:
+        """All checkpoints that are read, adapters among them."""
 
     def names(self) -> Iterable[str]:
         """All tensors, in the order of the files."""

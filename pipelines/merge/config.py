@@ -24,7 +24,7 @@ Parameters = dict[str, Any]
 class ModelEntry(Config):
     """One model and its own parameters."""
 
-    model: str = Field(description="a checkpoint's folder")
+    model: str = Field(description="a checkpoint's folder, an adapter's, or CHECKPOINT+ADAPTER")
     parameters: Parameters = Field({}, description="of the method, for this model")
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from pipelines.checkpoints import Checkpoint, OutputLayout, Source, plan_layout
+from pipelines.checkpoints import Checkpoint, OutputLayout, Source, open_model, plan_layout
 from pipelines.checkpoints.digests import BLOCK_ELEMENTS, checkpoint_fingerprint, identity
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
@@ -100,10 +100,10 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         InputError: a checkpoint that cannot be read, tensors that differ in name or shape, or
             a tensor that takes more memory than the budget.
     """
-    models: dict[str, Source] = {path: Checkpoint.open(path) for path in config.merged_models}
+    models = {name: open_model(name, config.base_model) for name in config.merged_models}
     base = None
     if config.base_model is not None:
-        base = models.get(config.base_model) or Checkpoint.open(config.base_model)
+        base = models.get(config.base_model) or open_model(config.base_model)
     tensors = output_tensors(config, models, base)
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     layout = plan_layout(described, config.max_shard_bytes)
@@ -114,8 +114,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
 
 
 def _checkpoints(sources: list[Source]) -> dict[str, Checkpoint]:
-    """The checkpoints that are read, by path."""
-    return {str(source.path): source for source in sources if isinstance(source, Checkpoint)}
+    """The checkpoints that are read, by path; adapters and their bases each on their own."""
+    return {str(found.path): found for source in sources for found in source.checkpoints()}
 
 
 def _items(tensors: Mapping[str, TensorMerge]) -> list[Item]:
