@@ -81,7 +81,18 @@ def merge(
     run_merge(config, out or out_option, given, plan=plan, force=force)
 
 
-@app.command(epilog="Example: `poise evaluate configs/demo/evaluate.yaml --out runs/evaluation`")
+@app.command(epilog="Example: `poise methods ties`")
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="a merge method")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The merge methods with their parameters."""
+    from ray_jobs.methods import run_methods
+
+    run_methods(name, as_json=as_json)
+
+
+@app.command(epilog="Example: `poise evaluate configs/demo/evaluate-test.yaml --out runs/test`")
 def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,

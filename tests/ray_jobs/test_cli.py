@@ -22,6 +22,7 @@ BAD_INPUT = [
     (["merge", "typo.yaml"], "OUT: give it once"),
     (["merge", "broken.yaml", "out"], "broken.yaml: line 2: not valid YAML"),
     (["demo", "--out", "."], "exists and is no run of this command"),
+    (["methods", "tie"], "method: found 'tie'; allowed: linear"),
     (["dance"], "No such command 'dance'"),
 ]
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ray_jobs.demo import ALIGNED, MERGES, SINGLE
@@ -52,9 +53,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     process = start(out)
     wait_for_step(out, "align dpo-helpful", process, 500)
     time.sleep(2)
+    started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 130, errors
+    assert started  # Ray was up
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert not alive  # and nothing of it is left behind
     assert not (out / "results.json").exists()
     process = start(out)
     output, errors = process.communicate(timeout=900)
@@ -127,3 +132,33 @@ def test_another_seed_does_not_overwrite(demo: tuple[Path, str]) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "holds a run with seed=0" in errors
+
+
+def readme_commands() -> list[str]:
+    """The `poise` lines of README's code blocks that read a finished demo."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    blocks = text.split("```bash\n")[1:]
+    lines = [line for block in blocks for line in block.split("```")[0].splitlines()]
+    found = [line for line in lines if "poise " in line and not line.startswith(("make", "ray"))]
+    return [line for line in found if "poise serve" not in line]  # has a test of its own
+
+
+def test_readme_commands_run_as_they_stand(demo: tuple[Path, str], tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    (tmp_path / "configs").symlink_to(root / "configs")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(demo[0])
+    commands = readme_commands()
+    assert len(commands) >= 9
+    for command in commands:
+        real = command.replace("poise ", f"{sys.executable} -m ray_jobs.cli ")
+        result = subprocess.run(
+            ["bash", "-c", real],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, (command, result.stderr[-2000:])
+        assert result.stdout or "--out" in command or "merge" in command, command
