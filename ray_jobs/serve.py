@@ -170,8 +170,9 @@ def _url(host: str, port: int) -> str:
 
 
 def _curl(host: str, port: int, model: ServedModel) -> str:
-    """A request to paste into a shell."""
-    body = {"model": model.name, "messages": [{"role": "user", "content": "hello"}]}
+    """A request to paste into a shell; greedy, as the model was measured."""
+    messages = [{"role": "user", "content": "hello"}]
+    body = {"model": model.name, "messages": messages, "temperature": 0}
     return (
         f"curl -s {_url(host, port)}/chat/completions -H 'Content-Type: application/json' "
         f"-d {shlex.quote(json.dumps(body))}"

@@ -117,7 +117,10 @@ def test_two_models_answer_and_ctrl_c_leaves_nothing(tmp_path: Path, project_roo
         if shutil.which("curl"):
             curl = shlex.split(line.partition("try: ")[2])
             answer = json.loads(subprocess.run(curl, capture_output=True, check=True).stdout)
-            assert answer["choices"][0]["message"]["role"] == "assistant"
+            message = answer["choices"][0]["message"]["content"]
+            hello = [{"role": "user", "content": "hello"}]
+            greedy = Generator(models["x"]).complete([hello], max_new_tokens=12, batch_size=1)[0]
+            assert message.split()[: len(greedy.split())] == greedy.split()
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(timeout=60) == 0
         assert process.stdout.read() == ""
