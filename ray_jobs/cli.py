@@ -26,6 +26,7 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file;
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override fields of the config")
 ]
+INTERRUPTED = 130
 Out = Annotated[Path, typer.Option("--out", help="where the result goes")]
 Force = Annotated[
     bool, typer.Option("--force", help="replace an existing result once the new one stands")
@@ -158,11 +159,13 @@ def main() -> None:
     """Run the command line and exit: 0; 2 for bad input; 130 after Ctrl-C; 1 for anything else."""
     quiet_environment()
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)
+        if status == INTERRUPTED:  # typer's answer to Ctrl-C
+            raise KeyboardInterrupt
     except InputError as error:
         _stop(f"poise: {error}", 2)
     except (KeyboardInterrupt, typer.Abort):
-        _stop("poise: interrupted; run the same command again to go on", 130)
+        _stop("poise: interrupted; run the same command again to go on", INTERRUPTED)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's own usage errors
             error.show()

@@ -2,10 +2,13 @@
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from pipelines.errors import InputError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +47,9 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
     process; else starts a local one with `num_cpus` (default: this machine's cores, at least 2)
     and stops it at the end, also after Ctrl-C. Workers import this project from where the driver
     does.
+
+    Raises:
+        InputError: `RAY_ADDRESS` names a head that does not answer.
     """
     quiet_environment()
     import ray
@@ -53,6 +59,8 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
         yield
         return
     joins = bool(os.environ.get("RAY_ADDRESS"))
+    if joins:
+        _check_head(os.environ["RAY_ADDRESS"])
     local = (
         {}
         if joins
@@ -74,6 +82,18 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
         yield
     finally:
         ray.shutdown()
+
+
+def _check_head(address: str) -> None:
+    """Raise InputError if nobody listens at host:port; Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"RAY_ADDRESS: {address}: no Ray head answers there: {reason}") from None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a token that is not trained on
 WARM_UP_SHARE = 0.03
+HEAD_SIZE = 32  # the smallest that vLLM's attention takes on a CPU
 Batch = tuple[Tensor, Tensor, Tensor]  # ids, attention mask and labels, each (batch, length)
 
 
@@ -75,8 +76,8 @@ def _architecture(size: Size, tokenizer: "PreTrainedTokenizerBase"):
         hidden_size=size.hidden_size,
         intermediate_size=size.hidden_size * 8 // 3,
         num_hidden_layers=size.num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=size.hidden_size // HEAD_SIZE,
+        num_key_value_heads=size.hidden_size // HEAD_SIZE,
         max_position_embeddings=256,
         # At this width the usual 0.02 is so small that attention takes half the steps to wake up.
         initializer_range=size.hidden_size**-0.5,

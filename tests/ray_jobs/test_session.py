@@ -1,0 +1,35 @@
+"""Joining and starting Ray."""
+
+import pytest
+
+from pipelines.errors import InputError
+from ray_jobs.session import ray_session, worker_environment
+
+
+def test_a_head_that_does_not_answer_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    if ray.is_initialized():
+        pytest.skip("this process is in a session already")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with (
+        pytest.raises(InputError, match=r"^RAY_ADDRESS: 127\.0\.0\.1:1: no Ray head answers there"),
+        ray_session(),
+    ):
+        pass
+
+
+def test_a_session_inside_a_session_is_the_same_one(ray_cluster: None) -> None:
+    import ray
+
+    before = ray.get_runtime_context().get_job_id()
+    with ray_session():
+        assert ray.get_runtime_context().get_job_id() == before
+    assert ray.is_initialized()  # what did not start it does not stop it
+
+
+def test_workers_import_the_project_and_phone_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    environment = worker_environment()
+    assert environment["PYTHONPATH"].endswith(":/somewhere")
+    assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert environment["HF_HUB_OFFLINE"] == "1"
