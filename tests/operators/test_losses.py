@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from operators.losses import (
@@ -132,6 +132,7 @@ def test_token_log_probabilities_are_a_softmax() -> None:
             assert found[row, place].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(PAIR_NAMES), st.integers(1, 5))
 def test_losses_add_up_over_any_cut(seed: int, name: str, cut: int) -> None:
     """A pair's loss does not know the other pairs of its batch."""

@@ -1,0 +1,237 @@
+"""Objectives against TRL's trainers, on the same model and the same batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from training_files import preference_rows, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipelines.train.config import ObjectiveConfig
+from pipelines.train.data import (
+    TokenSettings,
+    TokenTable,
+    collate,
+    collate_mismatched,
+    token_table,
+)
+from pipelines.train.objectives import (
+    labelled_loss,
+    mismatched_point,
+    pair_loss,
+    score_responses,
+    shares_of,
+)
+from tests.tiny_models import save_tiny_llama
+
+ROWS = list(range(8))
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def reference_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reference that differs from the policy, so that no log-ratio is 0."""
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "reference", seed=5)
+
+
+@pytest.fixture(scope="module")
+def tables(
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], TokenTable]:
+    """Eight preferences as tokens, of each kind of row."""
+    folder = tmp_path_factory.mktemp("tables")
+    data = write_rows(folder / "rows.jsonl", preference_rows(8, seed=3))
+
+    def make(kind: str) -> TokenTable:
+        return token_table(data, None, TokenSettings(str(tiny_llama), kind, 64, "error"), folder)[0]
+
+    return make
+
+
+def quiet(folder: Path) -> dict[str, Any]:
+    """TRL's settings for a plain float32 run that reports to nobody."""
+    return {
+        "output_dir": str(folder),
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "per_device_train_batch_size": 8,
+        "beta": 0.3,
+    }
+
+
+def our_pair_loss(table: TokenTable, model: Any, reference: Any, **objective: Any) -> float:
+    """Our loss of the whole batch."""
+    config = ObjectiveConfig(**objective)
+    batch = collate(table, ROWS, 0, "cpu")
+    with torch.no_grad():
+        before = score_responses(reference, batch).log_probability.view(2, -1).T
+        result = pair_loss(
+            config,
+            score_responses(model, batch),
+            before if config.definition.uses_reference else None,
+            shares_of(table, ROWS, config.definition),
+        )
+    return result.loss.item()
+
+
+@pytest.fixture(scope="module")
+def dpo(tiny_llama: Path, reference_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """TRL's DPO trainer on the rows, with its own batch."""
+    from trl import DPOConfig, DPOTrainer
+
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32),
+        ref_model=AutoModelForCausalLM.from_pretrained(reference_path, dtype=torch.float32),
+        args=DPOConfig(**quiet(tmp_path_factory.mktemp("trl"))),
+        train_dataset=Dataset.from_list(preference_rows(8, seed=3)),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+    )
+    trainer.model.eval()
+    return trainer
+
+
+def test_tokens_are_those_of_trl(dpo: Any, tables: Callable[[str], TokenTable]) -> None:
+    """Prompts, responses and where they part."""
+    table = tables("pairs")
+    for row, theirs in enumerate(dpo.train_dataset):
+        for (ids, marks), name in zip(
+            table.sequences(row), ("chosen_ids", "rejected_ids"), strict=True
+        ):
+            assert ids.tolist() == theirs["prompt_ids"] + theirs[name]
+            assert marks.tolist() == [0] * len(theirs["prompt_ids"]) + [1] * len(theirs[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "loss_types", "weights", "parameters"),
+    [
+        ("dpo", ["sigmoid"], [1.0], {}),
+        ("dpo", ["sigmoid", "sft"], [1.0, 0.6], {"rpo_alpha": 0.6}),
+        ("hinge", ["hinge"], [1.0], {}),
+        ("ipo", ["ipo"], [1.0], {}),
+    ],
+)
+def test_pairs_with_reference(
+    dpo: Any,
+    tables: Callable[[str], TokenTable],
+    name: str,
+    loss_types: list[str],
+    weights: list[float],
+    parameters: dict[str, float],
+) -> None:
+    """DPO, DPO with the likelihood term, hinge and IPO."""
+    dpo.loss_types, dpo.loss_weights = loss_types, weights
+    batch = dpo.data_collator(list(dpo.train_dataset))
+    with torch.no_grad():
+        theirs = dpo.compute_loss(dpo.model, batch).item()
+    ours = our_pair_loss(
+        tables("pairs"), dpo.model, dpo.ref_model, name=name, beta=0.3, **parameters
+    )
+    assert ours == pytest.approx(theirs, rel=TOLERANCE)
+
+
+def test_kto(
+    dpo: Any,
+    tables: Callable[[str], TokenTable],
+    tiny_llama: Path,
+    tmp_path: Path,
+) -> None:
+    """KTO with weights; both take z0 from the same mismatched responses."""
+    from trl import KTOConfig, KTOTrainer
+
+    table = tables("labelled")
+    rows = list(range(table.num_rows))
+    examples = []
+    for row in rows:
+        ids, marks = table.sequences(row)[0]
+        swapped, learned = table.mismatched(row)
+        first = int(marks.argmax())
+        examples.append(
+            {
+                "prompt_ids": ids[:first].tolist(),
+                "completion_ids": ids[first:].tolist(),
+                "KL_completion_ids": swapped[int(learned.argmax()) :].tolist(),
+                "label": bool(table.labels[row]),
+            }
+        )
+    messages = [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row in preference_rows(8, seed=3)
+        for name in ("chosen", "rejected")
+    ]
+    trainer = KTOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32),
+        ref_model=dpo.ref_model,
+        args=KTOConfig(**quiet(tmp_path), desirable_weight=1.2, undesirable_weight=0.7),
+        train_dataset=Dataset.from_list(messages),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+    )
+    trainer.model.eval()
+    with torch.no_grad():
+        theirs = trainer.compute_loss(trainer.model, trainer.data_collator(examples)).item()
+
+    config = ObjectiveConfig(name="kto", beta=0.3, desirable_weight=1.2, undesirable_weight=0.7)
+    batch, mismatched = (f(table, rows, 0, "cpu") for f in (collate, collate_mismatched))
+    with torch.no_grad():
+        point = mismatched_point(
+            lambda: score_responses(trainer.model, mismatched).log_probability,
+            score_responses(dpo.ref_model, mismatched).log_probability,
+            lambda total: total,
+            len(rows),
+        )
+        ours = labelled_loss(
+            config,
+            score_responses(trainer.model, batch),
+            score_responses(dpo.ref_model, batch).log_probability,
+            torch.from_numpy(table.labels),
+            point,
+            shares_of(table, rows, config.definition),
+        )
+    assert ours.loss.item() == pytest.approx(theirs, rel=TOLERANCE)
+
+
+def mean_log_probabilities(table: TokenTable, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per token, of chosen and rejected responses."""
+    with torch.no_grad():
+        found = score_responses(model, collate(table, ROWS, 0, "cpu"))
+    return (found.log_probability / found.num_tokens).chunk(2)
+
+
+def test_simpo(dpo: Any, tables: Callable[[str], TokenTable]) -> None:
+    """SimPO is CPO's loss of TRL without its likelihood term."""
+    from trl.experimental.cpo import CPOTrainer
+
+    trainer = object.__new__(CPOTrainer)
+    trainer.alpha, trainer.loss_type, trainer.beta = 0.0, "simpo", 0.3
+    trainer.simpo_gamma, trainer.label_smoothing, trainer.accelerator = 0.5, 0.0, dpo.accelerator
+    theirs = trainer.cpo_loss(*mean_log_probabilities(tables("pairs"), dpo.model))[0].mean().item()
+    ours = our_pair_loss(
+        tables("pairs"), dpo.model, dpo.ref_model, name="simpo", beta=0.3, simpo_gamma=0.5
+    )
+    assert ours == pytest.approx(theirs, rel=TOLERANCE)
+
+
+def test_orpo(dpo: Any, tables: Callable[[str], TokenTable]) -> None:
+    """ORPO's odds ratio is TRL's; its likelihood runs over chosen responses alone (TRL's runs over
+    their prompts too), which the model's own cross entropy gives.
+    """
+    from trl.experimental.orpo import ORPOTrainer
+
+    table = tables("pairs")
+    trainer = object.__new__(ORPOTrainer)
+    trainer.beta, trainer.accelerator = 0.3, dpo.accelerator
+    odds = -trainer.odds_ratio_loss(*mean_log_probabilities(table, dpo.model))[0].mean().item()
+    batch = collate(table, ROWS, 0, "cpu")
+    labels = batch.ids.masked_fill(batch.response == 0, -100)[: len(ROWS)]
+    with torch.no_grad():
+        likelihood = dpo.model(
+            input_ids=batch.ids[: len(ROWS)],
+            attention_mask=batch.mask[: len(ROWS)],
+            labels=labels,
+        ).loss.item()
+    ours = our_pair_loss(table, dpo.model, dpo.ref_model, name="orpo", beta=0.3)
+    assert ours == pytest.approx(odds + likelihood, rel=TOLERANCE)
