@@ -19,7 +19,7 @@ def run_merge(
         print(
             f"method          {config.merge_method}: {config.method.summary}\n"
             f"models          {len(planned.models)}"
-            f"{' and a base' if config.method.needs_base else ''}\n"
+            f"{' and a base' if config.uses_base else ''}\n"
             f"parameters      {num_elements:,}\n"
             f"tensors         {len(planned.layout.tensors)}\n"
             f"to be read      {planned.num_input_bytes:,} bytes\n"

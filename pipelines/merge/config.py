@@ -94,10 +94,12 @@ class MergeConfig(Config):
             )
         if bool(self.models) == bool(self.slices):
             raise ValueError("models, slices: give exactly one of them")
-        has_base = self.base_model is not None and self.method.needs_base
         for entries in self.groups():
-            self.method.check_models(len(entries), has_base=has_base)
             self._check_parameters(entries)
+            has_base = self.base_model is not None and self.uses_base
+            self.method.check_models(len(entries), has_base=has_base, parameters=None)
+            if self.uses_base and not has_base:
+                raise ValueError("base_model: required, not given")
         return self
 
     @property
@@ -105,9 +107,17 @@ class MergeConfig(Config):
         """The method's entry in the table."""
         return METHODS[self.merge_method]
 
+    @property
+    def uses_base(self) -> bool:
+        """Whether the base is part of what is merged; for some methods a parameter decides."""
+        needed = self.method.needs_base
+        if isinstance(needed, str):
+            return self.parameters.get(needed) is not None
+        return needed
+
     def is_base(self, entry: ModelEntry) -> bool:
         """Whether an entry is the base, which mergekit's files list among the models."""
-        return self.method.needs_base and entry.model == self.base_model
+        return self.uses_base and entry.model == self.base_model
 
     def groups(self) -> Iterator[list[ModelEntry]]:
         """What is merged with each other: the models, or each slice's sources; without the base."""
@@ -136,7 +146,7 @@ class MergeConfig(Config):
                 lines.append(f"{name}: has no effect: {reason}")
         if any(self.is_base(entry) and entry.parameters for entry in entries):
             lines.append(f"parameters of {self.base_model}: have no effect: it is the base")
-        if self.base_model is not None and not self.method.needs_base:
+        if self.base_model is not None and not self.uses_base:
             lines.append(
                 f"base_model: {self.merge_method} does not merge it; the result's config and "
                 "tokenizer are from it"

@@ -7,21 +7,25 @@ from typing import Any
 
 import torch
 
+from operators.merging import MergeContext
 from pipelines.errors import InputError
 from pipelines.merge.plan import MergePlan
 from pipelines.merge.worker import MergeWorker
 
 Result = dict[str, Any]
-Executor = Callable[[MergePlan, Path, list[int]], Iterator[Result]]
+Contexts = dict[str, MergeContext]
+Executor = Callable[[MergePlan, Path, list[int], Contexts], Iterator[Result]]
 
 
-def in_threads(plan: MergePlan, folder: Path, items: list[int]) -> Iterator[Result]:
+def in_threads(
+    plan: MergePlan, folder: Path, items: list[int], contexts: Contexts
+) -> Iterator[Result]:
     """Do the items in `num_workers` threads; yields each finished one.
 
     Items start in their order, as long as what they take together stays within the memory budget.
     Each has one thread to itself, so that no sum depends on how many there are.
     """
-    worker = MergeWorker(plan, folder)
+    worker = MergeWorker(plan, folder, contexts)
     needs = plan.num_working_bytes
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -52,7 +56,7 @@ def _fits(plan: MergePlan, need: int, running: Iterable[int]) -> bool:
     return not taken or sum(taken) + need <= plan.config.memory_budget
 
 
-def in_ray(plan: MergePlan, folder: Path, items: list[int]) -> Iterator[Result]:
+def in_ray(plan: MergePlan, folder: Path, items: list[int], contexts: Contexts) -> Iterator[Result]:
     """Do the items in Ray Data actors; only descriptions pass through Ray.
 
     An actor that is lost is replaced and its item done again. There are as many actors as the
@@ -67,7 +71,7 @@ def in_ray(plan: MergePlan, folder: Path, items: list[int]) -> Iterator[Result]:
     )
     results = dataset.map(
         _Actor,
-        fn_constructor_args=(plan, str(folder.absolute())),
+        fn_constructor_args=(plan, str(folder.absolute()), contexts),
         compute=ray.data.ActorPoolStrategy(size=size),
         num_cpus=0.9,
     )
@@ -77,9 +81,9 @@ def in_ray(plan: MergePlan, folder: Path, items: list[int]) -> Iterator[Result]:
 class _Actor:
     """A worker in a process of its own, with one thread: the pool has a process for each core."""
 
-    def __init__(self, plan: MergePlan, folder: str) -> None:
+    def __init__(self, plan: MergePlan, folder: str, contexts: Contexts) -> None:
         torch.set_num_threads(1)
-        self._worker = MergeWorker(plan, Path(folder))
+        self._worker = MergeWorker(plan, Path(folder), contexts)
 
     def __call__(self, row: dict[str, Any]) -> Result:
         result = self._worker(row)

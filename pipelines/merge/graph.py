@@ -77,7 +77,7 @@ def _slices(
     slices, start = [], 0
     for entries, common in groups:
         ingredients = [_ingredient(e, models) for e in entries if not config.is_base(e)]
-        if base is not None and config.method.needs_base:
+        if base is not None and config.uses_base:
             first = next((_first_layer(e) for e in entries if config.is_base(e)), None)
             if first is None and config.slices:
                 raise InputError(

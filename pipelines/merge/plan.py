@@ -119,13 +119,15 @@ def _checkpoints(sources: list[Source]) -> dict[str, Checkpoint]:
 
 
 def _items(tensors: Mapping[str, TensorMerge]) -> list[Item]:
-    """Pieces, the small ones together, in the order of the output's bytes."""
+    """Pieces, the small ones together; small differences in size keep the order of the bytes."""
     items: list[Item] = []
     gathered: list[Piece] = []
     size = 0
     for name, tensor in tensors.items():
         count = tensor.num_elements
-        step = max(1, count if tensor.is_whole else PIECE_ELEMENTS)
+        step = max(
+            1, count if tensor.is_whole else tensor.step * max(1, PIECE_ELEMENTS // tensor.step)
+        )
         for start in range(0, max(1, count), step):
             piece = Piece(name, start, min(start + step, count))
             if gathered and size + piece.stop - piece.start > PIECE_ELEMENTS:
@@ -133,7 +135,8 @@ def _items(tensors: Mapping[str, TensorMerge]) -> list[Item]:
                 gathered, size = [], 0
             gathered.append(piece)
             size += piece.stop - piece.start
-    return [*items, tuple(gathered)]
+    # The largest first: no worker is left alone with one at the end.
+    return sorted([*items, tuple(gathered)], key=lambda item: -sum(p.stop - p.start for p in item))
 
 
 def _check_memory(plan: MergePlan) -> None:

@@ -12,6 +12,7 @@ from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
 from pipelines.merge.card import PROVENANCE_FILE, write_companions
 from pipelines.merge.config import MergeConfig
+from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import EXECUTORS
 from pipelines.merge.journal import Journal
 from pipelines.merge.plan import MergePlan, plan_merge
@@ -77,7 +78,9 @@ def _fill(plan: MergePlan, folder: Path, executor: str) -> None:
         if items:
             with Progress(len(plan.items), f"merge by {plan.config.merge_method}") as progress:
                 progress.update(len(done))
-                for _ in journal.record(EXECUTORS[executor](plan, folder, items)):
+                contexts = model_contexts(plan.tensors, plan.config.num_workers)
+                work = EXECUTORS[executor](plan, folder, items, contexts)
+                for _ in journal.record(work):
                     progress.advance()
         write_companions(plan, folder, plan.input_fingerprints(journal.digests()))
     except OSError as error:

@@ -1,18 +1,18 @@
 """How one tensor of a merge comes about: what is read, by which method, with which parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from operators.merging import METHODS, merge_tensor
+from operators.merging import METHODS, MergeContext, begin_gathering, merge_tensor
 from pipelines.checkpoints import Source, TensorSpec
 from pipelines.errors import InputError
 
-# Elements merged at once: what a step touches stays in a core's cache.
-CHUNK_ELEMENTS = 1 << 17
+# Elements read and merged at once.
+CHUNK_ELEMENTS = 1 << 20
 
 Observer = Callable[["Operand", int, Tensor], None]
 
@@ -57,19 +57,71 @@ class TensorMerge:
         return self.models if self.base is None else (*self.models, self.base)
 
     @property
+    def step(self) -> int:
+        """Elements that are merged at once: a number that the method allows, all if it must be."""
+        if not self.dtype.is_floating_point:
+            return CHUNK_ELEMENTS
+        grain = METHODS[self.method].grain(self.shape, self.parameters)
+        return grain * max(1, CHUNK_ELEMENTS // grain)
+
+    @property
     def is_whole(self) -> bool:
-        """Whether the method needs the whole tensor at once."""
-        return self.dtype.is_floating_point and METHODS[self.method].unit == "tensor"
+        """Whether one worker has to see the whole tensor, if only step by step."""
+        if not self.dtype.is_floating_point:
+            return False
+        method = METHODS[self.method]
+        return method.unit_of(self.parameters) == "tensor" or (
+            bool(method.statistics(self.parameters)) and not self.is_of_model
+        )
+
+    @property
+    def is_of_model(self) -> bool:
+        """Whether its thresholds run over all tensors of the merge."""
+        return self.dtype.is_floating_point and self.parameters.get("scope") == "model"
 
     @property
     def num_working_bytes(self) -> int:
-        """Memory of merging the tensor, or one chunk of it: inputs, deltas, what methods make."""
-        count = self.num_elements
-        if not self.is_whole:
-            count = min(count, CHUNK_ELEMENTS)
+        """Memory of merging the tensor, or one step of it: inputs, deltas, what methods make."""
+        count = min(self.num_elements, self.step)
         return count * 4 * (4 * len(self.operands) + 4)
 
-    def merged(self, start: int, stop: int, observe: Observer | None = None) -> Tensor:
+    def steps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The range [start, stop) in steps; one empty step of an empty tensor."""
+        for first in range(start, max(stop, start + 1), self.step):
+            yield first, min(first + self.step, stop)
+
+    def context(self) -> MergeContext:
+        """What the method must know of the whole tensor, found in passes over it.
+
+        Raises:
+            InputError: NaN or Inf in an input.
+        """
+        gathering = begin_gathering(
+            self.method,
+            {self.name: self.shape},
+            num_models=len(self.models),
+            seed=self.seed,
+            parameters=self.parameters,
+        )
+        while not gathering.done:
+            total = None
+            for start, stop in self.steps(0, self.num_elements):
+                if gathering.sampled(self.name, start, stop):
+                    seen = gathering.observe(self.name, *self.ranges(start, stop), start)
+                    total = seen if total is None else gathering.add(total, seen)
+            gathering = gathering.advance(total)
+        return gathering.context(self.name)
+
+    def ranges(
+        self, start: int, stop: int, observe: Observer | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Elements [start, stop) of the models and of the base."""
+        read = [self._read(operand, start, stop, observe) for operand in self.operands]
+        return read[: len(self.models)], None if self.base is None else read[-1]
+
+    def merged(
+        self, start: int, stop: int, context: MergeContext, observe: Observer | None = None
+    ) -> Tensor:
         """Elements [start, stop): float32 and unrounded, or the integers that all inputs share.
 
         Args:
@@ -78,19 +130,19 @@ class TensorMerge:
         Raises:
             InputError: NaN or Inf in an input, or integers that differ.
         """
-        read = [self._read(operand, start, stop, observe) for operand in self.operands]
+        models, base = self.ranges(start, stop, observe)
         if not self.dtype.is_floating_point:
-            return self._identical(read)
-        ranges = [values.to(torch.float32) for values in read]
+            return self._identical(models if base is None else [*models, base])
         try:
             return merge_tensor(
                 self.method,
-                ranges[: len(self.models)],
-                None if self.base is None else ranges[-1],
+                models,
+                base,
                 name=self.name,
                 seed=self.seed,
                 start=start,
                 shape=self.shape,
+                context=context,
                 **self.parameters,
             )
         except ValueError as error:

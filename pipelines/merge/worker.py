@@ -1,26 +1,32 @@
 """A worker of a merge: read ranges, merge them, write them in place."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from operators.merging import MergeContext
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.digests import BlockDigests
 from pipelines.errors import InputError
 from pipelines.merge.plan import MergePlan, Piece
-from pipelines.merge.tensor import CHUNK_ELEMENTS, Operand
+from pipelines.merge.tensor import Observer, Operand
 
 Seen = dict[tuple[str, str], BlockDigests]
 
 
 @dataclass(slots=True)
 class MergeWorker:
-    """Does items of a plan in a folder; used by threads of this process and by Ray's actors."""
+    """Does items of a plan in a folder; used by threads of this process and by Ray's actors.
+
+    `contexts` holds what is known of tensors beforehand; the others' is found with their item.
+    """
 
     plan: MergePlan
     folder: Path
+    contexts: Mapping[str, MergeContext] = field(default_factory=dict)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Do item `row["item"]`. An input's fault comes back as text, so that Ray passes it on."""
@@ -58,10 +64,12 @@ class MergeWorker:
             for start, digest in digests.finished().items()
         ]
 
-    def _write(self, piece: Piece, observe: Any) -> None:
-        """Merge a piece chunk by chunk, or at once where the method needs all of it."""
+    def _write(self, piece: Piece, observe: Observer) -> None:
+        """Merge a piece step by step; before it, what the method must know of the whole tensor."""
         tensor = self.plan.tensors[piece.name]
-        step = max(1, piece.stop if tensor.is_whole else CHUNK_ELEMENTS)
-        for start in range(piece.start, max(piece.stop, piece.start + 1), step):
-            values = tensor.merged(start, min(start + step, piece.stop), observe)
-            self.plan.layout.write(self.folder, piece.name, start, tensor.rounded(values))
+        context = self.contexts.get(piece.name)
+        if context is None:
+            context = tensor.context()
+        for start, stop in tensor.steps(piece.start, piece.stop):
+            values = tensor.rounded(tensor.merged(start, stop, context, observe))
+            self.plan.layout.write(self.folder, piece.name, start, values)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from operators.merging import merge_tensor
+from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, load_merge_config, merge
 from tests.pipelines.merge.conftest import (
     Family,
@@ -20,12 +21,16 @@ from tests.pipelines.merge.conftest import (
 )
 from tests.tiny_models import save_tiny_llama
 
-METHODS = {
+# Every way in which methods are streamed: by elements, by rows, with thresholds, norms or a draw.
+METHODS: dict[str, dict[str, object]] = {
     "linear": {"weight": 0.5},
     "task_arithmetic": {"lambda": 0.7},
     "ties": {"density": 0.3},
     "dare_linear": {"density": 0.5},
     "dare_ties": {"density": 0.5, "lambda": 0.5},
+    "della": {"density": 0.5, "epsilon": 0.2},
+    "breadcrumbs": {"density": 0.5, "gamma": 0.1},
+    "model_stock": {},
 }
 
 
@@ -54,6 +59,37 @@ def test_every_tensor_is_what_merge_tensor_gives(
         )
         assert values.dtype == torch.float32
         assert torch.equal(values, expected), name
+
+
+def test_steps_of_any_size_give_the_same_bytes(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method, parameters in METHODS.items():
+        whole = weights_of(merged(family, tmp_path / method, method, parameters=parameters))
+        with monkeypatch.context() as patch:
+            patch.setattr("pipelines.merge.tensor.CHUNK_ELEMENTS", 96)
+            patch.setattr("pipelines.merge.plan.PIECE_ELEMENTS", 300)
+            out = merged(family, tmp_path / f"{method}-steps", method, parameters=parameters)
+        assert all(torch.equal(values, whole[name]) for name, values in weights_of(out).items())
+
+
+def test_thresholds_over_the_whole_model(family: Family, tmp_path: Path) -> None:
+    parameters = {"density": 0.2, "scope": "model", "normalize": False}
+    config = family.config("ties", parameters=parameters, models=[{"model": str(family.models[0])}])
+    result = weights_of(merge(MergeConfig.model_validate(config), tmp_path / "out"))
+    base, model = weights_of(family.base), weights_of(family.models[0])
+    deltas = {name: (model[name] - base[name]).abs() for name in base}
+    every = torch.cat([delta.reshape(-1) for delta in deltas.values()])
+    count = int(0.2 * every.numel())
+    threshold = every.sort(descending=True).values[count - 1]
+    kept = sum(int((result[name] != base[name]).sum()) for name in base)
+    assert abs(kept - count) <= 2  # an element can be equal to the base's after rounding
+    for name, values in result.items():
+        assert (deltas[name][values != base[name]] >= threshold).all()
+    gradient = parameters | {"density": [0.1, 0.5]}
+    with pytest.raises(InputError, match=r"density: found .* with scope: model; allowed: one"):
+        config = family.config("ties", parameters=gradient)
+        merge(MergeConfig.model_validate(config), tmp_path / "gradient")
 
 
 def test_per_model_parameters_and_a_base_among_the_models(family: Family, tmp_path: Path) -> None:

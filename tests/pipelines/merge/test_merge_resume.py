@@ -20,11 +20,12 @@ from tests.pipelines.merge.conftest import Family
 # A merge in small items, slow enough to be killed in the middle of its work.
 SCRIPT = """
 import sys, time
-import pipelines.merge.plan, pipelines.merge.journal
+import pipelines.merge.plan, pipelines.merge.tensor, pipelines.merge.journal
 from pipelines.merge import load_merge_config, merge
 from pipelines.merge.worker import MergeWorker
 
 pipelines.merge.plan.PIECE_ELEMENTS = 500
+pipelines.merge.tensor.CHUNK_ELEMENTS = 100
 pipelines.merge.journal.SYNC_INTERVAL_S = 0.0
 plain = MergeWorker.run
 def slow(self, item):
@@ -39,6 +40,7 @@ merge(load_merge_config(sys.argv[1]), sys.argv[2])
 def small_items(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut this process's merges as the killed one's."""
     monkeypatch.setattr("pipelines.merge.plan.PIECE_ELEMENTS", 500)
+    monkeypatch.setattr("pipelines.merge.tensor.CHUNK_ELEMENTS", 100)
 
 
 def wait_for(path: Path, num_lines: int) -> None:
@@ -99,10 +101,10 @@ def test_killed_actor(
     class Dying:
         """An actor whose process is killed once, with its item half done."""
 
-        def __init__(self, plan, folder: str) -> None:
+        def __init__(self, plan, folder: str, contexts) -> None:
             from pipelines.merge.worker import MergeWorker
 
-            self.worker = MergeWorker(plan, Path(folder))
+            self.worker = MergeWorker(plan, Path(folder), contexts)
 
         def __call__(self, row):
             if row["item"] == 4 and not marker.exists():
