@@ -24,7 +24,7 @@ from pipelines.train import AlignConfig, align
 from pipelines.versions import versions
 from ray_jobs.report import run_report
 from ray_jobs.session import PROJECT_ROOT, ray_session
-from ray_jobs.steps import Step, Steps
+from ray_jobs.steps import STATE_FILE, Step, Steps
 
 CONFIGS = PROJECT_ROOT / "configs" / "demo"
 SINGLE = ("helpful", "honest", "harmless")
@@ -43,9 +43,8 @@ def run_demo(out: Path, *, seed: int, size: str, force: bool) -> None:
     """
     out = resolve_output(out, None)
     old = out.with_name(f".{out.name}.old")
-    if force and out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
+    if force:
+        _move_aside(out, old)
     settings = {"seed": seed, "size": size}
     state = Steps(out, settings)
     if not (out / RESULT_FILE).is_file():
@@ -55,6 +54,17 @@ def run_demo(out: Path, *, seed: int, size: str, force: bool) -> None:
     run_report([out], None, force=True)
     shutil.rmtree(old, ignore_errors=True)
     _last_lines(out)
+
+
+def _move_aside(out: Path, old: Path) -> None:
+    """Make room for a new run; the last finished one stays at `old` until the new one stands."""
+    if not (out / STATE_FILE).is_file():
+        return  # no run: a new one begins there, or `Steps` refuses what else it holds
+    if old.exists() and not (out / RESULT_FILE).is_file():
+        shutil.rmtree(out)  # a new run that never stood
+        return
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
 
 
 @dataclass(frozen=True, slots=True)
