@@ -21,6 +21,7 @@ from operators.merging.mixup import (
     mixup_ties_statistics,
 )
 from operators.merging.parameters import REQUIRED, Parameter
+from operators.merging.singular import r_tsvm, tsvm
 from operators.merging.task_vectors import (
     Consensus,
     Sparsifier,
@@ -49,6 +50,7 @@ TIES = Parameter(
 )
 SUM = Parameter("divide by the sum of the weights", False)
 MEAN = Parameter("divide by the sum of the weights", True)
+EMBEDDINGS = Parameter("by singular vectors or by the mean", "svd", choices=("svd", "mean"))
 RESCALES = ("none", "inverse_density", "l1")
 MIXUP = {
     "mixup_alpha": Parameter(
@@ -210,5 +212,34 @@ METHODS: dict[str, Method] = {
         num_models=(2, 2),
         statistics=mixup_ties_statistics,
         check=check_mixup,
+    ),
+    "tsvm": Method(
+        tsvm,
+        "singular vectors of each task matrix, made orthogonal between the models",
+        {"lambda": LAMBDA, "embeddings": EMBEDDINGS},
+        unit="tensor",
+        streamed_unit="tensor",
+    ),
+    "r_tsvm": Method(
+        r_tsvm,
+        "TSVM with weights by outliers and a rank by sparsity",
+        {
+            "lambda": LAMBDA,
+            "outlier_weighting": Parameter(
+                "how outliers weigh a model",
+                "proportional",
+                choices=("proportional", "inverse", "none"),
+            ),
+            "rank_coupling": Parameter("how much density lowers the rank; 0: not", 0.1, 0, 1),
+            "sparsity_epsilon": Parameter("what counts as zero, in standard deviations", 0.1, 0),
+            "orthogonalize": Parameter(
+                "when",
+                "after_truncation",
+                choices=("after_truncation", "before_truncation"),
+            ),
+            "embeddings": EMBEDDINGS,
+        },
+        unit="tensor",
+        streamed_unit="tensor",
     ),
 }
