@@ -9,6 +9,7 @@ misled, or whose magnitudes spread over many octaves, take one pass more.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -219,16 +220,19 @@ def search_cuts(
             above each of the model's cuts.
         vectors: what is cut, made of a range: one float32 tensor for each model.
     """
+    return partial(_begin, counts, vectors)
 
-    def begin(scope: Scope) -> CutSearch:
-        targets = [
-            Target(model, kept, found=TopCut(0, None) if kept >= scope.count else None)
-            for model in range(scope.num_models)
-            for kept in counts(scope.parameters, model, scope.count)
-        ]
-        return CutSearch(scope, vectors, tuple(targets))
 
-    return begin
+def _begin(
+    counts: Counts, vectors: Callable[[MergeInput], Sequence[Tensor]], scope: Scope
+) -> CutSearch:
+    """The search before its first pass; a cut that keeps everything is known."""
+    targets = [
+        Target(model, kept, found=TopCut(0, None) if kept >= scope.count else None)
+        for model in range(scope.num_models)
+        for kept in counts(scope.parameters, model, scope.count)
+    ]
+    return CutSearch(scope, vectors, tuple(targets))
 
 
 def _keys(vector: Tensor) -> Keys:

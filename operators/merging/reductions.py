@@ -6,6 +6,7 @@ elements; where a method works on rows, as many whole rows as fit into that (at 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from operators.merging.method import (
 )
 
 Partials = dict[tuple[str, int], NDArray[np.float64]]
+Vectors = Callable[[MergeInput], Sequence[Tensor]]
 BlockFunction = Callable[[MergeInput], NDArray[np.float64]]
 Fill = Callable[[MergeContext, NDArray[np.float64]], MergeContext]
 # mergekit too leaves a delta alone whose L1 norm, or what is kept of it, is smaller.
@@ -62,8 +64,8 @@ class BlockSums:
     def advance(self, total: Partials) -> "BlockSums":
         """The sums, each tensor's blocks in the order of their indices."""
         sums: dict[str, NDArray[np.float64]] = {}
-        for (name, _), partial in sorted(total.items(), key=lambda item: item[0]):
-            sums[name] = sums[name] + partial if name in sums else partial
+        for (name, _), sum_of_block in sorted(total.items(), key=lambda item: item[0]):
+            sums[name] = sums[name] + sum_of_block if name in sums else sum_of_block
         return replace(self, totals=sums)
 
     def fill(self, context: MergeContext, name: str) -> MergeContext:
@@ -86,49 +88,50 @@ def gram_matrix(vectors: Sequence[Tensor]) -> NDArray[np.float64]:
     return gram
 
 
-def gram_of(vectors: Callable[[MergeInput], Sequence[Tensor]]) -> StatisticFactory:
+def gram_of(vectors: Vectors) -> StatisticFactory:
     """The statistic of inner products of the vectors that `vectors` makes of a range."""
-
-    def of_block(work: MergeInput) -> NDArray[np.float64]:
-        total = np.zeros(())
-        for _, part in work.parts(CHUNK):
-            total = total + gram_matrix(vectors(part))
-        return total
-
-    def into(context: MergeContext, gram: NDArray[np.float64]) -> MergeContext:
-        return replace(context, gram=tuple(map(tuple, gram.tolist())))
-
-    def begin(scope: Scope) -> BlockSums:
-        return BlockSums(of_block, into)
-
-    return begin
+    return partial(_begin, BlockSums(partial(_block_gram, vectors), _with_gram))
 
 
-def rescale_by_l1(
-    sparse: Callable[[MergeInput], Sequence[Tensor]], *, by_rows: bool
-) -> StatisticFactory:
+def rescale_by_l1(sparse: Vectors, *, by_rows: bool) -> StatisticFactory:
     """The statistic of `||D_i||_1 / ||F(D_i)||_1`, by which `rescale: l1` multiplies what is kept.
 
     Args:
         sparse: the kept parts of a range's deltas, not rescaled.
         by_rows: F needs whole rows.
     """
+    of_block = partial(_block_norms, sparse, by_rows)
+    return partial(_begin, BlockSums(of_block, _with_rescale, by_rows))
 
-    def of_block(work: MergeInput) -> NDArray[np.float64]:
-        sums = np.zeros((2, len(work.models)))
-        size = max(1, CHUNK // work.width) * work.width if by_rows else CHUNK
-        for _, part in work.parts(size):
-            for kind, deltas in enumerate((part.deltas(), sparse(part))):
-                sums[kind] += [delta.abs().numpy().astype(np.float64).sum() for delta in deltas]
-        return sums
 
-    def into(context: MergeContext, sums: NDArray[np.float64]) -> MergeContext:
-        whole, kept = sums
-        usable = (whole >= SMALLEST_NORM) & (kept >= SMALLEST_NORM)
-        factors = np.where(usable, whole / np.where(usable, kept, 1.0), 1.0)
-        return replace(context, rescale=tuple(factors.tolist()))
+def _begin(sums: BlockSums, scope: Scope) -> BlockSums:
+    return sums
 
-    def begin(scope: Scope) -> BlockSums:
-        return BlockSums(of_block, into, by_rows)
 
-    return begin
+def _block_gram(vectors: Vectors, block: MergeInput) -> NDArray[np.float64]:
+    """Inner products over a block, (T, T)."""
+    total = np.zeros(())
+    for _, part in block.parts(CHUNK):
+        total = total + gram_matrix(vectors(part))
+    return total
+
+
+def _with_gram(context: MergeContext, gram: NDArray[np.float64]) -> MergeContext:
+    return replace(context, gram=tuple(map(tuple, gram.tolist())))
+
+
+def _block_norms(sparse: Vectors, by_rows: bool, block: MergeInput) -> NDArray[np.float64]:
+    """L1 norms over a block: of the deltas, and of what is kept of them; (2, T)."""
+    sums = np.zeros((2, len(block.models)))
+    size = max(1, CHUNK // block.width) * block.width if by_rows else CHUNK
+    for _, part in block.parts(size):
+        for kind, deltas in enumerate((part.deltas(), sparse(part))):
+            sums[kind] += [delta.abs().numpy().astype(np.float64).sum() for delta in deltas]
+    return sums
+
+
+def _with_rescale(context: MergeContext, sums: NDArray[np.float64]) -> MergeContext:
+    whole, kept = sums
+    usable = (whole >= SMALLEST_NORM) & (kept >= SMALLEST_NORM)
+    factors = np.where(usable, whole / np.where(usable, kept, 1.0), 1.0)
+    return replace(context, rescale=tuple(factors.tolist()))

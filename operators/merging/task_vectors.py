@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, where
@@ -131,20 +132,22 @@ def statistics_of(
 ) -> Callable[[Mapping[str, Any]], tuple[StatisticFactory, ...]]:
     """What a composed method gathers: cuts over tensor or model, and L1 norms to rescale by."""
 
-    def sparse(work: MergeInput) -> list[Tensor]:
-        plain = replace(work, parameters={**work.parameters, "rescale": "none"})
-        return [sparsifier(delta, plain, i) for i, delta in enumerate(work.deltas())]
-
     def statistics(parameters: Mapping[str, Any]) -> tuple[StatisticFactory, ...]:
         by_rows = sparsifier is drop_by_magnitude or parameters.get("scope") == "row"
         found: list[StatisticFactory] = []
         if sparsifier in CUT_COUNTS and not by_rows:
             found.append(thresholds(CUT_COUNTS[sparsifier]))
         if parameters.get("rescale") == "l1":
-            found.append(rescale_by_l1(sparse, by_rows=by_rows))
+            found.append(rescale_by_l1(partial(_kept, sparsifier), by_rows=by_rows))
         return tuple(found)
 
     return statistics
+
+
+def _kept(sparsifier: Sparsifier, work: MergeInput) -> list[Tensor]:
+    """The deltas' kept parts, not rescaled."""
+    plain = replace(work, parameters={**work.parameters, "rescale": "none"})
+    return [sparsifier(delta, plain, i) for i, delta in enumerate(work.deltas())]
 
 
 CUT_COUNTS = {keep_top: top_counts, keep_middle: _middle_counts}
