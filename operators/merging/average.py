@@ -46,7 +46,7 @@ def model_stock(work: MergeInput) -> Tensor:
     if work.parameters["scope"] == "row":
         rows = [delta.view(-1, work.width) for delta in deltas]
         ratios = torch.from_numpy(stock_ratio(gram_matrix(rows), clip=clip)).float()
-        return work.origin().add_(mean.view(-1, work.width).mul_(ratios[:, None]).view(-1))
+        return work.origin().add(mean.view(-1, work.width).mul_(ratios[:, None]).view(-1))
     t = float(stock_ratio(np.array(work.context.gram), clip=clip))
     return work.origin().add(mean, alpha=t)
 

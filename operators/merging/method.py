@@ -93,11 +93,11 @@ class MergeInput:
         return self.shape[-1] if self.shape else 1
 
     def weights(self) -> list[Tensor]:
-        """The models' own values in float32."""
+        """The models' values in float32; may be the models themselves: not to be changed."""
         return [model.to(torch.float32) for model in self.models]
 
     def origin(self) -> Tensor:
-        """`W_0` in float32."""
+        """`W_0` in float32, which may be the base itself: not to be changed in place."""
         assert self.base is not None
         return self.base.to(torch.float32)
 
@@ -236,7 +236,9 @@ class Method:
         values = complete_parameters(self.parameters, self._translated(given), num_models)
         if values.get("filter_wise"):
             if given.get("scope", "row") != "row":
-                raise ValueError(f"filter_wise: found true with scope: {given['scope']}")
+                raise ValueError(
+                    f"filter_wise: found true with scope: {given['scope']}; allowed: scope: row"
+                )
             values["scope"] = "row"
         if self.check is not None:
             self.check(values)

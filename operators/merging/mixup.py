@@ -46,14 +46,14 @@ def check_mixup(parameters: Mapping[str, Any]) -> None:
 def m3_average(work: MergeInput) -> Tensor:
     """`lam W_1 + (1 - lam) W_2` (eq. 4); with DARE `W_0 + lam F(D_1) + (1 - lam) F(D_2)`."""
     if work.parameters["dare_density"] is not None:
-        return work.origin().add_(_mixed(work))
+        return work.origin().add(_mixed(work))
     first, second = work.weights()
     return mixup(first, second, _lambda(work))
 
 
 def m3_task_arithmetic(work: MergeInput) -> Tensor:
     """`W_0 + lambda (lam F(D_1) + (1 - lam) F(D_2))` (eq. 5)."""
-    return work.origin().add_(_mixed(work), alpha=work.parameters["lambda"])
+    return work.origin().add(_mixed(work), alpha=work.parameters["lambda"])
 
 
 def m3_ties(work: MergeInput) -> Tensor:
@@ -65,7 +65,7 @@ def m3_ties(work: MergeInput) -> Tensor:
     first, second = (torch.where(torch.sign(delta) == elected, delta, 0.0) for delta in trimmed)
     both = (first != 0) & (second != 0)
     merged = torch.where(both, mixup(first, second, _lambda(work)), first + second)
-    return work.origin().add_(merged, alpha=work.parameters["lambda"])
+    return work.origin().add(merged, alpha=work.parameters["lambda"])
 
 
 def dared(work: MergeInput) -> list[Tensor]:

@@ -213,10 +213,10 @@ def adapted_rank(matrices: Sequence[Tensor], full: int, coupling: float, epsilon
 def _mean(work: MergeInput, deltas: Sequence[Tensor]) -> Tensor:
     """The base plus lambda times the mean of the deltas."""
     mean = weighted_sum(deltas, [1.0] * len(deltas), normalize=True)
-    return work.origin().add_(mean, alpha=work.parameters["lambda"])
+    return work.origin().add(mean, alpha=work.parameters["lambda"])
 
 
 def _added(work: MergeInput, delta: Tensor) -> Tensor:
     """The base plus lambda times a merged matrix."""
     flat = delta.to(torch.float32).reshape(-1)
-    return work.origin().add_(flat, alpha=work.parameters["lambda"])
+    return work.origin().add(flat, alpha=work.parameters["lambda"])
