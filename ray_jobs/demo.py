@@ -3,6 +3,7 @@ other commands. Every step's config stands as a file below `OUT/configs/`, made 
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -132,8 +133,9 @@ class Demo:
         """Make a step's config from configs/demo/: this run's folder and seed put in."""
         text = (CONFIGS / f"{name}.yaml").read_text()
         comment = text.splitlines()[0]
-        text = text.replace("configs/demo/", f"{self.paths.out}/configs/")
-        values = yaml.safe_load(text.replace("runs/demo", str(self.paths.out)))
+        places = {"configs/demo/": f"{self.paths.out}/configs/", "runs/demo": str(self.paths.out)}
+        text = re.sub("|".join(places), lambda found: places[found[0]], text)
+        values = yaml.safe_load(text)
         if "seed" in values:
             values["seed"] = self.seed
         values = apply_overrides(values, overrides)

@@ -1,0 +1,24 @@
+"""The demo's configs: made from configs/demo/ for any folder, the default one among them."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import load_yaml
+from ray_jobs.demo import CONFIGS, Demo
+
+NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("folder", ["runs/demo", "elsewhere"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_path_leads_into_the_run(tmp_path: Path, folder: str, name: str) -> None:
+    out = tmp_path / folder
+    written = load_yaml(Demo(out, 5, "smoke")._write_config(name))
+    assert written.get("seed", 5) == 5
+    text = (out / "configs" / f"{name}.yaml").read_text()
+    paths = [word.strip("',}") for word in text.split() if "/" in word]
+    assert paths
+    for path in paths:
+        assert path.startswith(str(out)), path
+        assert path.count(str(tmp_path)) == 1
