@@ -1,6 +1,9 @@
 """The training loop of one worker under Ray Train."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ from pipelines.train.objectives import (
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
 from pipelines.train.reference import compute_reference, read_reference, reference_path
-from pipelines.train.strategies import build_strategy
+from pipelines.train.strategies import build_strategy, first_rank
 
 MODEL_FOLDER = "model"
 PAD = 0  # padding is masked out, so any id serves
@@ -60,17 +63,28 @@ def train_worker(settings: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        run = Run(config, settings, device)
-        run.train()
-        if hasattr(run.strategy.optimizer, "merge_pending"):
-            run.strategy.optimizer.merge_pending()
-        export_model(run.strategy, config.model, folder / MODEL_FOLDER)
+        with _alone(folder):
+            run = Run(config, settings, device)
+            run.train()
+            run.strategy.merge_pending()
+            export_model(run.strategy, config.model, folder / MODEL_FOLDER)
     except DivergenceError as error:  # seen by all workers at once, so none waits for another
         record_failure(folder, error)
     except PERMANENT as error:
         if not isinstance(error, ConnectionError):  # another worker was lost: worth a restart
             record_failure(folder, error)
         raise
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until the first worker of an earlier, killed attempt is gone; others wait for ours."""
+    if not first_rank():
+        yield
+        return
+    with (folder / "worker.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Run:

@@ -117,6 +117,7 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
         cache or config.cache,
         max_bad_share=config.max_bad_share,
     )
+    _check_vocabulary(checkpoint, table)
     inputs = {"model": fingerprint_directory(config.model, CHECKPOINT_FILES), "data": data_key}
     if config.optimizer.reference is not None:
         reference = config.optimizer.reference
@@ -152,6 +153,29 @@ def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) 
         "model_key": plan.inputs["model"],
         "num_steps": plan.num_steps,
     }
+
+
+def _check_vocabulary(model: Checkpoint, table: TokenTable) -> None:
+    """Raise InputError where the tokenizer knows tokens that the model does not."""
+    size = model.config.get("vocab_size")
+    if size is not None and table.largest_id() >= size:
+        raise InputError(
+            f"model {model.path}: its tokenizer gives token {table.largest_id()}; its vocabulary "
+            f"has {size} tokens"
+        )
+
+
+def _check_room(config: AlignConfig, resources: dict[str, float]) -> None:
+    """Raise InputError where a Ray of this machine alone can never run so many workers."""
+    import ray
+
+    ((kind, share),) = resources.items()
+    found = ray.cluster_resources().get(kind, 0.0)
+    if not os.environ.get("RAY_ADDRESS") and share * config.num_workers > found:
+        raise InputError(
+            f"num_workers: found {config.num_workers}; allowed: up to {int(found / share)}, for "
+            f"which this machine has {kind}s"
+        )
 
 
 def _check_delta(model: Checkpoint, delta: CheckpointDelta) -> None:
@@ -216,6 +240,7 @@ def _train(config: AlignConfig, settings: dict[str, Any], num_steps: int) -> Non
     folder = Path(settings["folder"])
     on_gpu = torch.cuda.is_available()
     resources = {"GPU": 1.0} if on_gpu else {"CPU": 0.9}
+    _check_room(config, resources)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=settings,

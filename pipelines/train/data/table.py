@@ -81,6 +81,10 @@ class TokenTable:
         )
         return ids, response
 
+    def largest_id(self) -> int:
+        """The largest token id of all rows."""
+        return max(int(columns[0][0].max()) for columns in self._columns if len(columns[0][0]))
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """(rows, sequences of a row) int64: tokens of each sequence."""

@@ -47,6 +47,10 @@ class Strategy(Protocol):
         """
         ...
 
+    def merge_pending(self) -> None:
+        """Let an online merging optimizer merge what it has put off."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write what a resumption needs into an existing folder."""
         ...

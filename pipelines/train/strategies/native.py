@@ -28,7 +28,7 @@ class NativeStrategy:
         self,
         config: AlignConfig,
         device: torch.device,
-        build_optimizer: Callable[["NativeStrategy"], Optimizer],
+        build_optimizer: Callable[[nn.Module], Optimizer],
     ) -> None:
         self.config, self.device = config, device
         model = empty_model(config.model)
@@ -39,12 +39,12 @@ class NativeStrategy:
         materialize(model, torch.device("cpu") if config.cpu_offload else device)
         self.bare = model
         self.parameter_names = frozenset(name for name, _ in model.named_parameters())
-        fill(self._local_parameters(), Checkpoint.open(config.model))
+        fill(local_parameters(self.bare), Checkpoint.open(config.model))
         self.model: nn.Module = model
         if config.strategy == "ddp":
             self.model = nn.parallel.DistributedDataParallel(model)
         # Before any forward pass: after one, the root of fsdp2 holds whole parameters.
-        self.optimizer = build_optimizer(self)
+        self.optimizer = build_optimizer(model)
 
     def _shard(self, model: nn.Module) -> None:
         """Shard each block and then the rest by rows over all workers."""
@@ -60,14 +60,10 @@ class NativeStrategy:
             fully_shard(block, **options)
         fully_shard(model, **options)
 
-    def _local_parameters(self) -> Iterator[Owned]:
-        for name, parameter in self.bare.named_parameters():
-            yield layout_of(name, parameter), local(parameter)
-
     def owned(self) -> Iterator[Owned]:
         """What this rank alone answers for; of replicas, all of it is the first rank's."""
         if self.config.strategy == "fsdp2" or first_rank():
-            yield from self._local_parameters()
+            yield from local_parameters(self.bare)
 
     def forward_context(self) -> AbstractContextManager[object]:
         """Around forward passes: their precision, where the sharding does not see to it."""
@@ -103,6 +99,11 @@ class NativeStrategy:
         self.optimizer.zero_grad()
         return norm
 
+    def merge_pending(self) -> None:
+        """Merge the tail of step-K, where the optimizer has one."""
+        if hasattr(self.optimizer, "merge_pending"):
+            self.optimizer.merge_pending()
+
     def save(self, folder: Path) -> None:
         """Write parameters and optimizer state, all ranks together."""
         weights, moments = get_state_dict(self.bare, self.optimizer)
@@ -121,6 +122,12 @@ class NativeStrategy:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+
+
+def local_parameters(model: nn.Module) -> Iterator[Owned]:
+    """This rank's part of every parameter."""
+    for name, parameter in model.named_parameters():
+        yield layout_of(name, parameter), local(parameter)
 
 
 @contextlib.contextmanager

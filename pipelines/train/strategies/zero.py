@@ -1,0 +1,138 @@
+"""DeepSpeed's ZeRO: optimizer state, gradients and parameters in flat partitions over workers."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pipelines.checkpoints import Checkpoint
+from pipelines.train.config import ZERO_STAGES, AlignConfig
+from pipelines.train.strategies.loading import Owned, empty_model, fill, materialize
+from pipelines.train.strategies.native import local_parameters
+from pipelines.train.strategies.zero_layout import check_layouts, flat_layouts
+
+TAG = "state"
+
+
+class ZeroStrategy:
+    """`zero1`, `zero2` and `zero3`, with any optimizer here: flat partitions are bound to it."""
+
+    def __init__(
+        self,
+        config: AlignConfig,
+        device: torch.device,
+        build_optimizer: Callable[[nn.Module], Optimizer],
+    ) -> None:
+        import deepspeed
+
+        self.config = config
+        _join(device)
+        model = empty_model(config.model)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        materialize(model, device)
+        checkpoint = Checkpoint.open(config.model)
+        fill(local_parameters(model), checkpoint)
+        self.parameter_names = frozenset(name for name, _ in model.named_parameters())
+        self.optimizer = build_optimizer(model)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=engine_settings(config)
+        )
+        self.model: nn.Module = self._engine
+        self._layouts = flat_layouts(self._engine)
+        check_layouts(self._layouts, checkpoint, self._engine)
+        for flat in self._layouts:
+            flat.data.zero_()  # padding is uninitialised memory
+        fill(self.owned(), checkpoint)  # masters in full precision, not rounded to bf16
+        if hasattr(self.optimizer, "bind"):
+            self.optimizer.bind(self._layouts)
+
+    def owned(self) -> Iterator[Owned]:
+        """The ranges of this rank's flat partitions."""
+        for flat, layouts in self._layouts.items():
+            for layout in layouts:
+                yield layout, flat.data[layout.offset : layout.offset + layout.count]
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """Nothing: the engine sees to the precision."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        """Tell the engine which micro-batch is a step's last."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradients; the engine reduces them as its stage does."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def update(self, check: Callable[[float], None]) -> float:
+        """The engine clips and steps at once, so the check comes after it."""
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        value = float("nan") if norm is None else float(norm)
+        check(value)
+        return value
+
+    def merge_pending(self) -> None:
+        """Merge the tail of step-K; stage 3 shows the optimizer its flat tensors only in a step."""
+        if not hasattr(self.optimizer, "merge_pending"):
+            return
+        groups = self.optimizer.param_groups
+        before = [group["params"] for group in groups]
+        if self.config.strategy == "zero3":
+            inner = self._engine.optimizer
+            for i, group in enumerate(groups):
+                group["params"] = [
+                    flat
+                    for number, flat in enumerate(inner.fp32_partitioned_groups_flat)
+                    if inner.sub_group_to_group_id[number] == i
+                ]
+        self.optimizer.merge_pending()
+        for group, params in zip(groups, before, strict=True):
+            group["params"] = params
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's own checkpoint: as many workers must read it as wrote it."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Go back to what `save` wrote."""
+        self._engine.load_checkpoint(str(folder), tag=TAG)
+
+
+def engine_settings(config: AlignConfig) -> dict[str, Any]:
+    """DeepSpeed's config."""
+    share = config.global_batch_size // config.num_workers
+    micro = config.micro_batch_size or share
+    zero: dict[str, Any] = {"stage": ZERO_STAGES[config.strategy], "overlap_comm": False}
+    if config.cpu_offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if config.strategy == "zero3":
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": share // micro,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "gradient_clipping": config.max_gradient_norm or 0.0,
+        "steps_per_print": 2**31,
+    }
+
+
+def _join(device: torch.device) -> None:
+    """Let DeepSpeed use the process group of the workers."""
+    import deepspeed
+
+    assert dist.is_initialized()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

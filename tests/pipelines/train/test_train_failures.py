@@ -1,0 +1,192 @@
+"""What ends a run, or never lets it begin: one clear line, and nothing half-written."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from training_files import align_config, metrics, run_here
+
+from pipelines.errors import InputError
+from pipelines.train import align, plan_alignment
+from pipelines.train.checkpoints import saved_steps
+from pipelines.train.errors import DivergenceError, raise_failure
+from tests.tiny_models import save_tiny_llama
+
+BAD_FIELDS = {
+    "batch": (
+        {"num_workers": 3, "strategy": "ddp"},
+        "global_batch_size: found 8; allowed: a multiple of num_workers (3)",
+    ),
+    "micro-batch": (
+        {"micro_batch_size": 3},
+        "micro_batch_size: found 3; allowed: a divisor of 8, the rows of one step on one worker",
+    ),
+    "steps and epochs": ({"num_epochs": 1}, "give either num_steps or num_epochs"),
+    "single": ({"num_workers": 2}, "num_workers: found 2; allowed with strategy single: 1"),
+    "objective": (
+        {"objective": {"name": "hinge", "label_smoothing": 0.1}},
+        "label_smoothing: has no effect on hinge; allowed with dpo",
+    ),
+    "objective's parameter": (
+        {"objective": {"name": "sft", "beta": 0.1}},
+        "beta: has no effect on sft; allowed with dpo, hinge, ipo, simpo, orpo, kto",
+    ),
+    "optimizer": (
+        {"optimizer": {"learning_rate": 1e-3, "density": 0.5}},
+        "density: has no effect with adamw",
+    ),
+    "offload": (
+        {"cpu_offload": True},
+        "cpu_offload: has no effect with strategy single; allowed with fsdp2, zero1, zero2, zero3",
+    ),
+    "stop": (
+        {"objective": {"name": "simpo"}, "min_chosen_log_ratio": -1.0},
+        "min_chosen_log_ratio: has no effect with objective simpo, which has no reference",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_fields_that_do_not_fit(name: str, tiny_llama: Path, preferences: Path) -> None:
+    """Each names the field, what was found and what is allowed."""
+    fields, message = BAD_FIELDS[name]
+    with pytest.raises(ValidationError) as error:
+        align_config(tiny_llama, preferences, **fields)
+    assert message in str(error.value)
+
+
+def test_a_tokenizer_of_another_vocabulary(preferences: Path, tmp_path: Path) -> None:
+    """A token that the model does not have is found before training."""
+    path = save_tiny_llama(tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"vocab_size": 20}))
+    with pytest.raises(InputError, match=r"gives token \d+; its vocabulary has 20 tokens"):
+        plan_alignment(align_config(path, preferences))
+
+
+def test_a_reference_delta_of_another_shape(
+    tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """Tensor, found and needed shape."""
+    optimizer: dict[str, Any] = {
+        "name": "ondare",
+        "learning_rate": 1e-3,
+        "density": 0.5,
+        "alpha": 0.1,
+        "reference": {"base": tmp_path / "none", "tuned": tiny_llama},
+    }
+    with pytest.raises(InputError, match=r"model .*none: no such directory"):
+        plan_alignment(align_config(tiny_llama, preferences, optimizer=optimizer))
+
+
+def test_an_unfinished_run_of_another_config(
+    tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """It is not overwritten unasked."""
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "run.json").write_text('{"fingerprint": "x", "num_workers": 1}')
+    with pytest.raises(InputError, match="holds an unfinished run of another config"):
+        align(align_config(tiny_llama, preferences), tmp_path / "out")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match="exists already"):
+        align(align_config(tiny_llama, preferences), tmp_path / "there")
+
+
+def test_zero_goes_on_with_as_many_workers(
+    tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """Its checkpoints are cut for them."""
+    config = align_config(tiny_llama, preferences, strategy="zero2", num_workers=2)
+    key = plan_alignment(config).fingerprint
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "run.json").write_text(json.dumps({"fingerprint": key, "num_workers": 4}))
+    with pytest.raises(InputError, match=r"num_workers: found 2; .* goes on with 4"):
+        align(config, tmp_path / "out")
+
+
+def test_divergence_stops_with_advice(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
+    """A loss that is not finite is recorded for the driver and never tried again."""
+    config = align_config(
+        tiny_llama, preferences, optimizer={"learning_rate": 1e30}, schedule="constant"
+    )
+    folder = run_here(config, tmp_path / "run")
+    with pytest.raises(DivergenceError, match=r"step 2: the .* is nan; try a lower optimizer"):
+        raise_failure(folder)
+    assert not (folder / "model").exists()
+    assert len(metrics(run_here(config, folder))) == 1  # a worker started again does nothing
+
+
+def test_collapse_stops_with_advice(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
+    """A policy that forgets the chosen responses is stopped where the config says so."""
+    config = align_config(
+        tiny_llama,
+        preferences,
+        optimizer={"learning_rate": 5e-2},
+        schedule="constant",
+        num_steps=40,
+        checkpoint_every=100,
+        min_chosen_log_ratio=-0.5,
+    )
+    with pytest.raises(DivergenceError, match=r"chosen responses have lost .* nats a token"):
+        raise_failure(run_here(config, tmp_path / "run"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tiny_llama: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that could not be written never gets a name; the run goes on from the one before."""
+    from pipelines.train.strategies.native import NativeStrategy
+
+    config = align_config(tiny_llama, preferences)
+    real = NativeStrategy.save
+
+    def full(self: NativeStrategy, folder: Path) -> None:
+        if folder.name == ".step-4.partial":
+            (folder / "half").write_bytes(b"x" * 100)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, folder)
+
+    monkeypatch.setattr(NativeStrategy, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_here(config, tmp_path / "run")
+    assert saved_steps(tmp_path / "run") == [2]
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        raise_failure(tmp_path / "run")
+    monkeypatch.setattr(NativeStrategy, "save", real)
+    (tmp_path / "run" / "failure.json").unlink()
+    assert len(metrics(run_here(config, tmp_path / "run"))) == 6
+
+
+def test_only_the_last_checkpoints_are_kept(
+    tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """As many as the config says."""
+    config = align_config(tiny_llama, preferences, checkpoint_every=1, keep_checkpoints=3)
+    assert saved_steps(run_here(config, tmp_path / "run")) == [4, 5, 6]
+
+
+@pytest.mark.ray
+def test_a_failure_under_ray_is_one_line(
+    ray_cluster: None, tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """From a worker to whoever called, without a retry, and nothing stands under the name."""
+    config = align_config(
+        tiny_llama,
+        preferences,
+        optimizer={"learning_rate": 1e30},
+        schedule="constant",
+        strategy="fsdp2",
+        num_workers=2,
+    )
+    with pytest.raises(DivergenceError) as error:
+        align(config, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    too_many = align_config(tiny_llama, preferences, strategy="ddp", num_workers=8)
+    with pytest.raises(InputError, match=r"num_workers: found 8; allowed: up to \d"):
+        align(too_many, tmp_path / "wide")

@@ -1,0 +1,121 @@
+"""Every objective trains, and neither micro-batches nor the reference's place change a run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_files import align_config, metrics, preference_rows, run_here, write_rows
+
+from operators.losses import OBJECTIVES
+
+EXTRA: dict[str, dict[str, Any]] = {
+    "dpo": {"label_smoothing": 0.1, "rpo_alpha": 0.5},
+    "kto": {"desirable_weight": 1.5},
+    "simpo": {"simpo_gamma": 0.3},
+}
+
+
+@pytest.fixture(scope="session")
+def any_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows that serve every objective: pairs with a whole conversation beside them."""
+    rows = [row | {"messages": row["prompt"] + row["chosen"]} for row in preference_rows(24)]
+    return write_rows(tmp_path_factory.mktemp("data") / "any.jsonl", rows)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective_learns(name: str, tiny_llama: Path, any_rows: Path, tmp_path: Path) -> None:
+    """The loss falls, all tensors move, and micro-batches of any size give the same steps."""
+    objective = {"name": name, **EXTRA.get(name, {})}
+    fields: dict[str, Any] = {
+        "objective": objective,
+        "num_steps": 8,
+        "checkpoint_every": 8,
+        "schedule": "constant",
+        "optimizer": {"learning_rate": 3e-3},
+    }
+    whole = run_here(align_config(tiny_llama, any_rows, **fields), tmp_path / "whole")
+    lines = metrics(whole)
+    assert lines[-1]["loss"] < lines[0]["loss"] * 0.999
+    cut = run_here(
+        align_config(tiny_llama, any_rows, **fields, micro_batch_size=2), tmp_path / "cut"
+    )
+    for one, other in zip(lines, metrics(cut), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=5e-6)
+        assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=5e-5)
+    before = load_file(tiny_llama / "model.safetensors")
+    after = load_file(whole / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_first_steps_have_known_losses(tiny_llama: Path, any_rows: Path, tmp_path: Path) -> None:
+    """Where policy and reference are one, the margin is 0 and z0 too."""
+    known = {"dpo": 0.6931472, "hinge": 1.0, "ipo": 25.0, "kto": 0.5}
+    for name, value in known.items():
+        config = align_config(tiny_llama, any_rows, objective={"name": name}, num_steps=1)
+        (line,) = metrics(run_here(config, tmp_path / name))
+        assert line["loss"] == pytest.approx(value, rel=1e-6), name
+    assert line["kl"] == 0
+
+
+def test_reference_is_computed_once(
+    tiny_llama: Path, any_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later run on the same model and data reads it; an objective of other rows does not."""
+    from pipelines.train import loop
+
+    computed = []
+    real = loop.compute_reference
+    monkeypatch.setattr(
+        loop, "compute_reference", lambda *a, **k: (computed.append(1), real(*a, **k))
+    )
+    for number, name in enumerate(("dpo", "ipo", "hinge", "kto")):
+        config = align_config(tiny_llama, any_rows, objective={"name": name}, num_steps=1)
+        run_here(config, tmp_path / f"run-{number}")
+    assert len(computed) == 2
+    assert len(list((tmp_path / "cache").glob("reference-*.parquet"))) == 2
+
+
+@pytest.mark.parametrize("consensus", ["ondare", "onties"])
+def test_online_merging_resumes_exactly(
+    consensus: str,
+    tiny_llama: Path,
+    any_rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Masks, thresholds, moments and the anchor of step-K go on as if nothing had happened."""
+    from training_files import seeded_metrics
+
+    from pipelines.train import loop
+    from tests.tiny_models import save_tiny_llama
+
+    base = save_tiny_llama(tmp_path / "base", seed=9)
+    optimizer = {
+        "name": consensus,
+        "learning_rate": 1e-3,
+        "density": 0.5,
+        "alpha": 1e-3,
+        "merge_every": 3,
+        "reference": {"base": base, "tuned": tiny_llama},
+    }
+    config = align_config(tiny_llama, any_rows, optimizer=optimizer, num_steps=5)
+    whole = run_here(config, tmp_path / "whole")
+    real = loop.global_batch
+
+    def stops(num_rows: int, size: int, number: int, seed: int) -> list[int]:
+        if number == 3:
+            raise KeyboardInterrupt
+        return real(num_rows, size, number, seed)
+
+    monkeypatch.setattr(loop, "global_batch", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run_here(config, tmp_path / "broken")
+    monkeypatch.setattr(loop, "global_batch", real)
+    broken = run_here(config, tmp_path / "broken")
+    assert seeded_metrics(broken) == seeded_metrics(whole)
+    file = "model/model.safetensors"
+    assert (broken / file).read_bytes() == (whole / file).read_bytes()
+    assert "tau_cosine" in metrics(whole)[-1]
