@@ -142,10 +142,21 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
     )
 
 
+def _with_absolute_paths(config: AlignConfig) -> AlignConfig:
+    """The config for workers, which Ray Train starts in another working directory."""
+    paths = {"model": config.model.absolute(), "data": config.data.absolute()}
+    reference = config.optimizer.reference
+    if reference is not None:
+        places = {"base": reference.base.absolute(), "tuned": reference.tuned.absolute()}
+        update = {"reference": reference.model_copy(update=places)}
+        paths["optimizer"] = config.optimizer.model_copy(update=update)
+    return config.model_copy(update=paths)
+
+
 def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) -> dict[str, Any]:
     """What `train_worker` is told."""
     return {
-        "config": config.model_dump_json(),
+        "config": _with_absolute_paths(config).model_dump_json(),
         "folder": str(folder),
         "cache": str(cache),
         "tokens": str(plan.table.folder),
