@@ -1,9 +1,10 @@
 """`poise merge`: merge checkpoints without training."""
 
+import os
 import sys
 from pathlib import Path
 
-from pipelines.merge import load_merge_config, merge, plan_merge
+from pipelines.merge import MergeConfig, load_merge_config, merge, plan_merge
 from pipelines.storage import resolve_output
 from ray_jobs.session import ray_session
 
@@ -30,7 +31,23 @@ def run_merge(
         return
     assert out is not None
     out = resolve_output(out, config.storage)
-    plan_merge(config)  # every input is looked at before Ray starts
-    with ray_session():
-        merge(config, out, force=force, executor="ray")
+    for notice in config.notices():
+        print(notice, file=sys.stderr)
+    if runs_on_ray(config):
+        plan_merge(config)  # every input is looked at before Ray starts
+        with ray_session():
+            merge(config, out, force=force, executor="ray")
+    else:
+        merge(config, out, force=force, executor="local")
     print(f"merged model: {out}", file=sys.stderr)
+
+
+def runs_on_ray(config: MergeConfig) -> bool:
+    """Whether a merge goes to Ray: where it says so, or where a cluster is there anyway.
+
+    On one machine a merge takes less time than a cluster's start.
+    """
+    if config.executor != "auto":
+        return config.executor == "ray"
+    ray = sys.modules.get("ray")
+    return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())

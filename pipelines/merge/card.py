@@ -56,7 +56,9 @@ def write_companions(plan: MergePlan, folder: Path, inputs: Mapping[str, str]) -
 def _config(plan: MergePlan) -> dict[str, Any]:
     """The merge's config, as a user would write it again."""
     return plan.config.model_dump(
-        mode="json", exclude_defaults=True, exclude={"num_workers", "storage"}
+        mode="json",
+        exclude_defaults=True,
+        exclude={"num_workers", "storage", "memory_budget", "executor"},
     )
 
 

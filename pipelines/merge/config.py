@@ -71,6 +71,9 @@ class MergeConfig(Config):
     memory_budget: int = Field(
         GIB, ge=1 << 24, description="bytes of all workers together, beside the program's own"
     )
+    executor: Literal["auto", "local", "ray"] = Field(
+        "auto", description="threads of one process, or Ray Data actors; auto: ray in a cluster"
+    )
     num_workers: int = Field(2, ge=1, description="threads, or Ray Data actors")
     storage: Path | None = Field(None, description="where relative outputs live")
 

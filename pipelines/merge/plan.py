@@ -66,7 +66,7 @@ class MergePlan:
         return self.config.model_dump(
             mode="json",
             exclude_defaults=True,
-            exclude={"num_workers", "storage", "memory_budget"},
+            exclude={"num_workers", "storage", "memory_budget", "executor"},
         )
 
     @cached_property

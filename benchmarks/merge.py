@@ -1,0 +1,236 @@
+"""Poise against mergekit on the same checkpoints: wall time, peak memory, bytes per second.
+
+    python benchmarks/merge.py --size 0.15 --mergekit ENV/bin/mergekit-yaml
+
+Makes a base and three fine-tuned models with random weights (bf16, Llama's names and shapes), runs
+each tool's command line in turn on the same files (page cache warm for both) and prints a table in
+Markdown; `--append FILE` puts it at the end of a file. Peak memory is the sum over all processes of
+a command of the memory that is theirs alone or shared among them (proportional set size), without
+the pages of the input files. mergekit 0.1.5 needs an environment of its own.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+POISE = [sys.executable, "-m", "ray_jobs.cli", "merge"]
+SAMPLE_INTERVAL_S = 0.05
+METHODS: dict[str, dict[str, object]] = {
+    "linear": {"weight": 0.3333},
+    "task_arithmetic": {"weight": 0.5},
+    "ties": {"weight": 0.5, "density": 0.3},
+    "dare_ties": {"weight": 0.5, "density": 0.5},
+    "della": {"weight": 0.5, "density": 0.5, "epsilon": 0.15},
+    "breadcrumbs": {"weight": 0.5, "density": 0.5, "gamma": 0.01},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command's wall time in seconds and peak memory in bytes."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def shapes(billions: float) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Llama with about so many parameters."""
+    hidden, vocabulary = (512, 32_000) if billions < 0.3 else (1024, 64_000)
+    middle = hidden * 11 // 4
+    layer = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden // 4, hidden),
+        "self_attn.v_proj": (hidden // 4, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (middle, hidden),
+        "mlp.up_proj": (middle, hidden),
+        "mlp.down_proj": (hidden, middle),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    of_a_layer = sum(torch.Size(shape).numel() for shape in layer.values())
+    num_layers = max(1, round((billions * 1e9 - vocabulary * hidden) / of_a_layer))
+    names = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    for number in range(num_layers):
+        names |= {f"model.layers.{number}.{k}.weight": shape for k, shape in layer.items()}
+    return names
+
+
+def make_checkpoints(folder: Path, billions: float) -> list[Path]:
+    """A base and three models near it; what is there already stays."""
+    layout = shapes(billions)
+    hidden = layout["model.norm.weight"][0]
+    paths = [folder / name for name in ("base", "model-1", "model-2", "model-3")]
+    generator = torch.Generator()
+    for number, path in enumerate(paths):
+        if (path / "config.json").is_file():
+            continue
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for place, (name, shape) in enumerate(layout.items()):
+            values = torch.randn(shape, generator=generator.manual_seed(place)) * 0.02
+            if number:
+                generator.manual_seed(1000 * number + place)
+                values += torch.randn(shape, generator=generator) * 0.002
+            tensors[name] = values.to(torch.bfloat16)
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": hidden * 11 // 4,
+            "num_attention_heads": hidden // 64,
+            "num_key_value_heads": hidden // 256,
+            "num_hidden_layers": sum("input_layernorm" in name for name in layout),
+            "vocab_size": layout["model.embed_tokens.weight"][0],
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+            "torch_dtype": "bfloat16",
+        }
+        (path / "config.json").write_text(json.dumps(config))
+    return paths
+
+
+def write_config(file: Path, method: str, paths: list[Path]) -> None:
+    """One file for both tools."""
+    base, *models = paths
+    config: dict[str, object] = {
+        "merge_method": method,
+        "models": [{"model": str(path), "parameters": METHODS[method]} for path in models],
+        "dtype": "bfloat16",
+    }
+    if method != "linear":
+        config["base_model"] = str(base)
+    file.write_text(yaml.safe_dump(config))
+
+
+def measure(command: list[str], out: Path) -> Run:
+    """Run a command that writes `out` and sample the memory of its processes."""
+    shutil.rmtree(out, ignore_errors=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(map(own_bytes, family(process.pid))))
+        time.sleep(SAMPLE_INTERVAL_S)
+    seconds = time.perf_counter() - begin
+    if process.returncode:
+        assert process.stderr is not None
+        raise SystemExit(f"{' '.join(command)} failed:\n{process.stderr.read()}")
+    return Run(seconds, peak)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all below it."""
+    found = [pid]
+    for parent in found:
+        try:
+            children = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+        except OSError:
+            continue
+        found += map(int, children.split())
+    return found
+
+
+def own_bytes(pid: int) -> int:
+    """Memory of one process without pages of files: anonymous and shared memory, in proportion."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    sizes = {line.split(":")[0]: line.split()[1] for line in lines[1:]}
+    return sum(int(sizes.get(name, 0)) for name in ("Pss_Anon", "Pss_Shmem")) * 1024
+
+
+def warm(paths: list[Path]) -> int:
+    """Read all inputs once, as `cat` would; returns their bytes."""
+    total = 0
+    for path in paths:
+        with (path / "model.safetensors").open("rb") as file:
+            while block := file.read(1 << 22):
+                total += len(block)
+    return total
+
+
+def floor_seconds(paths: list[Path], out: Path) -> float:
+    """Time to read the inputs with `cat` and to write as much as one of them with `dd`, synced."""
+    out.mkdir(parents=True, exist_ok=True)
+    size = (paths[0] / "model.safetensors").stat().st_size
+    begin = time.perf_counter()
+    files = [str(path / "model.safetensors") for path in paths]
+    with Path("/dev/null").open("w") as null:
+        subprocess.run(["cat", *files], stdout=null, check=True)
+    target = ["dd", "if=/dev/zero", f"of={out}/zeros", "bs=4M", f"count={-(-size // (1 << 22))}"]
+    subprocess.run([*target, "conv=fsync"], check=True, stderr=subprocess.DEVNULL)
+    seconds = time.perf_counter() - begin
+    (out / "zeros").unlink()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=float, default=0.15, help="billions of parameters")
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-merge"))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of another environment")
+    parser.add_argument("--append", type=Path, help="put the table at the end of this file")
+    arguments = parser.parse_args()
+    paths = make_checkpoints(arguments.folder / f"{arguments.size}B", arguments.size)
+    rows = []
+    for method in arguments.methods:
+        file, out = arguments.folder / f"{method}.yaml", arguments.folder / "out"
+        write_config(file, method, paths)
+        used = paths if method != "linear" else paths[1:]
+        num_bytes = warm(used) + (paths[0] / "model.safetensors").stat().st_size
+        floor = floor_seconds(used, arguments.folder / "floor")
+        ours = measure([*POISE, str(file), str(out)], out)
+        theirs = None
+        if arguments.mergekit is not None:
+            warm(used)
+            theirs = measure([str(arguments.mergekit), str(file), str(out)], out)
+        rows.append(row(method, ours, theirs, floor, num_bytes))
+        print(rows[-1], flush=True)
+        shutil.rmtree(out, ignore_errors=True)
+    table = "\n".join([*HEADER, *rows]) + "\n"
+    print(table)
+    if arguments.append is not None:
+        with arguments.append.open("a") as file_:
+            file_.write(table)
+
+
+HEADER = (
+    "| method | poise | mergekit | ratio | cat + dd | poise, GB/s | poise, peak | mergekit, peak |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def row(method: str, ours: Run, theirs: Run | None, floor: float, num_bytes: int) -> str:
+    """One line of the table; bytes are those read once and those written."""
+    cells = [method, f"{ours.seconds:.1f} s"]
+    cells += (
+        ["-", "-"]
+        if theirs is None
+        else [f"{theirs.seconds:.1f} s", f"{theirs.seconds / ours.seconds:.1f}x"]
+    )
+    cells += [f"{floor:.1f} s", f"{num_bytes / ours.seconds / 1e9:.2f}"]
+    cells += [f"{ours.peak_bytes / 2**30:.2f} GiB"]
+    cells += ["-" if theirs is None else f"{theirs.peak_bytes / 2**30:.2f} GiB"]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
