@@ -22,6 +22,12 @@ def linear(work: MergeInput) -> Tensor:
     return weighted_sum(work.weights(), parameters["weight"], normalize=parameters["normalize"])
 
 
+def passthrough(work: MergeInput) -> Tensor:
+    """The one model's values, times `scale`: for stacking layers of several models."""
+    [model], [scale] = work.weights(), work.parameters["scale"]
+    return model.clone() if scale == 1 else model * scale
+
+
 def rewarded_soup(work: MergeInput) -> Tensor:
     """Rewarded soups (Rame et al. 2023): `sum_i w_i W_i`, w on the simplex of preferences."""
     return weighted_sum(work.weights(), work.parameters["weight"], normalize=False)

@@ -8,6 +8,7 @@ from operators.merging.average import (
     check_simplex,
     linear,
     model_stock,
+    passthrough,
     rewarded_soup,
     stock_statistics,
 )
@@ -119,6 +120,13 @@ METHODS: dict[str, Method] = {
         "weighted average of the models",
         {"weight": WEIGHT, "normalize": MEAN},
         needs_base=False,
+    ),
+    "passthrough": Method(
+        passthrough,
+        "one model as it is, for stacking layers",
+        {"scale": Parameter("factor of the values", 1.0, per_model=True)},
+        needs_base=False,
+        num_models=(1, 1),
     ),
     "rewarded_soup": Method(
         rewarded_soup,
