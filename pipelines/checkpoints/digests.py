@@ -14,7 +14,8 @@ from pipelines.fingerprint import fingerprint, fingerprint_file
 BLOCK_ELEMENTS = 1 << 22
 READ_ELEMENTS = 1 << 18
 CONFIG_FILES = ("*.json", "*.jinja", "*.model")
-INDEX_PATTERN = "*.safetensors.index.json"
+# The index only says where tensors lie, and a record of how a model came about is not the model.
+NOT_CONTENT = ("*.safetensors.index.json", "poise.json", ".*")
 
 Digests = dict[int, str]  # first element of a block -> 32 hex digits of its bytes
 
@@ -83,10 +84,10 @@ def checkpoint_fingerprint(
 
 
 def small_files(path: Path) -> dict[str, str]:
-    """Digests of config and tokenizer files; the index only says where tensors lie."""
+    """Digests of config and tokenizer files."""
     found = {file for pattern in CONFIG_FILES for file in path.glob(pattern)}
-    found -= set(path.glob(INDEX_PATTERN))
-    return {file.name: fingerprint_file(file) for file in sorted(found) if file.is_file()}
+    found -= {file for pattern in NOT_CONTENT for file in path.glob(pattern)}
+    return {file.name: fingerprint_file(file) for file in sorted(found)}
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, list[int]]:

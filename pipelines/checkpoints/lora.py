@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipelines.checkpoints.reader import EMBEDDING, HEAD, Checkpoint, read_json
-from pipelines.checkpoints.safetensors_header import StoredTensor, read_header
+from pipelines.checkpoints.safetensors_header import StoredTensor
 from pipelines.checkpoints.source import Source
 from pipelines.errors import InputError
 
@@ -61,7 +61,7 @@ class AdaptedCheckpoint:
             raise InputError(
                 f"adapter {path}: no {ADAPTER_WEIGHTS}; allowed: safetensors, no pickle"
             )
-        store = Checkpoint(path, settings, read_header(path / ADAPTER_WEIGHTS))
+        store = Checkpoint.at(path)
         adapters, replaced = _parts(store)
         result = cls(base, store, adapters, replaced)
         for name in adapters:

@@ -60,6 +60,14 @@ class Checkpoint:
         tied = bool(self.config.get("tie_word_embeddings", False))
         return tied and HEAD not in self.tensors and EMBEDDING in self.tensors
 
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        """The files of a checkpoint or of an adapter, without a question whether they can merge."""
+        settings = path / "adapter_config.json"
+        if not settings.is_file():
+            return cls.open(path)
+        return cls(path, read_json(settings), read_header(path / "adapter_model.safetensors"))
+
     def checkpoints(self) -> Iterable["Checkpoint"]:
         """All files that are read: its own."""
         return [self]

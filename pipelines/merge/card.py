@@ -2,17 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.digests import checkpoint_fingerprint
 from pipelines.checkpoints.reader import HEAD
 from pipelines.commit import write_atomically
 from pipelines.fingerprint import fingerprint
 from pipelines.merge.layers import num_layers
-from pipelines.merge.plan import MergePlan
+from pipelines.merge.plan import OUTPUT, KnownDigests, MergePlan
 from pipelines.versions import versions
 
 PROVENANCE_FILE = "poise.json"
@@ -30,11 +31,11 @@ COPIED = (
 )
 
 
-def write_companions(plan: MergePlan, folder: Path, inputs: Mapping[str, str]) -> None:
+def write_companions(plan: MergePlan, folder: Path, digests: KnownDigests) -> None:
     """Write everything but the weights into the output's folder.
 
     Args:
-        inputs: fingerprints of the inputs' content, by path.
+        digests: what the workers took while they read and wrote, by path and tensor.
     """
     for name in COPIED:
         source = plan.reference.path / name
@@ -44,7 +45,8 @@ def write_companions(plan: MergePlan, folder: Path, inputs: Mapping[str, str]) -
     provenance = {
         "kind": "merge",
         "config": _config(plan),
-        "inputs": dict(inputs),
+        "inputs": plan.input_fingerprints(digests),
+        "output": checkpoint_fingerprint(Checkpoint.open(folder), digests.get(OUTPUT, {})),
         "settings": fingerprint(plan.settings),
         "key": plan.key,
         "versions": versions(),

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from pipelines.checkpoints import Checkpoint, OutputLayout, Source, open_model, plan_layout
-from pipelines.checkpoints.digests import BLOCK_ELEMENTS, checkpoint_fingerprint, identity
+from pipelines.checkpoints.digests import BLOCK_ELEMENTS, Digests, checkpoint_fingerprint, identity
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
 from pipelines.merge.config import MergeConfig
@@ -26,6 +26,8 @@ class Piece:
     stop: int
 
 
+KnownDigests = Mapping[str, Mapping[str, Digests]]
+OUTPUT = ""  # stands for the output where digests are kept by the checkpoint's path
 Item = tuple[Piece, ...]  # what a worker does at once: small tensors share one
 
 
@@ -79,9 +81,7 @@ class MergePlan:
         """Of this very merge of these very files: what an interrupted run is recognised by."""
         return fingerprint([self.settings, self.identities])
 
-    def input_fingerprints(
-        self, known: Mapping[str, Mapping[str, dict[int, str]]] | None = None
-    ) -> dict[str, str]:
+    def input_fingerprints(self, known: KnownDigests | None = None) -> dict[str, str]:
         """Of every input's content, by path.
 
         Args:

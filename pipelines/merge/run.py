@@ -82,7 +82,7 @@ def _fill(plan: MergePlan, folder: Path, executor: str) -> None:
                 work = EXECUTORS[executor](plan, folder, items, contexts)
                 for _ in journal.record(work):
                     progress.advance()
-        write_companions(plan, folder, plan.input_fingerprints(journal.digests()))
+        write_companions(plan, folder, journal.digests())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

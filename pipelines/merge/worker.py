@@ -1,6 +1,6 @@
 """A worker of a merge: read ranges, merge them, write them in place."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from operators.merging import MergeContext
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.digests import BlockDigests
 from pipelines.errors import InputError
-from pipelines.merge.plan import MergePlan, Piece
-from pipelines.merge.tensor import Observer, Operand
+from pipelines.merge.plan import OUTPUT, MergePlan, Piece
+from pipelines.merge.tensor import Operand
 
 Seen = dict[tuple[str, str], BlockDigests]
 
@@ -39,7 +39,7 @@ class MergeWorker:
         """Merge and write the pieces of one item; to do it twice does no harm.
 
         Returns:
-            digests of what was read: [checkpoint, tensor, first element, digest] each.
+            digests of what was read and written: [checkpoint, tensor, first element, digest].
 
         Raises:
             InputError: NaN or Inf in an input, integer tensors that differ, or a result that the
@@ -47,14 +47,10 @@ class MergeWorker:
         """
         seen: Seen = {}
 
-        def observe(operand: Operand, start: int, values: Tensor) -> None:
-            if isinstance(operand.source, Checkpoint):
-                stored = operand.source.tensors.get(operand.name)
-                if stored is not None:  # a tied head is the embedding, which is seen as such
-                    key = (str(operand.source.path), operand.name)
-                    if key not in seen:
-                        seen[key] = BlockDigests(stored.num_elements)
-                    seen[key].update(start, values)
+        def observe(path: str, name: str, size: int, start: int, values: Tensor) -> None:
+            if (path, name) not in seen:
+                seen[path, name] = BlockDigests(size)
+            seen[path, name].update(start, values)
 
         for piece in self.plan.items[item]:
             self._write(piece, observe)
@@ -64,12 +60,21 @@ class MergeWorker:
             for start, digest in digests.finished().items()
         ]
 
-    def _write(self, piece: Piece, observe: Observer) -> None:
+    def _write(self, piece: Piece, observe: Callable[..., None]) -> None:
         """Merge a piece step by step; before it, what the method must know of the whole tensor."""
         tensor = self.plan.tensors[piece.name]
+
+        def observe_input(operand: Operand, start: int, values: Tensor) -> None:
+            if isinstance(operand.source, Checkpoint):
+                stored = operand.source.tensors.get(operand.name)
+                if stored is not None:  # a tied head is the embedding, which is seen as such
+                    path = str(operand.source.path)
+                    observe(path, operand.name, stored.num_elements, start, values)
+
         context = self.contexts.get(piece.name)
         if context is None:
             context = tensor.context()
         for start, stop in tensor.steps(piece.start, piece.stop):
-            values = tensor.rounded(tensor.merged(start, stop, context, observe))
+            values = tensor.rounded(tensor.merged(start, stop, context, observe_input))
+            observe(OUTPUT, piece.name, tensor.num_elements, start, values)
             self.plan.layout.write(self.folder, piece.name, start, values)

@@ -1,0 +1,104 @@
+"""How two models differ, tensor by tensor, before one merges them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from operators.comparison import Comparison, compare
+from pipelines.checkpoints import Source, open_model
+from pipelines.errors import InputError
+from pipelines.progress import Progress
+
+STEP_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDiff:
+    """One tensor of two models.
+
+    Attributes:
+        delta: the norm of B - A; relative: divided by the norm of A (0 where both are zero).
+        cosine: between A and B; between their deltas where there is a base.
+        norms: of the deltas from the base, where there is one.
+        conflict: of the elements that both deltas change, the fraction changed in opposite
+            directions; None without a base.
+    """
+
+    name: str
+    num_elements: int
+    delta: float
+    relative: float
+    cosine: float
+    norms: tuple[float, float] | None
+    conflict: float | None
+
+
+def diff_models(a: str, b: str, base: str | None = None) -> list[TensorDiff]:
+    """Compare two models; the last entry, `all`, is over all tensors that both have.
+
+    Raises:
+        InputError: a model that cannot be read, or models without a common tensor.
+    """
+    one, two = open_model(a, base), open_model(b, base)
+    origin = None if base is None else open_model(base)
+    names = [name for name in one.names() if _comparable(name, one, two, origin)]
+    if not names:
+        raise InputError(f"{a} and {b}: have no tensor of the same name and shape")
+    totals = (Comparison(), Comparison())
+    found = []
+    with Progress(len(names), "compare") as progress:
+        for name in names:
+            plain, deltas = _compared(name, one, two, origin)
+            totals = (totals[0] + plain, totals[1] + deltas)
+            found.append(_described(name, plain, deltas, has_base=origin is not None))
+            progress.advance()
+    return [*found, _described("all", *totals, has_base=origin is not None)]
+
+
+def unmatched(a: str, b: str) -> Iterator[str]:
+    """A line for each tensor that only one of two models has, or that differs in shape."""
+    one, two = open_model(a), open_model(b)
+    for name in dict.fromkeys([*one.names(), *two.names()]):
+        first, second = one.find(name), two.find(name)
+        if first is None or second is None:
+            yield f"{name}: only in {b if first is None else a}"
+        elif first.shape != second.shape:
+            yield f"{name}: {list(first.shape)} in {a}, {list(second.shape)} in {b}"
+
+
+def _comparable(name: str, *sources: Source | None) -> bool:
+    """Whether all have a floating tensor of that name and of one shape."""
+    specs = [source.find(name) for source in sources if source is not None]
+    return all(spec is not None and spec.dtype.is_floating_point for spec in specs) and (
+        len({spec.shape for spec in specs if spec is not None}) == 1
+    )
+
+
+def _compared(
+    name: str, one: Source, two: Source, origin: Source | None
+) -> tuple[Comparison, Comparison]:
+    """The two tensors, and their deltas where there is a base."""
+    spec = one.find(name)
+    assert spec is not None
+    plain, deltas = Comparison(), Comparison()
+    for start in range(0, spec.num_elements, STEP_ELEMENTS):
+        stop = min(start + STEP_ELEMENTS, spec.num_elements)
+        x, y = one.read(name, start, stop).double(), two.read(name, start, stop).double()
+        plain += compare(x, y)
+        if origin is not None:
+            base = origin.read(name, start, stop).double()
+            deltas += compare(x - base, y - base)
+    return plain, deltas
+
+
+def _described(name: str, plain: Comparison, deltas: Comparison, *, has_base: bool) -> TensorDiff:
+    # Deltas from a common base are small: their distance keeps digits that the models' would lose.
+    delta = deltas.distance if has_base else plain.distance
+    return TensorDiff(
+        name=name,
+        num_elements=plain.num_elements,
+        delta=delta,
+        relative=delta / plain.xx**0.5 if plain.xx else 0.0,
+        cosine=deltas.cosine if has_base else plain.cosine,
+        norms=(deltas.xx**0.5, deltas.yy**0.5) if has_base else None,
+        conflict=deltas.conflict if has_base else None,
+    )

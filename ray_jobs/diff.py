@@ -1,0 +1,43 @@
+"""`poise diff`: how two models differ, tensor by tensor."""
+
+import json
+import sys
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.merge.diff import TensorDiff, diff_models, unmatched
+
+NUM_SHOWN = 40
+
+
+def run_diff(a: str, b: str, base: str | None, *, as_json: bool) -> None:
+    """Compare two models and print what was found: on stdout; what cannot be compared on stderr."""
+    found = diff_models(a, b, base)
+    for line in unmatched(a, b):
+        print(line, file=sys.stderr)
+    if as_json:
+        print(json.dumps([asdict(each) for each in found], indent=2))
+        return
+    Console().print(_table(found, has_base=base is not None))
+
+
+def _table(found: list[TensorDiff], *, has_base: bool) -> Table:
+    """The tensors that differ most, and all together."""
+    *tensors, total = found
+    tensors = sorted(tensors, key=lambda each: -each.relative)
+    columns = ["tensor", "elements", "|B - A|", "/ |A|", "cosine"]
+    if has_base:
+        columns = [*columns[:4], "|A - base|", "|B - base|", "cosine of deltas", "sign conflicts"]
+    title = f"the {NUM_SHOWN} tensors that differ most" if len(tensors) > NUM_SHOWN else None
+    table = Table(*columns, title=title)
+    for each in [*tensors[:NUM_SHOWN], total]:
+        cells = [each.name, f"{each.num_elements:,}", f"{each.delta:.4g}", f"{each.relative:.2%}"]
+        if each.norms is not None:
+            cells += [f"{norm:.4g}" for norm in each.norms]
+        cells.append(f"{each.cosine:+.4f}")
+        if each.conflict is not None:
+            cells.append(f"{each.conflict:.1%}")
+        table.add_row(*cells, end_section=each is tensors[min(len(tensors), NUM_SHOWN) - 1])
+    return table

@@ -1,0 +1,87 @@
+"""`poise diff` and `poise verify` on small models."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipelines.merge import MergeConfig, merge
+from ray_jobs import cli
+from tests.tiny_models import save_tiny_llama
+
+
+def poise(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command line in this process; returns the exit status."""
+    monkeypatch.setattr(sys, "argv", ["poise", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return [save_tiny_llama(folder / f"m{i}", seed=i) for i in range(3)]
+
+
+@pytest.fixture
+def merged(models: list[Path], tmp_path: Path) -> Path:
+    config = {"merge_method": "dare_ties", "base_model": str(models[0]), "seed": 5}
+    config["models"] = [{"model": str(path)} for path in models[1:]]
+    config["parameters"] = {"density": 0.5}
+    return merge(MergeConfig.model_validate(config), tmp_path / "out")
+
+
+def test_diff(models: list[Path], monkeypatch, capfd) -> None:
+    a, b, base = models[1], models[2], models[0]
+    assert poise(monkeypatch, "diff", a, b, "--base", base, "--json") == 0
+    found = {each["name"]: each for each in json.loads(capfd.readouterr().out)}
+    name = "model.layers.0.mlp.up_proj.weight"
+    x, y, origin = (load_file(path / "model.safetensors")[name].double() for path in (a, b, base))
+    x, y = (x - origin).flatten(), (y - origin).flatten()
+    assert found[name]["norms"] == pytest.approx([float(x.norm()), float(y.norm())])
+    assert found[name]["delta"] == pytest.approx(float((x - y).norm()))
+    assert found[name]["cosine"] == pytest.approx(float(torch.cosine_similarity(x, y, dim=0)))
+    assert found[name]["conflict"] == pytest.approx(float((x * y < 0).double().mean()))
+    assert found["all"]["num_elements"] == sum(
+        tensor.numel() for tensor in load_file(a / "model.safetensors").values()
+    )
+    assert poise(monkeypatch, "diff", a, a) == 0
+    shown = capfd.readouterr().out
+    assert "0.00%" in shown
+    assert "+1.0000" in shown
+    assert poise(monkeypatch, "diff", a, "none") == 2
+    assert capfd.readouterr().err == "poise: model none: no such directory\n"
+
+
+def test_verify(merged: Path, models: list[Path], monkeypatch, capfd) -> None:
+    before = sorted(merged.parent.iterdir())
+    assert poise(monkeypatch, "verify", merged, "--again", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found == {
+        "output": "same",
+        "inputs": {str(path): "same" for path in [*models[1:], models[0]]},
+        "again": True,
+    }
+    assert sorted(merged.parent.iterdir()) == before
+
+
+def test_verify_finds_what_changed(merged: Path, monkeypatch, capfd) -> None:
+    file = merged / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] += 1
+    save_file(tensors, file)
+    assert poise(monkeypatch, "verify", merged) == 2
+    captured = capfd.readouterr()
+    assert captured.out.startswith("changed")
+    assert captured.err == (
+        f"poise: {merged}: its weights are not those that its record describes\n"
+    )
+    (merged / "poise.json").unlink()
+    assert poise(monkeypatch, "verify", merged) == 2
+    assert "no poise.json; allowed: the output of poise merge" in capfd.readouterr().err
