@@ -93,6 +93,31 @@ def methods(
     run_methods(name, as_json=as_json)
 
 
+@app.command(epilog="Example: `poise diff runs/a runs/b --base runs/sft`")
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="a checkpoint or adapter")],
+    b: Annotated[str, typer.Argument(metavar="B", help="another one")],
+    base: Annotated[str | None, typer.Option("--base", help="their common ancestor")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two models tensor by tensor before merging: norms, cosine, sign conflicts."""
+    from ray_jobs.diff import run_diff
+
+    run_diff(a, b, base, as_json=as_json)
+
+
+@app.command(epilog="Example: `poise verify runs/ties --again`")
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the output of poise merge")],
+    again: Annotated[bool, typer.Option("--again", help="merge anew and compare")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a merge and its inputs against the fingerprints in its record."""
+    from ray_jobs.verify import run_verify
+
+    run_verify(folder, again=again, as_json=as_json)
+
+
 @app.command(epilog="Example: `poise evaluate configs/demo/evaluate-test.yaml --out runs/test`")
 def evaluate(
     config: ConfigPath,
