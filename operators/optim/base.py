@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from operators.optim.binding import Bindings, first_not_finite
 from operators.optim.delta import DeltaSource
-from operators.optim.layout import ShardLayout, local
+from operators.optim.layout import ShardLayout, local, local_gradient
 from operators.optim.merge import Merger, Update
 from operators.optim.options import check_choice, check_merging, names_of
 from operators.optim.reference import DeltaPlacement, MissingDelta, ReferenceDelta
@@ -177,7 +177,7 @@ class OnlineMergingBase(Optimizer):
         """
         if self.state or not parameters or any(float(g["lr"]) for _, g in parameters):
             return False
-        moves = any(p.grad is not None and bool(local(p.grad).any()) for p, _ in parameters)
+        moves = any(bool(local_gradient(p).any()) for p, _ in parameters)
         flag = torch.tensor([moves], dtype=torch.int64, device=parameters[0][0].device)
         return not self._bindings.flags_anywhere(flag).item()
 
@@ -193,7 +193,7 @@ class OnlineMergingBase(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         worst = None
         if found_inf is None:
-            worst = first_not_finite([local(p.grad) for p, _ in parameters if p.grad is not None])
+            worst = first_not_finite([local_gradient(p) for p, _ in parameters])
             flag = torch.tensor([worst is not None], dtype=torch.int64, device=device)
         else:
             flag = (found_inf.reshape(1) > 0).long().to(device)

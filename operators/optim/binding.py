@@ -67,6 +67,11 @@ class Bindings:
                     "given; allowed: the named parameters, or tensors given to `bind`"
                 )
             layouts = self._layouts[tensor]
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"parameter {self.name(tensor)}: found one that is not contiguous; "
+                    "allowed: row-major tensors"
+                )
             check_dtype(layouts[0].name if layouts else "", tensor, group["rounding"])
             merged = [group["merge"] and self._reference.covers(layout) for layout in layouts]
             self._bound[tensor] = layouts, merged

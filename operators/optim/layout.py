@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from operators.counter_random import canonical_name
+from operators.counter_random import WORDS, canonical_name
 
 CHUNK = 1 << 18  # elements worked on at once: it bounds temporaries, and 1 MB stays in a cache
 
@@ -38,10 +38,15 @@ class ShardLayout:
         return prod(self.shape)
 
     def chunks(self) -> Iterator[tuple[int, slice]]:
-        """The range in chunks: the first global index of each, and its place in the tensor."""
-        for done in range(0, self.count, CHUNK):
-            stop = min(done + CHUNK, self.count)
-            yield self.start + done, slice(self.offset + done, self.offset + stop)
+        """The range in chunks: the first global index of each, and its place in the tensor. None
+        crosses a multiple of 2^32: in a chunk the upper half of the index is one number.
+        """
+        done = 0
+        while done < self.count:
+            start = self.start + done
+            count = min(CHUNK, self.count - done, WORDS - start % WORDS)
+            yield start, slice(self.offset + done, self.offset + done + count)
+            done += count
 
 
 def layout_of(name: str, parameter: Tensor) -> ShardLayout:
@@ -77,6 +82,15 @@ def local(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
     return tensor.detach().view(-1)
+
+
+def local_gradient(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter's gradient, which it must have: flat, row-major."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if isinstance(gradient, DTensor):
+        gradient = gradient.to_local()
+    return gradient.detach().reshape(-1)
 
 
 def sum_over(group: ProcessGroup | None, counts: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ class Update:
 
 
 _KEEP_ALL = TopCut(0, None)
-_Selected = tuple[Update, list[ShardLayout]]  # one parameter of an update, and its ranges
+Selected = tuple[Update, list[ShardLayout]]  # one parameter of an update, and its ranges
+Cuts = dict[tuple[int, str], TopCut]  # by the id of the update and the parameter's name
 
 
 @dataclass(slots=True)
@@ -75,14 +76,16 @@ class Merger:
         """Begin to count anew."""
         self.num_merged, self.num_unchanged = self.num_merged * 0, self.num_unchanged * 0
 
-    def merge(self, updates: Sequence[Update]) -> None:
+    def merge(self, updates: Sequence[Update], cuts: Cuts | None = None) -> None:
         """Write `base * decay + merge(delta)` into each update's theta.
 
-        Every rank of a group must call with the same updates in the same order.
+        Every rank of a group must call with the same updates in the same order. `cuts` where they
+        are known.
         """
-        selected = [item for update in updates if update.selects() for item in _parameters(update)]
-        self._keep_top_taus(selected)
-        cuts = self._cuts(selected, UPDATE_STREAM, _deltas)
+        if cuts is None:
+            selected = selected_parameters(updates)
+            self.keep_top_taus(selected)
+            cuts = self.cuts(selected)
         for update in updates:
             for layout, merged in zip(update.layouts, update.merged, strict=True):
                 if not merged and update.base is not update.theta:
@@ -113,7 +116,7 @@ class Merger:
         kept = bernoulli(delta, p, key, start, rescale) if p < 1 else delta
         if alpha == 0:
             return kept
-        tau = self.reference.chunk(layout, start, delta.numel(), delta.device)
+        tau = self.reference.chunk(layout, start, delta.numel(), delta.device).float()
         if p < 1:
             tau = bernoulli(tau, p, update.key(layout, TAU_STREAM), start, rescale)
         return (kept * (1 - alpha)).add_(tau, alpha=alpha)
@@ -121,11 +124,11 @@ class Merger:
     def _top_tau(self, update: Update, layout: ShardLayout, start: int, like: Tensor) -> Tensor:
         """top_p(tau) of a chunk."""
         if update.group["density"] == 1:
-            return self.reference.chunk(layout, start, like.numel(), like.device)
+            return self.reference.chunk(layout, start, like.numel(), like.device).float()
         key = update.key(layout, TAU_STREAM)
         return self.reference.top_chunk(layout, key, start, like.numel(), like.device)
 
-    def _keep_top_taus(self, selected: list[_Selected]) -> None:
+    def keep_top_taus(self, selected: Sequence[Selected]) -> None:
         """Find top_p(tau), which does not change, of the parameters that are merged first now."""
         new = [
             (update, layouts)
@@ -145,14 +148,18 @@ class Merger:
             tau = self.reference.read(layout, start, place.stop - place.start)
             yield start, tau.to(update.theta.device)
 
+    def cuts(self, selected: Sequence[Selected]) -> Cuts:
+        """Where top-p cuts updates, exactly and over all ranks."""
+        return self._cuts(selected, UPDATE_STREAM, _deltas)
+
     def _cuts(
         self,
-        selected: list[_Selected],
+        selected: Sequence[Selected],
         stream: int,
         values: Callable[[Update, ShardLayout], Iterator[tuple[int, Tensor]]],
-    ) -> dict[tuple[int, str], TopCut]:
+    ) -> Cuts:
         """Where top-p cuts each parameter, over all its ranks; collectives serve all at once."""
-        cuts: dict[tuple[int, str], TopCut] = {}
+        cuts: Cuts = {}
         for group in dict.fromkeys(layouts[0].group for _, layouts in selected):
             chosen = [item for item in selected if item[1][0].group is group]
             found = streamed_top_cuts(
@@ -185,8 +192,13 @@ def _write(
     return (moves & (theta == before)).sum(), moves.sum()
 
 
-def _parameters(update: Update) -> list[_Selected]:
-    """The parameters of an update that are merged, each with all its ranges on this rank."""
+def selected_parameters(updates: Sequence[Update]) -> list[Selected]:
+    """The parameters that need a threshold, each with all its ranges on this rank."""
+    return [item for update in updates if update.selects() for item in _parameters(update)]
+
+
+def _parameters(update: Update) -> list[Selected]:
+    """The parameters of an update that are merged."""
     layouts = [
         layout
         for layout, merged in zip(update.layouts, update.merged, strict=True)

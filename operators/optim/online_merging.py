@@ -8,9 +8,17 @@ from torch import Tensor
 
 from operators.optim.adamw import AdamWStep, moments, new_state
 from operators.optim.base import Nonfinite, OnlineMergingBase, Reference
-from operators.optim.layout import ShardLayout, local
+from operators.optim.fast import FastPath, FastUpdate
+from operators.optim.layout import ShardLayout, local, local_gradient
 from operators.optim.merge import GRADIENT_STREAM, Update
-from operators.optim.options import AlphaSchedule, Consensus, Rounding, check_adamw
+from operators.optim.options import (
+    AlphaSchedule,
+    Consensus,
+    Rounding,
+    check_adamw,
+    check_choice,
+)
+from operators.optim.path import IMPLEMENTATIONS, Implementation, choose_path
 from operators.optim.reference import DeltaPlacement, MissingDelta
 from operators.sparsify import Rescale, bernoulli
 
@@ -41,6 +49,8 @@ class OnlineMergingAdamW(OnlineMergingBase):
         missing_delta, delta_placement, delta_dtype: see `ReferenceDelta`.
         nonfinite: a gradient with Inf or NaN is an error (`raise`), or its step is left out on
             all ranks (`skip`); either way nothing has changed.
+        implementation: the arithmetic's path: `reference`, `compiled` (torch.compile) or `triton`;
+            `auto` takes what size and machine are worth, says so once, and keeps it on resumption.
 
     With density 1 and alpha 0 it is torch's AdamW (`foreach=False, fused=False`) bit for bit. Masks
     and thresholds follow the global index, so they are the same under any sharding.
@@ -73,6 +83,7 @@ class OnlineMergingAdamW(OnlineMergingBase):
         delta_placement: DeltaPlacement = "device",
         delta_dtype: torch.dtype = torch.bfloat16,
         nonfinite: Nonfinite = "raise",
+        implementation: Implementation = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -90,9 +101,19 @@ class OnlineMergingAdamW(OnlineMergingBase):
             "gradient_rescale": gradient_rescale,
             "seed": seed,
             "merge": True,
+            "path": None,
         }
+        check_choice("implementation", implementation, IMPLEMENTATIONS)
+        self._wanted: Implementation = implementation
+        self._path: str | None = None
+        self._fast: FastPath | None = None
         self._prepare(reference_delta, missing_delta, delta_placement, delta_dtype, nonfinite)
         super().__init__(named_parameters, defaults)
+
+    @property
+    def path(self) -> str | None:
+        """The path taken: reference, compiled or triton; None before the first step."""
+        return self._path
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -116,10 +137,16 @@ class OnlineMergingAdamW(OnlineMergingBase):
             for parameter, group in parameters:
                 self.state[parameter].update(new_state(parameter, anchored=_is_anchored(group)))
             return loss
-        updates = [self._advance(parameter, group) for parameter, group in parameters]
+        fast = self._fast_path(parameters)
+        quick = [(p, g) for p, g in parameters if fast is not None and self._goes_fast(p, g)]
+        steps = [self._begin(parameter, group) for parameter, group in quick]
+        chosen = {id(parameter) for parameter, _ in quick}
+        updates = [self._advance(p, group) for p, group in parameters if id(p) not in chosen]
         due = [(p, group) for p, group in parameters if self._is_due(p, group)]
-        if due or not all(_is_anchored(group) for _, group in parameters):
+        if due or updates or any(step.counting for step in steps):
             self._merger.forget_counts()
+        if fast is not None:
+            fast.step(steps)
         self._merger.merge(updates)
         self._merge_from_anchors([self._since_anchor(p, group) for p, group in due])
         return loss
@@ -129,8 +156,8 @@ class OnlineMergingAdamW(OnlineMergingBase):
         steps = self._steps_of(self.state[parameter])
         return _is_anchored(group) and steps % int(group["merge_every"]) == 0
 
-    def _advance(self, parameter: Tensor, group: dict[str, Any]) -> Update:
-        """Advance the moments, apply the decay, and return what AdamW would add.
+    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> FastUpdate:
+        """Count a parameter's step and make its update, of moments that are not yet advanced.
 
         With step-K it is not to be merged: a plain step moves theta.
         """
@@ -139,41 +166,65 @@ class OnlineMergingAdamW(OnlineMergingBase):
             state.update(new_state(parameter, anchored=anchored))
         state["step"] += 1
         numbers = AdamWStep.of(group, self._steps_of(state))
-        theta, (mean, square) = local(parameter), moments(state)
+        mean, square = moments(state)
 
         def delta(place: slice) -> Tensor:
             return numbers.delta(mean[place], square[place])
 
-        stochastic = group["rounding"] == "stochastic"
-        decay = numbers.decay if stochastic else 1.0
-        update = self._update(parameter, group, delta, decay=decay)
-        for layout in update.layouts:
-            for start, place in layout.chunks():
-                gradient = self._gradient(parameter, update, layout, start, place)
-                numbers.advance(mean[place], square[place], gradient)
-                if not stochastic:
-                    theta[place].mul_(numbers.decay)
+        update = self._update(parameter, group, delta)
         if anchored:
             local(state["anchor"]).mul_(numbers.decay)
             update.merged = [False] * len(update.layouts)
+        return FastUpdate(update, numbers, local_gradient(parameter), mean, square)
+
+    def _advance(self, parameter: Tensor, group: dict[str, Any]) -> Update:
+        """Advance the moments, apply the decay, and return what AdamW would add."""
+        begun = self._begin(parameter, group)
+        update, numbers = begun.update, begun.numbers
+        stochastic = group["rounding"] == "stochastic"
+        if stochastic:
+            update.decay = numbers.decay
+        for layout in update.layouts:
+            for start, place in layout.chunks():
+                gradient = self._gradient(begun, layout, start, place)
+                numbers.advance(begun.mean[place], begun.square[place], gradient)
+                if not stochastic:
+                    update.theta[place].mul_(numbers.decay)
         return update
 
-    def _gradient(
-        self, parameter: Tensor, update: Update, layout: ShardLayout, start: int, place: slice
-    ) -> Tensor:
+    def _gradient(self, begun: FastUpdate, layout: ShardLayout, start: int, place: slice) -> Tensor:
         """A chunk of the gradient, unscaled and after gradient dropout: in the moments' dtype."""
-        assert parameter.grad is not None
-        mean, _ = moments(self.state[parameter])
-        gradient = local(parameter.grad)[place].to(mean.dtype)
+        gradient, group = begun.gradient[place].to(begun.mean.dtype), begun.update.group
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             gradient = gradient / scale.to(gradient.device)
-        density = update.group["gradient_density"]
-        if density < 1:
-            rescale: Rescale = "inverse_density" if update.group["gradient_rescale"] else "none"
-            key = update.key(layout, GRADIENT_STREAM)
-            gradient = bernoulli(gradient, density, key, start, rescale)
+        if group["gradient_density"] < 1:
+            rescale: Rescale = "inverse_density" if group["gradient_rescale"] else "none"
+            key = begun.update.key(layout, GRADIENT_STREAM)
+            gradient = bernoulli(gradient, group["gradient_density"], key, start, rescale)
         return gradient
+
+    def _goes_fast(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the fused passes can do a parameter's step; the same on every rank."""
+        assert parameter.grad is not None
+        return (
+            parameter.dtype == parameter.grad.dtype == torch.float32
+            and group["rounding"] == "nearest"
+            and not group["rescale"]
+            and group["gradient_density"] == 1
+            and (group["consensus"] == "dare" or group["density"] < 1)
+            and getattr(self, "grad_scale", None) is None
+        )
+
+    def _fast_path(self, parameters: list[tuple[Tensor, dict[str, Any]]]) -> FastPath | None:
+        """The fused passes, once they are chosen; None on the reference path."""
+        if self._path is None and parameters:
+            wanted = self.param_groups[0]["path"] if self._wanted == "auto" else self._wanted
+            self._path, kernels = choose_path(wanted or "auto", [p for p, _ in parameters])
+            self._fast = FastPath(kernels, self._merger) if kernels is not None else None
+            for group in self.param_groups:
+                group["path"] = self._path
+        return self._fast
 
 
 def _is_anchored(group: dict[str, Any]) -> bool:

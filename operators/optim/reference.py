@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from operators.optim.delta import DeltaSource, MappingDelta
-from operators.optim.layout import CHUNK, ShardLayout
+from operators.optim.layout import ShardLayout
 from operators.optim.options import check_choice
 from operators.sparsify import TopCut, top_mask
 
@@ -23,18 +23,17 @@ _Place = tuple[str, int]  # a layout's name and first index
 
 @dataclass(slots=True)
 class _Sparse:
-    """What is kept of a range, in order: index from the range's start, value, and how many kept
-    elements precede each chunk.
+    """What is kept of a range, in order: index from the range's start, value, and for each chunk
+    (by where it begins in the range) which of the kept elements it has.
     """
 
     indices: Tensor  # (kept,) int32
     values: Tensor  # (kept,)
-    bounds: list[int]  # (num_chunks + 1,)
+    chunks: dict[int, slice]
 
     def chunk(self, done: int, count: int) -> Tensor:
         """Elements [done, done + count) of the range, dense: (count,) float32."""
-        number = done // CHUNK
-        inside = slice(self.bounds[number], self.bounds[number + 1])
+        inside = self.chunks[done]
         dense = torch.zeros(count, device=self.values.device)
         dense[self.indices[inside].long() - done] = self.values[inside].float()
         return dense
@@ -106,12 +105,12 @@ class ReferenceDelta:
         return torch.nn.functional.pad(tau, (0, count - tau.numel()))
 
     def chunk(self, layout: ShardLayout, start: int, count: int, device: torch.device) -> Tensor:
-        """tau's elements [start, start + count), a chunk of the layout: float32 on `device`."""
+        """tau's elements [start, start + count), a chunk of the layout: `dtype` on `device`."""
         if self._placement == "source":
-            return self._rounded(layout, start, count).to(device).float()
+            return self.read(layout, start, count).to(self._dtype).to(device)
         kept = self.dense(layout, device)
         first = start - layout.start
-        return kept[first : first + count].to(device).float()
+        return kept[first : first + count].to(device)
 
     def dense(self, layout: ShardLayout, device: torch.device) -> Tensor:
         """All of a layout's tau as it is kept (device or host): (count,), read at the first use."""
@@ -142,17 +141,18 @@ class ReferenceDelta:
         if self._placement == "source":
             self._top[place] = cut
             return
-        indices, values, bounds = [], [], [0]
-        for start, _ in layout.chunks():
-            tau = self.read(layout, start, min(CHUNK, layout.start + layout.count - start))
+        indices, values, chunks, num_kept = [], [], {}, 0
+        for start, at in layout.chunks():
+            tau = self.read(layout, start, at.stop - at.start)
             places = top_mask(tau, cut, key, start).nonzero().squeeze(1)
             indices.append((places + (start - layout.start)).int())
             values.append(tau[places].to(self._dtype))
-            bounds.append(bounds[-1] + places.numel())
+            chunks[start - layout.start] = slice(num_kept, num_kept + places.numel())
+            num_kept += places.numel()
         found = _Sparse(
             self._moved(torch.cat(indices) if indices else torch.zeros(0).int(), device),
             self._moved(torch.cat(values) if values else torch.zeros(0).to(self._dtype), device),
-            bounds,
+            chunks,
         )
         width = self._dtype.itemsize
         if density * (4 + width) < width or layout.count == 0:
@@ -192,9 +192,6 @@ class ReferenceDelta:
             elif isinstance(kept, Tensor):
                 tensors.append(kept)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def _rounded(self, layout: ShardLayout, start: int, count: int) -> Tensor:
-        return self.read(layout, start, count).to(self._dtype)
 
     def _empty(self, count: int, device: torch.device) -> Tensor:
         """Room for `count` values where they are to live."""

@@ -1,0 +1,82 @@
+"""Which path an optimizer's arithmetic takes: by size, and by what the machine has."""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from operators.optim.compiled import CompiledKernels
+from operators.optim.fast import Kernels
+from operators.optim.formulas import NUM_NUMBERS
+from operators.optim.layout import local
+
+Implementation = Literal["auto", "reference", "compiled", "triton"]
+IMPLEMENTATIONS = ("auto", "reference", "compiled", "triton")
+WORTH_COMPILING = 1 << 24  # elements of this rank: below, compiling takes longer than it saves
+_LOG = logging.getLogger(__name__)
+
+
+def choose_path(wanted: Implementation, parameters: Sequence[Tensor]) -> tuple[str, Kernels | None]:
+    """The path to take and its passes (None: the reference path); logs it.
+
+    Raises:
+        ValueError: a path was asked for that this machine cannot take.
+    """
+    sizes = [local(p).numel() for p in parameters if p.dtype == torch.float32]
+    path, reason = wanted, "as asked for"
+    if wanted == "auto":
+        path, reason = _worth(parameters[0].device, sum(sizes))
+    kernels: Kernels | None = None
+    if path == "triton":
+        kernels = _triton(parameters[0].device)
+    elif path == "compiled":
+        try:
+            kernels = _compiled(parameters[0].device)
+        except Exception as error:  # whatever a missing or broken compiler raises
+            if wanted != "auto":
+                raise ValueError(
+                    f"implementation: 'compiled' does not work here ({_first_line(error)}); "
+                    "allowed: 'reference', or install a C++ compiler"
+                ) from error
+            path, reason = "reference", f"torch.compile failed: {_first_line(error)}"
+    _LOG.info("online merging: %s path, %s", path, reason)
+    return path, kernels
+
+
+def _worth(device: torch.device, size: int) -> tuple[Implementation, str]:
+    """What `auto` takes for so many float32 elements, and why."""
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        return "triton", "on a GPU"
+    if size < WORTH_COMPILING:
+        return "reference", f"{size:,} float32 elements are too few to compile for"
+    return "compiled", f"{size:,} float32 elements on {device.type}"
+
+
+def _compiled(device: torch.device) -> Kernels:
+    """Compiled passes, tried out on a few numbers."""
+    kernels = CompiledKernels()
+    theta, gradient, mean, square = torch.zeros(4, 64, device=device)
+    kernels.plain_step(theta, gradient, mean, square, torch.ones(NUM_NUMBERS, device=device))
+    return kernels
+
+
+def _triton(device: torch.device) -> Kernels:
+    """Triton's kernels, where they can run."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("implementation: 'triton' is not installed; allowed: 'compiled'")
+    from operators.optim.triton_kernels import TritonKernels, interpreted
+
+    if device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"implementation: 'triton' needs a GPU, found parameters on {device.type}; "
+            "allowed: 'compiled' and 'reference'"
+        )
+    return TritonKernels()
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,250 @@
+"""The fast paths' passes as Triton kernels: the same arithmetic as `operators.optim.formulas`."""
+# Triton's decorator is untyped, and what kernels take are no Python types.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from operators.optim.fast import Counts
+
+BLOCK = 1024  # elements of a program
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _mix(x):
+    """The mixing function of the counter hash; unsigned numbers wrap around."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _kept(index, words, first: tl.constexpr):
+    """The Bernoulli mask of elements, by key and largest kept word at `words + first`."""
+    low = tl.load(words + first).to(tl.uint32, bitcast=True)
+    high = tl.load(words + first + 1).to(tl.uint32, bitcast=True)
+    largest = tl.load(words + first + 2).to(tl.uint32, bitcast=True) ^ 0x80000000
+    return _mix(_mix(index ^ low) ^ high) <= largest
+
+
+@triton.jit
+def _advance(gradient, mean, square, numbers):
+    """Both moments with a gradient taken in."""
+    mean = mean + (gradient - mean) * tl.load(numbers + 0)
+    square = square * tl.load(numbers + 1) + gradient * gradient * tl.load(numbers + 2)
+    return mean, square
+
+
+@triton.jit
+def _delta(mean, square, numbers):
+    """What AdamW adds, without decay, correctly rounded at every operation."""
+    denominator = tl.div_rn(tl.sqrt_rn(square), tl.load(numbers + 5)) + tl.load(numbers + 3)
+    return tl.div_rn(mean * tl.load(numbers + 4), denominator)
+
+
+@triton.jit
+def _write(theta_ptr, at, inside, change, numbers, counts, counting: tl.constexpr):
+    """`theta * decay + change`; with `counting`, adds up what does not move, and what should."""
+    before = tl.load(theta_ptr + at, mask=inside, other=0.0) * tl.load(numbers + 6)
+    after = before + change
+    tl.store(theta_ptr + at, after, mask=inside)
+    if counting:
+        moves = (change != 0) & inside
+        tl.atomic_add(counts, tl.sum((moves & (after == before)).to(tl.int32), 0))
+        tl.atomic_add(counts + 1, tl.sum(moves.to(tl.int32), 0))
+
+
+@triton.jit
+def _plain_kernel(
+    theta_ptr, gradient_ptr, mean_ptr, square_ptr, numbers, size, block: tl.constexpr
+):
+    """AdamW."""
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    inside = at < size
+    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
+    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+    square = tl.load(square_ptr + at, mask=inside, other=0.0)
+    mean, square = _advance(gradient, mean, square, numbers)
+    tl.store(mean_ptr + at, mean, mask=inside)
+    tl.store(square_ptr + at, square, mask=inside)
+    _write(theta_ptr, at, inside, _delta(mean, square, numbers), numbers, numbers, False)
+
+
+@triton.jit
+def _dare_kernel(
+    theta_ptr,
+    gradient_ptr,
+    mean_ptr,
+    square_ptr,
+    tau_ptr,
+    start,
+    words,
+    numbers,
+    counts,
+    size,
+    has_tau: tl.constexpr,
+    counting: tl.constexpr,
+    block: tl.constexpr,
+):
+    """OnDARE around AdamW, all in one pass."""
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    inside = at < size
+    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
+    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+    square = tl.load(square_ptr + at, mask=inside, other=0.0)
+    mean, square = _advance(gradient, mean, square, numbers)
+    tl.store(mean_ptr + at, mean, mask=inside)
+    tl.store(square_ptr + at, square, mask=inside)
+    index = (tl.load(start) + at).to(tl.uint32, bitcast=True)
+    delta = _delta(mean, square, numbers)
+    change = tl.where(_kept(index, words, 0), delta, 0.0) * tl.load(numbers + 7)
+    if has_tau:
+        tau = tl.load(tau_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        change += tl.where(_kept(index, words, 3), tau, 0.0) * tl.load(numbers + 8)
+    _write(theta_ptr, at, inside, change, numbers, counts, counting)
+
+
+@triton.jit
+def _ties_advance_kernel(
+    gradient_ptr, mean_ptr, square_ptr, delta_ptr, numbers, size, block: tl.constexpr
+):
+    """OnTIES' first pass."""
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    inside = at < size
+    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
+    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+    square = tl.load(square_ptr + at, mask=inside, other=0.0)
+    mean, square = _advance(gradient, mean, square, numbers)
+    tl.store(mean_ptr + at, mean, mask=inside)
+    tl.store(square_ptr + at, square, mask=inside)
+    tl.store(delta_ptr + at, _delta(mean, square, numbers), mask=inside)
+
+
+@triton.jit
+def _update_kernel(mean_ptr, square_ptr, delta_ptr, numbers, size, block: tl.constexpr):
+    """The update of moments that are advanced already."""
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    inside = at < size
+    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+    square = tl.load(square_ptr + at, mask=inside, other=0.0)
+    tl.store(delta_ptr + at, _delta(mean, square, numbers), mask=inside)
+
+
+@triton.jit
+def _ties_kernel(
+    theta_ptr,
+    mean_ptr,
+    square_ptr,
+    tau_ptr,
+    numbers,
+    counts,
+    size,
+    has_tau: tl.constexpr,
+    counting: tl.constexpr,
+    block: tl.constexpr,
+):
+    """OnTIES' second pass: eq. 7 of the updates at or above the cut, and top_p(tau)."""
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    inside = at < size
+    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+    square = tl.load(square_ptr + at, mask=inside, other=0.0)
+    delta = _delta(mean, square, numbers)
+    change = tl.where(tl.abs(delta) >= tl.load(numbers + 9), delta, 0.0) * tl.load(numbers + 7)
+    if has_tau:
+        tau = tl.load(tau_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        drift = tau * tl.load(numbers + 8)
+        against = ((change > 0) & (drift < 0)) | ((change < 0) & (drift > 0))
+        stronger = tl.where(tl.abs(drift) > tl.abs(change), drift, change)
+        stronger = tl.where(tl.abs(drift) == tl.abs(change), 0.0, stronger)
+        change = tl.where(against, stronger, change + drift)
+    _write(theta_ptr, at, inside, change, numbers, counts, counting)
+
+
+class TritonKernels:
+    """`operators.optim.fast.Kernels` on a GPU, or on a CPU in Triton's interpreter."""
+
+    def plain_step(
+        self, theta: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, numbers: Tensor
+    ) -> None:
+        """AdamW."""
+        _launch(_plain_kernel, theta.numel(), theta, gradient, mean, square, numbers)
+
+    def dare_step(
+        self,
+        theta: Tensor,
+        gradient: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        tau: Tensor | None,
+        start: Tensor,
+        words: Tensor,
+        numbers: Tensor,
+        counting: bool,
+    ) -> Counts:
+        """OnDARE around AdamW."""
+        counts = torch.zeros(2, dtype=torch.int32, device=theta.device)
+        _launch(
+            _dare_kernel,
+            theta.numel(),
+            theta,
+            gradient,
+            mean,
+            square,
+            theta if tau is None else tau,
+            start,
+            words,
+            numbers,
+            counts,
+            has_tau=tau is not None,
+            counting=counting,
+        )
+        return (counts[0], counts[1]) if counting else None
+
+    def ties_advance(
+        self, gradient: Tensor, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor
+    ) -> None:
+        """OnTIES' first pass."""
+        _launch(_ties_advance_kernel, delta.numel(), gradient, mean, square, delta, numbers)
+
+    def note_update(self, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor) -> None:
+        """The update of moments that are advanced already."""
+        _launch(_update_kernel, delta.numel(), mean, square, delta, numbers)
+
+    def ties_step(
+        self,
+        theta: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        tau: Tensor | None,
+        numbers: Tensor,
+        counting: bool,
+    ) -> Counts:
+        """OnTIES' second pass."""
+        counts = torch.zeros(2, dtype=torch.int32, device=theta.device)
+        _launch(
+            _ties_kernel,
+            theta.numel(),
+            theta,
+            mean,
+            square,
+            theta if tau is None else tau,
+            numbers,
+            counts,
+            has_tau=tau is not None,
+            counting=counting,
+        )
+        return (counts[0], counts[1]) if counting else None
+
+
+def _launch(kernel: Any, size: int, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel over `size` elements."""
+    kernel[(triton.cdiv(size, BLOCK),)](*arguments, size, block=BLOCK, **constants)

@@ -1,0 +1,265 @@
+"""The compiled and the Triton path: the reference's masks and cuts, its weights to rounding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from operators.counter_random import counter_key, keep_mask
+from operators.optim import OnlineMergingAdamW, formulas
+from operators.optim.compiled import CompiledKernels
+from operators.optim.fast import FastPath, _signed
+from tests.operators.optim.helpers import make_parameters, make_tau, merging, set_gradients
+
+CASES = {
+    "dare": {"density": 0.4, "alpha": 0.1},
+    "dropout": {"density": 0.4, "alpha": 0.0},
+    "dare, all kept": {"density": 1.0, "alpha": 0.1},
+    "dare step-K": {"density": 0.4, "alpha": 0.1, "merge_every": 3},
+    "ties": {"density": 0.3, "alpha": 0.1, "consensus": "ties"},
+    "ties, dense tau": {"density": 0.7, "alpha": 0.1, "consensus": "ties"},
+    "ties without tau": {"density": 0.3, "alpha": 0.0, "consensus": "ties"},
+    "ties step-K": {"density": 0.3, "alpha": 0.1, "consensus": "ties", "merge_every": 3},
+}
+
+
+class PlainKernels(CompiledKernels):
+    """The passes' formulas as they stand, not compiled."""
+
+    def _run(self, function, *arguments):
+        return function(*arguments)
+
+
+def steps(kernels, options, num_steps: int = 6, shapes=None):
+    """Parameters after steps on a path; None for the reference."""
+    parameters = make_parameters()
+    optimizer = merging(eps=0.5, implementation="reference", **options)(parameters)
+    if kernels is not None:
+        optimizer._path, optimizer._fast = "test", FastPath(kernels, optimizer._merger)
+    for step in range(num_steps):
+        set_gradients(parameters, step)
+        optimizer.step()
+    return parameters, optimizer
+
+
+def assert_close(found, expected, *, apart: int = 0) -> None:
+    """Equal up to rounding, but for so many elements of a parameter: paths round differently, so
+    two magnitudes at a cut can change places.
+    """
+    for name, parameter in expected.items():
+        off = ~torch.isclose(found[name], parameter, rtol=1e-6, atol=1e-7)
+        assert int(off.sum()) <= apart, name
+
+
+@pytest.fixture(scope="module")
+def by_triton(tmp_path_factory) -> dict:
+    """What Triton's kernels give in its interpreter, which has to be chosen before the import."""
+    path = tmp_path_factory.mktemp("triton") / "results.pt"
+    subprocess.run(
+        [sys.executable, "-m", "tests.operators.optim.triton_cases", str(path)],
+        check=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).resolve().parents[3],
+    )
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fused_passes_move_weights_as_the_reference_does(by_triton, name: str) -> None:
+    expected, reference = steps(None, CASES[name])
+    found, fast = steps(PlainKernels(), CASES[name])
+    assert_close(found, expected)
+    assert fast.reference_bytes() == reference.reference_bytes()
+    assert_close(by_triton[name], expected, apart=2 if name.startswith("ties") else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dare", "ties"])
+def test_so_does_the_compiled_path(name: str) -> None:
+    expected, _ = steps(None, CASES[name])
+    found, _ = steps(CompiledKernels(), CASES[name])
+    assert_close(found, expected, apart=2 if name == "ties" else 0)
+
+
+def test_the_reference_is_followed_over_many_steps_in_float64() -> None:
+    """Without masks, 200 steps of each path stay within 1e-6 of float64."""
+    options = {"density": 1.0, "alpha": 1e-4, "weight_decay": 0.0}
+    doubles = {n: nn.Parameter(p.detach().double()) for n, p in make_parameters().items()}
+    optimizer = OnlineMergingAdamW(doubles.items(), make_tau(), lr=1e-2, eps=0.5, **options)
+    for step in range(200):
+        set_gradients(doubles, step)
+        optimizer.step()
+    for kernels in (None, PlainKernels()):
+        found, _ = steps(kernels, options, 200)
+        for name, parameter in found.items():
+            error = (parameter.double() - doubles[name]).norm() / doubles[name].norm()
+            assert error < 1e-6
+
+
+def test_masks_are_the_pinned_ones_at_any_index() -> None:
+    for start in (0, (1 << 31) - 3, (1 << 32) - 7, 5 * (1 << 32) + 11):
+        key = counter_key(7, "w", 1, 3)
+        count = min(1000, (1 << 32) - start % (1 << 32))
+        upper = (start >> 32) * 0x9E3779B9 % (1 << 32)
+        largest = int(0.3 * (1 << 32)) - 1 - (1 << 31)
+        words = torch.tensor([_signed(key[0]), _signed(key[1] ^ upper), largest]).int()
+        index = torch.arange(count, dtype=torch.int32) + _signed(start % (1 << 32))
+        assert torch.equal(formulas.kept(index, words, 0), keep_mask(key, 0.3, start, count))
+
+
+def updates(kernels) -> list[torch.Tensor]:
+    """The update as the first pass makes it, and as it is made again of its moments."""
+    generator = torch.Generator().manual_seed(3)
+    gradient = torch.randn(5000, generator=generator)
+    mean, square, first, second = torch.zeros(4, 5000)
+    numbers = torch.tensor([0.1, 0.999, 0.001, 1e-8, -3e-4, 0.0316, 1.0, 1.0, 0.0, 0.0])
+    kernels.ties_advance(gradient, mean, square, first, numbers)
+    kernels.note_update(mean, square, second, numbers)
+    return [mean, square, first, second]
+
+
+def test_an_update_has_the_same_bits_in_every_pass(by_triton) -> None:
+    """A cut that one pass finds is applied by another."""
+    for mean, square, first, second in (updates(PlainKernels()), by_triton["updates"]):
+        assert torch.equal(first, second)
+        by_hand = mean.double() * -3e-4 / (square.double().sqrt() / 0.0316 + 1e-8)
+        assert torch.allclose(first.double(), by_hand, rtol=1e-6)
+
+
+def test_a_guess_that_misses_is_made_good() -> None:
+    """Gradients that grow and shrink a thousandfold move the cut out of every bracket."""
+    results = []
+    for kernels in (None, PlainKernels()):
+        parameter = nn.Parameter(torch.zeros(5000))
+        optimizer = OnlineMergingAdamW(
+            [("w", parameter)],
+            {"w": torch.zeros(5000)},
+            lr=1.0,
+            eps=1.0,
+            weight_decay=0.0,
+            consensus="ties",
+            density=0.1,
+            alpha=0.0,
+            implementation="reference",
+        )
+        if kernels is not None:
+            optimizer._path, optimizer._fast = "test", FastPath(kernels, optimizer._merger)
+        for step, scale in enumerate([1.0, 1e3, 1e-3, 1.0, 1.0, 1.0]):
+            generator = torch.Generator().manual_seed(step)
+            before = parameter.detach().clone()
+            parameter.grad = scale * torch.randn(5000, generator=generator)
+            optimizer.step()
+            assert int((parameter.detach() != before).sum()) == 500
+        results.append(parameter.detach())
+    assert torch.allclose(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_magnitudes_are_decided_as_on_the_reference_path() -> None:
+    tau = {"w": torch.ones(1000)}
+    results = []
+    for kernels in (None, PlainKernels()):
+        parameter = nn.Parameter(torch.zeros(1000))
+        optimizer = OnlineMergingAdamW(
+            [("w", parameter)],
+            tau,
+            weight_decay=0.0,
+            consensus="ties",
+            density=0.3,
+            alpha=0.5,
+            implementation="reference",
+        )
+        if kernels is not None:
+            optimizer._path, optimizer._fast = "test", FastPath(kernels, optimizer._merger)
+        for _ in range(3):
+            parameter.grad = torch.ones(1000)
+            optimizer.step()
+        results.append(parameter.detach())
+    assert torch.equal(*results)
+
+
+def test_groups_and_excluded_parameters_go_fast_too() -> None:
+    tau = make_tau()
+    del tau["embed"]
+    results = []
+    for kernels in (None, PlainKernels()):
+        parameters = make_parameters()
+        named = list(parameters.items())
+        optimizer = OnlineMergingAdamW(
+            [
+                {"params": named[:1], "consensus": "ties", "density": 0.2, "alpha": 0.1},
+                {"params": named[1:2], "merge": False},
+                {"params": named[2:], "density": 0.5, "alpha": 0.1},
+            ],
+            tau,
+            eps=0.5,
+            missing_delta="exclude",
+            implementation="reference",
+        )
+        if kernels is not None:
+            optimizer._path, optimizer._fast = "test", FastPath(kernels, optimizer._merger)
+        for step in range(4):
+            set_gradients(parameters, step)
+            optimizer.step()
+        results.append(parameters)
+    assert_close(results[1], results[0])
+
+
+TINY = {"density": 0.4, "alpha": 1e-8, "lr": 1e-7}
+
+
+def test_merges_without_effect_are_counted_on_every_path(by_triton) -> None:
+    shares = [steps(k, TINY, 1)[1].unchanged_share() for k in (None, PlainKernels())]
+    assert 0 < shares[0] < 1
+    assert [*shares, by_triton["unchanged"]] == pytest.approx([shares[0]] * 3, abs=0.03)
+
+
+def test_the_path_is_chosen_by_size_said_once_and_kept(monkeypatch, caplog) -> None:
+    parameters = make_parameters()
+    optimizer = merging(alpha=0.1)(parameters)
+    assert optimizer.path is None
+    with caplog.at_level("INFO"):
+        for step in range(2):
+            set_gradients(parameters, step)
+            optimizer.step()
+    assert [r.message for r in caplog.records] == [
+        "online merging: reference path, 145 float32 elements are too few to compile for"
+    ]
+    assert optimizer.path == "reference"
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["path"] == "reference"
+    # A resumed run keeps its path, whatever `auto` would take there.
+    monkeypatch.setattr("operators.optim.path.WORTH_COMPILING", 1)
+    resumed = merging(alpha=0.1)(parameters)
+    resumed.load_state_dict(saved)
+    set_gradients(parameters, 2)
+    resumed.step()
+    assert resumed.path == "reference"
+
+
+def test_auto_does_without_a_compiler_and_compiled_says_what_is_missing(monkeypatch) -> None:
+    def broken(device):
+        raise RuntimeError("no C++ compiler found\nlong trace")
+
+    monkeypatch.setattr("operators.optim.path.WORTH_COMPILING", 1)
+    monkeypatch.setattr("operators.optim.path._compiled", broken)
+    parameters = make_parameters()
+    set_gradients(parameters, 0)
+    optimizer = merging(alpha=0.1)(parameters)
+    optimizer.step()
+    assert optimizer.path == "reference"
+    optimizer = merging(alpha=0.1, implementation="compiled")(parameters)
+    with pytest.raises(ValueError, match=r"'compiled' does not work here \(no C\+\+ compiler"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="implementation: found 'fused'; allowed: 'auto', 'ref"):
+        merging(implementation="fused")(parameters)
+
+
+def test_triton_needs_a_gpu() -> None:
+    parameters = make_parameters()
+    set_gradients(parameters, 0)
+    with pytest.raises(ValueError, match="'triton' needs a GPU, found parameters on cpu"):
+        merging(implementation="triton")(parameters).step()
