@@ -43,17 +43,18 @@ def sign_elect(
     elected = torch.sign(weighted_sum(deltas, weights, normalize=False))
     if like_mergekit:
         elected = torch.where(elected < 0, -1.0, 1.0)
-    merged = torch.zeros_like(elected)
-    agreeing = torch.zeros_like(elected) if normalize else None
+    merged, agreeing = torch.zeros_like(elected), torch.zeros_like(elected)
     for delta, weight in zip(deltas, weights, strict=True):
         weighted = delta * weight
-        agrees = (torch.sign(weighted) == elected) & (weighted != 0)
-        merged.add_(torch.where(agrees, weighted, 0.0))
-        if agreeing is not None:
+        agrees = torch.sign(weighted).mul_(elected).clamp_(min=0)  # 1 or 0
+        merged.addcmul_(weighted, agrees)
+        if normalize:
             agreeing.add_(agrees, alpha=weight if like_mergekit else abs(weight))
-    if agreeing is not None:
-        merged = torch.where(agreeing != 0, merged / agreeing, merged)
-    return merged
+    if not normalize:
+        return merged
+    if like_mergekit:
+        return torch.where(agreeing != 0, merged / agreeing, merged)
+    return merged.div_(agreeing.clamp_(min=torch.finfo(merged.dtype).tiny))
 
 
 def sign_consensus(a: Tensor, b: Tensor) -> Tensor:

@@ -59,9 +59,32 @@ def counter_words(
 
 def counter_words_at(key: tuple[int, int], indices: Tensor) -> Tensor:
     """The words of the elements with the given global indices: int64, shape of `indices`."""
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.from_numpy(_words_at(key, indices.numpy()).astype(np.int64))
     low = _mix((indices & (WORDS - 1)) ^ key[0])
     high = (indices >> 32) * _GOLDEN & (WORDS - 1)
     return _mix(low ^ key[1] ^ high)
+
+
+def _words_at(key: tuple[int, int], indices: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """The words of elements in numpy's unsigned integers, which wrap around by themselves."""
+    words = indices.astype(np.uint32)
+    scratch = np.empty_like(words)
+    np.bitwise_xor(words, np.uint32(key[0]), out=words)
+    _mix_in_place(words, scratch)
+    np.bitwise_xor(words, np.uint32(key[1]), out=words)
+    high = (indices >> 32).astype(np.uint32)
+    np.bitwise_xor(words, high * np.uint32(_GOLDEN), out=words)
+    _mix_in_place(words, scratch)
+    return words
+
+
+def unsigned_words(key: tuple[int, int], start: int, count: int) -> NDArray[np.uint32]:
+    """The words of the elements [start, start + count) on the CPU: (count,)."""
+    words = np.empty(count, dtype=np.uint32)
+    for first, chunk in _chunks(key, start, count):
+        words[first : first + len(chunk)] = chunk
+    return words
 
 
 def keep_mask(

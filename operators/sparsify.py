@@ -12,9 +12,10 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from operators.counter_random import WORDS, counter_words, counter_words_at, keep_mask
+from operators.counter_random import WORDS, counter_words_at, keep_mask, unsigned_words
 from operators.selection import Cut, Reduce, kth_largest, magnitude_keys
 
 Rescale = Literal["none", "inverse_density"]
@@ -42,6 +43,16 @@ def check_density(density: float) -> None:
         raise ValueError(f"density: found {density}; allowed: above 0 and at most 1")
 
 
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the bool mask is true, else exactly 0.
+
+    On float32 the mask multiplies the bits, several times as fast as `torch.where` on a CPU.
+    """
+    if x.dtype != torch.float32:
+        return torch.where(mask, x, 0.0)
+    return (x.view(torch.int32) * mask).view(torch.float32)
+
+
 def bernoulli(
     x: Tensor, density: float, key: tuple[int, int], start: int, rescale: Rescale
 ) -> Tensor:
@@ -54,8 +65,7 @@ def bernoulli(
         rescale: `inverse_density` divides what is kept by `density` (offline), `none` does not
             (online).
     """
-    mask = keep_mask(key, density, start, x.numel(), x.device)
-    kept = torch.where(mask, x, 0.0)
+    kept = masked(x, keep_mask(key, density, start, x.numel(), x.device))
     return kept / density if rescale == "inverse_density" else kept
 
 
@@ -114,7 +124,11 @@ def top_mask(x: Tensor, cut: TopCut, key: tuple[int, int], start: int) -> Tensor
     if cut.word is None:
         return magnitudes >= cut.key
     mask = magnitudes > cut.key
-    places = (magnitudes == cut.key).nonzero().squeeze(1)
+    equal = magnitudes == cut.key
+    if x.device.type == "cpu":  # numpy's search is several times as fast
+        places = torch.from_numpy(np.flatnonzero(equal.numpy()))
+    else:
+        places = equal.nonzero().squeeze(1)
     order = places + start if cut.by_index else counter_words_at(key, places + start)
     mask[places] = order <= cut.word
     return mask
@@ -123,7 +137,7 @@ def top_mask(x: Tensor, cut: TopCut, key: tuple[int, int], start: int) -> Tensor
 def top(x: Tensor, density: float, key: tuple[int, int]) -> Tensor:
     """Keep the `max(1, floor(density * n))` largest magnitudes of a whole flat tensor (TIES)."""
     [cut] = top_cuts([(x, 0)], [kept_count(density, x.numel())], [key])
-    return torch.where(top_mask(x, cut, key, 0), x, 0.0)
+    return masked(x, top_mask(x, cut, key, 0))
 
 
 def row_top_mask(
@@ -183,23 +197,8 @@ def magprune_probabilities(rows: Tensor, density: float, epsilon: float) -> Tens
     Returns:
         float64, shape of rows.
     """
-    width = rows.shape[1]
-    if width == 1:
-        return torch.full(rows.shape, density, dtype=torch.float64)
-    # Sorted together with their columns: numpy sorts integers fastest.
-    keys = magnitude_keys(rows).numpy().astype(np.int64) << 32
-    ordered = np.sort(keys | np.arange(width), axis=1)
-    columns, magnitudes = ordered & 0xFFFFFFFF, ordered >> 32
-    places = np.broadcast_to(np.arange(width, dtype=np.int32), rows.shape)
-    starts = np.ones(rows.shape, dtype=bool)
-    np.not_equal(magnitudes[:, 1:], magnitudes[:, :-1], out=starts[:, 1:])
-    ends = np.ones(rows.shape, dtype=bool)
-    ends[:, :-1] = starts[:, 1:]
-    first = np.maximum.accumulate(np.where(starts, places, 0), axis=1)
-    last = np.minimum.accumulate(np.where(ends, places, width)[:, ::-1], axis=1)[:, ::-1]
-    middle = np.empty(rows.shape)
-    np.put_along_axis(middle, columns, (first + last) / 2, axis=1)
-    return torch.from_numpy((density - epsilon) + 2 * epsilon * middle / (width - 1))
+    chances = _chance_of_rank(rows.shape[1], density, epsilon)
+    return torch.from_numpy(chances[_doubled_ranks(rows)])
 
 
 def magprune(
@@ -214,14 +213,46 @@ def magprune(
     """Keep each element with its own probability p_r (DELLA), divided by it with `rescale`.
 
     Args:
-        rows: whole rows, (r, width).
+        rows: whole rows, (r, width), float32.
         density: in (0, 1]; 1 keeps everything.
         start: global index of rows[0, 0].
     """
     if density == 1:
         return rows
-    probabilities = magprune_probabilities(rows, density, epsilon)
-    words = counter_words(key, start, rows.numel()).view(rows.shape)
-    mask = words < (probabilities * WORDS).floor()
-    kept = torch.where(mask, rows, 0.0)
-    return kept.div_(probabilities) if rescale else kept
+    chances = _chance_of_rank(rows.shape[1], density, epsilon)
+    ranks = _doubled_ranks(rows)
+    limits = np.floor(chances * WORDS).astype(np.uint32)
+    words = unsigned_words(key, start, rows.numel()).reshape(rows.shape)
+    kept = masked(rows, torch.from_numpy(words < limits.take(ranks)))
+    if not rescale:
+        return kept
+    return kept.div_(torch.from_numpy(chances.astype(np.float32).take(ranks)))
+
+
+def _chance_of_rank(width: int, density: float, epsilon: float) -> NDArray[np.float64]:
+    """p_r of the mid-ranks 1, 1.5, 2, ... of a row: (2 width - 1,)."""
+    if width == 1:
+        return np.array([density])
+    return (density - epsilon) + epsilon * np.arange(2 * width - 1) / (width - 1)
+
+
+def _doubled_ranks(rows: Tensor) -> NDArray[np.int32]:
+    """Twice the mid-rank of each magnitude in its row, from 0 for the smallest: shape of rows."""
+    count, width = rows.numel(), rows.shape[1]
+    # Sorted together with their places: numpy sorts plain integers fastest.
+    keys = magnitude_keys(rows).reshape(-1).numpy().astype(np.int64) << 32
+    keys |= np.arange(count)
+    keys = np.sort(keys.reshape(rows.shape), axis=1).reshape(-1)
+    places, magnitudes = keys & 0xFFFFFFFF, (keys >> 32).astype(np.int32)
+    begins = np.empty(count, dtype=bool)  # where a run of equal magnitudes begins
+    np.not_equal(magnitudes[1:], magnitudes[:-1], out=begins[1:])
+    begins[::width] = True
+    columns = np.tile(np.arange(width, dtype=np.int32), rows.shape[0])
+    middle = 2 * columns
+    if not begins.all():
+        first = np.flatnonzero(begins)
+        last = np.append(first[1:], count) - 1
+        middle = np.repeat(columns[first] + columns[last], last - first + 1)
+    ranks = np.empty(count, dtype=np.int32)
+    ranks[places] = middle
+    return ranks.reshape(rows.shape)

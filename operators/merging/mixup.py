@@ -16,7 +16,7 @@ from operators.counter_random import counter_key
 from operators.merging.cuts import search_cuts
 from operators.merging.method import MergeInput, StatisticFactory
 from operators.merging.task_vectors import cut_mask, model_key, row_mask, top_counts
-from operators.sparsify import bernoulli, kept_count
+from operators.sparsify import bernoulli, kept_count, masked
 
 
 def draw_mixup_lambda(alpha: float, seed: int) -> float:
@@ -58,11 +58,9 @@ def m3_task_arithmetic(work: MergeInput) -> Tensor:
 
 def m3_ties(work: MergeInput) -> Tensor:
     """TIES with mixup where both deltas survive trim and election; else the survivor unchanged."""
-    trimmed = [
-        torch.where(_trim_mask(delta, work, i), delta, 0.0) for i, delta in enumerate(dared(work))
-    ]
+    trimmed = [masked(delta, _trim_mask(delta, work, i)) for i, delta in enumerate(dared(work))]
     elected = torch.sign(trimmed[0] + trimmed[1])
-    first, second = (torch.where(torch.sign(delta) == elected, delta, 0.0) for delta in trimmed)
+    first, second = (masked(delta, torch.sign(delta) == elected) for delta in trimmed)
     both = (first != 0) & (second != 0)
     merged = torch.where(both, mixup(first, second, _lambda(work)), first + second)
     return work.origin().add(merged, alpha=work.parameters["lambda"])

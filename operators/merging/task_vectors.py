@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, where
+from torch import Tensor
 
 from operators.consensus import sign_elect, weighted_sum
 from operators.counter_random import counter_key
@@ -20,6 +20,7 @@ from operators.sparsify import (
     dropped_count,
     kept_count,
     magprune,
+    masked,
     row_top_mask,
     top_mask,
 )
@@ -53,7 +54,7 @@ def keep_top(delta: Tensor, work: MergeInput, position: int) -> Tensor:
         mask = row_mask(delta, work, position, kept_count(density, work.width))
     else:
         mask = cut_mask(delta, work, position, 0)
-    return _rescaled(where(mask, delta, 0.0), work, position)
+    return _rescaled(masked(delta, mask), work, position)
 
 
 def keep_middle(delta: Tensor, work: MergeInput, position: int) -> Tensor:
@@ -67,7 +68,7 @@ def keep_middle(delta: Tensor, work: MergeInput, position: int) -> Tensor:
         mask = cut_mask(delta, work, position, 0)
         for cut in range(1, len(work.context.cuts[position])):
             mask &= ~cut_mask(delta, work, position, cut)
-    return _rescaled(where(mask, delta, 0.0), work, position)
+    return _rescaled(masked(delta, mask), work, position)
 
 
 def drop_at_random(delta: Tensor, work: MergeInput, position: int) -> Tensor:
