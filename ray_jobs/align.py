@@ -1,11 +1,13 @@
 """`poise align`: preference training under Ray Train."""
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from pipelines.config import load_config
 from pipelines.storage import resolve_output
 from pipelines.train import AlignConfig, align, plan_alignment
+from pipelines.train.memory import estimate_memory, shape_of
 from ray_jobs.session import ray_session
 
 
@@ -15,17 +17,33 @@ def run_align(
     """Run the training of a config, or show what it would do."""
     config = load_config(config_path, AlignConfig, overrides)
     if plan:
-        planned = plan_alignment(config)
-        print(
-            f"objective       {config.objective.name}, optimizer {config.optimizer.name}\n"
-            f"strategy        {config.strategy} on {config.num_workers} worker(s)\n"
-            f"parameters      {planned.num_parameters:,}\n"
-            f"rows            {planned.table.num_rows:,}\n"
-            f"steps           {planned.num_steps:,} of {config.global_batch_size} rows\n"
-            f"tokens          about {planned.num_tokens:,}"
-        )
+        print(describe_plan(config))
         return
     out = resolve_output(out, config.storage)
     with ray_session():
         align(config, out, force=force)
     print(f"aligned model: {out}", file=sys.stderr)
+
+
+def describe_plan(config: AlignConfig) -> str:
+    """What a run would do and what it would need, as lines of a name and a value."""
+    planned = plan_alignment(config)
+    counts = planned.table.counts
+    shape = shape_of(config.model)
+    memory = estimate_memory(shape, config, int(planned.table.lengths.max()))
+    lines = {
+        "objective": f"{config.objective.name}, optimizer {config.optimizer.name}",
+        "strategy": f"{config.strategy} on {config.num_workers} worker(s), {config.precision}",
+        "parameters": f"{shape.num_parameters:,}",
+        "rows": f"{planned.table.num_rows:,} of {counts.rows:,} ({counts.bad} bad, "
+        f"{counts.dropped} dropped, {counts.prompts_cut} prompts cut)",
+        "steps": f"{planned.num_steps:,} of {config.global_batch_size} rows",
+        "tokens": f"about {planned.num_tokens:,}",
+        "memory": f"about {_gigabytes(memory.total)} on each worker",
+    }
+    lines |= {f"  {f.name}": _gigabytes(getattr(memory, f.name)) for f in fields(memory)}
+    return "\n".join(f"{name:<15} {value}" for name, value in lines.items())
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB"

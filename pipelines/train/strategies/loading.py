@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 Owned = tuple[ShardLayout, Tensor]  # where a flat range of a parameter lies, and its values
 
 
-def empty_model(path: Path) -> "PreTrainedModel":
-    """A causal language model on the meta device, in float32: the optimizer's master weights.
+def meta_model(path: Path) -> "PreTrainedModel":
+    """A causal language model on the meta device, in float32, from its config alone.
 
     Raises:
-        InputError: the checkpoint's names are not the architecture's.
+        InputError: no config, or one of no causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -30,12 +30,27 @@ def empty_model(path: Path) -> "PreTrainedModel":
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, KeyError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"model {path}: not a causal language model: {first}") from None
+
+
+def empty_model(path: Path) -> "PreTrainedModel":
+    """The model of a checkpoint, on the meta device: in float32, for the optimizer's masters.
+
+    Raises:
+        InputError: the checkpoint's names are not the architecture's.
+    """
+    model = meta_model(path)
     check_names(model, Checkpoint.open(path))
     return model
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer: the elements of its longest module list."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len, default=[]))
 
 
 def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from operators.optim.layout import layout_of, local
 from pipelines.checkpoints import Checkpoint
 from pipelines.train.config import AlignConfig
 from pipelines.train.strategies.base import first_rank
-from pipelines.train.strategies.loading import Owned, empty_model, fill, materialize
+from pipelines.train.strategies.loading import Owned, blocks_of, empty_model, fill, materialize
 
 
 class NativeStrategy:
@@ -56,7 +56,7 @@ class NativeStrategy:
             options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         if self.config.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        for block in _blocks(model):
+        for block in blocks_of(model):
             fully_shard(block, **options)
         fully_shard(model, **options)
 
@@ -136,9 +136,3 @@ def _no_complaints() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer: the elements of its longest module list."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len, default=[]))

@@ -1,8 +1,9 @@
 """Training workers as plain processes: as under Ray Train, but started in a second."""
 
 import os
+import signal
 import socket
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,29 @@ from pipelines.train import AlignConfig, plan_alignment
 from pipelines.train.run import worker_settings
 
 
-def run_workers(config: AlignConfig, folder: Path) -> Path:
-    """Train with the config's number of workers; returns the folder of the unfinished run."""
+def run_workers(config: AlignConfig, folder: Path, *, kill_after: int | None = None) -> Path:
+    """Train with the config's number of workers; returns the folder of the unfinished run.
+
+    With `kill_after` one worker is killed once so many steps are done; the others are lost too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     cache = folder.parent / "cache"
     settings = worker_settings(config, plan_alignment(config, cache), folder, cache)
-    mp.start_processes(
-        _worker,
-        (config.num_workers, _free_port(), settings),
-        config.num_workers,
-        start_method="spawn",
+    arguments = (config.num_workers, _free_port(), settings)
+    context = mp.start_processes(
+        _worker, arguments, config.num_workers, join=False, start_method="spawn"
     )
+    if kill_after is not None:
+        path = folder / "metrics.jsonl"
+        while not path.is_file() or len(path.read_text().splitlines()) < kill_after:
+            time.sleep(0.002)
+        os.kill(context.pids()[-1], signal.SIGKILL)
+    try:
+        while not context.join():
+            pass
+    except mp.ProcessExitedException:
+        if kill_after is None:
+            raise
     return folder
 
 
@@ -46,7 +59,3 @@ def _worker(rank: int, world: int, port: int, settings: dict[str, Any]) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world)
     train_worker(settings)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    sys.exit("this is a helper of the tests")

@@ -1,0 +1,104 @@
+"""How much memory a run needs on each worker, by formula, before anything is loaded.
+
+With N parameters, W workers, b bytes a number in forward and backward passes (4, or 2 in bf16), T
+tokens in a micro-batch, L layers of width h and inner width i, and a vocabulary of v:
+
+    state         4 N of master weights, 8 N of Adam's moments, 4 N of tau (online merging), 4 N of
+                  the anchor (step-K): divided by W unless the strategy is single or ddp
+    weights       b N more, where the passes use other weights than the masters
+    gradients     4 N (b N for zero1; divided by W for fsdp2, zero2, zero3); twice that for ddp
+    gathered      b times the largest block, twice, and all outside the blocks (fsdp2, zero3)
+    activations   b T (15 h + 4 i) a layer; with gradient checkpointing b T h, and one layer whole
+    logits        T v (b + 12), and 4 T v more in bf16 for their float32 copy
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from pipelines.train.config import ONLINE, ZERO_STAGES, AlignConfig
+from pipelines.train.strategies.loading import blocks_of, meta_model
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the formula needs to know of a model."""
+
+    num_parameters: int
+    largest_block: int  # parameters
+    outside_blocks: int  # parameters of embeddings, last norm and head
+    num_layers: int
+    hidden_size: int
+    inner_size: int
+    vocabulary: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on each worker."""
+
+    state: int
+    weights: int
+    gradients: int
+    gathered: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of them: the most that is held at once, reached in a backward pass."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def shape_of(model: str | Path) -> ModelShape:
+    """A model's shape, from its config alone: it is built without memory.
+
+    Raises:
+        InputError: the config is of no causal language model.
+    """
+    empty = meta_model(Path(model))
+    blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(empty)]
+    total = sum(p.numel() for p in empty.parameters())
+    config = empty.config.get_text_config()
+    return ModelShape(
+        num_parameters=total,
+        largest_block=max(blocks, default=total),
+        outside_blocks=total - sum(blocks),
+        num_layers=len(blocks),
+        hidden_size=config.hidden_size,
+        inner_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocabulary=config.vocab_size,
+    )
+
+
+def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None = None) -> Memory:
+    """The formula above.
+
+    Args:
+        length: tokens of the longest sequence; the config's `max_length` unless given.
+    """
+    n, workers, strategy = shape.num_parameters, config.num_workers, config.strategy
+    b = 2 if config.precision == "bf16" else 4
+    sharded = strategy == "fsdp2" or strategy in ZERO_STAGES
+    zero = ZERO_STAGES.get(strategy, 0)
+    numbers = 3 + (config.optimizer.name in ONLINE) + (config.optimizer.merge_every > 1)
+    state = 4 * numbers * n // (workers if sharded else 1)
+    weights = 0
+    if zero:
+        weights = b * n // (workers if zero == 3 else 1)
+    elif b == 2 and strategy != "fsdp2":
+        weights = b * n  # autocast keeps a copy of each weight through a pass
+    gradients = {"single": 4 * n, "ddp": 8 * n, "zero1": b * n + 4 * n // workers}.get(
+        strategy, 4 * n // workers
+    )
+    gathered = 0
+    if strategy in ("fsdp2", "zero3"):
+        gathered = b * (2 * shape.largest_block + shape.outside_blocks)
+    sequences = 2 if config.objective.definition.rows == "pairs" else 1
+    rows = config.micro_batch_size or config.global_batch_size // workers
+    tokens = rows * sequences * (length or config.max_length)
+    layer = b * tokens * (15 * shape.hidden_size + 4 * shape.inner_size)
+    activations = layer * shape.num_layers
+    if config.gradient_checkpointing:
+        activations = b * tokens * shape.hidden_size * shape.num_layers + layer
+    logits = tokens * shape.vocabulary * (b + 12 + (4 if b == 2 else 0))
+    return Memory(state, weights, gradients, gathered, activations, logits)
