@@ -1,14 +1,17 @@
 """The aligned model as an ordinary checkpoint: every rank writes what it owns in place."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from operators.optim import ShardLayout
 from pipelines.checkpoints import Checkpoint, plan_layout
 from pipelines.errors import InputError
-from pipelines.train.strategies import Strategy, first_rank, wait_for_all
+from pipelines.train.strategies import first_rank, wait_for_all
 
 MAX_SHARD_BYTES = 5_000_000_000
 OTHER_FILES = (
@@ -24,7 +27,17 @@ OTHER_FILES = (
 )
 
 
-def export_model(strategy: Strategy, source: Path, folder: Path) -> None:
+class Owner(Protocol):
+    """Whoever holds the weights: a strategy, or a checkpoint."""
+
+    parameter_names: frozenset[str]
+
+    def owned(self) -> Iterable[tuple[ShardLayout, Tensor]]:
+        """Flat ranges of parameters; all ranks together have each element once."""
+        ...
+
+
+def export_model(owner: Owner, source: Path, folder: Path) -> None:
     """Write the policy with the names, dtypes and other files of `source`.
 
     Parameters are rounded once, from the master weights; tensors that are no parameters are
@@ -44,12 +57,12 @@ def export_model(strategy: Strategy, source: Path, folder: Path) -> None:
             for file in source.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
     wait_for_all()
-    for part, values in strategy.owned():
+    for part, values in owner.owned():
         if part.name in checkpoint.tensors:
             dtype = checkpoint.tensors[part.name].dtype
             layout.write(folder, part.name, part.start, _rounded(part.name, values, dtype))
     if first_rank():
-        for name in checkpoint.tensors.keys() - strategy.parameter_names:
+        for name in checkpoint.tensors.keys() - owner.parameter_names:
             layout.write(folder, name, 0, checkpoint.read(name))
     wait_for_all()
     layout.sync(folder)

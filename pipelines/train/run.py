@@ -142,7 +142,7 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
     )
 
 
-def _with_absolute_paths(config: AlignConfig) -> AlignConfig:
+def with_absolute_paths(config: AlignConfig) -> AlignConfig:
     """The config for workers, which Ray Train starts in another working directory."""
     paths = {"model": config.model.absolute(), "data": config.data.absolute()}
     reference = config.optimizer.reference
@@ -156,7 +156,7 @@ def _with_absolute_paths(config: AlignConfig) -> AlignConfig:
 def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) -> dict[str, Any]:
     """What `train_worker` is told."""
     return {
-        "config": _with_absolute_paths(config).model_dump_json(),
+        "config": with_absolute_paths(config).model_dump_json(),
         "folder": str(folder),
         "cache": str(cache),
         "tokens": str(plan.table.folder),
@@ -215,8 +215,13 @@ def _unfinished_run(folder: Path, key: str, config: AlignConfig, *, force: bool)
             wrote them.
     """
     path = folder / "run.json"
-    record = {"fingerprint": key, "num_workers": config.num_workers}
-    if path.is_file() and (found := json.loads(path.read_text())) != record:
+    record = {
+        "fingerprint": key,
+        "num_workers": config.num_workers,
+        "config": with_absolute_paths(config).model_dump(mode="json"),
+    }
+    found = json.loads(path.read_text()) if path.is_file() else record
+    if any(found.get(name) != record[name] for name in ("fingerprint", "num_workers")):
         same_run = found.get("fingerprint") == key
         if same_run and config.strategy in ZERO_STAGES and not force:
             raise InputError(

@@ -1,0 +1,82 @@
+"""Models from checkpoints of runs that are not finished."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_workers
+from safetensors.torch import load_file
+from training_files import align_config, run_here
+from transformers import AutoModelForCausalLM
+
+from pipelines.errors import InputError
+from pipelines.train import AlignConfig, plan_alignment
+from pipelines.train.export_run import export_checkpoint
+from pipelines.train.run import _unfinished_run
+from tests.tiny_models import save_tiny_llama
+
+
+def unfinished(config: AlignConfig, out: Path) -> Path:
+    """A run whose workers are done and whose output was not put into place."""
+    folder = out.with_name(f".{out.name}.partial")
+    key = plan_alignment(config, out.parent / "cache").fingerprint
+    with _unfinished_run(folder, key, config, force=False):
+        run_here(config, folder)
+    return folder
+
+
+def test_export_gives_what_the_run_would(
+    tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """The last checkpoint's export equals the run's own output; earlier steps differ."""
+    folder = unfinished(align_config(tiny_llama, preferences), tmp_path / "run")
+    last = export_checkpoint(tmp_path / "run", tmp_path / "last")
+    name = "model.safetensors"
+    assert (last / name).read_bytes() == (folder / "model" / name).read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(last).config.architectures == ["LlamaForCausalLM"]
+    assert json.loads((last / "poise.json").read_text())["step"] == 6
+    early = export_checkpoint(folder, tmp_path / "early", step=4)
+    assert (early / name).read_bytes() != (last / name).read_bytes()
+    with pytest.raises(InputError, match=r"step: found 5; allowed: 4, 6"):
+        export_checkpoint(folder, tmp_path / "other", step=5)
+    with pytest.raises(InputError, match="exists already"):
+        export_checkpoint(folder, tmp_path / "early")
+    with pytest.raises(InputError, match="holds no unfinished run"):
+        export_checkpoint(tmp_path / "last", tmp_path / "other")
+
+
+def test_export_merges_what_is_pending(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
+    """Between two merges of step-K the export is what a run that ended there would give."""
+    base = save_tiny_llama(tmp_path / "base", seed=9)
+    optimizer: dict[str, Any] = {
+        "name": "ondare",
+        "learning_rate": 1e-3,
+        "density": 0.5,
+        "alpha": 1e-2,
+        "merge_every": 4,
+        "reference": {"base": base, "tuned": tiny_llama},
+    }
+    fields: dict[str, Any] = {"optimizer": optimizer, "schedule": "constant"}
+    unfinished(align_config(tiny_llama, preferences, **fields), tmp_path / "long")
+    short = align_config(tiny_llama, preferences, **fields, num_steps=6)
+    folder = run_here(short, tmp_path / "short")
+    export = export_checkpoint(tmp_path / "long", tmp_path / "out", step=6)
+    found, expected = (load_file(path / "model.safetensors") for path in (export, folder / "model"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_export_of_zero(strategy: str, tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
+    """DeepSpeed's checkpoint files hold the weights of the run's own output."""
+    config = align_config(
+        tiny_llama, preferences, strategy=strategy, num_workers=2, precision="bf16"
+    )
+    folder = tmp_path / ".run.partial"
+    with _unfinished_run(folder, "x", config, force=False):
+        run_workers(config, folder)
+    export = export_checkpoint(tmp_path / "run", tmp_path / "out")
+    name = "model.safetensors"
+    assert (export / name).read_bytes() == (folder / "model" / name).read_bytes()
