@@ -56,10 +56,23 @@ def align(
     plan: Plan = False,
     force: Force = False,
 ) -> None:
-    """Align a model with preferences (DPO and others) under Ray Train."""
+    """Align a model under Ray Train: SFT, DPO, IPO, KTO, SimPO, ORPO and hinge."""
     from ray_jobs.align import run_align
 
     run_align(config, out, overrides or [], plan=plan, force=force)
+
+
+@app.command(epilog="Example: `poise export runs/helpful --out runs/early --step 50`")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="OUT of the unfinished run")],
+    out: Out = Path("runs/export"),
+    step: Annotated[int | None, typer.Option(help="of the checkpoint; default newest")] = None,
+    force: Force = False,
+) -> None:
+    """The model of an unfinished run's checkpoint, in Hugging Face's layout."""
+    from ray_jobs.export import run_export
+
+    run_export(run, out, step=step, force=force)
 
 
 @app.command(epilog="Example: `poise merge configs/demo/merge/ties.yaml runs/ties`")
