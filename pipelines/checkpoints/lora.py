@@ -96,6 +96,10 @@ class AdaptedCheckpoint:
             return replace(found, file=self.path / ADAPTER_WEIGHTS)
         return found
 
+    def stored(self, name: str) -> tuple[Checkpoint, StoredTensor] | None:
+        """Where a tensor is read from as it is: the base, unless the adapter changes it."""
+        return None if name in (*self.adapters, *self.replaced) else self.base.stored(name)
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop): as stored, or in float32 where the adapter adds to them."""
         if name in self.replaced:  # an embedding can be stored whole and have factors too

@@ -82,6 +82,11 @@ class Checkpoint:
             return self.tensors[EMBEDDING]
         return self.tensors.get(name)
 
+    def stored(self, name: str) -> tuple["Checkpoint", StoredTensor] | None:
+        """Where a tensor is read from: here. None of a tied head: it is seen as the embedding."""
+        found = self.tensors.get(name)
+        return None if found is None else (self, found)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) of a tensor in row-major order: 1-D, in the stored dtype."""
         tensor = self.find(name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from pipelines.checkpoints.reader import Checkpoint
+    from pipelines.checkpoints.safetensors_header import StoredTensor
 
 
 class TensorSpec(Protocol):
@@ -43,6 +44,9 @@ class Source(Protocol):
 
     def find(self, name: str) -> TensorSpec | None:
         """The tensor of that name, or None; a tied head is its embedding."""
+
+    def stored(self, name: str) -> "tuple[Checkpoint, StoredTensor] | None":
+        """Where a tensor is read from as it is; None where its values are computed."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) in row-major order: 1-D; in the stored dtype, or float32 where

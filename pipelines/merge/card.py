@@ -9,25 +9,25 @@ import yaml
 
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.digests import checkpoint_fingerprint
-from pipelines.checkpoints.reader import HEAD
 from pipelines.commit import write_atomically
+from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
-from pipelines.merge.layers import num_layers
+from pipelines.merge.model_config import model_config
 from pipelines.merge.plan import OUTPUT, KnownDigests, MergePlan
+from pipelines.merge.vocabulary import TOKENIZER_FILE
 from pipelines.versions import versions
 
 PROVENANCE_FILE = "poise.json"
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+GENERATION_FILE, TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
 COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
 )
 
 
@@ -37,11 +37,9 @@ def write_companions(plan: MergePlan, folder: Path, digests: KnownDigests) -> No
     Args:
         digests: what the workers took while they read and wrote, by path and tensor.
     """
-    for name in COPIED:
-        source = plan.reference.path / name
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
-    write_atomically(folder / "config.json", json.dumps(_model_config(plan), indent=2) + "\n")
+    _write_tokenizer(plan, folder)
+    config = model_config(plan.config, plan.tensors, plan.reference)
+    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
     provenance = {
         "kind": "merge",
         "config": _config(plan),
@@ -55,6 +53,40 @@ def write_companions(plan: MergePlan, folder: Path, digests: KnownDigests) -> No
     write_atomically(folder / "README.md", model_card(plan))
 
 
+def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
+    """Copy the tokenizer's files and the generation settings; put in what is new."""
+    generation = plan.reference.path / GENERATION_FILE
+    if generation.is_file():
+        shutil.copyfile(generation, folder / GENERATION_FILE)
+    for name in COPIED:
+        source = plan.tokenizer.folder / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+    if plan.tokenizer.text is not None:
+        write_atomically(folder / TOKENIZER_FILE, plan.tokenizer.text)
+    if plan.config.chat_template is not None:
+        write_atomically(folder / TEMPLATE_FILE, chat_template(plan))
+
+
+def chat_template(plan: MergePlan) -> str:
+    """The chat template that the config asks for: the text itself, or a model's.
+
+    Raises:
+        InputError: a model without one.
+    """
+    wanted = plan.config.chat_template or ""
+    if "{" in wanted:
+        return wanted
+    source = plan.models.get(wanted)
+    path = (Path(wanted) if source is None else source.path) / TEMPLATE_FILE
+    if not path.is_file():
+        raise InputError(
+            f"chat_template: found {wanted!r}, and no {path}; allowed: a Jinja template, or a "
+            "model that has one"
+        )
+    return path.read_text(encoding="utf-8")
+
+
 def _config(plan: MergePlan) -> dict[str, Any]:
     """The merge's config, as a user would write it again."""
     return plan.config.model_dump(
@@ -62,31 +94,6 @@ def _config(plan: MergePlan) -> dict[str, Any]:
         exclude_defaults=True,
         exclude={"num_workers", "storage", "memory_budget", "executor"},
     )
-
-
-def _model_config(plan: MergePlan) -> dict[str, Any]:
-    """The reference's config.json with dtype, number of layers and tying as in the output."""
-    config = dict(plan.reference.config)
-    dtypes = [tensor.dtype for tensor in plan.tensors.values()]
-    floating = sorted(str(d).removeprefix("torch.") for d in dtypes if d.is_floating_point)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = floating[0]
-    if HEAD in plan.tensors and HEAD not in plan.reference.names():
-        config["tie_word_embeddings"] = False
-    if plan.config.slices:
-        config |= _stacked(plan)
-    return config
-
-
-def _stacked(plan: MergePlan) -> dict[str, Any]:
-    """What slices change in config.json: the number of layers, and lists with an entry a layer."""
-    config = plan.reference.config
-    own = num_layers(plan.reference)
-    layers = [layer for each in plan.config.slices for layer in range(*each.sources[0].layer_range)]
-    changed: dict[str, Any] = {key: len(layers) for key in LAYER_COUNTS if config.get(key) == own}
-    for key, value in config.items():
-        if isinstance(value, list) and len(value) == own and max(layers) < own:
-            changed[key] = [value[layer] for layer in layers]
-    return changed
 
 
 def model_card(plan: MergePlan) -> str:

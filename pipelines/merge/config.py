@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from operators.merging import METHODS, Method
-from pipelines.config import Config, load_config
+from pipelines.config import Config, apply_overrides, check, load_config
+from pipelines.errors import InputError
 from pipelines.merge.parameters import has_filters, resolve, value_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +57,13 @@ class Slice(Config):
         return self
 
 
+class TokenizerSettings(Config):
+    """mergekit's longer form of `tokenizer`."""
+
+    source: str = Field("union", description="union, base or a model")
+    pad_to_multiple_of: int | None = Field(None, ge=1, description="of the embeddings' rows")
+
+
 class MergeConfig(Config):
     """An offline merge."""
 
@@ -65,6 +74,18 @@ class MergeConfig(Config):
     parameters: Parameters = Field({}, description="of the method, for all models")
     dtype: DtypeName | None = Field(None, description="the output's, where out_dtype is not given")
     out_dtype: DtypeName | None = Field(None, description="the output's; default the base's own")
+    tokenizer_source: str | None = Field(None, description="union, base or a model; mergekit's")
+    tokenizer: str | TokenizerSettings | None = Field(
+        None, description="whose tokens the output has: union, base or a model"
+    )
+    chat_template: str | None = Field(None, description="a Jinja template, or a model's folder")
+    allow_missing: list[str] = Field(
+        [], description="patterns of tensors that not every model has; taken as the base has them"
+    )
+    merges: dict[str, "MergeConfig"] = Field(
+        {}, description="named merges, which models and later named merges refer to"
+    )
+    out: Path | None = Field(None, description="of a named merge: where it is written as well")
     seed: int = Field(0, description="of random masks")
     allow_nonfinite: bool = Field(False, description="merge NaN and Inf instead of stopping")
     max_shard_bytes: int = Field(5_000_000_000, ge=1, description="of one file of the output")
@@ -95,8 +116,16 @@ class MergeConfig(Config):
             raise ValueError(
                 f"merge_method: found {self.merge_method!r}; allowed: {', '.join(METHODS)}"
             )
+        if self.tokenizer_source is not None and self.tokenizer is not None:
+            raise ValueError("tokenizer, tokenizer_source: give one of them")
         if bool(self.models) == bool(self.slices):
             raise ValueError("models, slices: give exactly one of them")
+        used = {self.base_model, *self.merged_models}
+        for each in self.merges.values():
+            used |= {each.base_model, *each.merged_models}
+        for name, each in self.merges.items():
+            if name not in used and each.out is None:
+                raise ValueError(f"merges: {name}: has no effect: no model refers to it, no out")
         for entries in self.groups():
             self._check_parameters(entries)
             has_base = self.base_model is not None and self.uses_base
@@ -138,6 +167,19 @@ class MergeConfig(Config):
         """The dtype of the output's floating tensors; None keeps the inputs'."""
         name = self.out_dtype or self.dtype
         return None if name is None else DTYPES[name]
+
+    @property
+    def tokenizer_wanted(self) -> str | None:
+        """Whose tokens the output has; None: those that all models have."""
+        if isinstance(self.tokenizer, TokenizerSettings):
+            return self.tokenizer.source
+        return self.tokenizer or self.tokenizer_source
+
+    @property
+    def pad_rows_to(self) -> int | None:
+        """What the number of the embeddings' rows is a multiple of."""
+        own = self.tokenizer
+        return own.pad_to_multiple_of if isinstance(own, TokenizerSettings) else None
 
     def notices(self) -> list[str]:
         """A line for each field that is accepted and changes nothing."""
@@ -207,7 +249,26 @@ def leaves(setting: Any) -> Iterator[Any]:
 def load_merge_config(path: str | Path, overrides: Iterable[str] = ()) -> MergeConfig:
     """Read a merge's YAML.
 
+    A file of several documents, all but the last with a `name`, is the last one with the others
+    as its `merges`.
+
     Raises:
         InputError: the first mistake, with file and field.
     """
-    return load_config(path, MergeConfig, overrides)
+    path = Path(path)
+    try:
+        documents = [each for each in yaml.safe_load_all(path.read_text("utf-8")) if each]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        documents = []  # load_config says what is wrong
+    if len(documents) < 2:
+        return load_config(path, MergeConfig, overrides)
+    *named, last = documents
+    merges = {}
+    for number, document in enumerate(named, start=1):
+        if not isinstance(document, dict) or not isinstance(document.get("name"), str):
+            raise InputError(f"{path}: document {number}: name: required, not given")
+        merges[document.pop("name")] = document
+    if not isinstance(last, dict):
+        raise InputError(f"{path}: the last document: expected a mapping of fields")
+    last.pop("name", None)
+    return check(apply_overrides(last | {"merges": merges}, overrides), MergeConfig, str(path))

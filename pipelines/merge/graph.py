@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
+from operators.merging import METHODS
 from pipelines.checkpoints import Source, TensorSpec
 from pipelines.errors import InputError
 from pipelines.merge.config import MergeConfig, ModelEntry, SliceSource
@@ -136,27 +138,29 @@ def _tensor(
     config: MergeConfig, each: LayerSlice, outline: Outline, base: Source | None
 ) -> TensorMerge:
     """One tensor of the output, with its operands checked against each other."""
-    operands = _operands(each, outline)
-    has_base = each.ingredients[-1].is_base
-    models = operands[:-1] if has_base else operands
-    specs = [operand.spec for operand in operands]
-    reference = next((o.spec for o in operands if o.source is base), specs[0])
-    for spec, name in zip(specs, outline.names, strict=True):
-        _check_like(name, spec, reference)
+    operands = _operands(config, each, outline, base)
+    reference = next((o.spec for o in operands if o.source is base), operands[0].spec)
+    for operand in operands:
+        _check_like(operand.name, operand.spec, reference)
     dtype = reference.dtype
     if dtype.is_floating_point and config.output_dtype is not None:
         dtype = config.output_dtype
+    method, has_base = config.merge_method, each.ingredients[-1].is_base
     own = [ingredient.own for ingredient in each.ingredients if not ingredient.is_base]
     try:
-        parameters = resolve(config.method, own, each.common, outline.name, outline.t)
+        if len(operands) < len(each.ingredients):  # not all have it: it is taken from one
+            method, has_base = "passthrough", False
+            parameters = METHODS[method].complete({}, 1)
+        else:
+            parameters = resolve(config.method, own, each.common, outline.name, outline.t)
     except ValueError as error:
         raise InputError(f"{outline.name}: {error}") from None
     return TensorMerge(
         name=outline.name,
         shape=reference.shape,
         dtype=dtype,
-        method=config.merge_method,
-        models=tuple(models),
+        method=method,
+        models=tuple(operands[:-1] if has_base else operands),
         base=operands[-1] if has_base else None,
         parameters=parameters,
         seed=config.seed,
@@ -164,8 +168,10 @@ def _tensor(
     )
 
 
-def _operands(each: LayerSlice, outline: Outline) -> list[Operand]:
-    """The tensor in every ingredient.
+def _operands(
+    config: MergeConfig, each: LayerSlice, outline: Outline, base: Source | None
+) -> list[Operand]:
+    """The tensor in every ingredient; with `allow_missing` in one, if others do not have it.
 
     Raises:
         InputError: one of them does not have it.
@@ -174,13 +180,15 @@ def _operands(each: LayerSlice, outline: Outline) -> list[Operand]:
         Operand(ingredient.source, name)
         for ingredient, name in zip(each.ingredients, outline.names, strict=True)
     ]
-    found = next(o.spec for o in operands if o.source.find(o.name) is not None)
-    for operand in operands:
-        if operand.source.find(operand.name) is None:
-            raise InputError(
-                f"model {operand.source.path}: has no tensor {operand.name!r}, which "
-                f"{found.file} has"
-            )
+    having = [operand for operand in operands if operand.source.find(operand.name) is not None]
+    missing = [operand for operand in operands if operand not in having]
+    if missing and any(fnmatchcase(outline.name, pattern) for pattern in config.allow_missing):
+        return [next((o for o in having if o.source is base), having[0])]
+    for operand in missing:
+        raise InputError(
+            f"model {operand.source.path}: has no tensor {operand.name!r}, which "
+            f"{having[0].spec.file} has"
+        )
     return operands
 
 

@@ -1,7 +1,7 @@
 """What a merge will do: which tensors, in which pieces, written where, at what cost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -9,9 +9,12 @@ from pipelines.checkpoints import Checkpoint, OutputLayout, Source, open_model, 
 from pipelines.checkpoints.digests import BLOCK_ELEMENTS, Digests, checkpoint_fingerprint, identity
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
+from pipelines.merge.chain import MergedSource
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.graph import output_tensors
+from pipelines.merge.model_config import model_config
 from pipelines.merge.tensor import TensorMerge
+from pipelines.merge.tokenizer import OutputTokenizer, align_vocabularies
 
 # Elements of one piece: whole blocks of the fingerprints, large enough for the disk.
 PIECE_ELEMENTS = BLOCK_ELEMENTS
@@ -41,7 +44,8 @@ class MergePlan:
     tensors: dict[str, TensorMerge]
     layout: OutputLayout
     items: list[Item]
-    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    checkpoints: dict[str, Checkpoint]
+    tokenizer: OutputTokenizer
 
     @property
     def reference(self) -> Source:
@@ -100,22 +104,45 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         InputError: a checkpoint that cannot be read, tensors that differ in name or shape, or
             a tensor that takes more memory than the budget.
     """
-    models = {name: open_model(name, config.base_model) for name in config.merged_models}
-    base = None
-    if config.base_model is not None:
-        base = models.get(config.base_model) or open_model(config.base_model)
-    tensors = output_tensors(config, models, base)
-    described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    layout = plan_layout(described, config.max_shard_bytes)
-    sources = [*models.values(), *([] if base is None else [base])]
-    plan = MergePlan(config, models, base, tensors, layout, _items(tensors), _checkpoints(sources))
+    named: dict[str, Source] = {}
+    for name, each in config.merges.items():
+        named[name] = _as_source(name, _plan(each, named))
+    plan = _plan(config, named)
     _check_memory(plan)
     return plan
 
 
-def _checkpoints(sources: list[Source]) -> dict[str, Checkpoint]:
-    """The checkpoints that are read, by path; adapters and their bases each on their own."""
-    return {str(found.path): found for source in sources for found in source.checkpoints()}
+def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
+    """The plan of one merge, which may use the named ones before it."""
+    names = config.merged_models
+    reference = config.base_model if config.base_model is not None else names[0]
+    sources = {
+        name: named.get(name) or open_model(name, config.base_model)
+        for name in dict.fromkeys([*names, reference])
+    }
+    checkpoints = {
+        str(found.path): found for source in sources.values() for found in source.checkpoints()
+    }
+    sources, tokenizer = align_vocabularies(config, sources, reference)
+    models = {name: sources[name] for name in names}
+    base = None if config.base_model is None else sources[reference]
+    tensors = output_tensors(config, models, base)
+    described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    layout = plan_layout(described, config.max_shard_bytes)
+    items = _items(tensors)
+    return MergePlan(config, models, base, tensors, layout, items, checkpoints, tokenizer)
+
+
+def _as_source(name: str, plan: MergePlan) -> MergedSource:
+    """A planned merge as a model of another one."""
+    if plan.tokenizer.text is not None:
+        raise InputError(
+            f"merges.{name}: tokenizer: found a union that adds tokens; allowed: only in the last "
+            "merge of a file"
+        )
+    config = model_config(plan.config, plan.tensors, plan.reference)
+    checkpoints = list(plan.checkpoints.values())
+    return MergedSource(name, plan.tokenizer.folder, config, plan.tensors, checkpoints)
 
 
 def _items(tensors: Mapping[str, TensorMerge]) -> list[Item]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from pipelines.merge.executors import EXECUTORS
 from pipelines.merge.journal import Journal
 from pipelines.merge.plan import MergePlan, plan_merge
 from pipelines.progress import Progress
+from pipelines.storage import resolve_output
 
 
 def merge(
@@ -40,7 +42,10 @@ def merge(
             or an `out` that holds something else while `force` is false.
     """
     out = Path(out).absolute()
+    if config.out is not None:
+        raise InputError("out: has no effect here; allowed: in a named merge")
     plan = plan_merge(config)
+    _write_named(config, force=force, executor=executor)
     if is_finished(plan, out) and not force:
         return out
     refuse_existing(out, force=force)
@@ -54,6 +59,17 @@ def merge(
             raise
         commit_directory(folder, out, force=force)
     return out
+
+
+def _write_named(config: MergeConfig, *, force: bool, executor: Literal["local", "ray"]) -> None:
+    """Write the named merges that have a place of their own; the others only feed the last."""
+    for name, each in config.merges.items():
+        if each.out is not None:
+            earlier = dict(
+                takewhile(lambda item, last=name: item[0] != last, config.merges.items())
+            )
+            alone = each.model_copy(update={"out": None, "merges": earlier})
+            merge(alone, resolve_output(each.out, config.storage), force=force, executor=executor)
 
 
 def is_finished(plan: MergePlan, out: Path) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from operators.merging import MergeContext
-from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.digests import BlockDigests
 from pipelines.errors import InputError
 from pipelines.merge.plan import OUTPUT, MergePlan, Piece
@@ -65,11 +64,10 @@ class MergeWorker:
         tensor = self.plan.tensors[piece.name]
 
         def observe_input(operand: Operand, start: int, values: Tensor) -> None:
-            if isinstance(operand.source, Checkpoint):
-                stored = operand.source.tensors.get(operand.name)
-                if stored is not None:  # a tied head is the embedding, which is seen as such
-                    path = str(operand.source.path)
-                    observe(path, operand.name, stored.num_elements, start, values)
+            stored = operand.source.stored(operand.name)
+            if stored is not None:
+                checkpoint, tensor = stored
+                observe(str(checkpoint.path), tensor.name, tensor.num_elements, start, values)
 
         context = self.contexts.get(piece.name)
         if context is None:

@@ -1,0 +1,44 @@
+"""The output's config.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.checkpoints import Source
+from pipelines.checkpoints.reader import HEAD
+from pipelines.merge.config import MergeConfig
+from pipelines.merge.layers import num_layers
+from pipelines.merge.tensor import TensorMerge
+from pipelines.merge.vocabulary import is_by_token
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def model_config(
+    config: MergeConfig, tensors: Mapping[str, TensorMerge], reference: Source
+) -> dict[str, Any]:
+    """The reference's config.json with dtype, layers, rows and tying as they are in the output."""
+    result = dict(reference.config)
+    dtypes = [tensor.dtype for tensor in tensors.values()]
+    floating = sorted(str(d).removeprefix("torch.") for d in dtypes if d.is_floating_point)
+    result["torch_dtype" if "torch_dtype" in result else "dtype"] = floating[0]
+    if HEAD in tensors and HEAD not in reference.names():
+        result["tie_word_embeddings"] = False
+    rows = {tensor.shape[0] for name, tensor in tensors.items() if is_by_token(name)}
+    if len(rows) == 1 and "vocab_size" in result:
+        result["vocab_size"] = rows.pop()
+    if config.slices:
+        result |= _stacked(config, reference)
+    return result
+
+
+def _stacked(config: MergeConfig, reference: Source) -> dict[str, Any]:
+    """What slices change: the number of layers, and lists with an entry a layer."""
+    own = num_layers(reference)
+    layers = [layer for each in config.slices for layer in range(*each.sources[0].layer_range)]
+    changed: dict[str, Any] = {
+        key: len(layers) for key in LAYER_COUNTS if reference.config.get(key) == own
+    }
+    for key, value in reference.config.items():
+        if isinstance(value, list) and len(value) == own and max(layers) < own:
+            changed[key] = [value[layer] for layer in layers]
+    return changed

@@ -1,0 +1,163 @@
+"""Vocabularies that differ: which row of a model's embeddings belongs to which token.
+
+A token that a model does not have gets the base's row where the base has the token, else the mean
+of the rows of the models that have it, else zeros; as mergekit does.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pipelines.checkpoints import Checkpoint, Source, StoredTensor, TensorSpec
+from pipelines.errors import InputError
+
+TOKENIZER_FILE = "tokenizer.json"
+_BY_TOKEN = re.compile(
+    r"(embed_tokens|wte|word_embeddings|embed_in|embed_out|tok_embeddings|lm_head)\.weight$"
+)
+NUM_LISTED = 5
+
+Tokens = dict[str, int]  # token -> row
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Where one model's rows go: `own[i]` is its row for row i of the output, -1 without one."""
+
+    source: Source
+    own: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VocabularySource:
+    """A `Source` whose embeddings have the output's rows; the other tensors are as they are."""
+
+    rows: Rows
+    donors: tuple[Rows, ...]  # whose mean a missing row is
+    first_donor: Rows | None  # the base: its row goes before the mean
+
+    @property
+    def path(self) -> Path:
+        """The model's own."""
+        return self.rows.source.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json with the output's number of rows."""
+        return self.rows.source.config | {"vocab_size": len(self.rows.own)}
+
+    def checkpoints(self) -> Iterable[Checkpoint]:
+        """All that is read; other models' rows are theirs already."""
+        return self.rows.source.checkpoints()
+
+    def names(self) -> Iterable[str]:
+        """The model's tensors."""
+        return self.rows.source.names()
+
+    def find(self, name: str) -> TensorSpec | None:
+        """The tensor of that name, embeddings with the output's rows."""
+        found = self.rows.source.find(name)
+        if found is None or not is_by_token(name):
+            return found
+        return replace(found, shape=(len(self.rows.own), *found.shape[1:]))  # type: ignore[type-var]
+
+    def stored(self, name: str) -> tuple[Checkpoint, StoredTensor] | None:
+        """Where a tensor is read from as it is; None for embeddings."""
+        return None if is_by_token(name) else self.rows.source.stored(name)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop); of embeddings in float32, with the missing rows filled."""
+        if not is_by_token(name):
+            return self.rows.source.read(name, start, stop)
+        spec = self.rows.source.find(name)
+        assert spec is not None
+        width = spec.shape[1]
+        first, last = start // width, -(-stop // width)
+        values = torch.zeros(last - first, width)
+        _fill(values, name, self.rows, first)
+        for row in (self.rows.own[first:last] < 0).nonzero().flatten().tolist():
+            values[row] = self._missing(name, first + row, width)
+        return values.reshape(-1)[start - first * width : stop - first * width]
+
+    def _missing(self, name: str, row: int, width: int) -> Tensor:
+        """The row of a token that the model does not have: (width,) float32."""
+        having = [donor for donor in self.donors if donor.own[row] >= 0]
+        if self.first_donor is not None and self.first_donor.own[row] >= 0:
+            having = [self.first_donor]
+        total = torch.zeros(width)
+        for donor in having:
+            place = int(donor.own[row]) * width
+            total += donor.source.read(name, place, place + width).float()
+        return total / max(1, len(having))
+
+
+def _fill(values: Tensor, name: str, rows: Rows, first: int) -> None:
+    """Read the rows that the model has, runs of neighbours at once, into (n, width) values."""
+    own = rows.own[first : first + len(values)]
+    width = values.shape[1]
+    starts = [0, *((own[1:] != own[:-1] + 1).nonzero().flatten() + 1).tolist(), len(own)]
+    for begin, end in pairwise(starts):
+        low = int(own[begin])
+        if low >= 0:
+            high = low + end - begin
+            read = rows.source.read(name, low * width, high * width)
+            values[begin:end] = read.view(-1, width)
+
+
+def is_by_token(name: str) -> bool:
+    """Whether a tensor has a row for each token."""
+    return _BY_TOKEN.search(name) is not None
+
+
+def tokens_of(source: Source) -> Tokens | None:
+    """The tokens of a model's tokenizer.json with their rows; None without the file."""
+    path = source.path / TOKENIZER_FILE
+    if not path.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises its own kinds without a common base
+        raise InputError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def num_rows(source: Source) -> int:
+    """Rows of a model's embedding."""
+    names = [name for name in source.names() if is_by_token(name)]
+    specs = [spec for name in names if (spec := source.find(name)) is not None]
+    return specs[0].shape[0] if specs else 0
+
+
+def with_rows(
+    sources: Mapping[str, Source], base: str | None, owns: Mapping[str, Sequence[int]]
+) -> dict[str, Source]:
+    """Give each source the output's rows.
+
+    Args:
+        sources: by any key; base: the key of the base, if there is one.
+        owns: for each source, its row for each row of the output, or -1.
+    """
+    rows = {key: Rows(source, torch.tensor(owns[key])) for key, source in sources.items()}
+    first = None if base is None else rows[base]
+    return {key: VocabularySource(each, tuple(rows.values()), first) for key, each in rows.items()}
+
+
+def describe_difference(path: Path, own: Tokens, other_path: Path, other: Tokens) -> str:
+    """What differs between two vocabularies, in a few words."""
+    parts = []
+    for owner, mine, theirs in ((path, own, other), (other_path, other, own)):
+        only = sorted(set(mine) - set(theirs))
+        if only:
+            listed = ", ".join(repr(token) for token in only[:NUM_LISTED])
+            more = "" if len(only) <= NUM_LISTED else f" and {len(only) - NUM_LISTED} more"
+            parts.append(f"only {owner} has {listed}{more}")
+    moved = [token for token in own if token in other and own[token] != other[token]]
+    if moved:
+        parts.append(f"{len(moved)} tokens such as {moved[0]!r} have other numbers")
+    return "; ".join(parts)

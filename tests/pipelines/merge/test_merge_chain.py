@@ -1,0 +1,110 @@
+"""Several merges in one file, and tensors that not every model has."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from operators.merging import merge_tensor
+from pipelines.errors import InputError
+from pipelines.merge import MergeConfig, load_merge_config, merge
+from tests.pipelines.merge.conftest import Family, make_family, save_weights, weights_of
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "model_stock"])
+def test_an_intermediate_is_used_unrounded(tmp_path: Path, method: str) -> None:
+    """In bf16 checkpoints, whose rounding would show."""
+    family = make_family(tmp_path / "inputs", torch.bfloat16)
+    parameters = {"density": 0.4} if method == "ties" else {}
+    first = family.config(method, parameters=parameters, models=family.config()["models"][:2])
+    config = {
+        "merges": {"first": first},
+        "merge_method": "task_arithmetic",
+        "models": [{"model": "first"}, {"model": str(family.models[2])}],
+        "base_model": str(family.base),
+        "parameters": {"weight": 0.5},
+        "out_dtype": "float32",
+    }
+    out = merge(MergeConfig.model_validate(config), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "out"]
+    base, models = weights_of(family.base), [weights_of(path) for path in family.models]
+    for name, values in weights_of(out).items():
+        origin = None if method == "linear" else base[name]
+        one = merge_tensor(
+            method, [model[name] for model in models[:2]], origin, name=name, **parameters
+        )
+        expected = merge_tensor(
+            "task_arithmetic", [one, models[2][name]], base[name], name=name, weight=0.5
+        )
+        assert torch.equal(values, expected), name
+
+
+def test_steps_do_not_show_in_a_chain(family: Family, tmp_path: Path, monkeypatch) -> None:
+    first = family.config("ties", parameters={"density": 0.4})
+    second = family.config("della", parameters={"density": 0.5, "epsilon": 0.2})
+    config = family.config("model_stock") | {
+        "merges": {"first": first, "second": second},
+        "models": [{"model": "first"}, {"model": "second"}],
+    }
+    whole = weights_of(merge(MergeConfig.model_validate(config), tmp_path / "whole"))
+    monkeypatch.setattr("pipelines.merge.tensor.CHUNK_ELEMENTS", 96)
+    monkeypatch.setattr("pipelines.merge.plan.PIECE_ELEMENTS", 300)
+    out = merge(MergeConfig.model_validate(config), tmp_path / "steps")
+    assert all(torch.equal(values, whole[name]) for name, values in weights_of(out).items())
+
+
+def test_a_file_of_several_documents(family: Family, tmp_path: Path) -> None:
+    file = tmp_path / "merge.yaml"
+    a, b, c = family.models
+    written = tmp_path / "soup"
+    file.write_text(
+        f"name: soup\nmerge_method: linear\nout: {written}\n"
+        f"models: [{{model: {a}}}, {{model: {b}}}]\n"
+        f"---\nmerge_method: linear\nmodels: [{{model: soup}}, {{model: {c}}}]\n"
+    )
+    config = load_merge_config(file, ["merges.soup.parameters.weight=2", "seed=4"])
+    assert config.seed == 4
+    assert config.merges["soup"].parameters == {"weight": 2}
+    result = weights_of(merge(config, tmp_path / "out"))
+    one, two, three = (weights_of(path) for path in family.models)
+    for name, values in result.items():
+        torch.testing.assert_close(values, (one[name] + two[name]) / 4 + three[name] / 2)
+    for name, values in weights_of(written).items():
+        torch.testing.assert_close(values, (one[name] + two[name]) / 2)
+    file.write_text(file.read_text().replace("name: soup\n", ""))
+    with pytest.raises(InputError, match="document 1: name: required, not given"):
+        load_merge_config(file)
+
+
+def test_a_named_merge_that_nobody_uses(family: Family) -> None:
+    config = family.config() | {"merges": {"idle": family.config()}}
+    with pytest.raises(ValueError, match="merges: idle: has no effect: no model refers to it"):
+        MergeConfig.model_validate(config)
+
+
+def test_allow_missing(own_family: Family, tmp_path: Path) -> None:
+    extra, norm = "model.extra.weight", "model.norm.weight"
+    first, second = own_family.models[:2]
+    save_weights(second, weights_of(second) | {extra: torch.arange(3.0)})
+    tensors = weights_of(first)
+    del tensors[norm]
+    save_weights(first, tensors)
+    config = own_family.config("task_arithmetic", allow_missing=["*.extra.*"])
+    with pytest.raises(InputError, match=f"model {first}: has no tensor '{norm}'"):
+        merge(MergeConfig.model_validate(config), tmp_path / "out")
+    config["allow_missing"] = ["*.extra.*", norm]
+    result = weights_of(merge(MergeConfig.model_validate(config), tmp_path / "out"))
+    assert torch.equal(result[extra], torch.arange(3.0))
+    assert torch.equal(result[norm], weights_of(own_family.base)[norm])
+
+
+def test_allow_nonfinite(own_family: Family, tmp_path: Path) -> None:
+    norm = "model.norm.weight"
+    model = own_family.models[0]
+    values = weights_of(model)[norm]
+    values[5] = float("inf")
+    save_weights(model, weights_of(model) | {norm: values})
+    config = MergeConfig.model_validate(own_family.config(allow_nonfinite=True))
+    result = weights_of(merge(config, tmp_path / "out"))[norm]
+    assert result[5] == float("inf")
+    assert torch.isfinite(result).sum() == 31
