@@ -67,4 +67,6 @@ class CompiledKernels:
         name = function.__name__
         if name not in self._passes:
             self._passes[name] = torch.compile(function, dynamic=True, fullgraph=True)
-        return self._passes[name](*arguments)
+        # Chunks as tensors of their own: dynamo guards a view by its base, and would compile anew.
+        plain = [x.data if isinstance(x, Tensor) else x for x in arguments]
+        return self._passes[name](*plain)

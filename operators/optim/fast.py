@@ -31,7 +31,9 @@ from operators.selection import kth_largest, magnitude_keys, magnitude_of
 from operators.sparsify import TopCut, kept_count
 
 COUNT_EVERY = 16  # steps between those in which merges without effect are counted
-_WIDEST, _NARROWEST = 0.125, 2.0**-10  # half widths of a bracket, relative to the cut
+_MOST_INSIDE = CHUNK  # elements that are gathered of a parameter, at most
+_MISSED = 1 << 40  # more than any parameter has
+_WIDEST, _NARROWEST = 0.125, 2.0**-13  # half widths of a bracket, relative to the cut
 Counts = tuple[Tensor, Tensor] | None
 
 
@@ -145,13 +147,18 @@ class _Bracket:
 
 @dataclass(slots=True)
 class _Gathered:
-    """What a rank found of a parameter: how much above the bracket, and all that is inside."""
+    """What a rank found of a parameter: how much above the bracket, and all that is inside; where
+    that is too much, what makes every rank look otherwise.
+    """
 
     num_above: int = 0
+    num_inside: int = 0
     inside: list[Tensor] = field(default_factory=list)
 
     def take(self, delta: Tensor, ends: tuple[float, float]) -> None:
         """Look through a chunk, which is spoilt."""
+        if self.num_above >= _MISSED:
+            return
         low, high = ends
         if delta.device.type == "cpu":  # numpy's passes are several times faster than torch's here
             size = delta.numpy()
@@ -163,6 +170,10 @@ class _Gathered:
             delta.abs_()
             self.num_above += int((delta > high).sum())
             self.inside.append(delta[(delta >= low) & (delta <= high)])
+        self.num_inside += self.inside[-1].numel()
+        if self.num_inside > _MOST_INSIDE:
+            self.num_above = _MISSED
+            self.inside.clear()
 
     def keys(self, device: torch.device) -> Tensor:
         """Integers that order like the magnitudes inside."""

@@ -1,0 +1,92 @@
+"""What a step needs beyond its parameters: state, and temporaries of a chunk."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from operators.optim import OnlineMergingAdamW
+from operators.optim.fast import FastPath
+from operators.optim.layout import CHUNK
+from tests.operators.optim.test_fast_paths import PlainKernels
+
+SIZE = 5 * CHUNK + 123
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest storage among what operations return, apart from tensors there before."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.num_bytes = max(self.num_bytes, storage.nbytes())
+        return result
+
+
+def stepped(options, *, fast: bool = False):
+    """A parameter of several chunks, its optimizer after two steps, and its tau."""
+    parameter, tau = nn.Parameter(torch.zeros(SIZE)), torch.full((SIZE,), 1e-3)
+    optimizer = OnlineMergingAdamW(
+        [("w", parameter)], {"w": tau}, implementation="reference", **options
+    )
+    if fast:
+        optimizer._path, optimizer._fast = "test", FastPath(PlainKernels(), optimizer._merger)
+    for step in range(2):
+        parameter.grad = torch.randn(SIZE, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    return parameter, optimizer, tau
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0.3},
+        {"density": 0.3, "merge_every": 2},
+        {"density": 0.3, "consensus": "ties"},
+        {"density": 0.01, "delta_placement": "source"},
+        {"density": 0.3, "rounding": "stochastic", "gradient_density": 0.5},
+    ],
+)
+def test_temporaries_are_bounded_by_a_chunk(options, fast: bool) -> None:
+    parameter, optimizer, tau = stepped(options, fast=fast)
+    state = [t for t in optimizer.state[parameter].values() if isinstance(t, Tensor)]
+    kept = list(optimizer._reference._dense.values())
+    with LargestTensor([parameter, parameter.grad, tau, *state, *kept]) as largest:
+        for _ in range(2):
+            optimizer.step()
+    assert 0 < largest.num_bytes <= 8 * CHUNK  # a chunk in float64 or int64
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"density": 0.5}, 8 + 2),
+        ({"density": 0.5, "delta_placement": "source"}, 8),
+        ({"density": 0.5, "merge_every": 10}, 8 + 4),
+        ({"density": 0.1, "consensus": "ties"}, 8 + 0.6),
+        ({"density": 0.9, "consensus": "ties"}, 8 + 2),
+    ],
+)
+def test_state_is_what_is_documented(options, expected: float) -> None:
+    """Bytes a parameter; tau is first read when something is merged."""
+    parameter, optimizer, _ = stepped(options)
+    state = optimizer.state[parameter].values()
+    tensors = sum(t.numel() * t.element_size() for t in state if t.dim() > 0)
+    assert (tensors + optimizer.reference_bytes()) / SIZE == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_checkpoint_holds_no_reference() -> None:
+    _, optimizer, _ = stepped({"density": 0.5, "merge_every": 3})
+    saved = optimizer.state_dict()
+    assert set(saved["state"][0]) == {"step", "exp_avg", "exp_avg_sq", "anchor"}
+    assert not any(isinstance(v, Tensor) for v in saved["param_groups"][0].values())
