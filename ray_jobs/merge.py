@@ -4,13 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-from pipelines.merge import MergeConfig, load_merge_config, merge, plan_merge
-from pipelines.storage import resolve_output
+from pipelines.merge import MergeConfig, load_merge_config, merge, output_place, plan_merge
 from ray_jobs.session import ray_session
 
 
 def run_merge(
-    config_path: Path, out: Path | None, overrides: list[str], *, plan: bool, force: bool
+    config_path: Path, out: str | None, overrides: list[str], *, plan: bool, force: bool
 ) -> None:
     """Run the merge of a config, or show what it would do."""
     config = load_merge_config(config_path, overrides)
@@ -30,16 +29,16 @@ def run_merge(
         )
         return
     assert out is not None
-    out = resolve_output(out, config.storage)
+    place = output_place(out, config.storage)
     for notice in config.notices():
         print(notice, file=sys.stderr)
     if runs_on_ray(config):
         plan_merge(config)  # every input is looked at before Ray starts
         with ray_session():
-            merge(config, out, force=force, executor="ray")
+            merge(config, place, force=force, executor="ray")
     else:
-        merge(config, out, force=force, executor="local")
-    print(f"merged model: {out}", file=sys.stderr)
+        merge(config, place, force=force, executor="local")
+    print(f"merged model: {place}", file=sys.stderr)
 
 
 def runs_on_ray(config: MergeConfig) -> bool:

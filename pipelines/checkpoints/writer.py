@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipelines.checkpoints.reader import INDEX, WEIGHTS
-from pipelines.checkpoints.safetensors_header import build_header
+from pipelines.checkpoints.safetensors_header import StoredTensor, build_header
 from pipelines.commit import write_atomically
 
 
@@ -38,16 +38,19 @@ class OutputLayout:
         """Bytes of all files together."""
         return sum(self.sizes.values())
 
-    def create(self, folder: Path) -> None:
+    def create(self, folder: Path, names: Iterable[str] | None = None) -> None:
         """Make the files at their full length, so that a disk too small is known at once.
 
         Files of an earlier attempt stay as they are.
 
+        Args:
+            names: of the files; default all of them, and the index.
+
         Raises:
             OSError: the disk has no room for them.
         """
-        for name, header in self.headers.items():
-            path = folder / name
+        for name in self.headers if names is None else names:
+            path, header = folder / name, self.headers[name]
             if path.is_file() and path.stat().st_size == self.sizes[name]:
                 continue
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -56,11 +59,25 @@ class OutputLayout:
                 os.pwrite(descriptor, header, 0)
             finally:
                 os.close(descriptor)
-        if INDEX not in self.headers and len(self.headers) > 1:
+        if names is None:
+            self.write_index(folder)
+
+    def write_index(self, folder: Path) -> None:
+        """Write which file has which tensor, where there are several."""
+        if len(self.headers) > 1:
             total = sum(prod(t.shape) * t.dtype.itemsize for t in self.tensors.values())
             places = {name: tensor.file for name, tensor in self.tensors.items()}
             index = {"metadata": {"total_size": total}, "weight_map": places}
             write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+    def stored(self, folder: Path) -> dict[str, StoredTensor]:
+        """The tensors as a reader of the files would find them."""
+        return {
+            name: StoredTensor(
+                name, tensor.dtype, tensor.shape, folder / tensor.file, tensor.offset
+            )
+            for name, tensor in self.tensors.items()
+        }
 
     def write(self, folder: Path, name: str, start: int, values: Tensor) -> None:
         """Write a flat range of a tensor, in the output's dtype, whose first element is `start`."""

@@ -2,6 +2,6 @@
 
 from pipelines.merge.config import MergeConfig, load_merge_config
 from pipelines.merge.plan import MergePlan, plan_merge
-from pipelines.merge.run import merge
+from pipelines.merge.run import merge, output_place
 
-__all__ = ["MergeConfig", "MergePlan", "load_merge_config", "merge", "plan_merge"]
+__all__ = ["MergeConfig", "MergePlan", "load_merge_config", "merge", "output_place", "plan_merge"]

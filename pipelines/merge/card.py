@@ -40,11 +40,12 @@ def write_companions(plan: MergePlan, folder: Path, digests: KnownDigests) -> No
     _write_tokenizer(plan, folder)
     config = model_config(plan.config, plan.tensors, plan.reference)
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    output = Checkpoint(folder, config, plan.layout.stored(folder))
     provenance = {
         "kind": "merge",
         "config": _config(plan),
         "inputs": plan.input_fingerprints(digests),
-        "output": checkpoint_fingerprint(Checkpoint.open(folder), digests.get(OUTPUT, {})),
+        "output": checkpoint_fingerprint(output, digests.get(OUTPUT, {})),
         "settings": fingerprint(plan.settings),
         "key": plan.key,
         "versions": versions(),

@@ -85,7 +85,7 @@ class MergeConfig(Config):
     merges: dict[str, "MergeConfig"] = Field(
         {}, description="named merges, which models and later named merges refer to"
     )
-    out: Path | None = Field(None, description="of a named merge: where it is written as well")
+    out: str | None = Field(None, description="of a named merge: where it is written as well")
     seed: int = Field(0, description="of random masks")
     allow_nonfinite: bool = Field(False, description="merge NaN and Inf instead of stopping")
     max_shard_bytes: int = Field(5_000_000_000, ge=1, description="of one file of the output")
@@ -96,7 +96,7 @@ class MergeConfig(Config):
         "auto", description="threads of one process, or Ray Data actors; auto: ray in a cluster"
     )
     num_workers: int = Field(2, ge=1, description="threads, or Ray Data actors")
-    storage: Path | None = Field(None, description="where relative outputs live")
+    storage: str | None = Field(None, description="where relative outputs live: folder or address")
 
     @field_validator("memory_budget", "max_shard_bytes", mode="before")
     @classmethod

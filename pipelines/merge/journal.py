@@ -49,11 +49,7 @@ class Journal:
 
     def digests(self) -> dict[str, dict[str, dict[int, str]]]:
         """Digests of the inputs' blocks that the items' readers took: by checkpoint and tensor."""
-        found: dict[str, dict[str, dict[int, str]]] = {}
-        for result in self._results:
-            for path, name, start, digest in result["digests"]:
-                found.setdefault(path, {}).setdefault(name, {})[int(start)] = digest
-        return found
+        return digests_of(self._results)
 
     def _write(self, results: list[dict[str, Any]]) -> None:
         """Make the output's bytes durable, then the record of them."""
@@ -74,6 +70,15 @@ class Journal:
         """Drop plan and journal before the output gets its final name."""
         for name in (PLAN_FILE, JOURNAL_FILE):
             (self.folder / name).unlink(missing_ok=True)
+
+
+def digests_of(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[int, str]]]:
+    """The digests in items' results, by checkpoint, tensor and first element."""
+    found: dict[str, dict[str, dict[int, str]]] = {}
+    for result in results:
+        for path, name, start, digest in result["digests"]:
+            found.setdefault(path, {}).setdefault(name, {})[int(start)] = digest
+    return found
 
 
 def _result(line: str) -> dict[str, Any] | None:

@@ -61,10 +61,11 @@ class MergePlan:
             for operand in tensor.operands
         )
 
-    @property
+    @cached_property
     def num_working_bytes(self) -> list[int]:
         """Memory that each item takes while it is done."""
-        return [max(self.tensors[piece.name].num_working_bytes for piece in i) for i in self.items]
+        needs = {name: tensor.num_working_bytes for name, tensor in self.tensors.items()}
+        return [max(needs[piece.name] for piece in item) for item in self.items]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
     tensors = output_tensors(config, models, base)
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     layout = plan_layout(described, config.max_shard_bytes)
-    items = _items(tensors)
+    items = _items(tensors, layout)
     return MergePlan(config, models, base, tensors, layout, items, checkpoints, tokenizer)
 
 
@@ -145,23 +146,24 @@ def _as_source(name: str, plan: MergePlan) -> MergedSource:
     return MergedSource(name, plan.tokenizer.folder, config, plan.tensors, checkpoints)
 
 
-def _items(tensors: Mapping[str, TensorMerge]) -> list[Item]:
-    """Pieces, the small ones together; small differences in size keep the order of the bytes."""
+def _items(tensors: Mapping[str, TensorMerge], layout: OutputLayout) -> list[Item]:
+    """Pieces, the small ones of a file together; equal sizes keep the order of the bytes."""
     items: list[Item] = []
     gathered: list[Piece] = []
-    size = 0
+    size, file = 0, ""
     for name, tensor in tensors.items():
-        count = tensor.num_elements
-        step = max(
-            1, count if tensor.is_whole else tensor.step * max(1, PIECE_ELEMENTS // tensor.step)
-        )
+        count, own_file = tensor.num_elements, layout.tensors[name].file
+        # A piece is whole blocks of the fingerprints, or the whole tensor.
+        in_pieces = not tensor.is_whole and PIECE_ELEMENTS % tensor.step == 0
+        step = PIECE_ELEMENTS if in_pieces else max(1, count)
         for start in range(0, max(1, count), step):
             piece = Piece(name, start, min(start + step, count))
-            if gathered and size + piece.stop - piece.start > PIECE_ELEMENTS:
+            length = piece.stop - piece.start
+            if gathered and (size + length > PIECE_ELEMENTS or own_file != file):
                 items.append(tuple(gathered))
                 gathered, size = [], 0
             gathered.append(piece)
-            size += piece.stop - piece.start
+            size, file = size + length, own_file
     # The largest first: no worker is left alone with one at the end.
     return sorted([*items, tuple(gathered)], key=lambda item: -sum(p.stop - p.start for p in item))
 

@@ -17,6 +17,7 @@ from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import EXECUTORS
 from pipelines.merge.journal import Journal
 from pipelines.merge.plan import MergePlan, plan_merge
+from pipelines.merge.remote import merge_to_url
 from pipelines.progress import Progress
 from pipelines.storage import resolve_output
 
@@ -27,13 +28,14 @@ def merge(
     *,
     force: bool = False,
     executor: Literal["local", "ray"] = "local",
-) -> Path:
+) -> Path | str:
     """Merge checkpoints into `out`, which appears when it is complete.
 
     A merge that was interrupted goes on where it was and gives the same bytes. A finished `out`
     of the same config and inputs is left as it is.
 
     Args:
+        out: a folder, or the address of one in an object store, such as `s3://bucket/name`.
         executor: `local` works in threads of this process; `ray` in Ray Data actors (Ray is up
             already).
 
@@ -41,11 +43,13 @@ def merge(
         InputError: inputs that cannot be merged, no room on the disk, another merge into `out`,
             or an `out` that holds something else while `force` is false.
     """
-    out = Path(out).absolute()
     if config.out is not None:
         raise InputError("out: has no effect here; allowed: in a named merge")
     plan = plan_merge(config)
     _write_named(config, force=force, executor=executor)
+    if "://" in str(out):
+        return merge_to_url(plan, str(out), force=force, executor=executor)
+    out = Path(out).absolute()
     if is_finished(plan, out) and not force:
         return out
     refuse_existing(out, force=force)
@@ -69,7 +73,16 @@ def _write_named(config: MergeConfig, *, force: bool, executor: Literal["local",
                 takewhile(lambda item, last=name: item[0] != last, config.merges.items())
             )
             alone = each.model_copy(update={"out": None, "merges": earlier})
-            merge(alone, resolve_output(each.out, config.storage), force=force, executor=executor)
+            merge(alone, output_place(each.out, config.storage), force=force, executor=executor)
+
+
+def output_place(out: str, storage: str | None) -> Path | str:
+    """The absolute place or the address of an output; a relative one is below `storage`."""
+    if "://" in out:
+        return out
+    if storage is not None and "://" in storage and not Path(out).is_absolute():
+        return f"{storage.rstrip('/')}/{out}"
+    return resolve_output(out, storage)
 
 
 def is_finished(plan: MergePlan, out: Path) -> bool:

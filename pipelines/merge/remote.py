@@ -1,0 +1,160 @@
+"""Merges into an object store: whole shard files, uploaded as they are finished.
+
+There, nothing can be written in place and nothing renamed. So each shard is made in a scratch
+folder on this machine and uploaded whole; the record, poise.json, comes last, and says that the
+result is complete. A marker beside the shards lets an interrupted merge go on after the last one.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import fsspec
+
+from pipelines.checkpoints import lock_directory
+from pipelines.errors import InputError
+from pipelines.fingerprint import fingerprint
+from pipelines.merge.card import PROVENANCE_FILE, write_companions
+from pipelines.merge.contexts import model_contexts
+from pipelines.merge.executors import EXECUTORS
+from pipelines.merge.journal import digests_of
+from pipelines.merge.plan import MergePlan
+from pipelines.progress import Progress
+
+MARKER_FILE = ".poise-merge.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A folder in an object store."""
+
+    url: str
+    store: Any  # fsspec's file system
+    folder: str
+
+    @classmethod
+    def open(cls, url: str) -> "Destination":
+        """Connect.
+
+        Raises:
+            InputError: a kind of address that this installation cannot write to.
+        """
+        try:
+            store, folder = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"{url}: cannot be written to: {error}") from None
+        return cls(url.rstrip("/"), store, folder.rstrip("/"))
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file's content; None without it."""
+        with self._failing():
+            path = f"{self.folder}/{name}"
+            return json.loads(self.store.cat_file(path)) if self.store.exists(path) else None
+
+    def put(self, file: Path) -> None:
+        """Upload a file under its own name; it appears when it is complete."""
+        with self._failing():
+            self.store.put_file(str(file), f"{self.folder}/{file.name}")
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file."""
+        with self._failing():
+            self.store.pipe_file(f"{self.folder}/{name}", json.dumps(value).encode())
+
+    def sizes(self) -> dict[str, int]:
+        """The files there, with their lengths."""
+        with self._failing():
+            if not self.store.exists(self.folder):
+                return {}
+            found = self.store.ls(self.folder, detail=True)
+        return {Path(each["name"]).name: each["size"] for each in found if each["type"] == "file"}
+
+    def remove(self, names: Iterator[str] | list[str]) -> None:
+        """Delete files."""
+        with self._failing():
+            for name in names:
+                self.store.rm_file(f"{self.folder}/{name}")
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What a store refuses is one line for the user."""
+        try:
+            yield
+        except OSError as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"{self.url}: cannot be used: {reason}") from None
+
+
+def merge_to_url(plan: MergePlan, url: str, *, force: bool, executor: str) -> str:
+    """Merge into a folder of an object store.
+
+    Returns:
+        the address.
+
+    Raises:
+        InputError: as `merge`, or a store that refuses.
+    """
+    there = Destination.open(url)
+    record = there.read(PROVENANCE_FILE)
+    if record is not None and record.get("key") == plan.key and not force:
+        return there.url
+    marker = there.read(MARKER_FILE) or {}
+    before = there.sizes()
+    if marker.get("key") != plan.key:
+        if before and not force:
+            raise InputError(
+                f"{there.url}: exists already; choose another output, or --force to replace it"
+            )
+        marker = {"key": plan.key, "shards": {}}
+    scratch = Path(gettempdir()) / f"poise-merge-{fingerprint(there.url)}"
+    scratch.mkdir(exist_ok=True)
+    with lock_directory(scratch):
+        try:
+            written = _fill(plan, there, scratch, marker, executor)
+        finally:
+            shutil.rmtree(scratch)
+    there.remove([*sorted(before.keys() - written - {MARKER_FILE}), MARKER_FILE])
+    return there.url
+
+
+def _fill(
+    plan: MergePlan, there: Destination, scratch: Path, marker: dict[str, Any], executor: str
+) -> set[str]:
+    """Make and upload the shards that are not there yet, then what stands beside them.
+
+    Returns:
+        the names of all files of the result.
+    """
+    if PROVENANCE_FILE in there.sizes():  # from here on, the old result is not complete any more
+        there.remove([PROVENANCE_FILE])
+    there.write(MARKER_FILE, marker)
+    by_shard: dict[str, list[int]] = {name: [] for name in plan.layout.headers}
+    for number, item in enumerate(plan.items):
+        by_shard[plan.layout.tensors[item[0].name].file].append(number)
+    contexts = model_contexts(plan.tensors, plan.config.num_workers)
+    with Progress(len(plan.items), f"merge by {plan.config.merge_method}") as progress:
+        for shard, items in by_shard.items():
+            if shard not in marker["shards"]:
+                plan.layout.create(scratch, [shard])
+                results = []
+                for result in EXECUTORS[executor](plan, scratch, items, contexts):
+                    results.append(result)
+                    progress.advance()
+                there.put(scratch / shard)
+                (scratch / shard).unlink()
+                marker["shards"][shard] = results
+                there.write(MARKER_FILE, marker)
+    results = [result for shard in marker["shards"].values() for result in shard]
+    write_companions(plan, scratch, digests_of(results))
+    plan.layout.write_index(scratch)
+    # A checkpoint without its config.json is none; the record says that everything is there.
+    last = {"config.json": 1, PROVENANCE_FILE: 2}
+    files = sorted(scratch.iterdir(), key=lambda file: last.get(file.name, 0))
+    for file in files:
+        there.put(file)
+    return {*plan.layout.headers, *(file.name for file in files)}

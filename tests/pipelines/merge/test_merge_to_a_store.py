@@ -1,0 +1,103 @@
+"""Merges into an object store: a real S3 protocol server on loopback."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipelines.errors import InputError
+from pipelines.merge import MergeConfig, merge
+from pipelines.merge.remote import MARKER_FILE, Destination
+from tests.pipelines.merge.conftest import Family
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture
+def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request) -> str:
+    for name, value in {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    fsspec.config.conf.clear()
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    name = f"bucket-{abs(hash(request.node.name)) % 10**9}"
+    store.mkdir(name)
+    return f"s3://{name}"
+
+
+def config_of(family: Family, **fields: object) -> MergeConfig:
+    fields = {"parameters": {"density": 0.4}, "max_shard_bytes": 20_000} | fields
+    return MergeConfig.model_validate(family.config("ties", **fields))
+
+
+def files_at(url: str) -> dict[str, bytes]:
+    there = Destination.open(url)
+    return {name: there.store.cat_file(f"{there.folder}/{name}") for name in there.sizes()}
+
+
+def test_same_files_as_in_a_folder(family: Family, tmp_path: Path, bucket: str, files_of) -> None:
+    config = config_of(family)
+    local = merge(config, tmp_path / "out")
+    url = f"{bucket}/models/out"
+    assert merge(config, url) == url
+    assert files_at(url) == files_of(local)
+    merge(config, url)  # finished: not done again
+    with pytest.raises(InputError) as caught:
+        merge(config_of(family, seed=1), url)
+    assert str(caught.value) == (
+        f"{url}: exists already; choose another output, or --force to replace it"
+    )
+    other = config_of(family, seed=1, max_shard_bytes=1_000_000)
+    merge(other, url, force=True)
+    assert files_at(url) == files_of(merge(other, tmp_path / "other"))
+
+
+def test_goes_on_after_the_last_shard(
+    family: Family, tmp_path: Path, bucket: str, files_of, monkeypatch
+) -> None:
+    config = config_of(family)
+    url = f"{bucket}/out"
+    plain = Destination.put
+    sent: list[str] = []
+
+    def break_off(self: Destination, file: Path) -> None:
+        if len(sent) == 3:
+            raise KeyboardInterrupt
+        sent.append(file.name)
+        plain(self, file)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Destination, "put", break_off)
+        merge(config, url)
+    left = files_at(url)
+    assert set(left) == {MARKER_FILE, *sent}
+    assert set(json.loads(left[MARKER_FILE])["shards"]) == set(sent)
+    again: list[str] = []
+    monkeypatch.setattr(
+        Destination, "put", lambda self, file: (again.append(file.name), plain(self, file))[1]
+    )
+    merge(config, url)
+    assert not set(again) & set(sent)
+    assert again[-1] == "poise.json"
+    assert files_at(url) == files_of(merge(config, tmp_path / "out"))
+
+
+def test_a_store_that_refuses(family: Family, bucket: str) -> None:
+    with pytest.raises(InputError, match=r"^s3://no-such-bucket/out: cannot be used: "):
+        merge(config_of(family), "s3://no-such-bucket/out")
+    with pytest.raises(InputError, match=r"^nosuch://a/b: cannot be written to: "):
+        merge(config_of(family), "nosuch://a/b")
