@@ -78,9 +78,9 @@ def export(
 @app.command(epilog="Example: `poise merge configs/demo/merge/ties.yaml runs/ties`")
 def merge(
     config: ConfigPath,
-    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="where the result goes")] = None,
+    out: Annotated[str | None, typer.Argument(metavar="OUT", help="folder or s3://...")] = None,
     overrides: Overrides = None,
-    out_option: Annotated[Path | None, typer.Option("--out", help="instead of OUT")] = None,
+    out_option: Annotated[str | None, typer.Option("--out", help="instead of OUT")] = None,
     plan: Plan = False,
     force: Force = False,
 ) -> None:
@@ -88,8 +88,8 @@ def merge(
     from ray_jobs.merge import run_merge
 
     given = list(overrides or [])
-    if out is not None and "=" in str(out):
-        given, out = [str(out), *given], None
+    if out is not None and "=" in out:
+        given, out = [out, *given], None
     if (out is None) == (out_option is None) and not (plan and out is None):
         raise InputError("OUT: give it once, as the second argument or as --out")
     run_merge(config, out or out_option, given, plan=plan, force=force)
