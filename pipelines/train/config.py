@@ -82,6 +82,16 @@ class OptimizerConfig(Config):
         return self
 
 
+class LoraSettings(Config):
+    """Low-rank adapters; they are trained alone and merged into the output's weights."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0, description="the adapter is multiplied by alpha / rank")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="names of linear layers, such as q_proj; not the head"
+    )
+
+
 class AlignConfig(Config):
     """An alignment run."""
 
@@ -95,6 +105,7 @@ class AlignConfig(Config):
     max_bad_share: float = Field(0.0, ge=0, lt=1, description="share of rows that may be unusable")
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig
+    lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_share: float = Field(0.0, ge=0, lt=1, description="share of the steps")
     num_steps: int | None = Field(None, ge=1, description="optimizer steps; or num_epochs")
@@ -134,6 +145,15 @@ class AlignConfig(Config):
         if self.strategy == "single" and self.num_workers != 1:
             raise ValueError(
                 f"num_workers: found {self.num_workers}; allowed with strategy single: 1"
+            )
+        if self.lora is not None and self.strategy in ZERO_STAGES:
+            raise ValueError(
+                f"lora: found strategy {self.strategy}; allowed with lora: single, ddp, fsdp2"
+            )
+        if self.lora is not None and self.optimizer.name in ONLINE:
+            raise ValueError(
+                f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
+                "with lora: adamw"
             )
         if self.cpu_offload and self.strategy in ("single", "ddp"):
             raise ValueError(

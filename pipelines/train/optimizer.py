@@ -22,7 +22,8 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
         "weight_decay": settings.weight_decay,
     }
     if settings.name not in ONLINE:
-        return torch.optim.AdamW(model.parameters(), foreach=True, **shared)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, foreach=True, **shared)
     delta = CheckpointDelta(settings.reference.base, settings.reference.tuned)
     return OnlineMergingAdamW(
         model.named_parameters(),

@@ -19,6 +19,13 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.train.config import AlignConfig
 from pipelines.train.strategies.base import first_rank
 from pipelines.train.strategies.loading import Owned, blocks_of, empty_model, fill, materialize
+from pipelines.train.strategies.lora import (
+    add_adapters,
+    base_name,
+    begin_adapters,
+    is_adapter,
+    merged_parameters,
+)
 
 
 class NativeStrategy:
@@ -32,14 +39,18 @@ class NativeStrategy:
     ) -> None:
         self.config, self.device = config, device
         model = empty_model(config.model)
+        if config.lora is not None:
+            add_adapters(model, config.lora)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.strategy == "fsdp2":
             self._shard(model)
         materialize(model, torch.device("cpu") if config.cpu_offload else device)
         self.bare = model
-        self.parameter_names = frozenset(name for name, _ in model.named_parameters())
-        fill(local_parameters(self.bare), Checkpoint.open(config.model))
+        names = [name for name, _ in model.named_parameters() if not is_adapter(name)]
+        self.parameter_names = frozenset(map(base_name, names))
+        fill(local_parameters(model), Checkpoint.open(config.model))
+        begin_adapters(model, config.seed)
         self.model: nn.Module = model
         if config.strategy == "ddp":
             self.model = nn.parallel.DistributedDataParallel(model)
@@ -63,7 +74,10 @@ class NativeStrategy:
     def owned(self) -> Iterator[Owned]:
         """What this rank alone answers for; of replicas, all of it is the first rank's."""
         if self.config.strategy == "fsdp2" or first_rank():
-            yield from local_parameters(self.bare)
+            if self.config.lora is None:
+                yield from local_parameters(self.bare)
+            else:
+                yield from merged_parameters(self.bare, self.config.lora)
 
     def forward_context(self) -> AbstractContextManager[object]:
         """Around forward passes: their precision, where the sharding does not see to it."""
@@ -125,9 +139,10 @@ class NativeStrategy:
 
 
 def local_parameters(model: nn.Module) -> Iterator[Owned]:
-    """This rank's part of every parameter."""
+    """This rank's part of every parameter of the checkpoint, without adapters."""
     for name, parameter in model.named_parameters():
-        yield layout_of(name, parameter), local(parameter)
+        if not is_adapter(name):
+            yield layout_of(base_name(name), parameter), local(parameter)
 
 
 @contextlib.contextmanager

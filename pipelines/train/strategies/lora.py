@@ -1,0 +1,96 @@
+"""Low-rank adapters (Hu et al. 2021) by peft, on a model that has no memory yet."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from operators.counter_random import counter_key, counter_words
+from operators.optim.layout import ShardLayout, layout_of, local
+from pipelines.errors import InputError
+from pipelines.train.config import LoraSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Owned = tuple[ShardLayout, Tensor]
+A, B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer.weight"
+INIT_STREAM = 2  # of the counter hash; 0 and 1 are the masks of online merging
+
+
+def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
+    """Put adapters beside the linear layers that the settings name; all else is frozen.
+
+    Raises:
+        InputError: peft is not installed, or no layer has such a name.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise InputError("lora: needs peft; pip install 'poise[lora]'") from None
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.target_modules
+    )
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"lora.target_modules: {settings.target_modules}: {first}") from None
+
+
+def base_name(name: str) -> str:
+    """The name in the checkpoint of a parameter that may lie inside an adapted layer."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter."""
+    return name.endswith((A, B))
+
+
+@torch.no_grad()
+def begin_adapters(model: nn.Module, seed: int) -> None:
+    """A uniform in +-1/sqrt(inputs), as peft has it, by the counter hash and so the same under any
+    sharding; B zero, so that the policy begins as the reference.
+    """
+    for name, parameter in model.named_parameters():
+        if not is_adapter(name):
+            continue
+        values = local(parameter)
+        if name.endswith(B):
+            values.zero_()
+            continue
+        layout = layout_of(name, parameter)
+        key = counter_key(seed, layout.name, INIT_STREAM, 0)
+        words = counter_words(key, layout.start, layout.count)
+        bound = 1 / math.sqrt(layout.shape[1])
+        values.copy_((words.double() / 2**32 * 2 - 1) * bound)
+
+
+@torch.no_grad()
+def merged_parameters(model: nn.Module, settings: LoraSettings) -> Iterator[Owned]:
+    """This rank's part of every parameter of the checkpoint, `W + alpha/rank * B A` where there is
+    an adapter; all ranks that share a sharded model must go through it together.
+    """
+    parameters = dict(model.named_parameters())
+    scale = settings.alpha / settings.rank
+    for name, parameter in parameters.items():
+        if is_adapter(name):
+            continue
+        layout = layout_of(base_name(name), parameter)
+        values = local(parameter)
+        prefix = name.removesuffix(BASE)
+        if prefix != name and prefix + A in parameters:
+            down, up = (_whole(parameters[prefix + end]) for end in (A, B))
+            width = layout.shape[1]
+            rows = slice(layout.start // width, (layout.start + layout.count) // width)
+            values = values + (scale * (up[rows] @ down)).reshape(-1)
+        yield layout, values
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """All of a parameter, gathered where it is sharded."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()

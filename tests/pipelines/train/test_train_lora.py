@@ -1,0 +1,117 @@
+"""Adapters: what is trained, what comes out, and that sharding changes neither."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_workers
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from training_files import align_config, metrics, run_here, seeded_metrics
+
+from pipelines.errors import InputError
+from pipelines.train.config import LoraSettings
+from pipelines.train.strategies.loading import empty_model, materialize
+from pipelines.train.strategies.lora import add_adapters, begin_adapters
+
+WEIGHTS = "model/model.safetensors"
+LORA: dict[str, Any] = {
+    "lora": {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "down_proj"]},
+    "optimizer": {"learning_rate": 2e-2},
+    "num_steps": 12,
+}
+
+
+def test_only_adapted_layers_change_and_by_low_rank(
+    tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """The output has the adapters merged in; the reference is the base without them."""
+    run = run_here(align_config(tiny_llama, preferences, **LORA), tmp_path / "run")
+    lines = metrics(run)
+    assert lines[0]["loss"] == pytest.approx(0.6931472, rel=1e-6)
+    assert lines[-1]["loss"] < 0.68
+    before, after = load_file(tiny_llama / "model.safetensors"), load_file(run / WEIGHTS)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if "q_proj" in name or "down_proj" in name:
+            assert torch.linalg.matrix_rank((after[name] - tensor).double(), rtol=1e-3) == 4
+        else:
+            assert torch.equal(after[name], tensor), name
+    delta = sum((after[n].double() - before[n].double()).square().sum() for n in before)
+    assert lines[-1]["delta_norm"] == pytest.approx(delta.sqrt().item(), rel=1e-5)
+
+
+def test_interrupted_adapters_go_on(
+    tiny_llama: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes as without the interruption."""
+    from pipelines.train import loop
+
+    config = align_config(tiny_llama, preferences, **LORA)
+    whole = run_here(config, tmp_path / "whole")
+    real = loop.global_batch
+
+    def stops(num_rows: int, size: int, number: int, seed: int) -> list[int]:
+        if number == 3:
+            raise KeyboardInterrupt
+        return real(num_rows, size, number, seed)
+
+    monkeypatch.setattr(loop, "global_batch", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run_here(config, tmp_path / "broken")
+    monkeypatch.setattr(loop, "global_batch", real)
+    broken = run_here(config, tmp_path / "broken")
+    assert (broken / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert seeded_metrics(broken) == seeded_metrics(whole)
+
+
+def test_adapters_begin_as_in_peft(tiny_llama: Path) -> None:
+    """A uniform in +-1/sqrt(inputs), B zero; a function of the seed."""
+    weights = []
+    for seed in (0, 0, 1):
+        model = empty_model(tiny_llama)
+        add_adapters(model, LoraSettings(rank=16))
+        materialize(model, torch.device("cpu"))
+        begin_adapters(model, seed)
+        weights.append(model.model.layers[0].mlp.down_proj)
+    one, same, other = (layer.lora_A["default"].weight for layer in weights)
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    bound = 1 / 48**0.5
+    assert one.abs().max() <= bound and one.abs().max() > 0.98 * bound
+    assert abs(one.mean()) < 0.1 * bound
+    assert not weights[0].lora_B["default"].weight.any()
+
+
+def test_what_lora_cannot_do(tiny_llama: Path, preferences: Path) -> None:
+    """Unknown layers, ZeRO, and optimizers with a tau."""
+    model = empty_model(tiny_llama)
+    with pytest.raises(InputError, match=r"lora\.target_modules: \['nothing'\]"):
+        add_adapters(model, LoraSettings(target_modules=["nothing"]))
+    with pytest.raises(ValidationError, match="allowed with lora: single, ddp, fsdp2"):
+        align_config(tiny_llama, preferences, **LORA, strategy="zero2", num_workers=2)
+    online = {
+        "name": "ondare",
+        "learning_rate": 1e-3,
+        "density": 0.5,
+        "alpha": 0.1,
+        "reference": {"base": tiny_llama, "tuned": tiny_llama},
+    }
+    with pytest.raises(ValidationError, match="allowed with lora: adamw"):
+        align_config(tiny_llama, preferences, lora={}, optimizer=online)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_sharded_adapters(
+    strategy: str, tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """Two workers make the steps of one and merge the same weights."""
+    alone = run_here(align_config(tiny_llama, preferences, **LORA), tmp_path / "alone")
+    config = align_config(tiny_llama, preferences, **LORA, strategy=strategy, num_workers=2)
+    run = run_workers(config, tmp_path / "run")
+    for one, other in zip(metrics(alone), metrics(run), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    found, expected = (load_file(folder / WEIGHTS) for folder in (run, alone))
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=1e-5), name
