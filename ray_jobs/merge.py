@@ -4,7 +4,15 @@ import os
 import sys
 from pathlib import Path
 
-from pipelines.merge import MergeConfig, load_merge_config, merge, output_place, plan_merge
+from pipelines.merge import (
+    MergeConfig,
+    MergePlan,
+    load_merge_config,
+    merge,
+    output_place,
+    plan_merge,
+)
+from pipelines.merge.estimate import estimate
 from ray_jobs.session import ray_session
 
 
@@ -14,19 +22,7 @@ def run_merge(
     """Run the merge of a config, or show what it would do."""
     config = load_merge_config(config_path, overrides)
     if plan:
-        planned = plan_merge(config)
-        num_elements = sum(t.num_elements for t in planned.tensors.values())
-        print(
-            f"method          {config.merge_method}: {config.method.summary}\n"
-            f"models          {len(planned.models)}"
-            f"{' and a base' if config.uses_base else ''}\n"
-            f"parameters      {num_elements:,}\n"
-            f"tensors         {len(planned.layout.tensors)}\n"
-            f"to be read      {planned.num_input_bytes:,} bytes\n"
-            f"to be written   {planned.layout.num_bytes:,} bytes "
-            f"in {len(planned.layout.headers)} file(s)\n"
-            f"work items      {len(planned.items)}"
-        )
+        _show(plan_merge(config))
         return
     assert out is not None
     place = output_place(out, config.storage)
@@ -50,3 +46,21 @@ def runs_on_ray(config: MergeConfig) -> bool:
         return config.executor == "ray"
     ray = sys.modules.get("ray")
     return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
+
+
+def _show(plan: MergePlan) -> None:
+    """Print what a merge would do and what it would cost."""
+    config, cost = plan.config, estimate(plan)
+    num_elements = sum(tensor.num_elements for tensor in plan.tensors.values())
+    lines = {
+        "method": f"{config.merge_method}: {config.method.summary}",
+        "models": f"{len(plan.models)}{' and a base' if config.uses_base else ''}",
+        "parameters": f"{num_elements:,} in {len(plan.tensors)} tensors",
+        "to be read": f"{cost.input_bytes:,} bytes, {cost.num_passes} time(s)",
+        "to be written": f"{cost.output_bytes:,} bytes in {len(plan.layout.headers)} file(s)",
+        "work items": f"{len(plan.items)} for {config.num_workers} workers",
+        "memory": f"about {cost.memory_bytes / 2**20:,.0f} MiB beside the program's own",
+        "time": f"about {cost.seconds:,.1f} s, measured on one tensor; start-up and disk apart",
+    }
+    for name, text in lines.items():
+        print(f"{name:16}{text}")

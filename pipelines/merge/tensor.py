@@ -65,14 +65,23 @@ class TensorMerge:
         return grain * max(1, CHUNK_ELEMENTS // grain)
 
     @property
+    def needs_all(self) -> bool:
+        """Whether the method must have the whole tensor in memory."""
+        return (
+            self.dtype.is_floating_point
+            and METHODS[self.method].unit_of(self.parameters) == "tensor"
+        )
+
+    @property
+    def gathers(self) -> bool:
+        """Whether passes over the inputs come before the merge."""
+        method = METHODS[self.method]
+        return self.dtype.is_floating_point and bool(method.statistics(self.parameters))
+
+    @property
     def is_whole(self) -> bool:
         """Whether one worker has to see the whole tensor, if only step by step."""
-        if not self.dtype.is_floating_point:
-            return False
-        method = METHODS[self.method]
-        return method.unit_of(self.parameters) == "tensor" or (
-            bool(method.statistics(self.parameters)) and not self.is_of_model
-        )
+        return self.needs_all or (self.gathers and not self.is_of_model)
 
     @property
     def is_of_model(self) -> bool:

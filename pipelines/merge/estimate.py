@@ -1,0 +1,74 @@
+"""What a merge will cost: bytes and memory from its plan, time from a sample of its own work."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.merge.plan import MergePlan
+from pipelines.merge.tensor import TensorMerge
+
+SAMPLE_ELEMENTS = 1 << 22  # at most so many, if there is a tensor as small as that
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a merge reads (in one pass over the inputs), writes, takes in memory and in time.
+
+    Attributes:
+        num_passes: over the inputs; more than one read mostly from the page cache.
+        memory_bytes: of all workers at the same time, beside the program itself.
+        seconds: of the workers together; start-up and a slow disk come on top.
+    """
+
+    input_bytes: int
+    output_bytes: int
+    num_passes: str
+    memory_bytes: int
+    seconds: float
+
+
+def estimate(plan: MergePlan) -> Estimate:
+    """Estimate a plan's cost; merges one tensor in memory to see how fast this machine is.
+
+    Raises:
+        InputError: NaN or Inf in that tensor.
+    """
+    needs = sorted(plan.num_working_bytes, reverse=True)[: plan.config.num_workers]
+    floating = [t for t in plan.tensors.values() if t.dtype.is_floating_point and t.num_elements]
+    sample = min(floating, key=lambda t: (t.num_elements > SAMPLE_ELEMENTS, -t.num_elements))
+    if sample.num_elements > SAMPLE_ELEMENTS:
+        sample = min(floating, key=lambda t: t.num_elements)
+    total = sum(_work(tensor) for tensor in floating)
+    seconds = _seconds(sample) * total / _work(sample) / plan.config.num_workers
+    gathers = any(tensor.gathers for tensor in floating)
+    return Estimate(
+        input_bytes=plan.num_input_bytes,
+        output_bytes=plan.layout.num_bytes,
+        num_passes="2 to 3" if gathers else "1",
+        memory_bytes=min(sum(needs), plan.config.memory_budget),
+        seconds=seconds,
+    )
+
+
+def _work(tensor: TensorMerge) -> float:
+    """What the time is proportional to: elements; of whole matrices, times their smaller side."""
+    if tensor.needs_all and len(tensor.shape) == 2:
+        return float(tensor.num_elements * min(tensor.shape))
+    return float(tensor.num_elements)
+
+
+def _seconds(tensor: TensorMerge) -> float:
+    """How long one thread takes for a tensor, without writing it; the first time is for warmth."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(2):
+            begin = time.perf_counter()
+            context = tensor.context()
+            for start, stop in tensor.steps(0, tensor.num_elements):
+                tensor.rounded(tensor.merged(start, stop, context))
+            seconds = time.perf_counter() - begin
+    finally:
+        torch.set_num_threads(num_threads)
+    return seconds
