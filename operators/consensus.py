@@ -44,9 +44,10 @@ def sign_elect(
     if like_mergekit:
         elected = torch.where(elected < 0, -1.0, 1.0)
     merged, agreeing = torch.zeros_like(elected), torch.zeros_like(elected)
+    weighted, agrees = torch.empty_like(elected), torch.empty_like(elected)
     for delta, weight in zip(deltas, weights, strict=True):
-        weighted = delta * weight
-        agrees = torch.sign(weighted).mul_(elected).clamp_(min=0)  # 1 or 0
+        torch.mul(delta, weight, out=weighted)
+        torch.sign(weighted, out=agrees).mul_(elected).clamp_(min=0)  # 1 or 0
         merged.addcmul_(weighted, agrees)
         if normalize:
             agreeing.add_(agrees, alpha=weight if like_mergekit else abs(weight))
