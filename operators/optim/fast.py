@@ -12,7 +12,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from operators.counter_random import WORDS
 from operators.optim.adamw import AdamWStep
@@ -27,10 +29,13 @@ from operators.optim.merge import (
     Update,
     selected_parameters,
 )
-from operators.selection import kth_largest, magnitude_keys, magnitude_of
+from operators.selection import cut_of, kth_largest, magnitude_keys, magnitude_of
 from operators.sparsify import TopCut, kept_count
 
 COUNT_EVERY = 16  # steps between those in which merges without effect are counted
+_ONE_PASS = 16 * CHUNK  # elements of a call, which takes long to begin; counts fit in float32
+_TWO_PASSES = 4 * CHUNK  # with a temporary
+_SPARSE = 0.1  # densities below which it is quickest to gather all above a bracket as well
 _MOST_INSIDE = CHUNK  # elements that are gathered of a parameter, at most
 _MISSED = 1 << 40  # more than any parameter has
 _WIDEST, _NARROWEST = 0.125, 2.0**-13  # half widths of a bracket, relative to the cut
@@ -155,22 +160,20 @@ class _Gathered:
     num_inside: int = 0
     inside: list[Tensor] = field(default_factory=list)
 
-    def take(self, delta: Tensor, ends: tuple[float, float]) -> None:
+    def take(self, delta: Tensor, ends: tuple[float, float], density: float) -> None:
         """Look through a chunk, which is spoilt."""
         if self.num_above >= _MISSED:
             return
         low, high = ends
-        if delta.device.type == "cpu":  # numpy's passes are several times faster than torch's here
-            size = delta.numpy()
-            np.abs(size, out=size)
-            self.num_above += int(np.count_nonzero(size > high))
-            places = np.flatnonzero((size >= low) & (size <= high))
-            self.inside.append(torch.from_numpy(size[places]))
+        if delta.device.type == "cpu":
+            num_above, inside = _look_through(delta.numpy(), low, high, density)
         else:
             delta.abs_()
-            self.num_above += int((delta > high).sum())
-            self.inside.append(delta[(delta >= low) & (delta <= high)])
-        self.num_inside += self.inside[-1].numel()
+            num_above = int((delta > high).sum())
+            inside = delta[(delta >= low) & (delta <= high)]
+        self.num_above += num_above
+        self.num_inside += inside.numel()
+        self.inside.append(inside)
         if self.num_inside > _MOST_INSIDE:
             self.num_above = _MISSED
             self.inside.clear()
@@ -186,6 +189,7 @@ class FastPath:
     def __init__(self, kernels: Kernels, merger: Merger) -> None:
         self._kernels, self._merger = kernels, merger
         self._brackets: dict[str, _Bracket] = {}
+        self._scratch: dict[torch.device, Tensor] = {}  # new memory would cost more than its use
 
     def step(self, updates: Sequence[FastUpdate]) -> None:
         """One step; every rank of a group calls with the same tensors in the same order."""
@@ -201,7 +205,7 @@ class FastPath:
         """OnDARE, and parameters that are let through."""
         numbers, device = fast.numbers_on_device(), fast.mean.device
         for layout, merged in zip(fast.update.layouts, fast.update.merged, strict=True):
-            for start, place in layout.chunks():
+            for start, place in layout.chunks(_ONE_PASS):
                 theta, moments = fast.update.theta[place], fast.at(place)
                 if not merged:
                     self._kernels.plain_step(theta, *moments, numbers)
@@ -242,19 +246,26 @@ class FastPath:
         self._kernels.note_update(mean, square, delta, fast.numbers_on_device())
         return delta
 
+    def _room(self, fast: FastUpdate) -> Tensor:
+        """A chunk that is there from step to step: float32, at least as long as any of these."""
+        size, device = min(_TWO_PASSES, fast.mean.numel()), fast.mean.device
+        if device not in self._scratch or self._scratch[device].numel() < size:
+            self._scratch[device] = torch.empty(size, device=device)
+        return self._scratch[device]
+
     def _first_pass(self, fast: FastUpdate) -> dict[str, _Gathered]:
         """Advance the moments and gather, by parameter, what is near its cut."""
         found: dict[str, _Gathered] = {}
         numbers = fast.numbers_on_device()
-        scratch = torch.empty(CHUNK, dtype=torch.float32, device=fast.mean.device)
+        scratch = self._room(fast)
         for layout in fast.update.layouts:
             bracket, gathered = self._brackets.get(layout.name), _Gathered()
             gathered = found.setdefault(layout.name, gathered)
-            for _, place in layout.chunks():
+            for _, place in layout.chunks(_TWO_PASSES):
                 delta = scratch[: place.stop - place.start]
                 self._kernels.ties_advance(*fast.at(place), delta, numbers)
                 if bracket is not None:
-                    gathered.take(delta, bracket.ends)
+                    gathered.take(delta, bracket.ends, fast.update.group["density"])
         return found
 
     def _cuts(
@@ -267,7 +278,7 @@ class FastPath:
             chosen = [item for item in known if item[1][0].group is group]
             parts = [gathered[id(update)][layouts[0].name] for update, layouts in chosen]
             ks = [kept_count(u.group["density"], lay[0].num_elements) for u, lay in chosen]
-            found = _cuts_inside(parts, ks, partial(sum_over, group), chosen[0][0].theta.device)
+            found = _cuts_inside(parts, ks, group, chosen[0][0].theta.device)
             for (update, layouts), cut in zip(chosen, found, strict=True):
                 if cut is not None:
                     cuts[id(update), layouts[0].name] = cut
@@ -281,14 +292,15 @@ class FastPath:
     def _second_pass(self, fast: FastUpdate, cuts: dict[str, TopCut]) -> None:
         """Merge what is at or above the cut with top_p(tau)."""
         numbers = {name: fast.numbers_on_device(magnitude_of(c.key)) for name, c in cuts.items()}
-        through, device = fast.numbers_on_device(merged=False), fast.mean.device
+        through = fast.numbers_on_device(merged=False)
         for layout, merged in zip(fast.update.layouts, fast.update.merged, strict=True):
             key = fast.update.key(layout, TAU_STREAM)
-            for start, place in layout.chunks():
+            for start, place in layout.chunks(_TWO_PASSES):
                 theta, (_, mean, square) = fast.update.theta[place], fast.at(place)
                 tau, count = None, theta.numel()
                 if fast.update.alpha() and merged:
-                    tau = self._merger.reference.top_chunk(layout, key, start, count, device)
+                    room = self._room(fast)[:count]
+                    tau = self._merger.reference.top_chunk(layout, key, start, room)
                 # A cut of 0 keeps all of a parameter that is let through.
                 row = numbers[layout.name] if merged else through
                 counts = self._kernels.ties_step(theta, mean, square, tau, row, fast.counting)
@@ -305,7 +317,7 @@ class FastPath:
 def _cuts_inside(
     parts: Sequence[_Gathered],
     ks: Sequence[int],
-    reduce: partial[Tensor],
+    group: ProcessGroup | None,
     device: torch.device,
 ) -> list[TopCut | None]:
     """Cuts that lie inside the brackets; None where one missed, or words have to decide."""
@@ -315,16 +327,36 @@ def _cuts_inside(
         dtype=torch.int64,
         device=device,
     )
-    rows = reduce(counts).tolist()
+    rows = sum_over(group, counts).tolist()
     hit = [i for i, (above, inside) in enumerate(rows) if above < ks[i] <= above + inside]
     cuts: list[TopCut | None] = [None] * len(parts)
     if not hit:
         return cuts
-    found = kth_largest([keys[i] for i in hit], [ks[i] - rows[i][0] for i in hit], reduce)
+    inside, left = [keys[i] for i in hit], [ks[i] - rows[i][0] for i in hit]
+    if group is None:
+        found = [cut_of(own.cpu().numpy(), k) for own, k in zip(inside, left, strict=True)]
+    else:
+        found = kth_largest(inside, left, partial(sum_over, group))
     for i, cut in zip(hit, found, strict=True):
         if rows[i][0] + cut.num_above + cut.num_equal == ks[i]:
             cuts[i] = TopCut(cut.key, None)
     return cuts
+
+
+def _look_through(
+    delta: NDArray[np.float32], low: float, high: float, density: float
+) -> tuple[int, Tensor]:
+    """How many magnitudes are above a bracket, and those inside; `delta` becomes magnitudes.
+
+    numpy's passes over booleans are several times faster than torch's on a CPU.
+    """
+    size = np.abs(delta, out=delta)
+    if density < _SPARSE:
+        large = size[np.flatnonzero(size >= low)]
+        inside = large[large <= high]
+        return len(large) - len(inside), torch.from_numpy(inside)
+    places = np.flatnonzero((size >= low) & (size <= high))
+    return int(np.count_nonzero(size > high)), torch.from_numpy(size[places])
 
 
 def _signed(word: int) -> int:

@@ -37,14 +37,14 @@ class ShardLayout:
         """Elements of the whole parameter."""
         return prod(self.shape)
 
-    def chunks(self) -> Iterator[tuple[int, slice]]:
+    def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, slice]]:
         """The range in chunks: the first global index of each, and its place in the tensor. None
         crosses a multiple of 2^32: in a chunk the upper half of the index is one number.
         """
         done = 0
         while done < self.count:
             start = self.start + done
-            count = min(CHUNK, self.count - done, WORDS - start % WORDS)
+            count = min(size, self.count - done, WORDS - start % WORDS)
             yield start, slice(self.offset + done, self.offset + done + count)
             done += count
 

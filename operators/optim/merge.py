@@ -125,8 +125,8 @@ class Merger:
         """top_p(tau) of a chunk."""
         if update.group["density"] == 1:
             return self.reference.chunk(layout, start, like.numel(), like.device).float()
-        key = update.key(layout, TAU_STREAM)
-        return self.reference.top_chunk(layout, key, start, like.numel(), like.device)
+        key, room = update.key(layout, TAU_STREAM), torch.empty_like(like, dtype=torch.float32)
+        return self.reference.top_chunk(layout, key, start, room)
 
     def keep_top_taus(self, selected: Sequence[Selected]) -> None:
         """Find top_p(tau), which does not change, of the parameters that are merged first now."""

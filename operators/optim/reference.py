@@ -31,12 +31,13 @@ class _Sparse:
     values: Tensor  # (kept,)
     chunks: dict[int, slice]
 
-    def chunk(self, done: int, count: int) -> Tensor:
-        """Elements [done, done + count) of the range, dense: (count,) float32."""
-        inside = self.chunks[done]
-        dense = torch.zeros(count, device=self.values.device)
-        dense[self.indices[inside].long() - done] = self.values[inside].float()
-        return dense
+    def write(self, done: int, dense: Tensor) -> Tensor:
+        """Write the elements from `done` on, whole chunks of the range, into `dense`, float32."""
+        end = done + dense.numel()
+        parts = [part for start, part in self.chunks.items() if done <= start < end]
+        inside = slice(parts[0].start, parts[-1].stop)
+        places = self.indices[inside].to(dense.device, torch.int64) - done
+        return dense.zero_().scatter_(0, places, self.values[inside].to(dense.device).float())
 
 
 class ReferenceDelta:
@@ -105,7 +106,7 @@ class ReferenceDelta:
         return torch.nn.functional.pad(tau, (0, count - tau.numel()))
 
     def chunk(self, layout: ShardLayout, start: int, count: int, device: torch.device) -> Tensor:
-        """tau's elements [start, start + count), a chunk of the layout: `dtype` on `device`."""
+        """tau's elements [start, start + count), inside the layout: `dtype` on `device`."""
         if self._placement == "source":
             return self.read(layout, start, count).to(self._dtype).to(device)
         kept = self.dense(layout, device)
@@ -163,25 +164,19 @@ class ReferenceDelta:
             self._top[place] = dense
 
     def top_chunk(
-        self,
-        layout: ShardLayout,
-        key: tuple[int, int],
-        start: int,
-        count: int,
-        device: torch.device,
+        self, layout: ShardLayout, key: tuple[int, int], start: int, room: Tensor
     ) -> Tensor:
-        """top_p(tau)'s elements [start, start + count), a chunk of the layout, zero where dropped:
-        float32 on `device`.
+        """top_p(tau)'s elements from `start` on, whole chunks of the layout, as many as `room` has:
+        float32 on its device, zero where dropped. What is in `room` is spoilt.
         """
-        kept = self._top[layout.name, layout.start]
-        done = start - layout.start
-        if isinstance(kept, TopCut):
-            tau = self.read(layout, start, count)
-            tau = torch.where(top_mask(tau, kept, key, start), tau, 0.0)
-            return tau.to(self._dtype).to(device).float()
+        kept, done, count = self._top[layout.name, layout.start], start - layout.start, room.numel()
         if isinstance(kept, _Sparse):
-            return kept.chunk(done, count).to(device)
-        return kept[done : done + count].to(device).float()
+            return kept.write(done, room)
+        if isinstance(kept, Tensor):
+            return room.copy_(kept[done : done + count])
+        tau = self.read(layout, start, count)
+        tau = torch.where(top_mask(tau, kept, key, start), tau, 0.0)
+        return room.copy_(tau.to(self._dtype))
 
     def num_bytes(self) -> int:
         """Bytes that are kept on this rank, wherever they live."""
