@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from operators.merging import mixup_lambda
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.digests import checkpoint_fingerprint
 from pipelines.commit import write_atomically
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
+from pipelines.merge.config import MergeConfig
 from pipelines.merge.model_config import model_config
 from pipelines.merge.plan import OUTPUT, KnownDigests, MergePlan
 from pipelines.merge.vocabulary import TOKENIZER_FILE
@@ -46,6 +50,8 @@ def write_companions(plan: MergePlan, folder: Path, digests: KnownDigests) -> No
         "config": _config(plan),
         "inputs": plan.input_fingerprints(digests),
         "output": checkpoint_fingerprint(output, digests.get(OUTPUT, {})),
+        "seed": plan.config.seed,
+        "drawn": drawn(plan),
         "settings": fingerprint(plan.settings),
         "key": plan.key,
         "versions": versions(),
@@ -88,6 +94,14 @@ def chat_template(plan: MergePlan) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def drawn(plan: MergePlan) -> dict[str, float]:
+    """What the seed drew once for the merge: M3's lambda, where the method has it."""
+    first = next(tensor for tensor in plan.tensors.values() if tensor.dtype.is_floating_point)
+    if "mixup_lambda" not in first.parameters:
+        return {}
+    return {"mixup_lambda": mixup_lambda(first.parameters, plan.config.seed)}
+
+
 def _config(plan: MergePlan) -> dict[str, Any]:
     """The merge's config, as a user would write it again."""
     return plan.config.model_dump(
@@ -102,16 +116,29 @@ def model_card(plan: MergePlan) -> str:
     models = plan.config.merged_models
     base = plan.config.base_model
     front = {
-        "base_model": list(dict.fromkeys([*([] if base is None else [base]), *models])),
+        "base_model": list(dict.fromkeys(_written(plan.config))),
         "library_name": "transformers",
         "tags": ["merge", "poise"],
     }
     listed = "\n".join(f"- `{model}`" for model in models)
     rooted = "" if base is None else f"\nBase model: `{base}`\n"
+    draws = "".join(f"\nDrawn: {name} = {value:.6f}\n" for name, value in drawn(plan).items())
     config = yaml.safe_dump(_config(plan), sort_keys=False)
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# Merge by {plan.config.merge_method}\n\n"
-        f"Made with Poise: {plan.config.method.summary}.\n{rooted}\nModels:\n\n{listed}\n\n"
+        f"Made with Poise: {plan.config.method.summary}.\n{rooted}\nModels:\n\n{listed}\n{draws}\n"
         f"The config, from which the merge can be made again:\n\n```yaml\n{config}```\n"
     )
+
+
+def _written(config: MergeConfig) -> Iterator[str]:
+    """The models that a merge is made of, base first; a named merge stands for its own."""
+    for name in [config.base_model, *config.merged_models]:
+        if name in config.merges:
+            earlier = dict(
+                takewhile(lambda item, last=name: item[0] != last, config.merges.items())
+            )
+            yield from _written(config.merges[name].model_copy(update={"merges": earlier}))
+        elif name is not None:
+            yield name

@@ -11,7 +11,7 @@ from pipelines.checkpoints import lock_directory
 from pipelines.commit import commit_directory, partial_path, refuse_existing
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
-from pipelines.merge.card import PROVENANCE_FILE, write_companions
+from pipelines.merge.card import PROVENANCE_FILE, chat_template, write_companions
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import EXECUTORS
@@ -46,6 +46,8 @@ def merge(
     if config.out is not None:
         raise InputError("out: has no effect here; allowed: in a named merge")
     plan = plan_merge(config)
+    if config.chat_template is not None:
+        chat_template(plan)  # so that a mistake in it shows before the work
     _write_named(config, force=force, executor=executor)
     if "://" in str(out):
         return merge_to_url(plan, str(out), force=force, executor=executor)

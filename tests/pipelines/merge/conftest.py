@@ -26,7 +26,7 @@ class Family:
         """A merge's fields, as its YAML would have them; the base only where it is needed."""
         entries = [{"model": str(model)} for model in self.models]
         config: dict[str, object] = {"merge_method": method, "models": entries}
-        if method != "linear":
+        if method not in ("linear", "m3_average"):
             config["base_model"] = str(self.base)
         return config | fields
 

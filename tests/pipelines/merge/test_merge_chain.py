@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from operators.merging import merge_tensor
 from pipelines.errors import InputError
@@ -65,7 +66,10 @@ def test_a_file_of_several_documents(family: Family, tmp_path: Path) -> None:
     config = load_merge_config(file, ["merges.soup.parameters.weight=2", "seed=4"])
     assert config.seed == 4
     assert config.merges["soup"].parameters == {"weight": 2}
-    result = weights_of(merge(config, tmp_path / "out"))
+    out = merge(config, tmp_path / "out")
+    front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    assert front["base_model"] == [str(a), str(b), str(c)]
+    result = weights_of(out)
     one, two, three = (weights_of(path) for path in family.models)
     for name, values in result.items():
         torch.testing.assert_close(values, (one[name] + two[name]) / 4 + three[name] / 2)

@@ -131,6 +131,17 @@ def test_companions_say_where_the_weights_come_from(family: Family, tmp_path: Pa
         assert torch.equal(values, weights_of(second)[name])
 
 
+def test_the_record_has_what_was_drawn(family: Family, tmp_path: Path) -> None:
+    models = family.config()["models"][:2]
+    parameters = {"mixup_alpha": 2.0}
+    out = merged(family, tmp_path / "out", "m3_average", models=models, parameters=parameters)
+    [share] = json.loads((out / "poise.json").read_text())["drawn"].values()
+    assert f"mixup_lambda = {share:.6f}" in (out / "README.md").read_text()
+    one, two = (weights_of(path) for path in family.models[:2])
+    for name, values in weights_of(out).items():
+        torch.testing.assert_close(values, share * one[name] + (1 - share) * two[name])
+
+
 def test_bfloat16_is_rounded_once_at_the_end(tmp_path: Path) -> None:
     family = make_family(tmp_path / "inputs", torch.bfloat16)
     out = merged(family, tmp_path / "out", "task_arithmetic", parameters={"lambda": 0.3})
