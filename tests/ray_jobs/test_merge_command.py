@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ray_jobs import cli
@@ -87,3 +89,42 @@ def test_bad_input(
     assert lines[0].startswith("poise: ")
     assert message in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["merge.yaml"]
+
+
+def damage_nan(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, file)
+
+
+def damage_shape(file: Path) -> None:
+    save_file(load_file(file) | {"model.norm.weight": torch.ones(5)}, file)
+
+
+def damage_length(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def damage_kind(file: Path) -> None:
+    file.rename(file.with_name("pytorch_model.bin"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_nan, "model.norm.weight: holds NaN or Inf; allowed: finite numbers"),
+        (damage_shape, "model.norm.weight: found shape [5]; allowed: [32], as in "),
+        (damage_length, "model.safetensors: truncated: "),
+        (damage_kind, "found pytorch_model.bin, a pickle, which can run code; allowed: "),
+    ],
+)
+def test_damaged_model(models, tmp_path: Path, monkeypatch, capfd, damage, message: str) -> None:
+    broken = save_tiny_llama(tmp_path / "broken", seed=5)
+    damage(broken / "model.safetensors")
+    file = write_config(tmp_path, [models[0], broken], executor="local")
+    before = sorted(tmp_path.iterdir())
+    assert poise(monkeypatch, "merge", file, tmp_path / "out") == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("poise: ")
+    assert message in line
+    assert sorted(tmp_path.iterdir()) == before

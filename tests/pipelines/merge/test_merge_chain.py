@@ -1,5 +1,6 @@
 """Several merges in one file, and tensors that not every model has."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import yaml
 
 from operators.merging import merge_tensor
 from pipelines.errors import InputError
-from pipelines.merge import MergeConfig, load_merge_config, merge
+from pipelines.merge import MergeConfig, load_merge_config, merge, plan_merge
+from pipelines.merge.worker import MergeWorker
 from tests.pipelines.merge.conftest import Family, make_family, save_weights, weights_of
 
 
@@ -52,6 +54,25 @@ def test_steps_do_not_show_in_a_chain(family: Family, tmp_path: Path, monkeypatc
     monkeypatch.setattr("pipelines.merge.plan.PIECE_ELEMENTS", 300)
     out = merge(MergeConfig.model_validate(config), tmp_path / "steps")
     assert all(torch.equal(values, whole[name]) for name, values in weights_of(out).items())
+
+
+def test_a_plan_travels_to_other_processes(own_family: Family, tmp_path: Path) -> None:
+    """With everything that a source can be: a named merge, and rows by token."""
+    first = own_family.config("ties", parameters={"density": 0.4})
+    config = own_family.config("linear", tokenizer="union") | {
+        "merges": {"first": first},
+        "models": [{"model": "first"}, {"model": str(own_family.models[0])}],
+    }
+    plan = plan_merge(MergeConfig.model_validate(config))
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder, own in zip(folders, (plan, pickle.loads(pickle.dumps(plan))), strict=True):
+        folder.mkdir()
+        own.layout.create(folder)
+        worker = MergeWorker(own, folder)
+        for item in range(len(own.items)):
+            worker.run(item)
+    here, there = (weights_of(folder) for folder in folders)
+    assert all(torch.equal(values, there[name]) for name, values in here.items())
 
 
 def test_a_file_of_several_documents(family: Family, tmp_path: Path) -> None:

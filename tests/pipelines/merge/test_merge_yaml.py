@@ -84,6 +84,64 @@ parameters: {{weight: 1}}
     assert model.config.num_hidden_layers == len(model.model.layers) == 3
 
 
+def test_passthrough_stacks_layers(family: Family, tmp_path: Path) -> None:
+    a, b = family.models[:2]
+    config = load(
+        tmp_path,
+        f"""
+slices:
+  - sources: [{{model: {a}, layer_range: [0, 2]}}]
+  - sources: [{{model: {b}, layer_range: [0, 2]}}]
+merge_method: passthrough
+dtype: float32
+""",
+    )
+    out = merge(config, tmp_path / "out")
+    one, two, result = weights_of(a), weights_of(b), weights_of(out)
+    layer = "model.layers.{}.self_attn.q_proj.weight".format
+    for number, (model, own) in enumerate([(one, 0), (one, 1), (two, 0), (two, 1)]):
+        assert torch.equal(result[layer(number)], model[layer(own)])
+    assert torch.equal(result["model.embed_tokens.weight"], one["model.embed_tokens.weight"])
+    assert torch.equal(result["lm_head.weight"], two["lm_head.weight"])
+    assert len(AutoModelForCausalLM.from_pretrained(out).model.layers) == 4
+
+
+def test_slerp_as_people_write_it(family: Family, tmp_path: Path) -> None:
+    """Two models as the sources of one slice, one of them the base, and t with filters."""
+    a, b = family.base, family.models[0]
+    config = load(
+        tmp_path,
+        f"""
+slices:
+  - sources:
+      - {{model: {a}, layer_range: [0, 2]}}
+      - {{model: {b}, layer_range: [0, 2]}}
+merge_method: slerp
+base_model: {a}
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 1]
+    - filter: mlp
+      value: [1, 0]
+    - value: 0.5
+dtype: float32
+""",
+    )
+    one, two = weights_of(a), weights_of(b)
+    result = weights_of(merge(config, tmp_path / "out"))
+    for block, first in (("self_attn.q_proj", one), ("mlp.up_proj", two)):
+        second = two if first is one else one
+        for number, model in ((0, first), (1, second)):
+            name = f"model.layers.{number}.{block}.weight"
+            torch.testing.assert_close(result[name], model[name], atol=1e-6, rtol=1e-5)
+    middle = result["lm_head.weight"]
+    assert not torch.allclose(middle, one["lm_head.weight"], atol=1e-4)
+    torch.testing.assert_close(
+        middle, (one["lm_head.weight"] + two["lm_head.weight"]) / 2, atol=1e-2, rtol=0
+    )
+
+
 @pytest.mark.parametrize(
     ("field", "message"),
     [
