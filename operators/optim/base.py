@@ -187,13 +187,17 @@ class OnlineMergingBase(Optimizer):
         Raises:
             ValueError: there is one, no GradScaler looks after it, and `nonfinite` is "raise".
         """
+        parts, owners = [], []  # not the padding of flat tensors, which may be anything
         for parameter, group in parameters:
-            self._bindings.of(parameter, self._options(group))
+            layouts, _ = self._bindings.of(parameter, self._options(group))
+            gradient = local_gradient(parameter)
+            parts += [gradient[at.offset : at.offset + at.count] for at in layouts]
+            owners += layouts
         device = parameters[0][0].device if parameters else torch.device("cpu")
         found_inf = getattr(self, "found_inf", None)
         worst = None
         if found_inf is None:
-            worst = first_not_finite([local_gradient(p) for p, _ in parameters])
+            worst = first_not_finite(parts)
             flag = torch.tensor([worst is not None], dtype=torch.int64, device=device)
         else:
             flag = (found_inf.reshape(1) > 0).long().to(device)
@@ -202,7 +206,7 @@ class OnlineMergingBase(Optimizer):
         if found_inf is None and self._nonfinite == "raise":
             where = "on another rank"
             if worst is not None:
-                where = f"of parameter {self._bindings.name(parameters[worst][0])}"
+                where = f"of parameter {owners[worst].name!r}"
             raise ValueError(
                 f"gradient: found Inf or NaN {where}; nothing was changed; "
                 "allowed: finite ones, or nonfinite='skip'"

@@ -251,7 +251,7 @@ def test_a_flat_tensor_with_bound_ranges_moves_like_its_parameters(consensus, me
         flat.data[place] = whole[layout.start : layout.start + layout.count]
     for step in range(4):
         set_gradients(parameters, step)
-        flat.grad = torch.zeros(200)
+        flat.grad = torch.full((200,), torch.nan)
         for layout, place in pieces:
             whole = parameters[layout.name].grad.view(-1)
             flat.grad[place] = whole[layout.start : layout.start + layout.count]

@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from operators.optim import OnlineMerging, OnlineMergingAdamW, ShardLayout
+from operators.optim.fast import FastPath
+from tests.operators.optim.test_fast_paths import PlainKernels
 
 SHAPES = {"weight": (7, 5), "norm": (11,), "embed": (33, 3), "few_rows": (2, 3), "scalar": (1,)}
 NUM_STEPS = 4
@@ -27,6 +29,8 @@ CASES = {
     "ties": {"density": 0.3, "alpha": 0.1, "consensus": "ties"},
     "ties step-K": {"density": 0.3, "alpha": 0.1, "consensus": "ties", "merge_every": 3},
     "gradient dropout": {"density": 1.0, "alpha": 0.0, "gradient_density": 0.5},
+    "fast dare": {"density": 0.4, "alpha": 0.1, "fast": True},
+    "fast ties": {"density": 0.3, "alpha": 0.1, "consensus": "ties", "fast": True},
 }
 WRAPPED = {"dare": CASES["dare"], "ties step-K": CASES["ties step-K"]}
 
@@ -45,7 +49,14 @@ def make(parameters: dict[str, nn.Parameter], options, *, wrap: bool = False):
     if wrap:
         base = torch.optim.AdamW(parameters.items(), lr=1e-2, eps=0.5, foreach=False)
         return OnlineMerging(base, tau(), **options)
-    return OnlineMergingAdamW(parameters.items(), tau(), lr=1e-2, eps=0.5, **options)
+    options = dict(options)
+    fast = options.pop("fast", False)
+    optimizer = OnlineMergingAdamW(
+        parameters.items(), tau(), lr=1e-2, eps=0.5, implementation="reference", **options
+    )
+    if fast:
+        optimizer._path, optimizer._fast = "test", FastPath(PlainKernels(), optimizer._merger)
+    return optimizer
 
 
 def whole_run(options, *, wrap: bool = False) -> dict[str, Tensor]:
@@ -109,7 +120,7 @@ def flat_run(mesh: DeviceMesh, options) -> dict[str, Tensor]:
     optimizer.param_groups[0]["params"] = [flat]
     optimizer.bind({flat: layouts})
     for step in range(NUM_STEPS):
-        flat.grad = cut(values(1000 + step)).nan_to_num(nan=0.0)
+        flat.grad = cut(values(1000 + step))
         optimizer.step()
     optimizer.merge_pending()
     result = {name: torch.zeros(shape).view(-1) for name, shape in SHAPES.items()}
