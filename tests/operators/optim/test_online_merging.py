@@ -281,3 +281,29 @@ def test_distributed_checkpoints_make_the_state_without_moving_weights(wrap, mer
     steps(fresh_net, fresh, 2, 4)
     for name, parameter in fresh_net.named_parameters():
         assert torch.equal(parameter, whole_net.get_parameter(name))
+
+
+@pytest.mark.parametrize("merge_every", [1, 3])
+def test_half_precision_resumes_exactly_with_wide_moments(merge_every: int) -> None:
+    """torch casts loaded state to its parameter's dtype; moments must stay float32."""
+    options = {
+        "density": 0.5,
+        "alpha": 0.01,
+        "merge_every": merge_every,
+        "rounding": "stochastic",
+    }
+    whole = run(merging(**options), 8, make_parameters(dtype=torch.bfloat16))
+    parameters = make_parameters(dtype=torch.bfloat16)
+    first = merging(**options)(parameters)
+    for step in range(4):
+        set_gradients(parameters, step)
+        first.step()
+    saved = copy.deepcopy(first.state_dict())
+    second = merging(**options)(parameters)
+    second.load_state_dict(saved)
+    assert second.state[parameters["embed"]]["exp_avg"].dtype == torch.float32
+    for step in range(4, 8):
+        set_gradients(parameters, step)
+        second.step()
+    for name in SHAPES:
+        assert torch.equal(parameters[name], whole[name])
