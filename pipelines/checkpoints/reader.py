@@ -120,22 +120,32 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: it is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{path}: not valid JSON: found {type(found).__name__}, expected an object"
+        )
+    return found
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory."""
+    """The safetensors files of a checkpoint directory; one whole file goes first, as in
+    transformers.
+    """
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
     index = path / INDEX
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise InputError(f"{index}: weight_map: required, not given")
+        names = sorted(set(places.values()))
         for name in names:
             if not (path / name).is_file():
                 raise InputError(f"model {path}: {INDEX} names {name}, which is missing")
         return [path / name for name in names]
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
     for pattern in ("*.bin", "*.pt", "*.pth"):
         for file in path.glob(pattern):
             raise InputError(

@@ -65,22 +65,31 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise InputError(f"{path}: not a safetensors file, or a truncated one ({size} bytes)")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+            header.pop("__metadata__", None)
+            entries = {name: _entry(entry) for name, entry in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError(f"{path}: its safetensors header is damaged") from None
-    header.pop("__metadata__", None)
-    return {name: _stored(name, entry, path, 8 + length, size) for name, entry in header.items()}
+    return {name: _stored(name, entry, path, 8 + length, size) for name, entry in entries.items()}
 
 
-def _stored(name: str, entry: dict, path: Path, data: int, size: int) -> StoredTensor:
-    """One entry of a header, checked."""
-    if entry["dtype"] not in DTYPES:
+def _entry(entry: dict) -> tuple[str, tuple[int, ...], int, int]:
+    """A header's entry: dtype's name, shape, first byte and the one after the last."""
+    begin, end = entry["data_offsets"]
+    return str(entry["dtype"]), tuple(map(int, entry["shape"])), int(begin), int(end)
+
+
+def _stored(
+    name: str, entry: tuple[str, tuple[int, ...], int, int], path: Path, data: int, size: int
+) -> StoredTensor:
+    """One tensor of a file whose data begin at byte `data`, checked."""
+    dtype, shape, begin, end = entry
+    if dtype not in DTYPES:
         raise InputError(
-            f"{path}: {name}: found dtype {entry['dtype']}; allowed: {', '.join(DTYPES)} "
+            f"{path}: {name}: found dtype {dtype}; allowed: {', '.join(DTYPES)} "
             "(quantised checkpoints cannot be merged)"
         )
-    begin, end = entry["data_offsets"]
-    tensor = StoredTensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, data + begin)
-    if end - begin != tensor.num_bytes:
+    tensor = StoredTensor(name, DTYPES[dtype], shape, path, data + begin)
+    if begin < 0 or end - begin != tensor.num_bytes:
         raise InputError(f"{path}: {name}: its header is damaged: shape and offsets disagree")
     if data + end > size:
         raise InputError(f"{path}: truncated: {name} ends at byte {data + end} of {size}")

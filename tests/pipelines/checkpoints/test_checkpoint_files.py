@@ -1,6 +1,7 @@
 """Checkpoints on the disk: read by slice, written in place, both as safetensors has them."""
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,34 @@ def test_header_data_begin_at_a_multiple_of_eight(tmp_path: Path) -> None:
     assert read_header(file)["name"].offset == len(header)
 
 
+@given(st.data())
+def test_a_damaged_header_is_one_line(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Whatever becomes of a header's text, it is read or refused, never a crash."""
+    folder = tmp_path_factory.mktemp("damaged")
+    file = folder / "model.safetensors"
+    save_file({"a": torch.ones(3, 2), "b": torch.ones(2)}, file)
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 21))
+        content[place] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    try:
+        read_header(file)
+    except InputError as error:
+        assert str(error).startswith(str(file))
+        assert "\n" not in str(error).replace(repr("\n"), "")
+
+
+@pytest.mark.parametrize("header", ["[]", '{"a": 1}', '{"a": {"dtype": "F32"}}', "{}x"])
+def test_headers_of_another_form(tmp_path: Path, header: str) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    with pytest.raises(InputError, match="its safetensors header is damaged"):
+        read_header(file)
+
+
 def test_missing_shard(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
@@ -104,11 +133,13 @@ def test_missing_shard(tmp_path: Path) -> None:
 def test_damaged_json(tmp_path: Path, what: str) -> None:
     (tmp_path / "config.json").write_text("{" if what == "config" else "{}")
     file = tmp_path / ("config.json" if what == "config" else "model.safetensors.index.json")
-    save_file(TENSORS, tmp_path / "model.safetensors")
-    file.write_text("{")
-    with pytest.raises(InputError) as caught:
-        Checkpoint.open(tmp_path)
-    assert str(caught.value).startswith(f"{file}: not valid JSON")
+    if what == "config":
+        save_file(TENSORS, tmp_path / "model.safetensors")
+    for text in ("{", "[]"):
+        file.write_text(text)
+        with pytest.raises(InputError) as caught:
+            Checkpoint.open(tmp_path)
+        assert str(caught.value).startswith(f"{file}: not valid JSON")
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
