@@ -37,6 +37,9 @@ bench: setup ## the benchmarks; results go to benchmarks/RESULTS.md
 	@for file in benchmarks/merge.py benchmarks/optimizers.py benchmarks/training.py; do \
 		if [ -f $$file ]; then $(BIN)/python $$file || exit 1; fi; done
 
+golden: setup ## remake the golden files with mergekit in an environment of its own
+	@$(BIN)/python tests/golden/make.py
+
 clean: ## remove what the tools leave behind (not runs/, not .venv)
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
