@@ -220,10 +220,17 @@ class OnlineMergingAdamW(OnlineMergingBase):
         """The fused passes, once they are chosen; None on the reference path."""
         if self._path is None and parameters:
             wanted = self.param_groups[0]["path"] if self._wanted == "auto" else self._wanted
-            self._path, kernels = choose_path(wanted or "auto", [p for p, _ in parameters])
+            device = parameters[0][0].device
+            size = self._bindings.elements_per_rank(torch.float32)
+            path, kernels = choose_path(wanted or "auto", device, size)
+            # One rank without a compiler keeps all from it: they count updates together.
+            alone = torch.tensor([kernels is None], dtype=torch.int64, device=device)
+            if self._bindings.flags_anywhere(alone).item():
+                path, kernels = "reference", None
+            self._path = path
             self._fast = FastPath(kernels, self._merger) if kernels is not None else None
             for group in self.param_groups:
-                group["path"] = self._path
+                group["path"] = path
         return self._fast
 
 

@@ -2,16 +2,13 @@
 
 import importlib.util
 import logging
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from operators.optim.compiled import CompiledKernels
 from operators.optim.fast import Kernels
 from operators.optim.formulas import NUM_NUMBERS
-from operators.optim.layout import local
 
 Implementation = Literal["auto", "reference", "compiled", "triton"]
 IMPLEMENTATIONS = ("auto", "reference", "compiled", "triton")
@@ -19,22 +16,28 @@ WORTH_COMPILING = 1 << 24  # elements of this rank: below, compiling takes longe
 _LOG = logging.getLogger(__name__)
 
 
-def choose_path(wanted: Implementation, parameters: Sequence[Tensor]) -> tuple[str, Kernels | None]:
+def choose_path(
+    wanted: Implementation, device: torch.device, size: int
+) -> tuple[str, Kernels | None]:
     """The path to take and its passes (None: the reference path); logs it.
+
+    Args:
+        wanted: what was asked for.
+        device: of the parameters.
+        size: their float32 elements per rank: the same number on every rank.
 
     Raises:
         ValueError: a path was asked for that this machine cannot take.
     """
-    sizes = [local(p).numel() for p in parameters if p.dtype == torch.float32]
     path, reason = wanted, "as asked for"
     if wanted == "auto":
-        path, reason = _worth(parameters[0].device, sum(sizes))
+        path, reason = _worth(device, size)
     kernels: Kernels | None = None
     if path == "triton":
-        kernels = _triton(parameters[0].device)
+        kernels = _triton(device)
     elif path == "compiled":
         try:
-            kernels = _compiled(parameters[0].device)
+            kernels = _compiled(device)
         except Exception as error:  # whatever a missing or broken compiler raises
             if wanted != "auto":
                 raise ValueError(
