@@ -57,9 +57,10 @@ def kth_largest(
         reduce: sums an int64 tensor over the ranks that share the tensors (an all-reduce); the
             counts of all tensors travel together, so a call takes a dozen of them at most.
     """
+    if not keys:
+        return []
     flat = [part.reshape(-1) for part in keys]
-    largest = max((part.numel() for part in flat), default=0)
-    if reduce is None and largest <= _SAMPLE:
+    if reduce is None and max(part.numel() for part in flat) <= _SAMPLE:
         return _by_digits(flat, ks, None)
     brackets = _brackets(flat, ks, reduce)
     inside = [
@@ -70,7 +71,8 @@ def kth_largest(
         [
             [int((part > high).sum()), kept.numel()]
             for part, kept, (_, high) in zip(flat, inside, brackets, strict=True)
-        ]
+        ],
+        device=flat[0].device,
     )
     above = (counts if reduce is None else reduce(counts)).tolist()
     for i, ((num_above, num_inside), k) in enumerate(zip(above, ks, strict=True)):
@@ -89,11 +91,11 @@ def _brackets(
     keys: list[Tensor], ks: Sequence[int], reduce: Reduce | None
 ) -> list[tuple[int, int]]:
     """For each tensor, two keys between which its k-th largest almost certainly lies."""
-    sizes = torch.tensor([part.numel() for part in keys])
+    sizes = torch.tensor([part.numel() for part in keys], device=keys[0].device)
     totals = (sizes if reduce is None else reduce(sizes.clone())).tolist()
     # The same stride on every rank: each element is as likely to be in the sample.
     samples = [part[:: max(1, total // _SAMPLE)] for part, total in zip(keys, totals, strict=True)]
-    drawn = torch.tensor([sample.numel() for sample in samples])
+    drawn = torch.tensor([sample.numel() for sample in samples], device=keys[0].device)
     drawn = drawn if reduce is None else reduce(drawn)
     places = [
         sample_places(k, total, size)

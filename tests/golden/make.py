@@ -3,7 +3,7 @@
     python tests/golden/make.py [FOLDER]
 
 Where mergekit is not installed, a temporary environment is made for it. Written beside this file
-(or into FOLDER): `models/` (a base and three tuned models of a tiny Llama), `merged/NAME.safetensors`
+(or into FOLDER): `models/` (a base and three tuned tiny Llamas), `merged/NAME.safetensors`
 for every `configs/NAME.yaml`, and `defects.json`: mergekit's answers to cases that have a closed
 form. Nothing here is random between runs.
 """

@@ -37,9 +37,10 @@ def documented() -> dict[str, str]:
 @pytest.mark.parametrize("method", METHODS)
 def test_documented_config_runs(method: str, tmp_path: Path, monkeypatch) -> None:
     [config] = re.findall(r"^```yaml\n(.*?)^```", documented()[method], re.MULTILINE | re.DOTALL)
-    (tmp_path / "merge.yaml").write_text(config)
+    example = HERE.parents[1] / "configs" / "merge" / f"{method}.yaml"
+    assert config == re.sub(r"^#.*\n", "", example.read_text(), flags=re.MULTILINE)
     monkeypatch.chdir(HERE / "models")
-    loaded = load_merge_config(tmp_path / "merge.yaml")
+    loaded = load_merge_config(example)
     assert loaded.merge_method == method
     out = merge(loaded, tmp_path / "out")
     base = load_file(HERE / "models" / "base" / "model.safetensors")

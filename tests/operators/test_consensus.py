@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from operators.consensus import sign_consensus, sign_elect, weighted_sum
@@ -26,6 +26,7 @@ def test_sign_election_by_hand() -> None:
     assert sign_elect(deltas, [1, -1, 1], normalize=False)[0].item() == 6.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(values, values, values), min_size=1, max_size=20))
 def test_sign_election_equals_brute_force(rows) -> None:
     weights = [1.0, 0.5, -2.0]

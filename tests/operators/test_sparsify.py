@@ -24,6 +24,7 @@ matrices = st.integers(1, 12).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(matrices, st.floats(0.01, 1.0), st.sampled_from(["hash", "index"]))
 def test_rows_keep_exactly_their_largest(rows, density: float, ties) -> None:
     x = torch.tensor(rows)
@@ -35,6 +36,7 @@ def test_rows_keep_exactly_their_largest(rows, density: float, ties) -> None:
         assert kept.tolist() == [i in brute.order(row, tie)[:count] for i in range(len(row))]
 
 
+@settings(deadline=None)
 @given(matrices, st.floats(0.3, 0.7), st.floats(0.01, 0.29))
 def test_magprune_equals_brute_force(rows, density: float, epsilon: float) -> None:
     x = torch.tensor(rows)
@@ -71,7 +73,7 @@ def test_counts(density: float, gamma: float, count: int, kept: int, dropped: in
     assert dropped_count(density, gamma, count) == dropped
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 9), min_size=1, max_size=300),
     st.data(),
