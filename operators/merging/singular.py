@@ -20,7 +20,7 @@ from operators.consensus import weighted_sum
 from operators.merging.method import MergeInput
 
 _FLOAT32_ROUNDING = 2.0**-23
-_PANELS = 4  # a Gram matrix is made of block rows, of which only the lower half is multiplied
+_PANELS = 8  # a Gram matrix is made of block rows, of which only the lower half is multiplied
 _EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")
 
 
@@ -32,10 +32,6 @@ class Triplets:
     s: Tensor
     v: Tensor
 
-    def largest(self, rank: int) -> "Triplets":
-        """The first `rank` of them."""
-        return Triplets(self.u[:, :rank], self.s[:rank], self.v[:, :rank])
-
 
 def tsvm(work: MergeInput) -> Tensor:
     """TSVM with `k = floor(min(m, n) / T)`; the mean of the deltas where there is no such rank."""
@@ -44,8 +40,7 @@ def tsvm(work: MergeInput) -> Tensor:
         return _mean(work, deltas)
     matrices = [delta.view(work.shape[0], -1) for delta in deltas]
     rank = min(matrices[0].shape) // len(matrices)
-    kept = [triplets(matrix).largest(rank) for matrix in matrices]
-    return _added(work, joined(kept))
+    return _added(work, joined([triplets(matrix, rank) for matrix in matrices]))
 
 
 def r_tsvm(work: MergeInput) -> Tensor:
@@ -63,11 +58,10 @@ def r_tsvm(work: MergeInput) -> Tensor:
     weights = outlier_weights(matrices, parameters["outlier_weighting"])
     full = min(matrices[0].shape) // len(matrices)
     rank = adapted_rank(matrices, full, parameters["rank_coupling"], parameters["sparsity_epsilon"])
-    found = [triplets(matrix) for matrix in matrices]
+    whole = parameters["orthogonalize"] == "before_truncation"
+    found = [triplets(matrix, None if whole else rank) for matrix in matrices]
     found = [Triplets(one.u, one.s * w, one.v) for one, w in zip(found, weights, strict=True)]
-    if parameters["orthogonalize"] == "before_truncation":
-        return _added(work, joined_then_cut(found, rank))
-    return _added(work, joined([one.largest(rank) for one in found]))
+    return _added(work, joined_then_cut(found, rank) if whole else joined(found))
 
 
 def is_matrix(work: MergeInput) -> bool:
@@ -82,14 +76,14 @@ def is_matrix(work: MergeInput) -> bool:
     return min(rows, work.count // rows) >= len(work.models)
 
 
-def triplets(matrix: Tensor) -> Triplets:
-    """The singular triplets of a float32 matrix (m, n) that are above rounding.
+def triplets(matrix: Tensor, most: int | None = None) -> Triplets:
+    """The singular triplets of a float32 matrix (m, n) that are above rounding; the `most` largest.
 
     From `D D' = U S^2 U'` of the short side in float64, `V = D' U / S`; triplets with
     `s_j <= max(m, n) * 2^-23 * s_1` are dropped.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        turned = triplets(matrix.T)
+        turned = triplets(matrix.T, most)
         return Triplets(turned.v, turned.s, turned.u)
     wide = matrix.double()
     largest = float(wide.abs().max())
@@ -99,6 +93,7 @@ def triplets(matrix: Tensor) -> Triplets:
     squares, u = torch.linalg.eigh(gram(wide))
     s = squares.flip(0).clamp(min=0).sqrt()
     rank = int((s > max(matrix.shape) * _FLOAT32_ROUNDING * s[0]).sum())
+    rank = rank if most is None else min(rank, most)
     u, s = u.flip(1)[:, :rank].contiguous(), s[:rank]
     return Triplets(u, s * largest, (wide.T @ u).div_(s))
 

@@ -114,6 +114,12 @@ def check_thresholds(parameters: Mapping[str, Any]) -> None:
             )
 
 
+def check_mixup_ties(parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError for what neither mixup nor a threshold allows."""
+    check_mixup(parameters)
+    check_thresholds(parameters)
+
+
 METHODS: dict[str, Method] = {
     "linear": Method(
         linear,
@@ -219,7 +225,7 @@ METHODS: dict[str, Method] = {
         unit="tensor",
         num_models=(2, 2),
         statistics=mixup_ties_statistics,
-        check=check_mixup,
+        check=check_mixup_ties,
     ),
     "tsvm": Method(
         tsvm,
