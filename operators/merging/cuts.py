@@ -204,7 +204,8 @@ class CutSearch:
 def tie_key(scope: Scope, model: int) -> tuple[int, int]:
     """The counter hash's key that decides between equal magnitudes of a model.
 
-    With `scope: model` the indices run over all tensors, and the name is empty.
+    With `scope: model` the indices run over all tensors, and the name is empty. Words repeat after
+    2^32 elements: in a larger model two equal magnitudes may share the last word, and both stay.
     """
     name = "" if scope.over_model else next(iter(scope.shapes))
     return counter_key(scope.seed, name, model, 0)

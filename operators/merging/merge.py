@@ -102,7 +102,7 @@ def _in_chunks(entry: Method, work: MergeInput) -> Tensor:
     size = max(1, CHUNK // work.width) * work.width if unit == "row" else CHUNK
     if work.count <= size:
         return entry.merge(work)
-    merged = torch.empty(work.count)
+    merged = torch.empty(work.count, device=work.models[0].device)
     for first, part in work.parts(size):
         merged[first : first + part.count] = entry.merge(part)
     return merged
