@@ -12,6 +12,7 @@ the pages of the input files. mergekit 0.1.5 needs an environment of its own.
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -38,9 +39,10 @@ METHODS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One command's wall time in seconds and peak memory in bytes."""
+    """One command's wall time and processor time in seconds, and its peak memory in bytes."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
 
 
@@ -119,7 +121,7 @@ def measure(command: list[str], out: Path) -> Run:
     """Run a command that writes `out` and sample the memory of its processes."""
     shutil.rmtree(out, ignore_errors=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    begin = time.perf_counter()
+    begin, cpu_before = time.perf_counter(), cpu_of_children()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -127,11 +129,17 @@ def measure(command: list[str], out: Path) -> Run:
     while process.poll() is None:
         peak = max(peak, sum(map(own_bytes, family(process.pid))))
         time.sleep(SAMPLE_INTERVAL_S)
-    seconds = time.perf_counter() - begin
+    seconds, cpu_seconds = time.perf_counter() - begin, cpu_of_children() - cpu_before
     if process.returncode:
         assert process.stderr is not None
         raise SystemExit(f"{' '.join(command)} failed:\n{process.stderr.read()}")
-    return Run(seconds, peak)
+    return Run(seconds, cpu_seconds, peak)
+
+
+def cpu_of_children() -> float:
+    """Processor time of all finished children and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def family(pid: int) -> list[int]:
@@ -213,19 +221,21 @@ def main() -> None:
 
 
 HEADER = (
-    "| method | poise | mergekit | ratio | cat + dd | poise, GB/s | poise, peak | mergekit, peak |",
-    "|---|---|---|---|---|---|---|---|",
+    "| method | poise | mergekit | ratio | of processor time | cat + dd | poise, GB/s "
+    "| poise, peak | mergekit, peak |",
+    "|---|---|---|---|---|---|---|---|---|",
 )
 
 
 def row(method: str, ours: Run, theirs: Run | None, floor: float, num_bytes: int) -> str:
     """One line of the table; bytes are those read once and those written."""
     cells = [method, f"{ours.seconds:.1f} s"]
-    cells += (
-        ["-", "-"]
-        if theirs is None
-        else [f"{theirs.seconds:.1f} s", f"{theirs.seconds / ours.seconds:.1f}x"]
-    )
+    if theirs is None:
+        cells += ["-", "-", f"{ours.cpu_seconds:.1f} s"]
+    else:
+        cpu_ratio = theirs.cpu_seconds / ours.cpu_seconds
+        cells += [f"{theirs.seconds:.1f} s", f"{theirs.seconds / ours.seconds:.1f}x"]
+        cells += [f"{theirs.cpu_seconds:.1f} s / {ours.cpu_seconds:.1f} s = {cpu_ratio:.1f}x"]
     cells += [f"{floor:.1f} s", f"{num_bytes / ours.seconds / 1e9:.2f}"]
     cells += [f"{ours.peak_bytes / 2**30:.2f} GiB"]
     cells += ["-" if theirs is None else f"{theirs.peak_bytes / 2**30:.2f} GiB"]
