@@ -95,7 +95,10 @@ class LoraSettings(Config):
 class AlignConfig(Config):
     """An alignment run."""
 
-    model: Path = Field(description="Hugging Face checkpoint to start from; also the reference")
+    model: Path = Field(description="Hugging Face checkpoint to start from")
+    reference_model: Path | None = Field(
+        None, description="checkpoint of the reference; the model itself unless given"
+    )
     data: Path = Field(description="rows as JSONL or Parquet: a file, or a folder of them")
     split: str | None = Field(None, description="only files of the folder that begin with this")
     max_length: int = Field(1024, ge=2, description="tokens of prompt and response together")
@@ -145,6 +148,11 @@ class AlignConfig(Config):
         if self.strategy == "single" and self.num_workers != 1:
             raise ValueError(
                 f"num_workers: found {self.num_workers}; allowed with strategy single: 1"
+            )
+        if self.reference_model is not None and not self.objective.definition.uses_reference:
+            raise ValueError(
+                f"reference_model: has no effect with objective {self.objective.name}, which has "
+                "no reference"
             )
         if self.lora is not None and self.strategy in ZERO_STAGES:
             raise ValueError(

@@ -38,7 +38,7 @@ from pipelines.train.objectives import (
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
 from pipelines.train.reference import compute_reference, read_reference, reference_path
-from pipelines.train.strategies import build_strategy, first_rank
+from pipelines.train.strategies import Strategy, build_reference, build_strategy, first_rank
 
 MODEL_FOLDER = "model"
 PAD = 0  # padding is masked out, so any id serves
@@ -52,8 +52,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     Args:
         settings: `config` (an AlignConfig as JSON), `folder` of the run, `cache`, the `tokens`
-            below it and their fingerprint `data_key`, the model's fingerprint `model_key` and
-            `num_steps`. All workers can reach the folders.
+            below it and their fingerprint `data_key`, the reference model's fingerprint
+            `reference_key` and `num_steps`. All workers can reach the folders.
     """
     folder = Path(settings["folder"])
     if has_failed(folder):
@@ -107,11 +107,11 @@ class Run:
         self.model.train()
 
     def _reference(self, settings: dict[str, Any]) -> Tensor:
-        """Log-probabilities of the model before training, (rows, 2): from an earlier run or now.
+        """Log-probabilities of the reference, (rows, 2): from an earlier run, or computed now.
 
         Columns are chosen and rejected, or the response and the mismatched one.
         """
-        key = fingerprint([settings["model_key"], settings["data_key"], self.config.precision])
+        key = fingerprint([settings["reference_key"], settings["data_key"], self.config.precision])
         path = reference_path(Path(settings["cache"]), key)
         collates = {"response": partial(collate, self.table, pad=PAD, device=self.device)}
         if self.objective.rows == "labelled":
@@ -121,9 +121,12 @@ class Run:
         # The first rank's word counts: its file may come to be seen later by others.
         missing = add_up(torch.tensor(int(self.rank == 0 and not path.is_file())))
         if missing:
-            self.model.eval()
+            strategy = self.strategy
+            if self.config.reference_model is not None:
+                strategy = build_reference(self.config, self.device)
+            strategy.model.eval()
             lengths = self.table.lengths.max(axis=1)
-            compute_reference(self._score, collates, lengths, path, self.device)
+            compute_reference(partial(_score, strategy), collates, lengths, path, self.device)
         return read_reference(path).to(self.device)
 
     def _resume(self) -> int:
@@ -195,18 +198,19 @@ class Run:
         reference = self.reference[rows, 0]
         return labelled_loss(config, responses, reference, desirable, point, shares)
 
-    def _score(self, batch: Batch) -> Tensor:
-        """Log-probabilities of a batch's responses."""
-        with self.strategy.forward_context():
-            return score_responses(self.model, batch).log_probability
-
     @torch.no_grad()
     def _reference_point(self, micro: list[list[int]], num_rows: int) -> Tensor:
         """KTO's z0 of the global batch, before any of its gradients."""
 
         def score() -> Tensor:
             batches = (collate_mismatched(self.table, r, PAD, self.device) for r in micro)
-            return torch.cat([self._score(batch) for batch in batches])
+            return torch.cat([_score(self.strategy, batch) for batch in batches])
 
         mine = [row for part in micro for row in part]
         return mismatched_point(score, self.reference[mine, 1], add_up, num_rows)
+
+
+def _score(strategy: Strategy, batch: Batch) -> Tensor:
+    """Log-probabilities of a batch's responses."""
+    with strategy.forward_context():
+        return score_responses(strategy.model, batch).log_probability

@@ -119,6 +119,9 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
     )
     _check_vocabulary(checkpoint, table)
     inputs = {"model": fingerprint_directory(config.model, CHECKPOINT_FILES), "data": data_key}
+    if config.reference_model is not None:
+        _check_reference(checkpoint, Checkpoint.open(config.reference_model))
+        inputs["reference_model"] = fingerprint_directory(config.reference_model, CHECKPOINT_FILES)
     if config.optimizer.reference is not None:
         reference = config.optimizer.reference
         _check_delta(checkpoint, CheckpointDelta(reference.base, reference.tuned))
@@ -145,6 +148,8 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
 def with_absolute_paths(config: AlignConfig) -> AlignConfig:
     """The config for workers, which Ray Train starts in another working directory."""
     paths = {"model": config.model.absolute(), "data": config.data.absolute()}
+    if config.reference_model is not None:
+        paths["reference_model"] = config.reference_model.absolute()
     reference = config.optimizer.reference
     if reference is not None:
         places = {"base": reference.base.absolute(), "tuned": reference.tuned.absolute()}
@@ -161,7 +166,7 @@ def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) 
         "cache": str(cache),
         "tokens": str(plan.table.folder),
         "data_key": plan.data_key,
-        "model_key": plan.inputs["model"],
+        "reference_key": plan.inputs.get("reference_model", plan.inputs["model"]),
         "num_steps": plan.num_steps,
     }
 
@@ -173,6 +178,16 @@ def _check_vocabulary(model: Checkpoint, table: TokenTable) -> None:
         raise InputError(
             f"model {model.path}: its tokenizer gives token {table.largest_id()}; its vocabulary "
             f"has {size} tokens"
+        )
+
+
+def _check_reference(model: Checkpoint, reference: Checkpoint) -> None:
+    """Raise InputError where the reference model's tokens are not the model's."""
+    needed, found = (c.config.get("vocab_size") for c in (model, reference))
+    if needed != found:
+        raise InputError(
+            f"reference_model: {reference.path}: found a vocabulary of {found} tokens; the model's "
+            f"has {needed}"
         )
 
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from pipelines.train.config import ZERO_STAGES, AlignConfig
+from pipelines.train.config import ZERO_STAGES, AlignConfig, OptimizerConfig
 from pipelines.train.optimizer import build_optimizer
 from pipelines.train.strategies.base import Strategy
 from pipelines.train.strategies.native import NativeStrategy
@@ -18,3 +18,17 @@ def build_strategy(config: AlignConfig, device: torch.device) -> Strategy:
 
         return ZeroStrategy(config, device, optimizer)
     return NativeStrategy(config, device, optimizer)
+
+
+def build_reference(config: AlignConfig, device: torch.device) -> Strategy:
+    """The reference model of a config that names one, to be scored and never stepped."""
+    settings = {"learning_rate": config.optimizer.learning_rate}
+    changes = {
+        "model": config.reference_model,
+        "optimizer": OptimizerConfig(**settings),
+        "lora": None,
+        "gradient_checkpointing": False,
+    }
+    if config.strategy in ZERO_STAGES:
+        changes["strategy"] = "fsdp2"
+    return build_strategy(config.model_copy(update=changes), device)

@@ -42,6 +42,10 @@ BAD_FIELDS = {
         {"cpu_offload": True},
         "cpu_offload: has no effect with strategy single; allowed with fsdp2, zero1, zero2, zero3",
     ),
+    "reference": (
+        {"objective": {"name": "sft"}, "reference_model": "x"},
+        "reference_model: has no effect with objective sft, which has no reference",
+    ),
     "stop": (
         {"objective": {"name": "simpo"}, "min_chosen_log_ratio": -1.0},
         "min_chosen_log_ratio: has no effect with objective simpo, which has no reference",
@@ -65,6 +69,17 @@ def test_a_tokenizer_of_another_vocabulary(preferences: Path, tmp_path: Path) ->
     (path / "config.json").write_text(json.dumps(config | {"vocab_size": 20}))
     with pytest.raises(InputError, match=r"gives token \d+; its vocabulary has 20 tokens"):
         plan_alignment(align_config(path, preferences))
+
+
+def test_a_reference_of_another_vocabulary(
+    tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """Its log-probabilities would be of other tokens."""
+    path = save_tiny_llama(tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"vocab_size": 20}))
+    with pytest.raises(InputError, match="found a vocabulary of 20 tokens; the model's has 47"):
+        plan_alignment(align_config(tiny_llama, preferences, reference_model=path))
 
 
 def test_a_reference_delta_of_another_shape(

@@ -7,8 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_files import align_config, metrics, preference_rows, run_here, write_rows
+from transformers import AutoModelForCausalLM
 
 from operators.losses import OBJECTIVES
+from pipelines.train import plan_alignment
+from tests.tiny_models import save_tiny_llama
 
 EXTRA: dict[str, dict[str, Any]] = {
     "dpo": {"label_smoothing": 0.1, "rpo_alpha": 0.5},
@@ -90,7 +93,6 @@ def test_online_merging_resumes_exactly(
     from training_files import seeded_metrics
 
     from pipelines.train import loop
-    from tests.tiny_models import save_tiny_llama
 
     base = save_tiny_llama(tmp_path / "base", seed=9)
     optimizer = {
@@ -119,3 +121,27 @@ def test_online_merging_resumes_exactly(
     file = "model/model.safetensors"
     assert (broken / file).read_bytes() == (whole / file).read_bytes()
     assert "tau_cosine" in metrics(whole)[-1]
+
+
+def test_another_reference_model(tiny_llama: Path, any_rows: Path, tmp_path: Path) -> None:
+    """The first loss is that of the two models' log-probabilities, computed by transformers."""
+    other = save_tiny_llama(tmp_path / "other", seed=4)
+    config = align_config(
+        tiny_llama, any_rows, reference_model=other, num_steps=1, global_batch_size=24
+    )
+    ran = run_here(config, tmp_path / "run")
+    rows = plan_alignment(config, tmp_path / "cache").table
+    sums = []
+    for path in (tiny_llama, other):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        values = torch.zeros(24, 2)
+        for row in range(24):
+            for column, (ids, marks) in enumerate(rows.sequences(row)):
+                tokens = torch.tensor(ids.tolist())
+                with torch.no_grad():
+                    logits = model(tokens[None]).logits[0, :-1].log_softmax(-1)
+                chosen = logits[range(len(tokens) - 1), tokens[1:]]
+                values[row, column] = chosen[torch.tensor(marks.tolist())[1:] == 1].sum()
+        sums.append(values[:, 0] - values[:, 1])
+    expected = -torch.nn.functional.logsigmoid(0.1 * (sums[0] - sums[1])).mean().item()
+    assert metrics(ran)[0]["loss"] == pytest.approx(expected, rel=1e-5)
