@@ -52,6 +52,7 @@ TIES = Parameter(
 SUM = Parameter("divide by the sum of the weights", False)
 MEAN = Parameter("divide by the sum of the weights", True)
 EMBEDDINGS = Parameter("by singular vectors or by the mean", "svd", choices=("svd", "mean"))
+SPARSITY_EPSILON = Parameter("what counts as zero, in standard deviations", 0.1, 0)
 RESCALES = ("none", "inverse_density", "l1")
 MIXUP = {
     "mixup_alpha": Parameter(
@@ -118,6 +119,13 @@ def check_mixup_ties(parameters: Mapping[str, Any]) -> None:
     """Raise ValueError for what neither mixup nor a threshold allows."""
     check_mixup(parameters)
     check_thresholds(parameters)
+
+
+def check_sparsity(parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError for a measure of sparsity that nothing depends on."""
+    epsilon = parameters["sparsity_epsilon"]
+    if parameters["rank_coupling"] == 0 and epsilon != SPARSITY_EPSILON.default:
+        raise ValueError("sparsity_epsilon: has no effect with rank_coupling: 0")
 
 
 METHODS: dict[str, Method] = {
@@ -245,7 +253,7 @@ METHODS: dict[str, Method] = {
                 choices=("proportional", "inverse", "none"),
             ),
             "rank_coupling": Parameter("how much density lowers the rank; 0: not", 0.1, 0, 1),
-            "sparsity_epsilon": Parameter("what counts as zero, in standard deviations", 0.1, 0),
+            "sparsity_epsilon": SPARSITY_EPSILON,
             "orthogonalize": Parameter(
                 "when",
                 "after_truncation",
@@ -255,5 +263,6 @@ METHODS: dict[str, Method] = {
         },
         unit="tensor",
         streamed_unit="tensor",
+        check=check_sparsity,
     ),
 }

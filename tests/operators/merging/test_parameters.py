@@ -190,6 +190,20 @@ CASES = [
         "rank_coupling: found 2; allowed: at least 0 and at most 1",
     ),
     (
+        "r_tsvm",
+        TWO,
+        BASE,
+        {"rank_coupling": 0, "sparsity_epsilon": 0.2},
+        "sparsity_epsilon: has no effect with rank_coupling: 0",
+    ),
+    (
+        "m3_ties",
+        TWO,
+        BASE,
+        {"mixup_alpha": 1, "density": [0.5, 0.4], "scope": "model"},
+        "density: found [0.5, 0.4] with scope: model; allowed: one density for all models",
+    ),
+    (
         "linear",
         [torch.ones(4), torch.ones(5)],
         None,
