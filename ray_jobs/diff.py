@@ -4,10 +4,10 @@ import json
 import sys
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
 
 from pipelines.merge.diff import TensorDiff, diff_models, unmatched
+from ray_jobs.tables import print_table
 
 NUM_SHOWN = 40
 
@@ -20,7 +20,7 @@ def run_diff(a: str, b: str, base: str | None, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(each) for each in found], indent=2))
         return
-    Console().print(_table(found, has_base=base is not None))
+    print_table(_table(found, has_base=base is not None))
 
 
 def _table(found: list[TensorDiff], *, has_base: bool) -> Table:

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import load_config
@@ -13,6 +12,7 @@ from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.evaluate.run import plan_cells
 from pipelines.storage import resolve_output
 from ray_jobs.session import ray_session
+from ray_jobs.tables import print_table
 
 
 def run_evaluate(
@@ -41,4 +41,4 @@ def _print(summary: dict[str, Any]) -> None:
     for name, entry in models.items():
         numbers = [*(entry[head] for head in heads), *entry["tasks"].values()]
         table.add_row(name, *(f"{n['value']:.1f} ±{n['stderr']:.1f}" for n in numbers))
-    Console().print(table)
+    print_table(table)

@@ -3,11 +3,11 @@
 import json
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
 
 from pipelines.errors import InputError
 from pipelines.merge.config import METHODS, Method
+from ray_jobs.tables import print_table
 
 
 def run_methods(name: str | None, *, as_json: bool) -> None:
@@ -25,7 +25,7 @@ def run_methods(name: str | None, *, as_json: bool) -> None:
         table = Table("method", "what it does", "parameters", title="merge methods")
         for key, method in METHODS.items():
             table.add_row(key, method.summary, ", ".join(method.parameters))
-        Console().print(table)
+        print_table(table)
     else:
         _print_one(name, METHODS[name])
 
@@ -54,6 +54,5 @@ def _print_one(name: str, method: Method) -> None:
     for key, parameter in method.parameters.items():
         each = "yes" if parameter.per_model else ""
         table.add_row(key, str(parameter.default), parameter.allowed, each, parameter.meaning)
-    console = Console()
-    console.print(f"{method.summary}; {models} models, {base}")
-    console.print(table)
+    print(f"{method.summary}; {models} models, {base}")
+    print_table(table)

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from pipelines.config import load_config
 from pipelines.storage import resolve_output
 from pipelines.sweep import SweepConfig, sweep
 from ray_jobs.session import ray_session
+from ray_jobs.tables import print_table
 
 
 def run_sweep(
@@ -38,4 +38,4 @@ def _print(result: dict[str, Any]) -> None:
         mark = " *" if trial == result["best"] else ""
         values = (str(trial["parameters"][name]) for name in names)
         table.add_row(*values, f"{trial['value']:.2f}{mark}")
-    Console().print(table)
+    print_table(table)
