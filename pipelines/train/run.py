@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from pipelines.train.errors import forget_failure, raise_failure
 from pipelines.versions import versions
 
 PROVENANCE_FILE, METRICS_FILE, MODEL_FOLDER = "poise.json", "metrics.jsonl", "model"
+TENSORBOARD_FOLDER = "tensorboard"
 CACHE_FOLDER = ".poise-cache"
 CHECKPOINT_FILES = ("*.safetensors", "*.json")
 POLL_S = 0.5
@@ -71,6 +73,8 @@ def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
     if _finished(out, plan.fingerprint) and not force:
         return out
     refuse_existing(out, force=force)
+    if remarks := plan.table.counts.remarks():
+        print(f"  {remarks}", file=sys.stderr)
     folder = partial_path(out)
     with _unfinished_run(folder, plan.fingerprint, config, force=force):
         _train(config, worker_settings(config, plan, folder, cache), plan.num_steps)
@@ -83,9 +87,10 @@ def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
         }
         model = folder / MODEL_FOLDER
         write_atomically(model / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
-        for name in (METRICS_FILE, "tensorboard"):
-            if (folder / name).exists():
-                (folder / name).replace(model / name)
+        # Copied: the originals are needed again should this process be killed right here.
+        shutil.copyfile(folder / METRICS_FILE, model / METRICS_FILE)
+        if config.tensorboard:
+            shutil.copytree(folder / TENSORBOARD_FOLDER, model / TENSORBOARD_FOLDER)
         commit_directory(model, out, force=force)
     shutil.rmtree(folder)
     return out

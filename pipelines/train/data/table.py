@@ -39,6 +39,18 @@ class Counts:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.first_bad = (self.first_bad + other.first_bad)[:3]
 
+    def remarks(self) -> str:
+        """What a user should know of rows that were not taken as they are; empty if all were."""
+        told = {
+            "bad and left out": self.bad,
+            "too long and left out": self.dropped,
+            "with a prompt cut at its beginning": self.prompts_cut,
+            "whose prompt alone renders differently than before a response": self.prompts_shortened,
+        }
+        parts = [f"{count} {what}" for what, count in told.items() if count]
+        first = f"; the first: {self.first_bad[0]}" if self.first_bad else ""
+        return f"of {self.rows} rows: {', '.join(parts)}{first}" if parts else ""
+
 
 def record_batch(rows: Iterable[TokenRow]) -> pa.RecordBatch:
     """Rows as Arrow: one entry a sequence, a row's sequences one after another."""

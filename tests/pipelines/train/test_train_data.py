@@ -159,7 +159,10 @@ def test_some_bad_rows_may_be_allowed(tiny_llama: Path, tmp_path: Path) -> None:
     rows = [*good[:4], {"x": 1}, *good[4:], [3]]
     table = table_of(rows, "pairs", tiny_llama, tmp_path, max_bad_share=0.2)
     assert (table.num_rows, table.counts.rows, table.counts.bad) == (8, 10, 2)
-    assert "row 5: has no column 'chosen'" in table.counts.first_bad[0]
+    told = table.counts.remarks()
+    assert told.startswith("of 10 rows: 2 bad and left out; the first: data: ")
+    assert "row 5: has no column 'chosen'" in told
+    assert table_of(good, "pairs", tiny_llama, tmp_path).counts.remarks() == ""
     with pytest.raises(InputError, match=r"2 of 10 rows are bad; allowed: a share of 0.1"):
         table_of(rows, "pairs", tiny_llama, tmp_path, max_bad_share=0.1)
 
