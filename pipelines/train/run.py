@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -293,10 +294,30 @@ def _train(config: AlignConfig, settings: dict[str, Any], num_steps: int) -> Non
     forget_failure(folder)
     with _watched(folder / METRICS_FILE, num_steps):
         try:
-            trainer.fit()
+            with _usual_interrupt():
+                trainer.fit()
         except TrainingFailedError as error:
             raise_failure(folder, error)
     raise_failure(folder)
+
+
+@contextmanager
+def _usual_interrupt() -> Iterator[None]:
+    """Ctrl-C in the block is a KeyboardInterrupt, and after it what it was before.
+
+    Ray Train answers Ctrl-C by leaving the program with status 0 or 1, and goes on doing so when
+    its run is over.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager
