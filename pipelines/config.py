@@ -101,6 +101,8 @@ def check(values: Any, model: type[ConfigT], source: str) -> ConfigT:
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem of a pydantic error in one line: field, what was found, what is allowed."""
     problems = error.errors(include_url=False)
+    # A misspelt required field is both unknown and missing: the misspelling is what helps.
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     field = ".".join(str(part) for part in first["loc"]) or "config"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -68,3 +68,11 @@ def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml", Outer)
     with pytest.raises(InputError, match="is a directory"):
         load_config(tmp_path, Outer)
+
+
+def test_a_misspelt_required_field_is_called_unknown() -> None:
+    class Needs(Config):
+        density: float
+
+    with pytest.raises(InputError, match="densty: unknown field; allowed: density"):
+        check({"densty": 0.5}, Needs, "merge.yaml")
