@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from pipelines.config import Config, apply_overrides, load_config
+from pipelines.config import Config, apply_overrides, check, load_config
 from pipelines.errors import InputError
 
 
