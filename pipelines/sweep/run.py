@@ -1,6 +1,7 @@
 """Try merges with Ray Tune and measure each; every finished trial is kept."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,13 @@ def _tune(config: SweepConfig, folder: Path, key: str) -> list[dict[str, Any]]:
 
     space = {name: _space(values) for name, values in config.search.items()}
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, config=config.model_dump_json(), folder=str(folder), key=key),
+        tune.with_parameters(
+            _trial,
+            config=config.model_dump_json(),
+            folder=str(folder),
+            key=key,
+            directory=str(Path.cwd()),
+        ),
         {"CPU": config.cpus_per_trial},
     )
     tuner = tune.Tuner(
@@ -119,12 +126,19 @@ def _space(values: list[Any] | Range) -> Any:
     return tune.loguniform(*values.log_uniform)
 
 
-def _trial(parameters: dict[str, Any], *, config: str, folder: str, key: str) -> None:
-    """Merge with `parameters`, measure, keep the numbers and drop the checkpoint."""
+def _trial(
+    parameters: dict[str, Any], *, config: str, folder: str, key: str, directory: str
+) -> None:
+    """Merge with `parameters`, measure, keep the numbers and drop the checkpoint.
+
+    Ray Tune starts it in a folder of its own; the configs' relative paths begin in `directory`.
+    """
     import torch
     from ray import tune
 
     torch.set_num_threads(1)
+    if Path(directory).is_dir():
+        os.chdir(directory)
     settings = SweepConfig.model_validate_json(config)
     name = fingerprint([key, parameters])
     record = Path(folder) / "trials" / f"{name}.json"

@@ -22,8 +22,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_tiny_llama(folder / name, seed=seed)
     merged = {
         "merge_method": "task_arithmetic",
-        "models": [{"model": str(folder / "tuned")}],
-        "base_model": str(folder / "base"),
+        "models": [{"model": "tuned"}],
+        "base_model": "base",
         "parameters": {"lambda": 1.0},
         "dtype": "float32",
     }
@@ -47,11 +47,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def in_their_folder(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All paths are relative to the folder of the inputs."""
+    monkeypatch.chdir(inputs)
+
+
 def config_of(inputs: Path, **changes: object) -> SweepConfig:
     values = {
-        "merge": str(inputs / "merge.yaml"),
+        "merge": "merge.yaml",
         "search": {"parameters.lambda": [0.5, 1.0]},
-        "tasks": str(inputs / "tasks.yaml"),
+        "tasks": "tasks.yaml",
         "max_new_tokens": 2,
     }
     return check({**values, **changes}, SweepConfig, "sweep.yaml")
