@@ -137,7 +137,7 @@ def test_overflow_of_float16(own_family: Family, tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("merge_method: [", "not valid YAML"),
-        ("merge_methd: linear", "required, not given"),
+        ("merge_methd: linear", "merge_methd: unknown field; allowed: "),
         ("merge_method: tise", "merge_method: found 'tise'; allowed: linear"),
         (
             "merge_method: ties\nparameters: {density: 1.5}",
