@@ -63,7 +63,7 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
         return
     joins = bool(os.environ.get("RAY_ADDRESS"))
     if joins:
-        _check_head(os.environ["RAY_ADDRESS"])
+        check_head(os.environ["RAY_ADDRESS"])
     local = (
         {}
         if joins
@@ -87,7 +87,7 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
         ray.shutdown()
 
 
-def _check_head(address: str) -> None:
+def check_head(address: str) -> None:
     """Raise InputError if nobody listens at host:port; Ray itself would wait for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
