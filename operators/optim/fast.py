@@ -1,8 +1,8 @@
 """The fast paths: one fused pass a step for OnDARE, two for OnTIES.
 
-The passes are torch.compile's of `operators.optim.formulas`, or Triton's kernels of the same.
-OnTIES guesses its cut from the last step's and looks exactly at what is close to it; where the
-guess misses, updates are counted digit by digit as on the reference path. So both are exact.
+The passes are those of `kernels.c` on a CPU and Triton's on a GPU, with the same arithmetic. OnTIES
+guesses its cut from the last step's and looks exactly at what is close to it; where the guess
+misses, updates are counted digit by digit as on the reference path. So both are exact.
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from operators.counter_random import WORDS
 from operators.optim.adamw import AdamWStep
-from operators.optim.formulas import NUM_NUMBERS
 from operators.optim.layout import CHUNK, ShardLayout, sum_over
 from operators.optim.merge import (
     TAU_STREAM,
@@ -33,17 +30,37 @@ from operators.selection import cut_of, kth_largest, magnitude_keys, magnitude_o
 from operators.sparsify import TopCut, kept_count
 
 COUNT_EVERY = 16  # steps between those in which merges without effect are counted
-_ONE_PASS = 16 * CHUNK  # elements of a call, which takes long to begin; counts fit in float32
+_ONE_PASS = 16 * CHUNK  # elements of a call
 _TWO_PASSES = 4 * CHUNK  # with a temporary
-_SPARSE = 0.1  # densities below which it is quickest to gather all above a bracket as well
 _MOST_INSIDE = CHUNK  # elements that are gathered of a parameter, at most
 _MISSED = 1 << 40  # more than any parameter has
+_NOWHERE = (float("inf"), float("inf"))
 _WIDEST, _NARROWEST = 0.125, 2.0**-13  # half widths of a bracket, relative to the cut
 Counts = tuple[Tensor, Tensor] | None
 
 
+@dataclass(slots=True)
+class Found:
+    """What is near a cut: how many magnitudes are above its bracket and inside, and those inside
+    (not all of them, where there was no room).
+    """
+
+    num_above: int = 0
+    num_inside: int = 0
+    inside: list[Tensor] = field(default_factory=list)
+
+    def __add__(self, other: "Found") -> "Found":
+        return Found(
+            self.num_above + other.num_above,
+            self.num_inside + other.num_inside,
+            self.inside + other.inside,
+        )
+
+
 class Kernels(Protocol):
-    """The passes over a chunk; arguments as the functions of `operators.optim.formulas`."""
+    """The passes over a chunk: flat tensors of one length, float32 but for tau, which may be
+    bfloat16. `numbers` and `words` are as `FastUpdate` makes them.
+    """
 
     def plain_step(
         self, theta: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, numbers: Tensor
@@ -57,20 +74,32 @@ class Kernels(Protocol):
         mean: Tensor,
         square: Tensor,
         tau: Tensor | None,
-        start: Tensor,
+        start: int,
         words: Tensor,
         numbers: Tensor,
         counting: bool,
     ) -> Counts:
-        """OnDARE around AdamW."""
+        """OnDARE around AdamW, in one pass; without tau (alpha 0) dropout of the update.
+
+        `start` is the first global index. With `counting`, how many elements rounding left where
+        they were, and how many were to move.
+        """
 
     def ties_advance(
-        self, gradient: Tensor, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor
-    ) -> None:
-        """OnTIES' first pass."""
+        self,
+        gradient: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        numbers: Tensor,
+        ends: tuple[float, float],
+        room: int,
+    ) -> Found:
+        """OnTIES' first pass: advance the moments, and look for the update's magnitudes from one
+        end of a bracket to the other, of which at most `room` are returned.
+        """
 
     def note_update(self, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor) -> None:
-        """The update of moments that are advanced already."""
+        """Write the update of moments that are advanced already, with the first pass' bits."""
 
     def ties_step(
         self,
@@ -81,7 +110,7 @@ class Kernels(Protocol):
         numbers: Tensor,
         counting: bool,
     ) -> Counts:
-        """OnTIES' second pass."""
+        """OnTIES' second pass: eq. 7 of the updates at or above the cut, and top_p(tau)."""
 
 
 @dataclass(slots=True)
@@ -99,7 +128,7 @@ class FastUpdate:
         return self.gradient[place], self.mean[place], self.square[place]
 
     def numbers_on_device(self, cut: float = 0.0, *, merged: bool = True) -> Tensor:
-        """The step's numbers, in the order of `operators.optim.formulas`."""
+        """The step's numbers, in the order of `Numbers` in kernels.c: (10,) float32."""
         step, alpha = self.numbers, self.update.alpha() if merged else 0.0
         values = [
             1 - step.beta1,
@@ -113,17 +142,18 @@ class FastUpdate:
             alpha,
             cut,
         ]
-        assert len(values) == NUM_NUMBERS
         return torch.tensor(values, dtype=torch.float32, device=self.mean.device)
 
     def words_on_device(self, layout: ShardLayout, start: int) -> Tensor:
-        """Keys and limits of both masks for a chunk, as `formulas.kept` wants them."""
+        """For the update's mask and tau's: the key's halves, the upper half of a chunk's index
+        folded in, and the largest word that is kept: (6,) int32 with the bits of unsigned words.
+        """
         largest = int(self.update.group["density"] * WORDS) - 1
         upper = (start >> 32) * 0x9E3779B9 % WORDS
         values = []
         for stream in (UPDATE_STREAM, TAU_STREAM):
             low, high = self.update.key(layout, stream)
-            values += [_signed(low), _signed(high ^ upper), largest - WORDS // 2]
+            values += [_signed(word) for word in (low, high ^ upper, largest)]
         return torch.tensor(values, dtype=torch.int32, device=self.mean.device)
 
     @property
@@ -148,39 +178,6 @@ class _Bracket:
         """Move to a new cut; four times this move is wide enough for the next one."""
         moved = abs(cut - self.cut) / max(cut, 1e-38)
         self.cut, self.width = cut, min(max(4 * moved, _NARROWEST), _WIDEST)
-
-
-@dataclass(slots=True)
-class _Gathered:
-    """What a rank found of a parameter: how much above the bracket, and all that is inside; where
-    that is too much, what makes every rank look otherwise.
-    """
-
-    num_above: int = 0
-    num_inside: int = 0
-    inside: list[Tensor] = field(default_factory=list)
-
-    def take(self, delta: Tensor, ends: tuple[float, float], density: float) -> None:
-        """Look through a chunk, which is spoilt."""
-        if self.num_above >= _MISSED:
-            return
-        low, high = ends
-        if delta.device.type == "cpu":
-            num_above, inside = _look_through(delta.numpy(), low, high, density)
-        else:
-            delta.abs_()
-            num_above = int((delta > high).sum())
-            inside = delta[(delta >= low) & (delta <= high)]
-        self.num_above += num_above
-        self.num_inside += inside.numel()
-        self.inside.append(inside)
-        if self.num_inside > _MOST_INSIDE:
-            self.num_above = _MISSED
-            self.inside.clear()
-
-    def keys(self, device: torch.device) -> Tensor:
-        """Integers that order like the magnitudes inside."""
-        return magnitude_keys(torch.cat(self.inside)) if self.inside else _no_keys(device)
 
 
 class FastPath:
@@ -213,11 +210,10 @@ class FastPath:
                 tau = None
                 if fast.update.alpha():
                     tau = self._merger.reference.chunk(layout, start, theta.numel(), device)
-                index = torch.tensor(_signed(start % WORDS), dtype=torch.int32, device=device)
                 words = fast.words_on_device(layout, start)
                 self._count(
                     self._kernels.dare_step(
-                        theta, *moments, tau, index, words, numbers, fast.counting
+                        theta, *moments, tau, start, words, numbers, fast.counting
                     )
                 )
 
@@ -253,24 +249,20 @@ class FastPath:
             self._scratch[device] = torch.empty(size, device=device)
         return self._scratch[device]
 
-    def _first_pass(self, fast: FastUpdate) -> dict[str, _Gathered]:
-        """Advance the moments and gather, by parameter, what is near its cut."""
-        found: dict[str, _Gathered] = {}
+    def _first_pass(self, fast: FastUpdate) -> dict[str, Found]:
+        """Advance the moments and find, by parameter, what is near its cut."""
+        found: dict[str, Found] = {}
         numbers = fast.numbers_on_device()
-        scratch = self._room(fast)
         for layout in fast.update.layouts:
-            bracket, gathered = self._brackets.get(layout.name), _Gathered()
-            gathered = found.setdefault(layout.name, gathered)
+            bracket, so_far = self._brackets.get(layout.name), found.get(layout.name, Found())
+            ends = _NOWHERE if bracket is None else bracket.ends
             for _, place in layout.chunks(_TWO_PASSES):
-                delta = scratch[: place.stop - place.start]
-                self._kernels.ties_advance(*fast.at(place), delta, numbers)
-                if bracket is not None:
-                    gathered.take(delta, bracket.ends, fast.update.group["density"])
+                room = max(0, _MOST_INSIDE - so_far.num_inside)
+                so_far += self._kernels.ties_advance(*fast.at(place), numbers, ends, room)
+            found[layout.name] = so_far
         return found
 
-    def _cuts(
-        self, selected: Sequence[Selected], gathered: dict[int, dict[str, _Gathered]]
-    ) -> Cuts:
+    def _cuts(self, selected: Sequence[Selected], gathered: dict[int, dict[str, Found]]) -> Cuts:
         """Where top-p cuts each parameter: from what was gathered, or else by counting all."""
         cuts: Cuts = {}
         known = [item for item in selected if item[1][0].name in self._brackets]
@@ -315,15 +307,18 @@ class FastPath:
 
 
 def _cuts_inside(
-    parts: Sequence[_Gathered],
+    parts: Sequence[Found],
     ks: Sequence[int],
     group: ProcessGroup | None,
     device: torch.device,
 ) -> list[TopCut | None]:
     """Cuts that lie inside the brackets; None where one missed, or words have to decide."""
-    keys = [part.keys(device) for part in parts]
     counts = torch.tensor(
-        [[part.num_above, own.numel()] for part, own in zip(parts, keys, strict=True)],
+        [
+            # Too many to look at: every rank then counts this parameter otherwise.
+            [_MISSED if part.num_inside > _MOST_INSIDE else part.num_above, part.num_inside]
+            for part in parts
+        ],
         dtype=torch.int64,
         device=device,
     )
@@ -332,7 +327,8 @@ def _cuts_inside(
     cuts: list[TopCut | None] = [None] * len(parts)
     if not hit:
         return cuts
-    inside, left = [keys[i] for i in hit], [ks[i] - rows[i][0] for i in hit]
+    inside = [_keys(parts[i].inside, device) for i in hit]
+    left = [ks[i] - rows[i][0] for i in hit]
     if group is None:
         found = [cut_of(own.cpu().numpy(), k) for own, k in zip(inside, left, strict=True)]
     else:
@@ -343,26 +339,11 @@ def _cuts_inside(
     return cuts
 
 
-def _look_through(
-    delta: NDArray[np.float32], low: float, high: float, density: float
-) -> tuple[int, Tensor]:
-    """How many magnitudes are above a bracket, and those inside; `delta` becomes magnitudes.
-
-    numpy's passes over booleans are several times faster than torch's on a CPU.
-    """
-    size = np.abs(delta, out=delta)
-    if density < _SPARSE:
-        large = size[np.flatnonzero(size >= low)]
-        inside = large[large <= high]
-        return len(large) - len(inside), torch.from_numpy(inside)
-    places = np.flatnonzero((size >= low) & (size <= high))
-    return int(np.count_nonzero(size > high)), torch.from_numpy(size[places])
-
-
 def _signed(word: int) -> int:
     """A 32-bit word as the signed number of the same bits."""
     return word - WORDS if word >= WORDS // 2 else word
 
 
-def _no_keys(device: torch.device) -> Tensor:
-    return torch.zeros(0, dtype=torch.int32, device=device)
+def _keys(magnitudes: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Integers that order like magnitudes."""
+    return magnitude_keys(torch.cat([torch.zeros(0, device=device), *magnitudes]))

@@ -126,7 +126,7 @@ class Merger:
         if update.group["density"] == 1:
             return self.reference.chunk(layout, start, like.numel(), like.device).float()
         key, room = update.key(layout, TAU_STREAM), torch.empty_like(like, dtype=torch.float32)
-        return self.reference.top_chunk(layout, key, start, room)
+        return self.reference.top_chunk(layout, key, start, room).float()
 
     def keep_top_taus(self, selected: Sequence[Selected]) -> None:
         """Find top_p(tau), which does not change, of the parameters that are merged first now."""

@@ -49,7 +49,7 @@ class OnlineMergingAdamW(OnlineMergingBase):
         missing_delta, delta_placement, delta_dtype: see `ReferenceDelta`.
         nonfinite: a gradient with Inf or NaN is an error (`raise`), or its step is left out on
             all ranks (`skip`); either way nothing has changed.
-        implementation: the arithmetic's path: `reference`, `compiled` (torch.compile) or `triton`;
+        implementation: the arithmetic's path: `reference`, `compiled` (C) or `triton`;
             `auto` takes what size and machine are worth, says so once, and keeps it on resumption.
 
     With density 1 and alpha 0 it is torch's AdamW (`foreach=False, fused=False`) bit for bit. Masks

@@ -6,13 +6,12 @@ from typing import Literal
 
 import torch
 
-from operators.optim.compiled import CompiledKernels
 from operators.optim.fast import Kernels
-from operators.optim.formulas import NUM_NUMBERS
+from operators.optim.native import CompilerError, NativeKernels
 
 Implementation = Literal["auto", "reference", "compiled", "triton"]
 IMPLEMENTATIONS = ("auto", "reference", "compiled", "triton")
-WORTH_COMPILING = 1 << 24  # elements of this rank: below, compiling takes longer than it saves
+WORTH_COMPILING = 1 << 20  # elements of this rank: below, a second of compiling is not made good
 _LOG = logging.getLogger(__name__)
 
 
@@ -38,13 +37,13 @@ def choose_path(
     elif path == "compiled":
         try:
             kernels = _compiled(device)
-        except Exception as error:  # whatever a missing or broken compiler raises
+        except CompilerError as error:
             if wanted != "auto":
                 raise ValueError(
-                    f"implementation: 'compiled' does not work here ({_first_line(error)}); "
-                    "allowed: 'reference', or install a C++ compiler"
+                    f"implementation: 'compiled' does not work here ({error}); "
+                    "allowed: 'reference', or install a C compiler"
                 ) from error
-            path, reason = "reference", f"torch.compile failed: {_first_line(error)}"
+            path, reason = "reference", str(error)
     _LOG.info("online merging: %s path, %s", path, reason)
     return path, kernels
 
@@ -53,23 +52,32 @@ def _worth(device: torch.device, size: int) -> tuple[Implementation, str]:
     """What `auto` takes for so many float32 elements, and why."""
     if device.type == "cuda" and importlib.util.find_spec("triton"):
         return "triton", "on a GPU"
+    if device.type != "cpu":
+        return "reference", f"on {device.type}, for which there is no faster one"
     if size < WORTH_COMPILING:
         return "reference", f"{size:,} float32 elements are too few to compile for"
-    return "compiled", f"{size:,} float32 elements on {device.type}"
+    return "compiled", f"{size:,} float32 elements on a CPU"
 
 
 def _compiled(device: torch.device) -> Kernels:
-    """Compiled passes, tried out on a few numbers."""
-    kernels = CompiledKernels()
-    theta, gradient, mean, square = torch.zeros(4, 64, device=device)
-    kernels.plain_step(theta, gradient, mean, square, torch.ones(NUM_NUMBERS, device=device))
-    return kernels
+    """The passes in C, where they can run.
+
+    Raises:
+        CompilerError: no C compiler works here.
+        ValueError: the parameters are not on a CPU.
+    """
+    if device.type != "cpu":
+        raise ValueError(
+            f"implementation: 'compiled' is for a CPU, found parameters on {device.type}; "
+            "allowed: 'triton' and 'reference'"
+        )
+    return NativeKernels()
 
 
 def _triton(device: torch.device) -> Kernels:
     """Triton's kernels, where they can run."""
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("implementation: 'triton' is not installed; allowed: 'compiled'")
+        raise ValueError("implementation: 'triton' is not installed; allowed: 'reference'")
     from operators.optim.triton_kernels import TritonKernels, interpreted
 
     if device.type != "cuda" and not interpreted():
@@ -78,8 +86,3 @@ def _triton(device: torch.device) -> Kernels:
             "allowed: 'compiled' and 'reference'"
         )
     return TritonKernels()
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -167,13 +167,14 @@ class ReferenceDelta:
         self, layout: ShardLayout, key: tuple[int, int], start: int, room: Tensor
     ) -> Tensor:
         """top_p(tau)'s elements from `start` on, whole chunks of the layout, as many as `room` has:
-        float32 on its device, zero where dropped. What is in `room` is spoilt.
+        on its device, zero where dropped; written into `room`, which is float32, unless they stand
+        there already as they are wanted.
         """
         kept, done, count = self._top[layout.name, layout.start], start - layout.start, room.numel()
         if isinstance(kept, _Sparse):
             return kept.write(done, room)
         if isinstance(kept, Tensor):
-            return room.copy_(kept[done : done + count])
+            return kept[done : done + count].to(room.device)
         tau = self.read(layout, start, count)
         tau = torch.where(top_mask(tau, kept, key, start), tau, 0.0)
         return room.copy_(tau.to(self._dtype))

@@ -1,4 +1,4 @@
-"""The fast paths' passes as Triton kernels: the same arithmetic as `operators.optim.formulas`."""
+"""The fast path's passes on a GPU, as Triton kernels: the same arithmetic as `kernels.c`."""
 # Triton's decorator is untyped, and what kernels take are no Python types.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from operators.optim.fast import Counts
+from operators.optim.fast import Counts, Found
 
 BLOCK = 1024  # elements of a program
 
@@ -32,7 +32,7 @@ def _kept(index, words, first: tl.constexpr):
     """The Bernoulli mask of elements, by key and largest kept word at `words + first`."""
     low = tl.load(words + first).to(tl.uint32, bitcast=True)
     high = tl.load(words + first + 1).to(tl.uint32, bitcast=True)
-    largest = tl.load(words + first + 2).to(tl.uint32, bitcast=True) ^ 0x80000000
+    largest = tl.load(words + first + 2).to(tl.uint32, bitcast=True)
     return _mix(_mix(index ^ low) ^ high) <= largest
 
 
@@ -104,7 +104,7 @@ def _dare_kernel(
     mean, square = _advance(gradient, mean, square, numbers)
     tl.store(mean_ptr + at, mean, mask=inside)
     tl.store(square_ptr + at, square, mask=inside)
-    index = (tl.load(start) + at).to(tl.uint32, bitcast=True)
+    index = start.to(tl.uint32) + at.to(tl.uint32)
     delta = _delta(mean, square, numbers)
     change = tl.where(_kept(index, words, 0), delta, 0.0) * tl.load(numbers + 7)
     if has_tau:
@@ -185,7 +185,7 @@ class TritonKernels:
         mean: Tensor,
         square: Tensor,
         tau: Tensor | None,
-        start: Tensor,
+        start: int,
         words: Tensor,
         numbers: Tensor,
         counting: bool,
@@ -200,7 +200,7 @@ class TritonKernels:
             mean,
             square,
             theta if tau is None else tau,
-            start,
+            start % (1 << 32),
             words,
             numbers,
             counts,
@@ -210,10 +210,20 @@ class TritonKernels:
         return (counts[0], counts[1]) if counting else None
 
     def ties_advance(
-        self, gradient: Tensor, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor
-    ) -> None:
+        self,
+        gradient: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        numbers: Tensor,
+        ends: tuple[float, float],
+        room: int,
+    ) -> Found:
         """OnTIES' first pass."""
-        _launch(_ties_advance_kernel, delta.numel(), gradient, mean, square, delta, numbers)
+        size, (low, high) = torch.empty_like(mean), ends
+        _launch(_ties_advance_kernel, size.numel(), gradient, mean, square, size, numbers)
+        size.abs_()
+        inside = size[(size >= low) & (size <= high)]
+        return Found(int((size > high).sum()), inside.numel(), [inside[:room]])
 
     def note_update(self, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor) -> None:
         """The update of moments that are advanced already."""

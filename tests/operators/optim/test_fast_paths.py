@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from operators.counter_random import counter_key, keep_mask
-from operators.optim import OnlineMergingAdamW, formulas
-from operators.optim.compiled import CompiledKernels
+from operators.optim import OnlineMergingAdamW
 from operators.optim.fast import FastPath, _signed
+from operators.optim.native import CompilerError, NativeKernels, _library
 from tests.operators.optim.helpers import make_parameters, make_tau, merging, set_gradients
 
 CASES = {
@@ -25,13 +25,6 @@ CASES = {
     "ties without tau": {"density": 0.3, "alpha": 0.0, "consensus": "ties"},
     "ties step-K": {"density": 0.3, "alpha": 0.1, "consensus": "ties", "merge_every": 3},
 }
-
-
-class PlainKernels(CompiledKernels):
-    """The passes' formulas as they stand, not compiled."""
-
-    def _run(self, function, *arguments):
-        return function(*arguments)
 
 
 def steps(kernels, options, num_steps: int = 6, shapes=None):
@@ -71,18 +64,26 @@ def by_triton(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("name", CASES)
 def test_the_fused_passes_move_weights_as_the_reference_does(by_triton, name: str) -> None:
     expected, reference = steps(None, CASES[name])
-    found, fast = steps(PlainKernels(), CASES[name])
+    found, fast = steps(NativeKernels(), CASES[name])
     assert_close(found, expected)
     assert fast.reference_bytes() == reference.reference_bytes()
     assert_close(by_triton[name], expected, apart=2 if name.startswith("ties") else 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["dare", "ties"])
-def test_so_does_the_compiled_path(name: str) -> None:
-    expected, _ = steps(None, CASES[name])
-    found, _ = steps(CompiledKernels(), CASES[name])
-    assert_close(found, expected, apart=2 if name == "ties" else 0)
+def test_moments_have_the_reference_paths_bits() -> None:
+    moments = []
+    for implementation in ("reference", "compiled"):
+        generator = torch.Generator().manual_seed(5)
+        parameter = nn.Parameter(torch.randn(10_001, generator=generator))
+        optimizer = OnlineMergingAdamW(
+            [("w", parameter)], None, alpha=0.0, density=0.5, implementation=implementation
+        )
+        for _ in range(20):
+            parameter.grad = torch.randn(10_001, generator=generator)
+            optimizer.step()
+        moments.append(optimizer.state[parameter])
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(moments[0][name], moments[1][name])
 
 
 def test_the_reference_is_followed_over_many_steps_in_float64() -> None:
@@ -93,47 +94,110 @@ def test_the_reference_is_followed_over_many_steps_in_float64() -> None:
     for step in range(200):
         set_gradients(doubles, step)
         optimizer.step()
-    for kernels in (None, PlainKernels()):
+    for kernels in (None, NativeKernels()):
         found, _ = steps(kernels, options, 200)
         for name, parameter in found.items():
             error = (parameter.double() - doubles[name]).norm() / doubles[name].norm()
             assert error < 1e-6
 
 
-def test_masks_are_the_pinned_ones_at_any_index() -> None:
-    for start in (0, (1 << 31) - 3, (1 << 32) - 7, 5 * (1 << 32) + 11):
-        key = counter_key(7, "w", 1, 3)
+def masks(kernels) -> list[torch.Tensor]:
+    """Where a tau of 1 arrives, from global indices on both sides of 2^31 and below 2^32."""
+    found = []
+    for start, key in MASKS:
         count = min(1000, (1 << 32) - start % (1 << 32))
+        theta, gradient, mean, square = torch.zeros(4, count)
         upper = (start >> 32) * 0x9E3779B9 % (1 << 32)
-        largest = int(0.3 * (1 << 32)) - 1 - (1 << 31)
-        words = torch.tensor([_signed(key[0]), _signed(key[1] ^ upper), largest]).int()
-        index = torch.arange(count, dtype=torch.int32) + _signed(start % (1 << 32))
-        assert torch.equal(formulas.kept(index, words, 0), keep_mask(key, 0.3, start, count))
+        words = [0, 0, 0, key[0], key[1] ^ upper, int(0.3 * (1 << 32)) - 1]
+        numbers = torch.tensor([0.1, 0.999, 0.001, 1.0, -1e-3, 1.0, 1.0, 0.0, 1.0, 0.0])
+        kernels.dare_step(
+            theta,
+            gradient,
+            mean,
+            square,
+            torch.ones(count, dtype=torch.bfloat16),
+            start,
+            torch.tensor([_signed(word) for word in words], dtype=torch.int32),
+            numbers,
+            False,
+        )
+        found.append(theta)
+    return found
+
+
+MASKS = [
+    (start, counter_key(7, "w", 1, 3))
+    for start in (0, (1 << 31) - 3, (1 << 32) - 7, 5 * (1 << 32) + 11)
+]
+
+
+def test_masks_are_the_pinned_ones_at_any_index(by_triton) -> None:
+    for found in (masks(NativeKernels()), by_triton["masks"]):
+        for (start, key), theta in zip(MASKS, found, strict=True):
+            assert torch.equal(theta, keep_mask(key, 0.3, start, theta.numel()).float())
+
+
+@pytest.fixture
+def num_threads_kept():
+    """torch's number of threads as it was, after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("num_threads_kept")
+def test_bits_do_not_depend_on_how_a_range_is_cut_over_threads() -> None:
+    """Not even by threads whose parts end between two vectors."""
+    results = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        generator = torch.Generator().manual_seed(3)
+        parameter = nn.Parameter(torch.randn(150_001, generator=generator))
+        tau = {"w": torch.randn(150_001, generator=generator)}
+        optimizer = OnlineMergingAdamW(
+            [("w", parameter)], tau, density=0.3, alpha=0.1, implementation="compiled"
+        )
+        other = OnlineMergingAdamW(
+            [("w", parameter)],
+            tau,
+            consensus="ties",
+            density=0.3,
+            alpha=0.1,
+            implementation="compiled",
+        )
+        for _ in range(4):
+            parameter.grad = torch.randn(150_001, generator=generator)
+            optimizer.step()
+            other.step()
+        results.append(parameter.detach().clone())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def updates(kernels) -> list[torch.Tensor]:
     """The update as the first pass makes it, and as it is made again of its moments."""
     generator = torch.Generator().manual_seed(3)
     gradient = torch.randn(5000, generator=generator)
-    mean, square, first, second = torch.zeros(4, 5000)
+    mean, square, second = torch.zeros(3, 5000)
     numbers = torch.tensor([0.1, 0.999, 0.001, 1e-8, -3e-4, 0.0316, 1.0, 1.0, 0.0, 0.0])
-    kernels.ties_advance(gradient, mean, square, first, numbers)
+    first = kernels.ties_advance(gradient, mean, square, numbers, (0.0, 1e9), 5000)
+    assert (first.num_above, first.num_inside) == (0, 5000)
     kernels.note_update(mean, square, second, numbers)
-    return [mean, square, first, second]
+    return [mean, square, torch.cat(first.inside), second]
 
 
 def test_an_update_has_the_same_bits_in_every_pass(by_triton) -> None:
     """A cut that one pass finds is applied by another."""
-    for mean, square, first, second in (updates(PlainKernels()), by_triton["updates"]):
-        assert torch.equal(first, second)
+    for mean, square, first, second in (updates(NativeKernels()), by_triton["updates"]):
+        assert torch.equal(first, second.abs())
         by_hand = mean.double() * -3e-4 / (square.double().sqrt() / 0.0316 + 1e-8)
-        assert torch.allclose(first.double(), by_hand, rtol=1e-6)
+        assert torch.allclose(second.double(), by_hand, rtol=1e-6)
 
 
 def test_a_guess_that_misses_is_made_good() -> None:
     """Gradients that grow and shrink a thousandfold move the cut out of every bracket."""
     results = []
-    for kernels in (None, PlainKernels()):
+    for kernels in (None, NativeKernels()):
         parameter = nn.Parameter(torch.zeros(5000))
         optimizer = OnlineMergingAdamW(
             [("w", parameter)],
@@ -155,13 +219,14 @@ def test_a_guess_that_misses_is_made_good() -> None:
             optimizer.step()
             assert int((parameter.detach() != before).sum()) == 500
         results.append(parameter.detach())
-    assert torch.allclose(*results, rtol=1e-5, atol=1e-6)
+    # Square roots round differently, so two magnitudes at a cut can change places.
+    assert int((~torch.isclose(*results, rtol=1e-5, atol=1e-6)).sum()) <= 2
 
 
 def test_equal_magnitudes_are_decided_as_on_the_reference_path() -> None:
     tau = {"w": torch.ones(1000)}
     results = []
-    for kernels in (None, PlainKernels()):
+    for kernels in (None, NativeKernels()):
         parameter = nn.Parameter(torch.zeros(1000))
         optimizer = OnlineMergingAdamW(
             [("w", parameter)],
@@ -185,7 +250,7 @@ def test_groups_and_excluded_parameters_go_fast_too() -> None:
     tau = make_tau()
     del tau["embed"]
     results = []
-    for kernels in (None, PlainKernels()):
+    for kernels in (None, NativeKernels()):
         parameters = make_parameters()
         named = list(parameters.items())
         optimizer = OnlineMergingAdamW(
@@ -212,7 +277,7 @@ TINY = {"density": 0.4, "alpha": 1e-8, "lr": 1e-7}
 
 
 def test_merges_without_effect_are_counted_on_every_path(by_triton) -> None:
-    shares = [steps(k, TINY, 1)[1].unchanged_share() for k in (None, PlainKernels())]
+    shares = [steps(k, TINY, 1)[1].unchanged_share() for k in (None, NativeKernels())]
     assert 0 < shares[0] < 1
     assert [*shares, by_triton["unchanged"]] == pytest.approx([shares[0]] * 3, abs=0.03)
 
@@ -241,21 +306,29 @@ def test_the_path_is_chosen_by_size_said_once_and_kept(monkeypatch, caplog) -> N
 
 
 def test_auto_does_without_a_compiler_and_compiled_says_what_is_missing(monkeypatch) -> None:
-    def broken(device):
-        raise RuntimeError("no C++ compiler found\nlong trace")
-
     monkeypatch.setattr("operators.optim.path.WORTH_COMPILING", 1)
-    monkeypatch.setattr("operators.optim.path._compiled", broken)
+    monkeypatch.setattr("operators.optim.native.COMPILERS", ("no-such-compiler",))
+    _library.cache_clear()
     parameters = make_parameters()
     set_gradients(parameters, 0)
     optimizer = merging(alpha=0.1)(parameters)
     optimizer.step()
     assert optimizer.path == "reference"
     optimizer = merging(alpha=0.1, implementation="compiled")(parameters)
-    with pytest.raises(ValueError, match=r"'compiled' does not work here \(no C\+\+ compiler"):
+    with pytest.raises(ValueError, match=r"'compiled' does not work here \(no C compiler found"):
         optimizer.step()
     with pytest.raises(ValueError, match="implementation: found 'fused'; allowed: 'auto', 'ref"):
         merging(implementation="fused")(parameters)
+
+
+def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho 'cannot find math.h' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr("operators.optim.native.COMPILERS", (str(compiler),))
+    _library.cache_clear()
+    with pytest.raises(CompilerError, match=r"^cannot find math\.h$"):
+        NativeKernels()
 
 
 def test_triton_needs_a_gpu() -> None:

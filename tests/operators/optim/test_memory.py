@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from operators.optim import OnlineMergingAdamW
 from operators.optim.fast import FastPath
 from operators.optim.layout import CHUNK
-from tests.operators.optim.test_fast_paths import PlainKernels
+from operators.optim.native import NativeKernels
 
 SIZE = 9 * CHUNK + 123
 
@@ -39,7 +39,7 @@ def stepped(options, *, fast: bool = False):
         [("w", parameter)], {"w": tau}, implementation="reference", **options
     )
     if fast:
-        optimizer._path, optimizer._fast = "test", FastPath(PlainKernels(), optimizer._merger)
+        optimizer._path, optimizer._fast = "test", FastPath(NativeKernels(), optimizer._merger)
     for step in range(2):
         parameter.grad = torch.randn(SIZE, generator=torch.Generator().manual_seed(step))
         optimizer.step()
@@ -67,7 +67,7 @@ def test_temporaries_are_bounded_by_a_chunk(options, fast: bool, monkeypatch) ->
     with LargestTensor([parameter, parameter.grad, tau, *state, *kept]) as largest:
         for _ in range(2):
             optimizer.step()
-    # A chunk in float64 or int64; PlainKernels makes temporaries that a fused pass has not.
+    # A chunk in float64 or int64; NativeKernels makes temporaries that a fused pass has not.
     assert 0 < largest.num_bytes <= (16 if fast else 8) * CHUNK
 
 

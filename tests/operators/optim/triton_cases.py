@@ -5,7 +5,7 @@ import sys
 import torch
 
 from operators.optim.triton_kernels import TritonKernels
-from tests.operators.optim.test_fast_paths import CASES, TINY, steps, updates
+from tests.operators.optim.test_fast_paths import CASES, TINY, masks, steps, updates
 
 
 def main(path: str) -> None:
@@ -14,6 +14,7 @@ def main(path: str) -> None:
         name: {n: p.detach() for n, p in steps(TritonKernels(), options)[0].items()}
         for name, options in CASES.items()
     }
+    results["masks"] = masks(TritonKernels())
     results["updates"] = updates(TritonKernels())
     results["unchanged"] = steps(TritonKernels(), TINY, 1)[1].unchanged_share()
     torch.save(results, path)

@@ -1,0 +1,200 @@
+/* The fast path's passes on a CPU, for loops that the compiler turns into vector instructions.
+ *
+ * The arithmetic is that of operators/optim/adamw.py and merge.py. Every operation is correctly
+ * rounded and none is contracted but where it says so, so that the bits of an element depend
+ * neither on the machine's vectors nor on where a range is cut. Ranges are flat and hold `size`
+ * elements; `numbers` are a step's, in the order of `Numbers`. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef struct {
+    float take;          /* 1 - beta1 */
+    float keep_square;   /* beta2 */
+    float take_square;   /* 1 - beta2 */
+    float eps;
+    float scale;         /* minus the step size */
+    float root;          /* root of the second moment's bias correction */
+    float decay;
+    float update_weight; /* 1 - a */
+    float tau_weight;    /* a */
+    float cut;           /* the smallest magnitude that top-p keeps */
+} Numbers;
+
+/* A mask's key, the upper half of the index folded in, and the largest word that is kept. */
+typedef struct {
+    uint32_t low, high, largest;
+} Mask;
+
+enum { NO_TAU = 0, BFLOAT16 = 2, FLOAT32 = 4 }; /* bytes of an element of tau */
+enum { BLOCK = 1024 };                          /* elements whose updates stay in the first cache */
+
+static inline uint32_t mix(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+static inline int is_kept(uint32_t index, Mask mask) {
+    return mix(mix(index ^ mask.low) ^ mask.high) <= mask.largest;
+}
+
+/* What AdamW adds, without decay. */
+static inline float update_of(float mean, float square, const Numbers *n) {
+    return mean * n->scale / (sqrtf(square) / n->root + n->eps);
+}
+
+/* Takes a gradient into both moments, fused where torch's lerp and addcmul are, so that these are
+ * the reference path's bits (its square root is not); what AdamW then adds. */
+static inline float advance(float gradient, float *mean, float *square, const Numbers *n) {
+    *mean = fmaf(n->take, gradient - *mean, *mean);
+    *square = fmaf(n->take_square * gradient, gradient, *square * n->keep_square);
+    return update_of(*mean, *square, n);
+}
+
+static inline float tau_at(const void *tau, int width, int64_t i) {
+    if (width == NO_TAU) return 0.0f;
+    if (width == FLOAT32) return ((const float *)tau)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)tau)[i] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* Eq. 7: the sum where signs agree or one is zero, else the larger magnitude; 0 where equal. */
+static inline float consensus(float change, float drift) {
+    int against = ((change > 0.0f) & (drift < 0.0f)) | ((change < 0.0f) & (drift > 0.0f));
+    float stronger = fabsf(drift) > fabsf(change) ? drift : change;
+    stronger = fabsf(drift) == fabsf(change) ? 0.0f : stronger;
+    return against ? stronger : change + drift;
+}
+
+/* theta * decay + change; counts[0] of what that does not move although it should, counts[1] of
+ * all that it should move. */
+static inline void write(float *theta, float change, const Numbers *n, int counting,
+                         int64_t *counts) {
+    float before = *theta * n->decay, after = before + change;
+    *theta = after;
+    if (counting) {
+        counts[0] += (change != 0.0f) & (after == before);
+        counts[1] += change != 0.0f;
+    }
+}
+
+/* AdamW. */
+void plain_step(int64_t size, float *restrict theta, const float *restrict gradient,
+                float *restrict mean, float *restrict square, const Numbers *numbers) {
+    const Numbers n = *numbers;
+    for (int64_t i = 0; i < size; i++) {
+        float m = mean[i], s = square[i];
+        float change = advance(gradient[i], &m, &s, &n);
+        mean[i] = m;
+        square[i] = s;
+        theta[i] = theta[i] * n.decay + change;
+    }
+}
+
+/* Each loop is compiled once for every constant combination of what is decided once a call. */
+#define CHOOSE(loop, ...)                                                                          \
+    do {                                                                                           \
+        if (tau_width == BFLOAT16 && counting) loop(__VA_ARGS__, BFLOAT16, 1);                     \
+        else if (tau_width == BFLOAT16) loop(__VA_ARGS__, BFLOAT16, 0);                            \
+        else if (tau_width == FLOAT32 && counting) loop(__VA_ARGS__, FLOAT32, 1);                  \
+        else if (tau_width == FLOAT32) loop(__VA_ARGS__, FLOAT32, 0);                              \
+        else if (counting) loop(__VA_ARGS__, NO_TAU, 1);                                           \
+        else loop(__VA_ARGS__, NO_TAU, 0);                                                         \
+    } while (0)
+#define LOOP static inline __attribute__((always_inline)) void
+
+LOOP dare_loop(int64_t size, float *restrict theta, const float *restrict gradient,
+               float *restrict mean, float *restrict square, const void *restrict tau,
+               uint32_t start, const Mask *masks, const Numbers *numbers, int64_t *counts,
+               int tau_width, int counting) {
+    const Numbers n = *numbers;
+    const Mask of_update = masks[0], of_tau = masks[1];
+    int64_t count[2] = {0, 0};
+    for (int64_t i = 0; i < size; i++) {
+        uint32_t index = start + (uint32_t)i;
+        float m = mean[i], s = square[i];
+        float update = advance(gradient[i], &m, &s, &n);
+        mean[i] = m;
+        square[i] = s;
+        float change = (is_kept(index, of_update) ? update : 0.0f) * n.update_weight;
+        if (tau_width != NO_TAU) {
+            float drift = tau_at(tau, tau_width, i);
+            change = fmaf(is_kept(index, of_tau) ? drift : 0.0f, n.tau_weight, change);
+        }
+        write(theta + i, change, &n, counting, count);
+    }
+    memcpy(counts, count, sizeof count);
+}
+
+/* OnDARE around AdamW, all in one pass; `start` is the lower half of the first global index. */
+void dare_step(int64_t size, float *theta, const float *gradient, float *mean, float *square,
+               const void *tau, int tau_width, uint32_t start, const Mask *masks,
+               const Numbers *numbers, int counting, int64_t *counts) {
+    CHOOSE(dare_loop, size, theta, gradient, mean, square, tau, start, masks, numbers, counts);
+}
+
+LOOP ties_loop(int64_t size, float *restrict theta, const float *restrict mean,
+               const float *restrict square, const void *restrict tau, const Numbers *numbers,
+               int64_t *counts, int tau_width, int counting) {
+    const Numbers n = *numbers;
+    int64_t count[2] = {0, 0};
+    for (int64_t i = 0; i < size; i++) {
+        float update = update_of(mean[i], square[i], &n);
+        float change = (fabsf(update) >= n.cut ? update : 0.0f) * n.update_weight;
+        if (tau_width != NO_TAU)
+            change = consensus(change, tau_at(tau, tau_width, i) * n.tau_weight);
+        write(theta + i, change, &n, counting, count);
+    }
+    memcpy(counts, count, sizeof count);
+}
+
+/* OnTIES' second pass: eq. 7 of the updates at or above the cut, and top_p(tau). */
+void ties_step(int64_t size, float *theta, const float *mean, const float *square,
+               const void *tau, int tau_width, const Numbers *numbers, int counting,
+               int64_t *counts) {
+    CHOOSE(ties_loop, size, theta, mean, square, tau, numbers, counts);
+}
+
+/* OnTIES' first pass: advances the moments and looks for the cut in the bracket [low, high].
+ * found[0] counts the updates' magnitudes above it, found[1] those inside, of which the first
+ * `room` are written to `inside`. */
+void ties_advance(int64_t size, const float *restrict gradient, float *restrict mean,
+                  float *restrict square, const Numbers *numbers, float low, float high,
+                  float *restrict inside, int64_t room, int64_t *found) {
+    const Numbers n = *numbers;
+    int64_t num_above = 0, num_inside = 0;
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        const int length = size - first < BLOCK ? (int)(size - first) : BLOCK;
+        float magnitude[BLOCK];
+        int above = 0, from_low = 0;
+        for (int i = 0; i < length; i++) {
+            float m = mean[first + i], s = square[first + i];
+            float size_of_update = fabsf(advance(gradient[first + i], &m, &s, &n));
+            mean[first + i] = m;
+            square[first + i] = s;
+            magnitude[i] = size_of_update;
+            above += size_of_update > high;
+            from_low += size_of_update >= low;
+        }
+        num_above += above;
+        if (from_low == above) continue;
+        for (int i = 0; i < length; i++) {
+            if (magnitude[i] < low || magnitude[i] > high) continue;
+            if (num_inside < room) inside[num_inside] = magnitude[i];
+            num_inside++;
+        }
+    }
+    found[0] = num_above;
+    found[1] = num_inside;
+}
+
+/* The update of moments that are advanced already. */
+void note_update(int64_t size, const float *restrict mean, const float *restrict square,
+                 float *restrict update, const Numbers *numbers) {
+    const Numbers n = *numbers;
+    for (int64_t i = 0; i < size; i++) update[i] = update_of(mean[i], square[i], &n);
+}
