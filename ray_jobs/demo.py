@@ -21,7 +21,7 @@ from pipelines.merge import load_merge_config, merge
 from pipelines.storage import resolve_output
 from pipelines.sweep import SweepConfig, sweep
 from pipelines.tiny_world import build_world, train_base, train_sft
-from pipelines.train import AlignConfig, align
+from pipelines.train import AlignConfig, align_in_turn
 from pipelines.versions import versions
 from ray_jobs.report import run_report
 from ray_jobs.session import PROJECT_ROOT, ray_session
@@ -110,9 +110,8 @@ class Demo:
             Step("world", paths.world, self._world, 3),
             Step("train base", paths.model("base"), self._base, 60 if smoke else 110),
             Step("train sft", paths.model("sft"), self._sft, 25 if smoke else 35),
+            Step("align", paths.model(ALIGNED[-1]), self._align, 80, keeps=True),
         ]
-        for name in ALIGNED:
-            steps.append(Step(f"align {name}", paths.model(name), self._align(name), 18))
         for name in SWEPT:
             steps.append(
                 Step(f"sweep {name}", paths.result(f"sweep-{name}"), self._sweep(name), 20)
@@ -155,13 +154,13 @@ class Demo:
         base, sft = self.paths.model("base"), self.paths.model("sft")
         train_sft(self.paths.world, base, sft, self.size, self.seed)
 
-    def _align(self, name: str) -> Callable[[], None]:
-        def run() -> None:
-            self._ray()
+    def _align(self) -> None:
+        self._ray()
+        runs = []
+        for name in ALIGNED:
             config = load_config(self._write_config(f"align/{name}"), AlignConfig)
-            align(config, self.paths.model(name))
-
-        return run
+            runs.append((config, self.paths.model(name)))
+        align_in_turn(runs)
 
     def _sweep(self, name: str) -> Callable[[], None]:
         def run() -> None:

@@ -17,12 +17,15 @@ STATE_FILE = "steps.json"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One piece of work, its output, and about how long it takes on two idle cores."""
+    """One piece of work, its (last) output, and about how long it takes on two idle cores. A step
+    that `keeps` goes on with what stands already of its work.
+    """
 
     name: str
     output: Path
     run: Callable[[], Any]
     expected_s: float
+    keeps: bool = False
 
 
 class Steps:
@@ -67,7 +70,7 @@ class Steps:
             label = f"[{number:>2}/{len(steps)}] {step.name}"
             print(f"{label:<44} about {_minutes(left)} left", file=sys.stderr, flush=True)
             start = time.monotonic()
-            if step.output.is_dir():
+            if step.output.is_dir() and not step.keeps:
                 shutil.rmtree(step.output)  # complete, but its record was lost: made anew
             step.run()
             self.seconds[step.name] = round(time.monotonic() - start, 2)

@@ -25,6 +25,7 @@ from pipelines.train.data import (
 )
 from pipelines.train.errors import PERMANENT, DivergenceError, has_failed, record_failure
 from pipelines.train.export import export_model
+from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER
 from pipelines.train.metrics import Clock, MetricsWriter, Watch, add_up, delta_metrics
 from pipelines.train.objectives import (
     MicroLoss,
@@ -40,28 +41,37 @@ from pipelines.train.optimizer import learning_rate, set_learning_rate
 from pipelines.train.reference import compute_reference, read_reference, reference_path
 from pipelines.train.strategies import Strategy, build_reference, build_strategy, first_rank
 
-MODEL_FOLDER = "model"
 PAD = 0  # padding is masked out, so any id serves
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Train, from the newest checkpoint if there is one, and export the model.
+    """Train each of `settings["runs"]`, from its newest checkpoint if there is one, and export its
+    model.
 
     A failure that would come again is recorded for the driver; a worker that is started after one
     does nothing.
 
     Args:
-        settings: `config` (an AlignConfig as JSON), `folder` of the run, `cache`, the `tokens`
-            below it and their fingerprint `data_key`, the reference model's fingerprint
-            `reference_key` and `num_steps`. All workers can reach the folders.
+        settings: `runs`, each with `config` (an AlignConfig as JSON), `folder` of the run, `cache`,
+            the `tokens` below it and their fingerprint `data_key`, the reference model's
+            fingerprint `reference_key` and `num_steps`. All workers can reach the folders.
     """
-    folder = Path(settings["folder"])
-    if has_failed(folder):
-        return
-    config = AlignConfig.model_validate_json(settings["config"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    for run in settings["runs"]:
+        if not _train_run(run, device):
+            return
+
+
+def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
+    """Train and export one run, unless that is done; whether the next one may follow."""
+    folder = Path(settings["folder"])
+    if not folder.is_dir() or (folder / EXPORTED_FILE).is_file():
+        return True  # finished by workers that were lost since
+    if has_failed(folder):
+        return False
+    config = AlignConfig.model_validate_json(settings["config"])
     try:
         with _alone(folder):
             run = Run(config, settings, device)
@@ -70,10 +80,14 @@ def train_worker(settings: dict[str, Any]) -> None:
             export_model(run.strategy, config.model, folder / MODEL_FOLDER)
     except DivergenceError as error:  # seen by all workers at once, so none waits for another
         record_failure(folder, error)
+        return False
     except PERMANENT as error:
         if not isinstance(error, ConnectionError):  # another worker was lost: worth a restart
             record_failure(folder, error)
         raise
+    if first_rank():
+        (folder / EXPORTED_FILE).touch()
+    return True
 
 
 @contextmanager

@@ -17,9 +17,9 @@ from operators.metrics import delta_sums, norm_and_cosine
 from pipelines.checkpoints import Checkpoint, CheckpointDelta
 from pipelines.train.config import AlignConfig
 from pipelines.train.errors import DivergenceError
+from pipelines.train.files import METRICS_FILE, TENSORBOARD_FOLDER
 from pipelines.train.strategies import Strategy, first_rank
 
-METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 WINDOW = 10  # steps over which a collapse is judged
 MEASURED = ("tokens_per_s", "seconds", "memory_bytes")  # those that no seed decides
 

@@ -1,15 +1,13 @@
 """Align a model under Ray Train: check everything, train, commit an ordinary checkpoint."""
 
 import json
-import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,19 @@ from pipelines.checkpoints import Checkpoint, CheckpointDelta, lock_directory
 from pipelines.commit import commit_directory, partial_path, refuse_existing, write_atomically
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint, fingerprint_directory
-from pipelines.progress import Progress
 from pipelines.train.config import ZERO_STAGES, AlignConfig
 from pipelines.train.data import TokenSettings, TokenTable, num_steps_of, token_table
-from pipelines.train.errors import forget_failure, raise_failure
+from pipelines.train.files import (
+    METRICS_FILE,
+    MODEL_FOLDER,
+    PROVENANCE_FILE,
+    TENSORBOARD_FOLDER,
+)
+from pipelines.train.workers import Job, run_workers
 from pipelines.versions import versions
 
-PROVENANCE_FILE, METRICS_FILE, MODEL_FOLDER = "poise.json", "metrics.jsonl", "model"
-TENSORBOARD_FOLDER = "tensorboard"
 CACHE_FOLDER = ".poise-cache"
 CHECKPOINT_FILES = ("*.safetensors", "*.json")
-POLL_S = 0.5
 # Settings under which a run is still the same run.
 IMMATERIAL = {
     "storage",
@@ -68,33 +68,67 @@ def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
             to another config and `force` is false.
         TrainingError: the run failed; one line says why.
     """
-    out = Path(out).absolute()
-    cache = (config.cache or out.parent / CACHE_FOLDER).absolute()
-    plan = plan_alignment(config, cache)
-    if _finished(out, plan.fingerprint) and not force:
-        return out
-    refuse_existing(out, force=force)
-    if remarks := plan.table.counts.remarks():
-        print(f"  {remarks}", file=sys.stderr)
+    return align_in_turn([(config, out)], force=force)[0]
+
+
+def align_in_turn(
+    runs: Sequence[tuple[AlignConfig, str | Path]], *, force: bool = False
+) -> list[Path]:
+    """Train several configs, one after another on the same workers, whose start takes longer than
+    a small model's training. The outputs are those that `align` makes of each, byte for byte.
+
+    Each appears as soon as it is finished.
+
+    Raises:
+        InputError, TrainingError: as `align`; or the configs want different workers.
+    """
+    _check_workers([config for config, _ in runs])
+    outs, jobs = [Path(out).absolute() for _, out in runs], []
+    with ExitStack() as stack:
+        for (config, _), out in zip(runs, outs, strict=True):
+            cache = (config.cache or out.parent / CACHE_FOLDER).absolute()
+            plan = plan_alignment(config, cache)
+            if _finished(out, plan.fingerprint) and not force:
+                continue
+            refuse_existing(out, force=force)
+            if remarks := plan.table.counts.remarks():
+                print(f"  {remarks}", file=sys.stderr)
+            folder = partial_path(out)
+            stack.enter_context(_unfinished_run(folder, plan.fingerprint, config, force=force))
+            settings = worker_settings(config, plan, folder, cache)
+            jobs.append(Job(out.name, settings, partial(_commit, config, plan, out, force=force)))
+        if jobs:
+            run_workers(runs[0][0], jobs)
+    return outs
+
+
+def _check_workers(configs: Sequence[AlignConfig]) -> None:
+    """Raise InputError where configs cannot share their workers."""
+    for name in ("num_workers", "max_failures"):
+        values = {getattr(config, name) for config in configs}
+        if len(values) > 1:
+            found = " and ".join(str(value) for value in sorted(values))
+            raise InputError(f"{name}: found {found}; allowed: one value for runs on one group")
+
+
+def _commit(config: AlignConfig, plan: Plan, out: Path, *, force: bool) -> None:
+    """Put a finished run's model in its place, with what it was made of."""
     folder = partial_path(out)
-    with _unfinished_run(folder, plan.fingerprint, config, force=force):
-        _train(config, worker_settings(config, plan, folder, cache), plan.num_steps)
-        provenance = {
-            "kind": "aligned",
-            "config": config.model_dump(mode="json", exclude={"storage", "cache"}),
-            "inputs": plan.inputs,
-            "fingerprint": plan.fingerprint,
-            "versions": versions(),
-        }
-        model = folder / MODEL_FOLDER
-        write_atomically(model / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
-        # Copied: the originals are needed again should this process be killed right here.
-        shutil.copyfile(folder / METRICS_FILE, model / METRICS_FILE)
-        if config.tensorboard:
-            shutil.copytree(folder / TENSORBOARD_FOLDER, model / TENSORBOARD_FOLDER)
-        commit_directory(model, out, force=force)
+    provenance = {
+        "kind": "aligned",
+        "config": config.model_dump(mode="json", exclude={"storage", "cache"}),
+        "inputs": plan.inputs,
+        "fingerprint": plan.fingerprint,
+        "versions": versions(),
+    }
+    model = folder / MODEL_FOLDER
+    write_atomically(model / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
+    # Copied: the originals are needed again should this process be killed right here.
+    shutil.copyfile(folder / METRICS_FILE, model / METRICS_FILE)
+    if config.tensorboard:
+        shutil.copytree(folder / TENSORBOARD_FOLDER, model / TENSORBOARD_FOLDER)
+    commit_directory(model, out, force=force)
     shutil.rmtree(folder)
-    return out
 
 
 def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
@@ -197,19 +231,6 @@ def _check_reference(model: Checkpoint, reference: Checkpoint) -> None:
         )
 
 
-def _check_room(config: AlignConfig, resources: dict[str, float]) -> None:
-    """Raise InputError where a Ray of this machine alone can never run so many workers."""
-    import ray
-
-    ((kind, share),) = resources.items()
-    found = ray.cluster_resources().get(kind, 0.0)
-    if not os.environ.get("RAY_ADDRESS") and share * config.num_workers > found:
-        raise InputError(
-            f"num_workers: found {config.num_workers}; allowed: up to {int(found / share)}, for "
-            f"which this machine has {kind}s"
-        )
-
-
 def _check_delta(model: Checkpoint, delta: CheckpointDelta) -> None:
     """Raise InputError unless the reference delta fits the model's tensors."""
     for name, tensor in model.tensors.items():
@@ -261,95 +282,3 @@ def _unfinished_run(folder: Path, key: str, config: AlignConfig, *, force: bool)
         write_atomically(path, json.dumps(record))
         shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)
         yield
-
-
-def _train(config: AlignConfig, settings: dict[str, Any], num_steps: int) -> None:
-    """Run the workers; lost ones are started again and go on from the last checkpoint."""
-    # The controller looks at its workers this often, and the run's end waits for it.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-    import torch
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    from pipelines.train.loop import train_worker
-
-    folder = Path(settings["folder"])
-    on_gpu = torch.cuda.is_available()
-    resources = {"GPU": 1.0} if on_gpu else {"CPU": 0.9}
-    _check_room(config, resources)
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=settings,
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=on_gpu, resources_per_worker=resources
-        ),
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        run_config=RunConfig(
-            name="ray",
-            storage_path=str(folder),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-        ),
-    )
-    forget_failure(folder)
-    with _watched(folder / METRICS_FILE, num_steps):
-        try:
-            with _usual_interrupt():
-                trainer.fit()
-        except TrainingFailedError as error:
-            raise_failure(folder, error)
-    raise_failure(folder)
-
-
-@contextmanager
-def _usual_interrupt() -> Iterator[None]:
-    """Ctrl-C in the block is a KeyboardInterrupt, and after it what it was before.
-
-    Ray Train answers Ctrl-C by leaving the program with status 0 or 1, and goes on doing so when
-    its run is over.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
-def _watched(metrics: Path, num_steps: int) -> Iterator[None]:
-    """Progress of a run, read from the metrics that rank 0 writes."""
-    stop = threading.Event()
-
-    def follow(progress: Progress) -> None:
-        while not stop.wait(POLL_S):
-            last = _last_record(metrics)
-            if last is not None:
-                note = f"loss {last['loss']:.3f}"
-                if "accuracy" in last:
-                    note += f", accuracy {last['accuracy']:.2f}"
-                progress.update(last["step"], note)
-
-    with Progress(num_steps, "steps") as progress:
-        thread = threading.Thread(target=follow, args=(progress,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-
-
-def _last_record(metrics: Path) -> dict[str, Any] | None:
-    """The last whole line; the very last one may be half written."""
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    for line in reversed(lines[-2:]):
-        try:
-            return json.loads(line)
-        except json.JSONDecodeError:
-            continue
-    return None

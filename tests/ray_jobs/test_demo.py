@@ -34,16 +34,15 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_step(out: Path, name: str, process: subprocess.Popen[str], limit_s: float) -> None:
-    """Wait until the run in `out` has finished the step `name`."""
+def wait_for_file(path: Path, process: subprocess.Popen[str], limit_s: float) -> None:
+    """Wait until a running demo has made a file."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline and process.poll() is None:
-        state = out / "steps.json"
-        if state.is_file() and name in json.loads(state.read_text())["seconds"]:
+        if path.is_file():
             return
         time.sleep(0.5)
     process.kill()
-    pytest.fail(f"step {name!r} was not finished: {process.communicate()[1][-2000:]}")
+    pytest.fail(f"{path} was not made: {process.communicate()[1][-2000:]}")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +50,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run that was interrupted by Ctrl-C on its way, and what it printed."""
     out = tmp_path_factory.mktemp("demo") / "run"
     process = start(out)
-    wait_for_step(out, "align dpo-helpful", process, 500)
+    wait_for_file(out / "models" / "dpo-helpful" / "poise.json", process, 500)
     time.sleep(2)
+    finished = (out / "models" / "dpo-helpful" / "model.safetensors").stat().st_mtime_ns
     started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=90)
@@ -65,6 +65,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors[-3000:]
     assert "train base" not in errors  # finished before the interruption
+    assert (out / "models" / "dpo-helpful" / "model.safetensors").stat().st_mtime_ns == finished
     return out, output
 
 

@@ -57,5 +57,5 @@ def _worker(rank: int, world: int, port: int, settings: dict[str, Any]) -> None:
     from pipelines.train.loop import train_worker
 
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    train_worker(settings)
+    train_worker({"runs": [settings]})
     dist.destroy_process_group()

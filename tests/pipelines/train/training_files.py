@@ -58,7 +58,8 @@ def run_here(config: AlignConfig, folder: Path) -> Path:
     """Train in this process, as one worker; returns the folder of the unfinished run."""
     folder.mkdir(parents=True, exist_ok=True)
     cache = folder.parent / "cache"
-    train_worker(worker_settings(config, plan_alignment(config, cache), folder, cache))
+    settings = worker_settings(config, plan_alignment(config, cache), folder, cache)
+    train_worker({"runs": [settings]})
     return folder
 
 

@@ -1,0 +1,184 @@
+"""Runs under Ray Train: workers start once, train each run in turn, and are watched meanwhile."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import InputError
+from pipelines.progress import Progress
+from pipelines.train.config import AlignConfig
+from pipelines.train.errors import forget_failure, raise_failure
+from pipelines.train.files import EXPORTED_FILE, METRICS_FILE
+
+POLL_S = 0.5
+
+
+@dataclass(slots=True)
+class Job:
+    """One run of a group: what its workers are told, and what makes its model final."""
+
+    name: str
+    settings: dict[str, Any]
+    commit: Callable[[], None]
+    committed: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where it trains."""
+        return Path(self.settings["folder"])
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps, from the first on."""
+        return self.settings["num_steps"]
+
+    def finish(self) -> None:
+        """Commit a model that is exported, once."""
+        if not self.committed and (self.folder / EXPORTED_FILE).is_file():
+            self.commit()
+            self.committed = True
+
+
+def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
+    """Train the jobs; lost workers are started again and go on from the last checkpoint.
+
+    Args:
+        config: says how many workers there are and how often they may be lost.
+
+    Raises:
+        InputError, TrainingError: what ended a run; those before it are committed.
+    """
+    # The controller looks at its workers this often, and the run's end waits for it.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    import torch
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from pipelines.train.loop import train_worker
+
+    on_gpu = torch.cuda.is_available()
+    resources = {"GPU": 1.0} if on_gpu else {"CPU": 0.9}
+    _check_room(config, resources)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"runs": [job.settings for job in jobs]},
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers, use_gpu=on_gpu, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        run_config=RunConfig(
+            name="ray",
+            # In the folder that is there until the end.
+            storage_path=str(jobs[-1].folder),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    for job in jobs:
+        forget_failure(job.folder)
+        (job.folder / EXPORTED_FILE).unlink(missing_ok=True)
+    failure = None
+    with _watched(jobs), _usual_interrupt():
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            failure = error
+    for job in jobs:
+        job.finish()
+        if not job.committed:
+            raise_failure(job.folder, failure)
+
+
+def _check_room(config: AlignConfig, resources: dict[str, float]) -> None:
+    """Raise InputError where a Ray of this machine alone can never run so many workers."""
+    import ray
+
+    ((kind, share),) = resources.items()
+    found = ray.cluster_resources().get(kind, 0.0)
+    if not os.environ.get("RAY_ADDRESS") and share * config.num_workers > found:
+        raise InputError(
+            f"num_workers: found {config.num_workers}; allowed: up to {int(found / share)}, for "
+            f"which this machine has {kind}s"
+        )
+
+
+@contextmanager
+def _usual_interrupt() -> Iterator[None]:
+    """Ctrl-C in the block is a KeyboardInterrupt, and after it what it was before.
+
+    Ray Train answers Ctrl-C by leaving the program with status 0 or 1, and goes on doing so when
+    its run is over.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _watched(jobs: Sequence[Job]) -> Iterator[None]:
+    """Shows progress, read from the metrics that the first worker writes, and commits each model
+    but the last as soon as it is there.
+
+    Raises:
+        Exception: what went wrong with a commit.
+    """
+    stop, errors = threading.Event(), list[Exception]()
+
+    def follow(progress: Progress) -> None:
+        done = 0
+        for job in jobs:
+            while not stop.wait(POLL_S) and not job.committed:
+                last = _last_record(job.folder / METRICS_FILE)
+                if last is not None:
+                    name = f"{job.name}: " if len(jobs) > 1 else ""
+                    progress.update(done + last["step"], name + _note(last))
+                if job is not jobs[-1]:
+                    job.finish()
+            done += job.num_steps
+
+    def guarded(progress: Progress) -> None:
+        try:
+            follow(progress)
+        except Exception as error:
+            errors.append(error)
+
+    with Progress(sum(job.num_steps for job in jobs), "steps") as progress:
+        thread = threading.Thread(target=guarded, args=(progress,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _note(record: dict[str, Any]) -> str:
+    """What is worth seeing of a step at a glance."""
+    note = f"loss {record['loss']:.3f}"
+    return f"{note}, accuracy {record['accuracy']:.2f}" if "accuracy" in record else note
+
+
+def _last_record(metrics: Path) -> dict[str, Any] | None:
+    """The last whole line; the very last one may be half written."""
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    for line in reversed(lines[-2:]):
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            continue
+    return None
