@@ -13,7 +13,8 @@ import torch
 from training_files import align_config, metrics, run_here, seeded_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipelines.train import AlignConfig, align, loop
+from pipelines.errors import InputError
+from pipelines.train import AlignConfig, align, align_in_turn, loop
 
 
 def fsdp2_config(model: Path, data: Path) -> AlignConfig:
@@ -79,16 +80,33 @@ def test_a_finished_run_is_left_alone(fsdp2_run: Path, tiny_llama: Path, prefere
 def test_a_killed_worker_changes_nothing(
     fsdp2_run: Path, tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
-    """One of two workers is killed in the middle: the run ends with the same bytes."""
-    out, killed = tmp_path / "out", []
+    """One of two workers is killed in the middle of its second run: that ends with the bytes of a
+    run that was alone and undisturbed, and the first one is not made again.
+    """
+    config = fsdp2_config(tiny_llama, preferences)
+    short = config.model_copy(update={"num_steps": 2, "seed": 5})
+    first, out, killed = tmp_path / "first", tmp_path / "out", []
     assassin = threading.Thread(target=kill_a_worker, args=(tmp_path / ".out.partial", 5, killed))
     assassin.start()
-    align(fsdp2_config(tiny_llama, preferences), out)
+    assert align_in_turn([(short, first), (config, out)]) == [first, out]
     assassin.join()
     assert killed
     file = "model.safetensors"
     assert (out / file).read_bytes() == (fsdp2_run / file).read_bytes()
     assert seeded_metrics(out) == seeded_metrics(fsdp2_run)
+    assert len(metrics(first)) == 2
+    assert (first / file).stat().st_mtime_ns < (out / "config.json").stat().st_mtime_ns
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".poise-cache", "first", "out"]
+
+
+def test_runs_in_turn_want_the_same_workers(
+    tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    two = fsdp2_config(tiny_llama, preferences)
+    one = two.model_copy(update={"num_workers": 1})
+    with pytest.raises(InputError, match=r"^num_workers: found 1 and 2; allowed: one value"):
+        align_in_turn([(one, tmp_path / "one"), (two, tmp_path / "two")])
+    assert not list(tmp_path.iterdir())
 
 
 def kill_a_worker(folder: Path, after_steps: int, killed: list[int]) -> None:
