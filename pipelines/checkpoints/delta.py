@@ -15,11 +15,13 @@ class CheckpointDelta:
         self._base, self._tuned = Checkpoint.open(base), Checkpoint.open(tuned)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of a tensor that both have alike; None otherwise."""
+        """Shape of a tensor that both have: where only their rows differ in number (tokens added),
+        of the rows that both have, which come first; None otherwise.
+        """
         base, tuned = self._base.find(name), self._tuned.find(name)
-        if base is None or tuned is None or base.shape != tuned.shape:
+        if base is None or tuned is None or base.shape[1:] != tuned.shape[1:]:
             return None
-        return tuned.shape
+        return (min(base.shape[0], tuned.shape[0]), *tuned.shape[1:]) if tuned.shape else ()
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the delta: (stop - start,) float32."""

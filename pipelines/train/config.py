@@ -9,6 +9,16 @@ from operators.losses import OBJECTIVES, Objective
 from pipelines.config import Config
 
 ONLINE = {"ondare": "dare", "onties": "ties"}
+ONLINE_FIELDS = {
+    "density",
+    "alpha",
+    "merge_every",
+    "alpha_schedule",
+    "reference",
+    "missing_delta",
+    "delta_placement",
+    "implementation",
+}
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -67,18 +77,27 @@ class OptimizerConfig(Config):
     density: float | None = Field(None, gt=0, le=1, description="fraction kept (ondare, onties)")
     alpha: float | None = Field(None, ge=0, lt=1, description="weight of tau (ondare, onties)")
     merge_every: int = Field(1, ge=1, description="K of step-K (ondare, onties)")
+    alpha_schedule: Literal["constant", "lr"] = Field(
+        "constant", description="alpha as it is, or in proportion to the learning rate"
+    )
     reference: ReferenceDelta | None = Field(None, description="where tau comes from")
+    missing_delta: Literal["error", "zero_rows", "exclude"] = Field(
+        "error", description="for tensors of which the reference has none, or fewer rows"
+    )
+    delta_placement: Literal["device", "host", "source"] = Field(
+        "device", description="where tau is kept, or read from its files at every step"
+    )
+    implementation: Literal["auto", "reference", "compiled", "triton"] = "auto"
 
     @model_validator(mode="after")
     def _what_the_name_needs(self) -> "OptimizerConfig":
         for field in ("density", "alpha", "reference"):
-            given = getattr(self, field) is not None
-            if self.name in ONLINE and not given:
+            if self.name in ONLINE and getattr(self, field) is None:
                 raise ValueError(f"{field}: required with {self.name}")
-            if self.name not in ONLINE and given:
+        for field in ONLINE_FIELDS & self.model_fields_set:
+            default = type(self).model_fields[field].default
+            if self.name not in ONLINE and getattr(self, field) != default:
                 raise ValueError(f"{field}: has no effect with {self.name}")
-        if self.name not in ONLINE and self.merge_every != 1:
-            raise ValueError(f"merge_every: has no effect with {self.name}")
         return self
 
 

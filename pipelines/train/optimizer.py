@@ -33,6 +33,10 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
         density=settings.density,
         alpha=settings.alpha,
         merge_every=settings.merge_every,
+        alpha_schedule=settings.alpha_schedule,
+        missing_delta=settings.missing_delta,
+        delta_placement=settings.delta_placement,
+        implementation=settings.implementation,
         seed=config.seed,
     )
 

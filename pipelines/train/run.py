@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from operators.optim import ShardLayout
+from operators.optim.reference import ReferenceDelta
 from pipelines.checkpoints import Checkpoint, CheckpointDelta, lock_directory
 from pipelines.commit import commit_directory, partial_path, refuse_existing, write_atomically
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint, fingerprint_directory
-from pipelines.train.config import ZERO_STAGES, AlignConfig
+from pipelines.train.config import ZERO_STAGES, AlignConfig, OptimizerConfig
 from pipelines.train.data import TokenSettings, TokenTable, num_steps_of, token_table
 from pipelines.train.files import (
     METRICS_FILE,
@@ -164,7 +166,7 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
         inputs["reference_model"] = fingerprint_directory(config.reference_model, CHECKPOINT_FILES)
     if config.optimizer.reference is not None:
         reference = config.optimizer.reference
-        _check_delta(checkpoint, CheckpointDelta(reference.base, reference.tuned))
+        _check_delta(checkpoint, config.optimizer)
         for name in ("base", "tuned"):
             path = getattr(reference, name)
             inputs[f"optimizer.reference.{name}"] = fingerprint_directory(path, CHECKPOINT_FILES)
@@ -231,15 +233,19 @@ def _check_reference(model: Checkpoint, reference: Checkpoint) -> None:
         )
 
 
-def _check_delta(model: Checkpoint, delta: CheckpointDelta) -> None:
+def _check_delta(model: Checkpoint, optimizer: OptimizerConfig) -> None:
     """Raise InputError unless the reference delta fits the model's tensors."""
+    assert optimizer.reference is not None
+    source = CheckpointDelta(optimizer.reference.base, optimizer.reference.tuned)
+    delta = ReferenceDelta(source, optimizer.missing_delta)
     for name, tensor in model.tensors.items():
-        shape = delta.shape(name)
-        if shape != tensor.shape:
-            found = "no such tensor" if shape is None else f"shape {list(shape)}"
+        try:
+            delta.covers(ShardLayout(name, tensor.shape, 0, 0))
+        except ValueError as error:
+            found = str(error).removeprefix("reference_delta: ")
             raise InputError(
-                f"optimizer.reference: {name}: found {found}; the model's is {list(tensor.shape)}"
-            )
+                f"optimizer.reference: {found}; or choose optimizer.missing_delta"
+            ) from None
 
 
 def _finished(out: Path, key: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from pipelines.checkpoints import Checkpoint, CheckpointDelta, lock_directory, plan_layout
 from pipelines.checkpoints.digests import BlockDigests, checkpoint_fingerprint, tensor_digests
@@ -160,6 +161,23 @@ def test_a_delta_by_slice_is_in_float32(tmp_path: Path) -> None:
     assert delta.shape(name) == (48, 32)
     assert delta.shape("none") is None
     assert torch.equal(delta.read(name, 100, 333), expected[100:333])
+
+
+def test_a_delta_of_the_rows_that_both_have(tmp_path: Path) -> None:
+    """Tokens were added to the tuned model, whose head is its embedding."""
+    base = save_tiny_llama(tmp_path / "base", seed=0)
+    tuned = AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path / "tuned", seed=1))
+    rows, width = tuned.get_input_embeddings().weight.shape
+    tuned.resize_token_embeddings(rows + 3)
+    tuned.save_pretrained(tmp_path / "larger")
+    delta = CheckpointDelta(base, tmp_path / "larger")
+    name = "model.embed_tokens.weight"
+    assert delta.shape(name) == (rows, width)
+    before = load_file(base / "model.safetensors")[name]
+    after = load_file(tmp_path / "larger" / "model.safetensors")[name]
+    assert torch.equal(
+        delta.read(name, width, rows * width), (after[:rows] - before).reshape(-1)[width:]
+    )
 
 
 def test_a_lock_is_one_at_a_time(tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ BAD_FIELDS = {
         {"optimizer": {"learning_rate": 1e-3, "density": 0.5}},
         "density: has no effect with adamw",
     ),
+    "delta without merging": (
+        {"optimizer": {"learning_rate": 1e-3, "missing_delta": "exclude"}},
+        "missing_delta: has no effect with adamw",
+    ),
     "offload": (
         {"cpu_offload": True},
         "cpu_offload: has no effect with strategy single; allowed with fsdp2, zero1, zero2, zero3",

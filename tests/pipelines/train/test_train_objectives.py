@@ -10,6 +10,7 @@ from training_files import align_config, metrics, preference_rows, run_here, wri
 from transformers import AutoModelForCausalLM
 
 from operators.losses import OBJECTIVES
+from pipelines.errors import InputError
 from pipelines.train import plan_alignment
 from tests.tiny_models import save_tiny_llama
 
@@ -79,6 +80,42 @@ def test_reference_is_computed_once(
         run_here(config, tmp_path / f"run-{number}")
     assert len(computed) == 2
     assert len(list((tmp_path / "cache").glob("reference-*.parquet"))) == 2
+
+
+@pytest.mark.parametrize("tau", ["zero_rows", "exclude", "error"])
+def test_a_reference_without_the_tokens_added_since(
+    tau: str, tiny_llama: Path, any_rows: Path, tmp_path: Path
+) -> None:
+    """New rows have no tau: they are taken as zero, their tensors let through, or refused."""
+    smaller = {}
+    for name, seed in (("base", 9), ("tuned", 10)):
+        model = AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path / "made", seed=seed))
+        model.resize_token_embeddings(model.config.vocab_size - 2)
+        model.save_pretrained(tmp_path / name)
+        smaller[name] = tmp_path / name
+    optimizer = {
+        "name": "ondare",
+        "learning_rate": 1e-3,
+        "density": 1.0,
+        "alpha": 0.5,
+        "reference": smaller,
+        "missing_delta": tau,
+    }
+    config = align_config(tiny_llama, any_rows, optimizer=optimizer, num_steps=1)
+    if tau == "error":
+        with pytest.raises(
+            InputError, match=r"^optimizer\.reference: '.*' has shape \(45, 32\); the p"
+        ):
+            run_here(config, tmp_path / "run")
+        return
+    folder = run_here(config, tmp_path / "run")
+    name = "model.embed_tokens.weight"
+    files = (tiny_llama, *smaller.values(), folder / "model")
+    before, base, tuned, after = (load_file(p / "model.safetensors")[name] for p in files)
+    moved = (after - before).abs().max(1).values
+    drift = 0.5 * (tuned - base).abs().max(1).values
+    assert (moved[-2:] < 2e-3).all()
+    assert ((moved[:-2] > drift - 2e-3) if tau == "zero_rows" else (moved[:-2] < 2e-3)).all()
 
 
 @pytest.mark.parametrize("consensus", ["ondare", "onties"])
