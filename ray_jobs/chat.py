@@ -49,7 +49,5 @@ def _answer(generator: Generator, question: str) -> None:
         print(f"too long: {num_tokens} tokens; the model reads {positions}", file=sys.stderr)
         return
     length = min(MAX_NEW_TOKENS, positions - num_tokens)
-    print(
-        generator.complete([messages], max_new_tokens=length, batch_size=1)[0],
-        flush=True,
-    )
+    answer = generator.complete([messages], max_new_tokens=length, batch_size=1)[0]
+    print(answer.strip(), flush=True)
