@@ -73,6 +73,20 @@ def test_strategy(
     assert seeded_metrics(killed) == seeded_metrics(whole)
 
 
+def test_a_killed_worker_of_zero3_changes_nothing(
+    models: tuple[Path, Path], preferences: Path, tmp_path: Path
+) -> None:
+    """The shortest kill there is, for the fast tests: the run that goes on ends the same."""
+    plain = {"optimizer": {"learning_rate": 1e-3}, "num_steps": 5, "micro_batch_size": 4}
+    config = config_of("zero3", models, preferences, **plain)
+    whole = run_workers(config, tmp_path / "whole")
+    killed = run_workers(config, tmp_path / "killed", kill_after=3)
+    assert saved_steps(killed) and not (killed / WEIGHTS).exists()
+    run_workers(config, killed)
+    assert (killed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert seeded_metrics(killed) == seeded_metrics(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
 def test_options_of_sharding(
