@@ -118,6 +118,11 @@ class AlignConfig(Config):
     reference_model: Path | None = Field(
         None, description="checkpoint of the reference; the model itself unless given"
     )
+    reference_log_probabilities: Literal["stored", "on_the_fly"] = Field(
+        "stored",
+        description="of all rows, computed before the first step and kept in the cache; or of each "
+        "micro-batch when it comes (objectives with a reference)",
+    )
     data: Path = Field(description="rows as JSONL or Parquet: a file, or a folder of them")
     split: str | None = Field(None, description="only files of the folder that begin with this")
     max_length: int = Field(1024, ge=2, description="tokens of prompt and response together")
@@ -168,11 +173,7 @@ class AlignConfig(Config):
             raise ValueError(
                 f"num_workers: found {self.num_workers}; allowed with strategy single: 1"
             )
-        if self.reference_model is not None and not self.objective.definition.uses_reference:
-            raise ValueError(
-                f"reference_model: has no effect with objective {self.objective.name}, which has "
-                "no reference"
-            )
+        self._check_reference_fields()
         if self.lora is not None and self.strategy in ZERO_STAGES:
             raise ValueError(
                 f"lora: found strategy {self.strategy}; allowed with lora: single, ddp, fsdp2"
@@ -187,13 +188,18 @@ class AlignConfig(Config):
                 f"cpu_offload: has no effect with strategy {self.strategy}; allowed with fsdp2, "
                 "zero1, zero2, zero3"
             )
-        if self.min_chosen_log_ratio is not None and not self.objective.definition.uses_reference:
-            raise ValueError(
-                f"min_chosen_log_ratio: has no effect with objective {self.objective.name}, which "
-                "has no reference"
-            )
         self._check_batch()
         return self
+
+    def _check_reference_fields(self) -> None:
+        if self.objective.definition.uses_reference:
+            return
+        for name in ("reference_model", "reference_log_probabilities", "min_chosen_log_ratio"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}: has no effect with objective {self.objective.name}, which has no "
+                    "reference"
+                )
 
     def _check_batch(self) -> None:
         if self.global_batch_size % self.num_workers:

@@ -16,7 +16,6 @@ from pipelines.fingerprint import fingerprint
 from pipelines.train.checkpoints import save_checkpoint, saved_steps, step_folder
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import (
-    Batch,
     TokenTable,
     collate,
     collate_mismatched,
@@ -38,8 +37,16 @@ from pipelines.train.objectives import (
     text_loss,
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
-from pipelines.train.reference import compute_reference, read_reference, reference_path
-from pipelines.train.strategies import Strategy, build_reference, build_strategy, first_rank
+from pipelines.train.reference import (
+    Reference,
+    StoredReference,
+    compute_reference,
+    live_reference,
+    read_reference,
+    reference_path,
+    score,
+)
+from pipelines.train.strategies import build_reference, build_strategy, first_rank
 
 PAD = 0  # padding is masked out, so any id serves
 
@@ -120,11 +127,10 @@ class Run:
         self.first_step = self._resume()
         self.model.train()
 
-    def _reference(self, settings: dict[str, Any]) -> Tensor:
-        """Log-probabilities of the reference, (rows, 2): from an earlier run, or computed now.
-
-        Columns are chosen and rejected, or the response and the mismatched one.
-        """
+    def _reference(self, settings: dict[str, Any]) -> Reference:
+        """The reference: run on the fly, or its log-probabilities from an earlier run or now."""
+        if self.config.reference_log_probabilities == "on_the_fly":
+            return live_reference(self.config, self.strategy, self.device)
         key = fingerprint([settings["reference_key"], settings["data_key"], self.config.precision])
         path = reference_path(Path(settings["cache"]), key)
         collates = {"response": partial(collate, self.table, pad=PAD, device=self.device)}
@@ -140,8 +146,8 @@ class Run:
                 strategy = build_reference(self.config, self.device)
             strategy.model.eval()
             lengths = self.table.lengths.max(axis=1)
-            compute_reference(partial(_score, strategy), collates, lengths, path, self.device)
-        return read_reference(path).to(self.device)
+            compute_reference(partial(score, strategy), collates, lengths, path, self.device)
+        return StoredReference(read_reference(path).to(self.device), self.table.sequences_per_row)
 
     def _resume(self) -> int:
         """Go back to the newest checkpoint; returns how many steps it has."""
@@ -200,31 +206,25 @@ class Run:
     def _micro_loss(self, rows: list[int], shares: Shares, point: Tensor | None) -> MicroLoss:
         """The loss of some rows, by the kind of rows that the objective takes."""
         batch = collate(self.table, rows, PAD, self.device)
+        reference = None if self.reference is None else self.reference.responses(rows, batch)
         with self.strategy.forward_context():
             responses = score_responses(self.model, batch)
         config = self.config.objective
         if self.objective.rows == "pairs":
-            reference = None if self.reference is None else self.reference[rows]
-            return pair_loss(config, responses, reference, shares)
+            before = None if reference is None else reference.view(2, -1).T
+            return pair_loss(config, responses, before, shares)
         if self.objective.rows == "texts":
             return text_loss(config, responses, shares)
         desirable = torch.from_numpy(self.table.labels[rows]).to(self.device)
-        reference = self.reference[rows, 0]
         return labelled_loss(config, responses, reference, desirable, point, shares)
 
     @torch.no_grad()
     def _reference_point(self, micro: list[list[int]], num_rows: int) -> Tensor:
         """KTO's z0 of the global batch, before any of its gradients."""
+        batches = [(r, collate_mismatched(self.table, r, PAD, self.device)) for r in micro]
+        reference = torch.cat([self.reference.mismatched(*batch) for batch in batches])
 
-        def score() -> Tensor:
-            batches = (collate_mismatched(self.table, r, PAD, self.device) for r in micro)
-            return torch.cat([_score(self.strategy, batch) for batch in batches])
+        def policy() -> Tensor:
+            return torch.cat([score(self.strategy, batch) for _, batch in batches])
 
-        mine = [row for part in micro for row in part]
-        return mismatched_point(score, self.reference[mine, 1], add_up, num_rows)
-
-
-def _score(strategy: Strategy, batch: Batch) -> Tensor:
-    """Log-probabilities of a batch's responses."""
-    with strategy.forward_context():
-        return score_responses(strategy.model, batch).log_probability
+        return mismatched_point(policy, reference, add_up, num_rows)

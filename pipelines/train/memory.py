@@ -10,6 +10,8 @@ tokens in a micro-batch, L layers of width h and inner width i, and a vocabulary
     gathered      b times the largest block, twice, and all outside the blocks (fsdp2, zero3)
     activations   b T (15 h + 4 i) a layer; with gradient checkpointing b T h, and one layer whole
     logits        T v (b + 12), and 4 T v more in bf16 for their float32 copy
+    reference     on the fly: 4 N of its weights, divided by W unless the strategy is single or ddp,
+                  which hold 2 N more in bf16; nothing with adapters, whose base it is
 """
 
 from dataclasses import dataclass, fields
@@ -42,6 +44,7 @@ class Memory:
     gathered: int
     activations: int
     logits: int
+    reference: int
 
     @property
     def total(self) -> int:
@@ -101,4 +104,8 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
     if config.gradient_checkpointing:
         activations = b * tokens * shape.hidden_size * shape.num_layers + layer
     logits = tokens * shape.vocabulary * (b + 12 + (4 if b == 2 else 0))
-    return Memory(state, weights, gradients, gathered, activations, logits)
+    reference = 0
+    own_base = config.lora is not None and config.reference_model is None
+    if config.reference_log_probabilities == "on_the_fly" and not own_base:
+        reference = 4 * n // workers if sharded else (6 if b == 2 else 4) * n
+    return Memory(state, weights, gradients, gathered, activations, logits, reference)

@@ -1,7 +1,12 @@
-"""Log-probabilities of the reference model, computed once and kept for every later run."""
+"""Log-probabilities of the reference model: computed once and kept for every later run, or of
+each micro-batch when it comes.
+"""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +16,80 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.commit import write_atomically
+from pipelines.train.config import AlignConfig
 from pipelines.train.data import Batch
-from pipelines.train.strategies import first_rank, wait_for_all
+from pipelines.train.objectives import score_responses
+from pipelines.train.strategies import Strategy, build_reference, first_rank, wait_for_all
+from pipelines.train.strategies.lora import without_adapters
 
 SEQUENCES_PER_BATCH = 16
+
+
+class Reference(Protocol):
+    """Log-probabilities of responses under the reference, (sequences,) in the batch's order."""
+
+    def responses(self, rows: list[int], batch: Batch) -> Tensor:
+        """Of the rows' own responses."""
+        ...
+
+    def mismatched(self, rows: list[int], batch: Batch) -> Tensor:
+        """Of other rows' responses to the rows' prompts (KTO)."""
+        ...
+
+
+class StoredReference:
+    """Looks log-probabilities up by row.
+
+    Args:
+        values: (rows, columns): each row's own sequences, and the mismatched one where it has one.
+        sequences_per_row: how many are its own.
+    """
+
+    def __init__(self, values: Tensor, sequences_per_row: int) -> None:
+        self._values, self._own = values, sequences_per_row
+
+    def responses(self, rows: list[int], batch: Batch) -> Tensor:
+        """First all rows' first sequences, then all their second ones."""
+        return self._values[rows, : self._own].T.reshape(-1)
+
+    def mismatched(self, rows: list[int], batch: Batch) -> Tensor:
+        """The column after the rows' own."""
+        return self._values[rows, self._own]
+
+
+class LiveReference:
+    """Runs the reference model on each batch; sharded, all ranks must call together.
+
+    Args:
+        strategy: holds the reference; the policy's own where it is the policy without adapters.
+        as_reference: around the passes, makes that model the reference.
+    """
+
+    def __init__(
+        self, strategy: Strategy, as_reference: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._strategy, self._as_reference = strategy, as_reference
+
+    @torch.no_grad()
+    def responses(self, rows: list[int], batch: Batch) -> Tensor:
+        """A pass without gradients."""
+        with self._as_reference():
+            return score(self._strategy, batch)
+
+    mismatched = responses
+
+
+def live_reference(config: AlignConfig, policy: Strategy, device: torch.device) -> LiveReference:
+    """The reference of a config, to be run on the fly: with adapters the policy's own base."""
+    if config.lora is not None and config.reference_model is None:
+        return LiveReference(policy, partial(without_adapters, policy.model))
+    return LiveReference(build_reference(config, device), nullcontext)
+
+
+def score(strategy: Strategy, batch: Batch) -> Tensor:
+    """Log-probabilities of a batch's responses, under the model as it is."""
+    with strategy.forward_context():
+        return score_responses(strategy.model, batch).log_probability
 
 
 def reference_path(cache: Path, key: str) -> Path:

@@ -21,14 +21,21 @@ def build_strategy(config: AlignConfig, device: torch.device) -> Strategy:
 
 
 def build_reference(config: AlignConfig, device: torch.device) -> Strategy:
-    """The reference model of a config that names one, to be scored and never stepped."""
+    """The reference of a config, the model itself unless it names one: to be scored, not stepped.
+
+    Whole where the policy is (single, ddp), else sharded by rows over the workers.
+    """
     settings = {"learning_rate": config.optimizer.learning_rate}
     changes = {
-        "model": config.reference_model,
+        "model": config.reference_model or config.model,
         "optimizer": OptimizerConfig(**settings),
         "lora": None,
         "gradient_checkpointing": False,
     }
-    if config.strategy in ZERO_STAGES:
-        changes["strategy"] = "fsdp2"
-    return build_strategy(config.model_copy(update=changes), device)
+    changes["strategy"] = "single" if config.strategy in ("single", "ddp") else "fsdp2"
+    reference = build_strategy(config.model_copy(update=changes), device)
+    reference.model.eval()
+    reference.model.requires_grad_(False)
+    if changes["strategy"] == "fsdp2":  # its root would else stay gathered
+        reference.model.set_reshard_after_forward(True)
+    return reference

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,6 +69,24 @@ def begin_adapters(model: nn.Module, seed: int) -> None:
         words = counter_words(key, layout.start, layout.count)
         bound = 1 / math.sqrt(layout.shape[1])
         values.copy_((words.double() / 2**32 * 2 - 1) * bound)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model is its base, as when evaluated, in the block."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    training = model.training
+    model.eval()
+    for layer in layers:
+        layer.set_scale("default", 0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale("default", 1.0)
+        model.train(training)
 
 
 @torch.no_grad()

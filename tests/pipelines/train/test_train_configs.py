@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipelines.config import load_config
 from pipelines.train import AlignConfig
+from pipelines.train.config import LoraSettings
 from pipelines.train.memory import Memory, estimate_memory, shape_of
 from ray_jobs.align import describe_plan
 from tests.tiny_models import tiny_tokenizer
@@ -94,12 +95,17 @@ def test_memory_formula_by_hand(tiny_llama: Path, preferences: Path) -> None:
         gathered=0,
         activations=4 * tokens * width * 2,
         logits=tokens * shape.vocabulary * 16,
+        reference=0,
     )
     sharded = align_config(
         tiny_llama, preferences, strategy="zero3", num_workers=4, precision="bf16"
     )
     memory = estimate_memory(shape, sharded)
     assert (memory.state, memory.weights, memory.gradients) == (12 * n // 4, 2 * n // 4, 4 * n // 4)
+    live = config.model_copy(update={"reference_log_probabilities": "on_the_fly"})
+    assert estimate_memory(shape, live).reference == 4 * n
+    adapters = live.model_copy(update={"lora": LoraSettings()})
+    assert estimate_memory(shape, adapters).reference == 0
 
 
 MEASURE = """

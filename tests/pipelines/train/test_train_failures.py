@@ -50,6 +50,10 @@ BAD_FIELDS = {
         {"objective": {"name": "sft"}, "reference_model": "x"},
         "reference_model: has no effect with objective sft, which has no reference",
     ),
+    "reference on the fly": (
+        {"objective": {"name": "orpo"}, "reference_log_probabilities": "on_the_fly"},
+        "reference_log_probabilities: has no effect with objective orpo, which has no reference",
+    ),
     "stop": (
         {"objective": {"name": "simpo"}, "min_chosen_log_ratio": -1.0},
         "min_chosen_log_ratio: has no effect with objective simpo, which has no reference",

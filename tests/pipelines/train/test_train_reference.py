@@ -1,0 +1,83 @@
+"""The reference on the fly: what its stored log-probabilities give, without a file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_workers
+from safetensors.torch import load_file
+from training_files import align_config, metrics, run_here
+
+from tests.tiny_models import save_tiny_llama
+
+WEIGHTS = "model/model.safetensors"
+LIVE = {"reference_log_probabilities": "on_the_fly"}
+WAYS: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    "micro-batches": {"micro_batch_size": 2},
+    "kto": {"objective": {"name": "kto"}},
+    "adapters": {"lora": {"rank": 4}, "optimizer": {"learning_rate": 1e-2}},
+}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Equal runs up to rounding."""
+    for line, expected in zip(metrics(one), metrics(other), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["margin"] == pytest.approx(expected["margin"], rel=1e-3, abs=1e-5)
+    found, expected = (load_file(folder / WEIGHTS) for folder in (one, other))
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=1e-5), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_on_the_fly_equals_stored(
+    way: str, tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """The same curve and weights; the policy begins as the reference, to the last bit."""
+    stored = run_here(align_config(tiny_llama, preferences, **WAYS[way]), tmp_path / "stored")
+    config = align_config(tiny_llama, preferences, **WAYS[way], **LIVE)
+    (tmp_path / "fly").mkdir()
+    live = run_here(config, tmp_path / "fly" / "run")
+    assert_same(live, stored)
+    assert metrics(live)[0]["margin"] == 0.0
+    assert metrics(live)[-1]["margin"] > 0.01
+    assert list((tmp_path / "cache").glob("reference-*"))
+    assert not list((tmp_path / "fly" / "cache").glob("reference-*"))
+
+
+def test_another_reference_on_the_fly(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
+    """It is the model that the config names, also beside adapters."""
+    other = {"reference_model": save_tiny_llama(tmp_path / "other", seed=7), "lora": {"rank": 4}}
+    stored = run_here(align_config(tiny_llama, preferences, **other), tmp_path / "stored")
+    live = run_here(align_config(tiny_llama, preferences, **other, **LIVE), tmp_path / "live")
+    assert_same(live, stored)
+    assert abs(metrics(live)[0]["margin"]) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_on_the_fly_under_each_sharding(
+    strategy: str, tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """Two workers, with a frozen copy each or in shares, make the steps of one."""
+    alone = run_here(align_config(tiny_llama, preferences, **LIVE), tmp_path / "alone")
+    config = align_config(
+        tiny_llama, preferences, **LIVE, strategy=strategy, num_workers=2, micro_batch_size=2
+    )
+    assert_same(run_workers(config, tmp_path / "run"), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_adapters_off_under_each_sharding(
+    strategy: str, tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """The base of sharded adapters is the reference, between two passes that learn."""
+    fields = WAYS["adapters"] | LIVE
+    alone = run_here(align_config(tiny_llama, preferences, **fields), tmp_path / "alone")
+    config = align_config(
+        tiny_llama, preferences, **fields, strategy=strategy, num_workers=2, micro_batch_size=2
+    )
+    assert_same(run_workers(config, tmp_path / "run"), alone)
