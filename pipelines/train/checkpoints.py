@@ -2,10 +2,16 @@
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch.distributed as dist
 
 from pipelines.commit import commit_directory, partial_path
-from pipelines.train.strategies import first_rank, wait_for_all
+from pipelines.train.config import AlignConfig
+from pipelines.train.strategies import Strategy, first_rank, wait_for_all
 
 CHECKPOINTS = "checkpoints"
 
@@ -20,24 +26,79 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / CHECKPOINTS / f"step-{step}"
 
 
-def save_checkpoint(
-    folder: Path, step: int, save: Callable[[Path], None], *, num_kept: int
-) -> None:
-    """Write the state after `step`, all ranks together; only a complete one gets its name.
+class CheckpointWriter:
+    """Writes checkpoints at once, or, where the config says so, by a thread while steps go on; a
+    context manager that ends when the last one stands. All ranks call together.
 
-    Older ones are removed after the new one stands, so a full disk leaves the last good one.
+    One write is on its way at most: the next waits for it, and raises what went wrong with it.
     """
-    final = step_folder(folder, step)
-    partial = partial_path(final)
-    if first_rank():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    wait_for_all()
-    save(partial)
-    wait_for_all()
-    if first_rank():
-        shutil.rmtree(final, ignore_errors=True)
-        commit_directory(partial, final)
-        for old in saved_steps(folder)[:-num_kept]:
-            shutil.rmtree(step_folder(folder, old))
-    wait_for_all()
+
+    def __init__(self, folder: Path, config: AlignConfig) -> None:
+        self._folder, self._num_kept = folder, config.keep_checkpoints
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
+        # The thread's collectives must not meet those of the steps, so it has its own group.
+        self._group: dist.ProcessGroup | None = None
+        if config.asynchronous_checkpoints:
+            self._thread = ThreadPoolExecutor(1, "checkpoint")
+            self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def save(self, step: int, strategy: Strategy) -> None:
+        """Write the state after `step`, or begin to, once the state is copied.
+
+        Raises:
+            OSError: this one, or the one before, could not be written.
+        """
+        if self._thread is None:
+            self._write(step, strategy.save)
+            return
+        self._wait()
+        write = strategy.stage(self._group)
+        self._writing = self._thread.submit(self._write, step, write)
+
+    def check(self) -> None:
+        """Raise what went wrong with a write that has ended since."""
+        if self._writing is not None and self._writing.done():
+            self._wait()
+
+    def _wait(self) -> None:
+        """Return when nothing is on its way; raise what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, step: int, write: Callable[[Path], None]) -> None:
+        """Write a state, which gets its name when it is complete, and remove the oldest.
+
+        Those before go only after the new one stands, so a full disk leaves the last good one.
+        """
+        final = step_folder(self._folder, step)
+        partial = partial_path(final)
+        if first_rank():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        wait_for_all(self._group)
+        write(partial)
+        wait_for_all(self._group)
+        if first_rank():
+            shutil.rmtree(final, ignore_errors=True)
+            commit_directory(partial, final)
+            for old in saved_steps(self._folder)[: -self._num_kept]:
+                shutil.rmtree(step_folder(self._folder, old))
+        wait_for_all(self._group)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            if error is None:
+                self._wait()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)

@@ -151,6 +151,11 @@ class AlignConfig(Config):
     )
     checkpoint_every: int = Field(100, ge=1, description="steps between resumable checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of them are kept")
+    asynchronous_checkpoints: bool = Field(
+        False,
+        description="copy the state to CPU memory and write it while steps go on (single, ddp, "
+        "fsdp2)",
+    )
     max_failures: int = Field(1, ge=0, description="restarts after a lost worker")
     min_chosen_log_ratio: float | None = Field(
         None,
@@ -182,6 +187,11 @@ class AlignConfig(Config):
             raise ValueError(
                 f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
                 "with lora: adamw"
+            )
+        if self.asynchronous_checkpoints and self.strategy in ZERO_STAGES:
+            raise ValueError(
+                f"asynchronous_checkpoints: found strategy {self.strategy}; allowed with it: "
+                "single, ddp, fsdp2"
             )
         if self.cpu_offload and self.strategy in ("single", "ddp"):
             raise ValueError(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.fingerprint import fingerprint
-from pipelines.train.checkpoints import save_checkpoint, saved_steps, step_folder
+from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import (
     TokenTable,
@@ -159,7 +159,10 @@ class Run:
     def train(self) -> None:
         """All steps that are left; step n sees global batch n - 1, whatever came before."""
         config, watch, clock = self.config, Watch(self.config), Clock()
-        with MetricsWriter(self.folder, self.first_step, tensorboard=config.tensorboard) as out:
+        with (
+            MetricsWriter(self.folder, self.first_step, tensorboard=config.tensorboard) as out,
+            CheckpointWriter(self.folder, config) as checkpoints,
+        ):
             for step in range(self.first_step + 1, self.num_steps + 1):
                 rows = global_batch(
                     self.table.num_rows, config.global_batch_size, step - 1, config.seed
@@ -175,10 +178,9 @@ class Run:
                     record |= delta_metrics(self.strategy, config)
                 record |= clock.measure(int(self.table.lengths[rows].sum()))
                 out.write({"step": step, **record})
+                checkpoints.check()
                 if due:
-                    save_checkpoint(
-                        self.folder, step, self.strategy.save, num_kept=config.keep_checkpoints
-                    )
+                    checkpoints.save(step, self.strategy)
 
     def _gradients(self, rows: list[int]) -> dict[str, float]:
         """Gradients of a global batch's loss; returns its metrics."""

@@ -37,6 +37,7 @@ IMMATERIAL = {
     "max_failures",
     "checkpoint_every",
     "keep_checkpoints",
+    "asynchronous_checkpoints",
     "tensorboard",
     "num_workers",
     "micro_batch_size",

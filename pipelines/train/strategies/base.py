@@ -55,6 +55,14 @@ class Strategy(Protocol):
         """Write what a resumption needs into an existing folder."""
         ...
 
+    def stage(self, group: dist.ProcessGroup | None) -> Callable[[Path], None]:
+        """Copy that into CPU memory; what comes back writes the copy while steps go on.
+
+        Args:
+            group: of all ranks, on CPUs, for the writers alone; None where there is one process.
+        """
+        ...
+
     def load(self, folder: Path) -> None:
         """Go back to what `save` wrote."""
         ...
@@ -65,7 +73,7 @@ def first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def wait_for_all() -> None:
+def wait_for_all(group: dist.ProcessGroup | None = None) -> None:
     """Return when every rank has come here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group)

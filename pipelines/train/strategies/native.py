@@ -4,12 +4,16 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -56,6 +60,7 @@ class NativeStrategy:
             self.model = nn.parallel.DistributedDataParallel(model)
         # Before any forward pass: after one, the root of fsdp2 holds whole parameters.
         self.optimizer = build_optimizer(model)
+        self._stager: DefaultStager | None = None
 
     def _shard(self, model: nn.Module) -> None:
         """Shard each block and then the rest by rows over all workers."""
@@ -120,14 +125,29 @@ class NativeStrategy:
 
     def save(self, folder: Path) -> None:
         """Write parameters and optimizer state, all ranks together."""
+        _write(self._state(), None, folder)
+
+    def stage(self, group: dist.ProcessGroup | None) -> Callable[[Path], None]:
+        """Copy parameters and optimizer state into CPU memory; what comes back writes the copy.
+
+        The copy's memory is kept and used again, so write it before the next one is made.
+
+        Args:
+            group: of all ranks, on CPUs, for the writers alone; None where there is one process.
+        """
+        if self._stager is None:
+            pinned = self.device.type == "cuda"
+            self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
+        return partial(_write, self._stager.stage(self._state()), group)
+
+    def _state(self) -> dict[str, Any]:
+        """Parameters and optimizer state by name, as DCP takes them: no copies."""
         weights, moments = get_state_dict(self.bare, self.optimizer)
-        with _no_complaints():
-            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+        return {"model": weights, "optimizer": moments}
 
     def load(self, folder: Path) -> None:
         """Go back to what `save` wrote, on any number of ranks."""
-        weights, moments = get_state_dict(self.bare, self.optimizer)
-        state = {"model": weights, "optimizer": moments}
+        state = self._state()
         with _no_complaints():
             dcp.load(state, checkpoint_id=folder)
         set_state_dict(
@@ -143,6 +163,20 @@ def local_parameters(model: nn.Module) -> Iterator[Owned]:
     for name, parameter in model.named_parameters():
         if not is_adapter(name):
             yield layout_of(base_name(name), parameter), local(parameter)
+
+
+def _write(state: dict[str, Any], group: dist.ProcessGroup | None, folder: Path) -> None:
+    """Write a state, all ranks together.
+
+    Raises:
+        OSError: as on the rank that could not write, rather than DCP's account of all ranks.
+    """
+    try:
+        with _no_complaints():
+            dcp.save(state, checkpoint_id=folder, process_group=group)
+    except CheckpointException as error:
+        first, _ = error.failures[min(error.failures)]
+        raise first from error
 
 
 @contextlib.contextmanager

@@ -2,10 +2,12 @@
 
 import errno
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from training_files import align_config, metrics, run_here
 
@@ -13,6 +15,7 @@ from pipelines.errors import InputError
 from pipelines.train import align, plan_alignment
 from pipelines.train.checkpoints import saved_steps
 from pipelines.train.errors import DivergenceError, raise_failure
+from pipelines.train.strategies import build_strategy
 from tests.tiny_models import save_tiny_llama
 
 BAD_FIELDS = {
@@ -45,6 +48,10 @@ BAD_FIELDS = {
     "offload": (
         {"cpu_offload": True},
         "cpu_offload: has no effect with strategy single; allowed with fsdp2, zero1, zero2, zero3",
+    ),
+    "asynchronous": (
+        {"asynchronous_checkpoints": True, "strategy": "zero3"},
+        "asynchronous_checkpoints: found strategy zero3; allowed with it: single, ddp, fsdp2",
     ),
     "reference": (
         {"objective": {"name": "sft"}, "reference_model": "x"},
@@ -159,37 +166,58 @@ def test_collapse_stops_with_advice(tiny_llama: Path, preferences: Path, tmp_pat
         raise_failure(run_here(config, tmp_path / "run"))
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_leaves_the_last_checkpoint(
-    tiny_llama: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asynchronous: bool,
+    tiny_llama: Path,
+    preferences: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The one that could not be written never gets a name; the run goes on from the one before."""
-    from pipelines.train.strategies.native import NativeStrategy
+    from pipelines.train.strategies import native
 
-    config = align_config(tiny_llama, preferences)
-    real = NativeStrategy.save
+    config = align_config(tiny_llama, preferences, asynchronous_checkpoints=asynchronous)
+    real = native._write
 
-    def full(self: NativeStrategy, folder: Path) -> None:
+    def full(state: dict[str, Any], group: None, folder: Path) -> None:
         if folder.name == ".step-4.partial":
             (folder / "half").write_bytes(b"x" * 100)
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, folder)
+        real(state, group, folder)
 
-    monkeypatch.setattr(NativeStrategy, "save", full)
+    monkeypatch.setattr(native, "_write", full)
     with pytest.raises(OSError, match="No space left"):
         run_here(config, tmp_path / "run")
     assert saved_steps(tmp_path / "run") == [2]
     with pytest.raises(RuntimeError, match="No space left on device"):
         raise_failure(tmp_path / "run")
-    monkeypatch.setattr(NativeStrategy, "save", real)
+    monkeypatch.setattr(native, "_write", real)
     (tmp_path / "run" / "failure.json").unlink()
     assert len(metrics(run_here(config, tmp_path / "run"))) == 6
 
 
-def test_only_the_last_checkpoints_are_kept(
+def test_a_checkpoint_that_cannot_be_written_is_an_os_error(
     tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
+    """For real, by a limit on the size of files: the driver is told what the system said."""
+    strategy = build_strategy(align_config(tiny_llama, preferences), torch.device("cpu"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            strategy.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_only_the_last_checkpoints_are_kept(
+    asynchronous: bool, tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
     """As many as the config says."""
-    config = align_config(tiny_llama, preferences, checkpoint_every=1, keep_checkpoints=3)
+    fields = {"checkpoint_every": 1, "keep_checkpoints": 3}
+    config = align_config(tiny_llama, preferences, **fields, asynchronous_checkpoints=asynchronous)
     assert saved_steps(run_here(config, tmp_path / "run")) == [4, 5, 6]
 
 
