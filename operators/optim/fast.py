@@ -6,55 +6,31 @@ misses, updates are counted digit by digit as on the reference path. So both are
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from operators.counter_random import WORDS
 from operators.optim.adamw import AdamWStep
-from operators.optim.layout import CHUNK, ShardLayout, sum_over
+from operators.optim.cut_search import MOST_INSIDE, CutSearch, Ends, Found
+from operators.optim.layout import CHUNK, ShardLayout
 from operators.optim.merge import (
     TAU_STREAM,
     UPDATE_STREAM,
-    Cuts,
     Merger,
-    Selected,
     Update,
     selected_parameters,
 )
-from operators.selection import cut_of, kth_largest, magnitude_keys, magnitude_of
-from operators.sparsify import TopCut, kept_count
+from operators.selection import magnitude_of
+from operators.sparsify import TopCut
 
 COUNT_EVERY = 16  # steps between those in which merges without effect are counted
 _ONE_PASS = 16 * CHUNK  # elements of a call
 _TWO_PASSES = 4 * CHUNK  # with a temporary
-_MOST_INSIDE = CHUNK  # elements that are gathered of a parameter, at most
-_MISSED = 1 << 40  # more than any parameter has
-_NOWHERE = (float("inf"), float("inf"))
-_WIDEST, _NARROWEST = 0.125, 2.0**-13  # half widths of a bracket, relative to the cut
 Counts = tuple[Tensor, Tensor] | None
-
-
-@dataclass(slots=True)
-class Found:
-    """What is near a cut: how many magnitudes are above its bracket and inside, and those inside
-    (not all of them, where there was no room).
-    """
-
-    num_above: int = 0
-    num_inside: int = 0
-    inside: list[Tensor] = field(default_factory=list)
-
-    def __add__(self, other: "Found") -> "Found":
-        return Found(
-            self.num_above + other.num_above,
-            self.num_inside + other.num_inside,
-            self.inside + other.inside,
-        )
 
 
 class Kernels(Protocol):
@@ -91,12 +67,17 @@ class Kernels(Protocol):
         mean: Tensor,
         square: Tensor,
         numbers: Tensor,
-        ends: tuple[float, float],
+        ends: Ends,
         room: int,
     ) -> Found:
         """OnTIES' first pass: advance the moments, and look for the update's magnitudes from one
-        end of a bracket to the other, of which at most `room` are returned.
+        end of a bracket to the other, of which all are returned, if there are at most `room`.
         """
+
+    def ties_look(
+        self, mean: Tensor, square: Tensor, numbers: Tensor, ends: Ends, room: int
+    ) -> Found:
+        """The same look once the moments are advanced."""
 
     def note_update(self, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor) -> None:
         """Write the update of moments that are advanced already, with the first pass' bits."""
@@ -162,30 +143,12 @@ class FastUpdate:
         return self.update.step % COUNT_EVERY == 1
 
 
-@dataclass(slots=True)
-class _Bracket:
-    """Where a parameter's cut is looked for, by the steps before."""
-
-    cut: float
-    width: float = _WIDEST
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """Smallest and largest magnitude inside."""
-        return self.cut * (1 - self.width), self.cut * (1 + self.width)
-
-    def learn(self, cut: float) -> None:
-        """Move to a new cut; four times this move is wide enough for the next one."""
-        moved = abs(cut - self.cut) / max(cut, 1e-38)
-        self.cut, self.width = cut, min(max(4 * moved, _NARROWEST), _WIDEST)
-
-
 class FastPath:
     """Steps tensors with fused passes; what those cannot decide, `Merger` does."""
 
     def __init__(self, kernels: Kernels, merger: Merger) -> None:
         self._kernels, self._merger = kernels, merger
-        self._brackets: dict[str, _Bracket] = {}
+        self._search = CutSearch(merger.cuts)
         self._scratch: dict[torch.device, Tensor] = {}  # new memory would cost more than its use
 
     def step(self, updates: Sequence[FastUpdate]) -> None:
@@ -223,8 +186,13 @@ class FastPath:
         self._merger.keep_top_taus(selected)
         for fast in updates:
             fast.update.delta = partial(self._delta, fast)
-        gathered = {id(fast.update): self._first_pass(fast) for fast in updates}
-        cuts = self._cuts(selected, gathered)
+        by_id = {id(fast.update): fast for fast in updates}
+        first = {key: self._first_pass(fast) for key, fast in by_id.items()}
+        cuts = self._search.cuts(
+            selected,
+            [first[id(update)][layouts[0].name] for update, layouts in selected],
+            lambda update, layouts, ends: self._look(by_id[id(update)], layouts, ends),
+        )
         for fast in updates:
             mine = {name: cut for (owner, name), cut in cuts.items() if owner == id(fast.update)}
             if all(cut.word is None for cut in mine.values()):
@@ -254,32 +222,23 @@ class FastPath:
         found: dict[str, Found] = {}
         numbers = fast.numbers_on_device()
         for layout in fast.update.layouts:
-            bracket, so_far = self._brackets.get(layout.name), found.get(layout.name, Found())
-            ends = _NOWHERE if bracket is None else bracket.ends
+            ends, so_far = self._search.ends(layout.name), found.get(layout.name, Found())
             for _, place in layout.chunks(_TWO_PASSES):
-                room = max(0, _MOST_INSIDE - so_far.num_inside)
-                so_far += self._kernels.ties_advance(*fast.at(place), numbers, ends, room)
+                so_far += self._kernels.ties_advance(
+                    *fast.at(place), numbers, ends, MOST_INSIDE - so_far.num_inside
+                )
             found[layout.name] = so_far
         return found
 
-    def _cuts(self, selected: Sequence[Selected], gathered: dict[int, dict[str, Found]]) -> Cuts:
-        """Where top-p cuts each parameter: from what was gathered, or else by counting all."""
-        cuts: Cuts = {}
-        known = [item for item in selected if item[1][0].name in self._brackets]
-        for group in dict.fromkeys(layouts[0].group for _, layouts in known):
-            chosen = [item for item in known if item[1][0].group is group]
-            parts = [gathered[id(update)][layouts[0].name] for update, layouts in chosen]
-            ks = [kept_count(u.group["density"], lay[0].num_elements) for u, lay in chosen]
-            found = _cuts_inside(parts, ks, group, chosen[0][0].theta.device)
-            for (update, layouts), cut in zip(chosen, found, strict=True):
-                if cut is not None:
-                    cuts[id(update), layouts[0].name] = cut
-        missed = [item for item in selected if (id(item[0]), item[1][0].name) not in cuts]
-        cuts |= self._merger.cuts(missed)
-        for (_, name), cut in cuts.items():
-            value = magnitude_of(cut.key)
-            self._brackets.setdefault(name, _Bracket(value)).learn(value)
-        return cuts
+    def _look(self, fast: FastUpdate, layouts: Sequence[ShardLayout], ends: Ends) -> Found:
+        """Find what is near a parameter's cut, once the moments are advanced."""
+        found, numbers = Found(), fast.numbers_on_device()
+        for layout in layouts:
+            for _, place in layout.chunks(_TWO_PASSES):
+                _, mean, square = fast.at(place)
+                room = MOST_INSIDE - found.num_inside
+                found += self._kernels.ties_look(mean, square, numbers, ends, room)
+        return found
 
     def _second_pass(self, fast: FastUpdate, cuts: dict[str, TopCut]) -> None:
         """Merge what is at or above the cut with top_p(tau)."""
@@ -306,44 +265,6 @@ class FastPath:
             self._merger.num_merged = self._merger.num_merged + counts[1].long()
 
 
-def _cuts_inside(
-    parts: Sequence[Found],
-    ks: Sequence[int],
-    group: ProcessGroup | None,
-    device: torch.device,
-) -> list[TopCut | None]:
-    """Cuts that lie inside the brackets; None where one missed, or words have to decide."""
-    counts = torch.tensor(
-        [
-            # Too many to look at: every rank then counts this parameter otherwise.
-            [_MISSED if part.num_inside > _MOST_INSIDE else part.num_above, part.num_inside]
-            for part in parts
-        ],
-        dtype=torch.int64,
-        device=device,
-    )
-    rows = sum_over(group, counts).tolist()
-    hit = [i for i, (above, inside) in enumerate(rows) if above < ks[i] <= above + inside]
-    cuts: list[TopCut | None] = [None] * len(parts)
-    if not hit:
-        return cuts
-    inside = [_keys(parts[i].inside, device) for i in hit]
-    left = [ks[i] - rows[i][0] for i in hit]
-    if group is None:
-        found = [cut_of(own.cpu().numpy(), k) for own, k in zip(inside, left, strict=True)]
-    else:
-        found = kth_largest(inside, left, partial(sum_over, group))
-    for i, cut in zip(hit, found, strict=True):
-        if rows[i][0] + cut.num_above + cut.num_equal == ks[i]:
-            cuts[i] = TopCut(cut.key, None)
-    return cuts
-
-
 def _signed(word: int) -> int:
     """A 32-bit word as the signed number of the same bits."""
     return word - WORDS if word >= WORDS // 2 else word
-
-
-def _keys(magnitudes: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Integers that order like magnitudes."""
-    return magnitude_keys(torch.cat([torch.zeros(0, device=device), *magnitudes]))

@@ -30,14 +30,22 @@ typedef struct {
 enum { NO_TAU = 0, BFLOAT16 = 2, FLOAT32 = 4 }; /* bytes of an element of tau */
 enum { BLOCK = 1024 };                          /* elements whose updates stay in the first cache */
 
-static inline uint32_t mix(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    return x ^ (x >> 16);
+/* The two words that turn a mask's key into what `is_kept` needs for indices whose upper halves are
+ * that of `index`. In the pinned function mix(mix(index ^ low) ^ high), a mix begins and ends with
+ * x ^= x >> 16, which undoes itself: so the first one's end and the second one's beginning leave
+ * only high ^ high >> 16. The very first one shifts down nothing but the indices' upper half. */
+static inline Mask prepared(Mask mask, uint32_t index) {
+    mask.low ^= (index ^ mask.low) >> 16;
+    mask.high ^= mask.high >> 16;
+    return mask;
 }
 
-static inline int is_kept(uint32_t index, Mask mask) {
-    return mix(mix(index ^ mask.low) ^ mask.high) <= mask.largest;
+static inline int is_kept(uint32_t index, Mask prepared_mask) {
+    uint32_t x = (index ^ prepared_mask.low) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    x = (x ^ prepared_mask.high) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return (x ^ (x >> 16)) <= prepared_mask.largest;
 }
 
 /* What AdamW adds, without decay. */
@@ -112,20 +120,26 @@ LOOP dare_loop(int64_t size, float *restrict theta, const float *restrict gradie
                uint32_t start, const Mask *masks, const Numbers *numbers, int64_t *counts,
                int tau_width, int counting) {
     const Numbers n = *numbers;
-    const Mask of_update = masks[0], of_tau = masks[1];
     int64_t count[2] = {0, 0};
-    for (int64_t i = 0; i < size; i++) {
-        uint32_t index = start + (uint32_t)i;
-        float m = mean[i], s = square[i];
-        float update = advance(gradient[i], &m, &s, &n);
-        mean[i] = m;
-        square[i] = s;
-        float change = (is_kept(index, of_update) ? update : 0.0f) * n.update_weight;
-        if (tau_width != NO_TAU) {
-            float drift = tau_at(tau, tau_width, i);
-            change = fmaf(is_kept(index, of_tau) ? drift : 0.0f, n.tau_weight, change);
+    for (int64_t first = 0; first < size;) {
+        const uint32_t index = start + (uint32_t)first;
+        const int64_t same_upper_half = first + 0x10000 - (index & 0xffff);
+        const int64_t end = same_upper_half < size ? same_upper_half : size;
+        const Mask of_update = prepared(masks[0], index), of_tau = prepared(masks[1], index);
+        for (int64_t i = first; i < end; i++) {
+            const uint32_t here = start + (uint32_t)i;
+            float m = mean[i], s = square[i];
+            float update = advance(gradient[i], &m, &s, &n);
+            mean[i] = m;
+            square[i] = s;
+            float change = (is_kept(here, of_update) ? update : 0.0f) * n.update_weight;
+            if (tau_width != NO_TAU) {
+                float drift = tau_at(tau, tau_width, i);
+                change = fmaf(is_kept(here, of_tau) ? drift : 0.0f, n.tau_weight, change);
+            }
+            write(theta + i, change, &n, counting, count);
         }
-        write(theta + i, change, &n, counting, count);
+        first = end;
     }
     memcpy(counts, count, sizeof count);
 }
@@ -159,37 +173,83 @@ void ties_step(int64_t size, float *theta, const float *mean, const float *squar
     CHOOSE(ties_loop, size, theta, mean, square, tau, numbers, counts);
 }
 
-/* OnTIES' first pass: advances the moments and looks for the cut in the bracket [low, high].
- * found[0] counts the updates' magnitudes above it, found[1] those inside, of which the first
- * `room` are written to `inside`. */
+/* What a look for a cut found: counts[0] magnitudes above a bracket [low, high], counts[1] inside
+ * it, which are written to `inside` up to the block in which there are more than `room`: it is one
+ * block larger. */
+typedef struct {
+    float low, high;
+    float *inside;
+    int64_t room;
+    int64_t *counts;
+} Look;
+
+/* Writes the flagged magnitudes of a block; `to` has room for all of it. */
+static inline void gather(const float *magnitude, const uint8_t *flags, int length, int many,
+                          float *to) {
+    if (many) { /* what is not flagged is written over by the next: no branch to guess */
+        for (int i = 0; i < length; i++) {
+            *to = magnitude[i];
+            to += flags[i];
+        }
+        return;
+    }
+    for (int first = 0; first < length; first += 8) {
+        uint64_t eight = 0;
+        memcpy(&eight, flags + first, length - first < 8 ? (size_t)(length - first) : 8);
+        if (eight == 0) continue;
+        for (int i = first; i < length && i < first + 8; i++)
+            if (flags[i]) *to++ = magnitude[i];
+    }
+}
+
+/* Adds a block's magnitudes to a look. */
+static inline void look_at(const float *magnitude, int length, Look *look) {
+    uint8_t flags[BLOCK];
+    int above = 0, inside = 0;
+    for (int i = 0; i < length; i++) {
+        int over = magnitude[i] > look->high, kept = (magnitude[i] >= look->low) & !over;
+        above += over;
+        inside += kept;
+        flags[i] = (uint8_t)kept;
+    }
+    if (inside > 0 && look->counts[1] <= look->room)
+        gather(magnitude, flags, length, inside > length / 128, look->inside + look->counts[1]);
+    look->counts[0] += above;
+    look->counts[1] += inside;
+}
+
+/* OnTIES' first pass: advances the moments and looks for the update's cut. */
 void ties_advance(int64_t size, const float *restrict gradient, float *restrict mean,
                   float *restrict square, const Numbers *numbers, float low, float high,
-                  float *restrict inside, int64_t room, int64_t *found) {
+                  float *inside, int64_t room, int64_t *counts) {
     const Numbers n = *numbers;
-    int64_t num_above = 0, num_inside = 0;
+    Look look = {low, high, inside, room, counts};
     for (int64_t first = 0; first < size; first += BLOCK) {
         const int length = size - first < BLOCK ? (int)(size - first) : BLOCK;
         float magnitude[BLOCK];
-        int above = 0, from_low = 0;
         for (int i = 0; i < length; i++) {
             float m = mean[first + i], s = square[first + i];
-            float size_of_update = fabsf(advance(gradient[first + i], &m, &s, &n));
+            magnitude[i] = fabsf(advance(gradient[first + i], &m, &s, &n));
             mean[first + i] = m;
             square[first + i] = s;
-            magnitude[i] = size_of_update;
-            above += size_of_update > high;
-            from_low += size_of_update >= low;
         }
-        num_above += above;
-        if (from_low == above) continue;
-        for (int i = 0; i < length; i++) {
-            if (magnitude[i] < low || magnitude[i] > high) continue;
-            if (num_inside < room) inside[num_inside] = magnitude[i];
-            num_inside++;
-        }
+        look_at(magnitude, length, &look);
     }
-    found[0] = num_above;
-    found[1] = num_inside;
+}
+
+/* Looks for the cut of an update whose moments are advanced already. */
+void ties_look(int64_t size, const float *restrict mean, const float *restrict square,
+               const Numbers *numbers, float low, float high, float *inside, int64_t room,
+               int64_t *counts) {
+    const Numbers n = *numbers;
+    Look look = {low, high, inside, room, counts};
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        const int length = size - first < BLOCK ? (int)(size - first) : BLOCK;
+        float magnitude[BLOCK];
+        for (int i = 0; i < length; i++)
+            magnitude[i] = fabsf(update_of(mean[first + i], square[first + i], &n));
+        look_at(magnitude, length, &look);
+    }
 }
 
 /* The update of moments that are advanced already. */

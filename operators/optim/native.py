@@ -13,18 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from operators.optim.fast import Counts, Found
+from operators.optim.cut_search import Ends, Found
+from operators.optim.fast import Counts
 
 COMPILERS = ("cc", "gcc", "clang")
 # Every operation is rounded once, as written, so that bits do not depend on the machine's vectors.
 FLAGS = "-O3 -march=native -std=c11 -fno-math-errno -fno-trapping-math -ffp-contract=off".split()
 LEAST_OF_A_THREAD = 1 << 15  # elements: below, handing them over takes longer than the work
+BLOCK = 1024  # as in kernels.c: what a look may write beyond its room
 _POINTER, _LONG, _INT, _WORD = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
 _FLOAT = ctypes.c_float
 _ARGUMENTS = {
     "plain_step": [_LONG, *[_POINTER] * 5],
     "dare_step": [_LONG, *[_POINTER] * 5, _INT, _WORD, _POINTER, _POINTER, _INT, _POINTER],
     "ties_advance": [_LONG, *[_POINTER] * 4, _FLOAT, _FLOAT, _POINTER, _LONG, _POINTER],
+    "ties_look": [_LONG, *[_POINTER] * 3, _FLOAT, _FLOAT, _POINTER, _LONG, _POINTER],
     "note_update": [_LONG, *[_POINTER] * 4],
     "ties_step": [_LONG, *[_POINTER] * 4, _INT, _POINTER, _INT, _POINTER],
 }
@@ -116,26 +119,27 @@ class NativeKernels:
         mean: Tensor,
         square: Tensor,
         numbers: Tensor,
-        ends: tuple[float, float],
+        ends: Ends,
         room: int,
     ) -> Found:
         """OnTIES' first pass."""
 
         def run(first: int, size: int) -> Found:
-            counts, inside = torch.zeros(2, dtype=torch.int64), torch.empty(min(room, size))
-            self._library.ties_advance(
-                size,
-                *_at(first, gradient, mean, square),
-                numbers.data_ptr(),
-                *ends,
-                inside.data_ptr(),
-                inside.numel(),
-                counts.data_ptr(),
-            )
-            num_above, num_inside = counts.tolist()
-            return Found(num_above, num_inside, [inside[:num_inside].clone()])
+            places = (*_at(first, gradient, mean, square), numbers.data_ptr())
+            return _look(self._library.ties_advance, size, places, ends, room)
 
         return sum(self._over(gradient.numel(), run), Found())
+
+    def ties_look(
+        self, mean: Tensor, square: Tensor, numbers: Tensor, ends: Ends, room: int
+    ) -> Found:
+        """The same look once the moments are advanced."""
+
+        def run(first: int, size: int) -> Found:
+            places = (*_at(first, mean, square), numbers.data_ptr())
+            return _look(self._library.ties_look, size, places, ends, room)
+
+        return sum(self._over(mean.numel(), run), Found())
 
     def note_update(self, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor) -> None:
         """The update of moments that are advanced already."""
@@ -190,6 +194,17 @@ class NativeKernels:
 def _at(first: int, *tensors: Tensor | None) -> list[int | None]:
     """Addresses of the elements `first` of flat tensors."""
     return [None if t is None else t.data_ptr() + first * t.element_size() for t in tensors]
+
+
+def _look(
+    function: Callable[..., None], size: int, places: tuple[Any, ...], ends: Ends, room: int
+) -> Found:
+    """What a function finds between two ends."""
+    room = max(0, min(room, size))
+    counts, inside = torch.zeros(2, dtype=torch.int64), torch.empty(room + BLOCK)
+    function(size, *places, *ends, inside.data_ptr(), room, counts.data_ptr())
+    num_above, num_inside = counts.tolist()
+    return Found(num_above, num_inside, [inside[:num_inside].clone()])
 
 
 def _added(counts: list[Tensor], counting: bool) -> Counts:

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from operators.optim.fast import Counts, Found
+from operators.optim.cut_search import Ends, Found
+from operators.optim.fast import Counts
 
 BLOCK = 1024  # elements of a program
 
@@ -215,15 +216,21 @@ class TritonKernels:
         mean: Tensor,
         square: Tensor,
         numbers: Tensor,
-        ends: tuple[float, float],
+        ends: Ends,
         room: int,
     ) -> Found:
         """OnTIES' first pass."""
-        size, (low, high) = torch.empty_like(mean), ends
-        _launch(_ties_advance_kernel, size.numel(), gradient, mean, square, size, numbers)
-        size.abs_()
-        inside = size[(size >= low) & (size <= high)]
-        return Found(int((size > high).sum()), inside.numel(), [inside[:room]])
+        delta = torch.empty_like(mean)
+        _launch(_ties_advance_kernel, delta.numel(), gradient, mean, square, delta, numbers)
+        return _look(delta, ends, room)
+
+    def ties_look(
+        self, mean: Tensor, square: Tensor, numbers: Tensor, ends: Ends, room: int
+    ) -> Found:
+        """The same look once the moments are advanced."""
+        delta = torch.empty_like(mean)
+        self.note_update(mean, square, delta, numbers)
+        return _look(delta, ends, room)
 
     def note_update(self, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor) -> None:
         """The update of moments that are advanced already."""
@@ -253,6 +260,13 @@ class TritonKernels:
             counting=counting,
         )
         return (counts[0], counts[1]) if counting else None
+
+
+def _look(delta: Tensor, ends: Ends, room: int) -> Found:
+    """What is near a cut of updates, which are spoilt."""
+    (low, high), size = ends, delta.abs_()
+    inside = size[(size >= low) & (size <= high)]
+    return Found(int((size > high).sum()), inside.numel(), [inside[: max(0, room)]])
 
 
 def _launch(kernel: Any, size: int, *arguments: Any, **constants: Any) -> None:

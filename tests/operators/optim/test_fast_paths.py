@@ -102,7 +102,7 @@ def test_the_reference_is_followed_over_many_steps_in_float64() -> None:
 
 
 def masks(kernels) -> list[torch.Tensor]:
-    """Where a tau of 1 arrives, from global indices on both sides of 2^31 and below 2^32."""
+    """Where a tau of 1 arrives, from global indices around multiples of 2^16, 2^31 and 2^32."""
     found = []
     for start, key in MASKS:
         count = min(1000, (1 << 32) - start % (1 << 32))
@@ -127,7 +127,7 @@ def masks(kernels) -> list[torch.Tensor]:
 
 MASKS = [
     (start, counter_key(7, "w", 1, 3))
-    for start in (0, (1 << 31) - 3, (1 << 32) - 7, 5 * (1 << 32) + 11)
+    for start in (0, (1 << 16) - 5, (1 << 31) - 3, (1 << 32) - 7, 5 * (1 << 32) + 11)
 ]
 
 
@@ -181,6 +181,8 @@ def updates(kernels) -> list[torch.Tensor]:
     mean, square, second = torch.zeros(3, 5000)
     numbers = torch.tensor([0.1, 0.999, 0.001, 1e-8, -3e-4, 0.0316, 1.0, 1.0, 0.0, 0.0])
     first = kernels.ties_advance(gradient, mean, square, numbers, (0.0, 1e9), 5000)
+    again = kernels.ties_look(mean, square, numbers, (0.0, 1e9), 5000)
+    assert torch.equal(torch.cat(again.inside), torch.cat(first.inside))
     assert (first.num_above, first.num_inside) == (0, 5000)
     kernels.note_update(mean, square, second, numbers)
     return [mean, square, torch.cat(first.inside), second]

@@ -1,0 +1,162 @@
+"""Where top-p cuts updates: guessed from the step before, then decided exactly.
+
+A cut moves little from step to step. So a pass over a parameter's updates counts those above a
+bracket around the last cut and gathers those inside, among which the exact one is found. Where the
+bracket missed, the counts say where to look instead. All ranks of a group count together.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from operators.optim.layout import CHUNK, ShardLayout, sum_over
+from operators.optim.merge import Cuts, Selected, Update
+from operators.selection import cut_of, kth_largest, magnitude_keys, magnitude_of
+from operators.sparsify import TopCut, kept_count
+
+MOST_INSIDE = CHUNK  # elements that are gathered of a parameter on a rank, at most
+NOWHERE = (float("inf"), float("inf"))
+_NUM_LOOKS = 3  # after the first; then all digits are counted
+_WIDEST, _NARROWEST = 0.125, 2.0**-13  # half widths of a bracket, relative to the cut
+_MARGIN = 2.0  # half width over the largest move of late
+_FADING = 0.8  # of that from step to step
+Ends = tuple[float, float]  # smallest and largest magnitude of a bracket
+
+
+@dataclass(slots=True)
+class Found:
+    """What a rank found: how many magnitudes are above a bracket and inside, and those inside (not
+    all of them, where they were too many).
+    """
+
+    num_above: int = 0
+    num_inside: int = 0
+    inside: list[Tensor] = field(default_factory=list)
+
+    def __add__(self, other: "Found") -> "Found":
+        return Found(
+            self.num_above + other.num_above,
+            self.num_inside + other.num_inside,
+            self.inside + other.inside,
+        )
+
+
+@dataclass(slots=True)
+class _Bracket:
+    """Where a parameter's cut is looked for, by the steps before."""
+
+    cut: float
+    moved: float = _WIDEST  # the largest relative move of late
+
+    @property
+    def ends(self) -> Ends:
+        width = min(max(_MARGIN * self.moved, _NARROWEST), _WIDEST)
+        return self.cut * (1 - width), self.cut * (1 + width)
+
+    def learn(self, cut: float) -> None:
+        """Move to a new cut."""
+        moved = abs(cut - self.cut) / max(cut, 1e-38)
+        self.cut, self.moved = cut, max(moved, _FADING * self.moved)
+
+
+Look = Callable[[Update, list[ShardLayout], Ends], Found]
+
+
+class CutSearch:
+    """Finds the cuts of a step's updates, given how to look through one.
+
+    Args:
+        count_all: finds cuts without a guess, by counting digits.
+    """
+
+    def __init__(self, count_all: Callable[[Sequence[Selected]], Cuts]) -> None:
+        self._count_all = count_all
+        self._brackets: dict[str, _Bracket] = {}
+
+    def ends(self, name: str) -> Ends:
+        """Between which magnitudes a parameter's first look goes."""
+        return self._brackets[name].ends if name in self._brackets else NOWHERE
+
+    def cuts(self, selected: Sequence[Selected], found: Sequence[Found], look: Look) -> Cuts:
+        """The exact cut of each parameter.
+
+        Args:
+            selected: the parameters; the same on every rank of a group, in the same order.
+            found: what a first look between `ends` found of each.
+            look: looks again through one, between other ends.
+        """
+        cuts: Cuts = {}
+        open_ones = [
+            (item, self.ends(item[1][0].name), part)
+            for item, part in zip(selected, found, strict=True)
+            if item[1][0].name in self._brackets
+        ]
+        for _ in range(_NUM_LOOKS):
+            again = []
+            for group in dict.fromkeys(item[1][0].group for item, _, _ in open_ones):
+                chosen = [entry for entry in open_ones if entry[0][1][0].group is group]
+                again += _decide(chosen, group, cuts)
+            open_ones = [(item, ends, look(*item, ends)) for item, ends in again]
+            if not open_ones:
+                break
+        missed = [item for item in selected if (id(item[0]), item[1][0].name) not in cuts]
+        cuts |= self._count_all(missed)
+        for (_, name), cut in cuts.items():
+            value = magnitude_of(cut.key)
+            self._brackets.setdefault(name, _Bracket(value)).learn(value)
+        return cuts
+
+
+def _decide(
+    entries: Sequence[tuple[Selected, Ends, Found]], group: ProcessGroup | None, cuts: Cuts
+) -> list[tuple[Selected, Ends]]:
+    """Add the cuts that lie inside their brackets to `cuts`; the others, with where to look next.
+
+    Those whose equal magnitudes words have to decide are neither.
+    """
+    device = entries[0][0][0].theta.device
+    counts = torch.tensor(
+        [[f.num_above, f.num_inside, f.num_inside > MOST_INSIDE] for _, _, f in entries],
+        dtype=torch.int64,
+        device=device,
+    )
+    again, hit = [], []
+    for entry, row in zip(entries, sum_over(group, counts).tolist(), strict=True):
+        (update, layouts), ends, _ = entry
+        left = kept_count(update.group["density"], layouts[0].num_elements) - row[0]
+        if 0 < left <= row[1] and not row[2]:
+            hit.append((entry, left))
+        else:
+            again.append((entry[0], _next_ends(ends, left, row[1])))
+    keys = [_keys(found.inside, device) for (_, _, found), _ in hit]
+    lefts = [left for _, left in hit]
+    if group is None:
+        decided = [cut_of(own.cpu().numpy(), k) for own, k in zip(keys, lefts, strict=True)]
+    else:
+        decided = kth_largest(keys, lefts, partial(sum_over, group))
+    for (((update, layouts), _, _), left), cut in zip(hit, decided, strict=True):
+        if cut.num_above + cut.num_equal == left:
+            cuts[id(update), layouts[0].name] = TopCut(cut.key, None)
+    return again
+
+
+def _next_ends(ends: Ends, left: int, num_inside: int) -> Ends:
+    """Where a cut is to be looked for that is `left` elements below a bracket's upper end."""
+    low, high = ends
+    if left <= 0:
+        return high, high + 8 * (high - low)
+    if left > num_inside:
+        return max(low - 8 * (high - low), 0.0), low
+    # Inside, but among too many: magnitudes are about evenly spread over so short a range.
+    width = high - low
+    middle = high - width * left / num_inside
+    return max(low, middle - 0.05 * width), min(high, middle + 0.05 * width)
+
+
+def _keys(magnitudes: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Integers that order like magnitudes."""
+    return magnitude_keys(torch.cat([torch.zeros(0, device=device), *magnitudes]))
