@@ -60,7 +60,7 @@ def test_a_run_survives_the_death_of_everything(config: Path, project_root: Path
     """
     folder = config.parent
     subprocess.run(
-        command(config, "--out", folder / "whole"), cwd=project_root, check=True, timeout=300
+        command(config, "--out", folder / "whole"), cwd=project_root, check=True, timeout=600
     )
     lines = folder / ".out.partial" / "metrics.jsonl"
     for after in (3, 17):
@@ -74,7 +74,7 @@ def test_a_run_survives_the_death_of_everything(config: Path, project_root: Path
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
     subprocess.run(
-        command(config, "--out", folder / "out"), cwd=project_root, check=True, timeout=300
+        command(config, "--out", folder / "out"), cwd=project_root, check=True, timeout=600
     )
     name = "model.safetensors"
     assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()

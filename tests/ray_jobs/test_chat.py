@@ -20,7 +20,7 @@ def chat(path: Path, text: str, root: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         cwd=root,
-        timeout=120,
+        timeout=300,
     )
 
 

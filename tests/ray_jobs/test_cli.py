@@ -70,7 +70,7 @@ def test_the_module_is_the_command(tmp_path: Path, project_root: Path) -> None:
     command = [sys.executable, "-m", "ray_jobs.cli", "merge", "none.yaml", "out"]
     environment = {"PYTHONPATH": str(project_root), "PATH": "/usr/bin:/bin"}
     result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 2
     assert result.stderr == "poise: none.yaml: no such file\n"

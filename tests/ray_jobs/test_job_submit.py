@@ -103,7 +103,7 @@ def submit(project_root: Path) -> Iterator[Submit]:
             text=True,
             cwd=project_root,
             env=environment,
-            timeout=300,
+            timeout=600,
         )
 
     try:

@@ -96,7 +96,7 @@ def server(paths: list[Path], port: int, root: Path, mark: str) -> Iterator[subp
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=150)
+            process.wait(timeout=300)
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_two_models_answer_and_ctrl_c_leaves_nothing(tmp_path: Path, project_roo
             greedy = Generator(models["x"]).complete([hello], max_new_tokens=12, batch_size=1)[0]
             assert message.split()[: len(greedy.split())] == greedy.split()
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=150) == 0
+        assert process.wait(timeout=300) == 0
         assert process.stdout.read() == ""
     assert_nothing_remains(mark)
 
@@ -154,7 +154,7 @@ def test_sigterm_while_loading_leaves_nothing(tmp_path: Path, project_root: Path
                 break
         time.sleep(5)  # into the engine's start
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=150)
+        process.wait(timeout=300)
         assert process.stdout.read() == ""
     assert_nothing_remains(mark)
 
@@ -168,7 +168,7 @@ def test_a_taken_port_is_an_error_before_ray_starts(tmp_path: Path, project_root
         holder.listen()
         port = holder.getsockname()[1]
         with server([model], port, project_root, mark) as process:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert out == ""
     assert err == f"poise: --port {port}: taken on 127.0.0.1; choose another\n"
