@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from operators.passes import passes_for
+
 SMALLEST_SUM = 1e-8
 
 
@@ -40,6 +42,9 @@ def sign_elect(
         like_mergekit: a sum of 0 elects plus, and `normalize` divides by the agreeing weights with
             their signs, by 1 where these sum to 0.
     """
+    passes = passes_for(*deltas)
+    if passes is not None and not like_mergekit:
+        return passes.sign_elect(deltas, weights, normalize=normalize)
     elected = torch.sign(weighted_sum(deltas, weights, normalize=False))
     if like_mergekit:
         elected = torch.where(elected < 0, -1.0, 1.0)

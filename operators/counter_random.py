@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from operators.passes import passes_for
+
 WORDS = 1 << 32
 CHUNK = 1 << 15  # elements worked on at once: buffers of this size stay in a core's cache
 _GOLDEN = 0x9E3779B9
@@ -104,6 +106,9 @@ def keep_mask(
         return torch.ones(count, dtype=torch.bool, device=device)
     if torch.device(device or "cpu").type != "cpu":
         return counter_words(key, start, count, device) < limit
+    passes = passes_for()
+    if passes is not None:
+        return passes.keep_mask(key, limit, start, count)
     mask = np.empty(count, dtype=np.bool_)
     for first, chunk in _chunks(key, start, count):
         np.less(chunk, np.uint32(limit), out=mask[first : first + len(chunk)])

@@ -188,8 +188,12 @@ class KeySearch:
         keys = np.concatenate([*inside, np.empty(0, dtype=np.int64)]).astype(np.int64, copy=False)
         if self.collect:
             return KeyCounts(above, keys)
-        buckets = 1 + ((self.high - self.low) >> self.shift)
+        buckets = len(self.no_buckets())
         return KeyCounts(above, np.bincount((keys - self.low) >> self.shift, minlength=buckets))
+
+    def no_buckets(self) -> NDArray[np.int64]:
+        """A count of 0 for each bucket of the bracket."""
+        return np.zeros(1 + ((self.high - self.low) >> self.shift), dtype=np.int64)
 
     def add(self, one: KeyCounts, other: KeyCounts) -> KeyCounts:
         """Two observations of this pass together."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from operators.counter_random import WORDS, counter_words_at, keep_mask, unsigned_words
+from operators.passes import passes_for
 from operators.selection import Cut, Reduce, kth_largest, magnitude_keys
 
 Rescale = Literal["none", "inverse_density"]
@@ -50,6 +51,9 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     """
     if x.dtype != torch.float32:
         return torch.where(mask, x, 0.0)
+    passes = passes_for(x)
+    if passes is not None and mask.is_contiguous():
+        return passes.masked(x, mask)
     return (x.view(torch.int32) * mask).view(torch.float32)
 
 
@@ -120,6 +124,9 @@ def _needs_word(cut: Cut, count: int) -> bool:
 
 def top_mask(x: Tensor, cut: TopCut, key: tuple[int, int], start: int) -> Tensor:
     """Which elements of a flat range are above the cut: bool, shape of x."""
+    passes = passes_for(x)
+    if passes is not None and not (cut.by_index and cut.word is not None):
+        return passes.top_mask(x, cut.key, cut.word, key, start)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return torch.from_numpy(_top_mask_by_numpy(x, cut, key, start))
     magnitudes = magnitude_keys(x)
@@ -231,13 +238,15 @@ def magprune(
     if density == 1:
         return rows
     chances = _chance_of_rank(rows.shape[1], density, epsilon)
-    ranks = _doubled_ranks(rows)
     limits = np.floor(chances * WORDS).astype(np.uint32)
+    divisors = chances.astype(np.float32) if rescale else np.ones(len(chances), dtype=np.float32)
+    passes = passes_for(rows)
+    if passes is not None:
+        return passes.magprune(rows, limits, divisors, key, start)
+    ranks = _doubled_ranks(rows)
     words = unsigned_words(key, start, rows.numel()).reshape(rows.shape)
     kept = masked(rows, torch.from_numpy(words < limits.take(ranks)))
-    if not rescale:
-        return kept
-    return kept.div_(torch.from_numpy(chances.astype(np.float32).take(ranks)))
+    return kept.div_(torch.from_numpy(divisors.take(ranks))) if rescale else kept
 
 
 def _chance_of_rank(width: int, density: float, epsilon: float) -> NDArray[np.float64]:

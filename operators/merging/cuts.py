@@ -1,9 +1,10 @@
 """The statistic of thresholds: where each model's delta is cut so that exactly k elements stay.
 
 The first pass looks at a sample (of a small tensor: at all of it) and brackets each threshold. The
-second counts what is above the bracket and how keys spread inside it. If only some of the elements
-at a threshold stay, the third finds the counter word up to which they do. Tensors whose sample
-misled, or whose magnitudes spread over many octaves, take one pass more.
+second counts what is above the bracket and collects what is in it, with the counter words that
+decide between equal magnitudes. Of large tensors it counts how magnitudes spread in the bracket; if
+only some of the elements at a threshold stay, a third finds the word up to which they do. Tensors
+whose sample misled, or whose magnitudes spread over many octaves, take one pass more.
 """
 
 import math
@@ -19,28 +20,67 @@ from torch import Tensor
 
 from operators.counter_random import WORDS, counter_key, counter_words_at
 from operators.merging.method import CHUNK, MergeContext, MergeInput, Scope, StatisticFactory
+from operators.passes import Passes, passes_for
 from operators.selection import Cut, KeyCounts, KeySearch, cut_of, sample_places
 from operators.sparsify import TopCut
 
 Keys = NDArray[np.int32]
 Counts = Callable[[Mapping[str, Any], int, int], Sequence[int]]
 _TOP_KEY = 0x7FFFFFFF
-_RUNS, _RUN = 128, 1024  # a sample is so many runs of so many neighbours
+_RUNS, _RUN = 64, 1024  # a sample is so many runs of so many neighbours
 _ALL = 2 * _RUNS * _RUN  # below it, all elements are the sample
+_FEW = 1 << 19  # keys that a search may collect
+_WORD_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """One threshold: the `count` largest magnitudes of a model stay.
 
-    `search` runs over magnitudes until `cut` is known, then over what decides between equal ones.
+    `search` runs over magnitudes until `cut` is known, then over what decides between equal ones;
+    a `joint` one over both at once: `magnitude << 32 | order`.
     """
 
     model: int
     count: int
     search: KeySearch | None = None
+    joint: bool = False
     cut: Cut | None = None
     found: TopCut | None = None
+
+
+class _Tally:
+    """What a range adds to the search of a target."""
+
+    def __init__(self, search: KeySearch) -> None:
+        self.search = search
+        self._above = 0
+        self._inside: list[NDArray[Any]] = []
+        self._buckets: NDArray[np.int64] | None = None
+
+    def add_keys(self, keys: NDArray[Any]) -> None:
+        """Takes in keys."""
+        above = int(np.count_nonzero(keys > self.search.high))
+        self.add(above, keys[(keys >= self.search.low) & (keys <= self.search.high)])
+
+    def add(self, above: int, inside: NDArray[Any]) -> None:
+        """Takes in the keys in the bracket and how many are above it."""
+        self._above += above
+        self._inside.append(inside)
+
+    def add_magnitudes(self, passes: Passes, vector: Tensor) -> None:
+        """Takes in a vector's magnitudes, in buckets."""
+        search = self.search
+        if self._buckets is None:
+            self._buckets = search.no_buckets()
+        bracket = search.low, search.high
+        self._above += passes.count_magnitudes(vector, bracket, search.shift, self._buckets)
+
+    def counts(self) -> KeyCounts:
+        """The observation."""
+        if self._buckets is not None:
+            return KeyCounts(self._above, self._buckets)
+        return self.search.count(self._inside, self._above)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +113,43 @@ class CutSearch:
         """The range's part of the sample, or its counts for each target."""
         if self._sampling:
             return self._observe_sample(work, offset)
-        above = [0] * len(self.targets)
-        inside: list[list[NDArray[Any]]] = [[] for _ in self.targets]
+        searches = [target.search for target in self.targets]
+        tallies = [None if search is None else _Tally(search) for search in searches]
         for first, part in work.parts(CHUNK):
-            keys = [_keys(vector) for vector in self.vectors(part)]
-            for i, target in enumerate(self.targets):
-                search = target.search
-                if target.found is not None or search is None:
-                    continue
-                values: NDArray[Any] = keys[target.model]
-                if target.cut is not None:
-                    places = np.flatnonzero(values == target.cut.key)
-                    values = self._order(target.model, places + (offset + work.start + first))
-                above[i] += int(np.count_nonzero(values > search.high))
-                inside[i].append(values[(values >= search.low) & (values <= search.high)])
-        return [
-            None if target.search is None else target.search.count(inside[i], above[i])
-            for i, target in enumerate(self.targets)
-        ]
+            vectors, place = self.vectors(part), offset + work.start + first
+            for target, tally in zip(self.targets, tallies, strict=True):
+                if tally is not None:
+                    self._count(target, tally, vectors[target.model], place)
+        return [None if tally is None else tally.counts() for tally in tallies]
+
+    def _count(self, target: Target, tally: _Tally, vector: Tensor, place: int) -> None:
+        """Counts a chunk whose first element has the index `place` in the scope."""
+        passes = passes_for(vector)
+        if target.joint:
+            tally.add(*self._collected(target, vector, place))
+        elif target.cut is not None:
+            places = np.flatnonzero(_keys(vector) == target.cut.key) + place
+            tally.add_keys(self._order(target.model, places))
+        elif passes is not None:
+            tally.add_magnitudes(passes, vector)
+        else:
+            tally.add_keys(_keys(vector))
+
+    def _collected(
+        self, target: Target, vector: Tensor, place: int
+    ) -> tuple[int, NDArray[np.int64]]:
+        """How many magnitudes are above a target's bracket, and the joint keys in it."""
+        assert target.search is not None
+        low, high = target.search.low >> _WORD_BITS, target.search.high >> _WORD_BITS
+        passes = passes_for(vector)
+        if passes is not None and not self._by_index:
+            key = tie_key(self.scope, target.model)
+            return passes.collect_magnitudes(vector, (low, high), key, place)
+        keys = _keys(vector)
+        inside = np.flatnonzero((keys >= low) & (keys <= high))
+        order = self._order(target.model, inside + place)
+        joint = keys[inside].astype(np.int64) << _WORD_BITS | order
+        return int(np.count_nonzero(keys > high)), joint
 
     def add(self, one: Any, other: Any) -> Any:
         """Samples side by side; counts added."""
@@ -135,36 +194,47 @@ class CutSearch:
     def _observe_sample(self, work: MergeInput, offset: int) -> list[NDArray[np.int64]]:
         """For each model, rows of places and keys of the sampled elements of a range."""
         begin = offset + work.start
-        seen: list[list[NDArray[np.int64]]] = [[] for _ in work.models]
-        for first, last in self._sample(begin, begin + work.count):
-            places = np.arange(first, last)
-            part = work.part(first - begin, last - begin)
-            for model, vector in enumerate(self.vectors(part)):
-                seen[model].append(np.stack([places, _keys(vector)]))
-        return [np.concatenate(one or [np.empty((2, 0), dtype=np.int64)], axis=1) for one in seen]
+        runs = self._sample(begin, begin + work.count)
+        if not runs:
+            return [np.empty((2, 0), dtype=np.int64) for _ in work.models]
+        seen = [self.vectors(work.part(first - begin, last - begin)) for first, last in runs]
+        places = np.concatenate([np.arange(first, last) for first, last in runs])
+        keys = (_keys(torch.cat(vectors)) for vectors in zip(*seen, strict=True))
+        return [np.stack([places, own]) for own in keys]
 
     def _bracket(self, target: Target, sample: NDArray[np.int64]) -> Target:
         """The first search of a target; the cut itself where the sample is everything."""
-        keys = sample[1, sample[0].argsort()]
+        keys = sample[1, sample[0].argsort(kind="stable")].astype(np.int32)
         count, size = self.scope.count, len(keys)
         if count <= _ALL:
             return self._settle(target, cut_of(keys, target.count))
         assert size == _RUNS * _RUN
-        ordered = np.sort(keys)[::-1]
         middle = min(max(round(target.count / count * size), 1), size)
-        above = (keys > ordered[middle - 1]).reshape(_RUNS, _RUN).mean(axis=1)
+        above = (
+            (keys > np.partition(keys, size - middle)[size - middle])
+            .reshape(_RUNS, _RUN)
+            .mean(axis=1)
+        )
         # Neighbours are alike, so a run is one draw and not a thousand.
         share = target.count / count
         spread = max(float(above.std()) * math.sqrt(_RUN), math.sqrt(share * (1 - share)))
         first, last = sample_places(target.count, count, size, spread)
-        low = int(ordered[last - 1]) if last <= size else 0
-        high = int(ordered[first - 1]) if first >= 1 else _TOP_KEY
+        ends = [size - min(last, size), size - max(first, 1)]
+        low, high = np.partition(keys, ends)[ends].tolist()
+        low, high = low if last <= size else 0, high if first >= 1 else _TOP_KEY
+        if count <= WORDS and (last - first) / size * count <= _FEW:
+            low, high = low << _WORD_BITS, ((high + 1) << _WORD_BITS) - 1
+            top = ((_TOP_KEY + 1) << _WORD_BITS) - 1
+            search = KeySearch(target.count, low, high, top, collect=True)
+            return replace(target, search=search, joint=True)
         return replace(target, search=KeySearch(target.count, low, high, _TOP_KEY))
 
     def _narrow(self, target: Target, counts: KeyCounts) -> Target:
         """A target after a pass of its search."""
         assert target.search is not None
         state = target.search.advance(counts)
+        if target.joint:
+            return self._narrow_joint(target, counts, state)
         if isinstance(state, KeySearch):
             return replace(target, search=state)
         if target.cut is None:
@@ -173,25 +243,43 @@ class CutSearch:
         last = TopCut(target.cut.key, top - state.key, by_index=self._by_index)
         return replace(target, search=None, found=last)
 
+    def _narrow_joint(self, target: Target, counts: KeyCounts, state: KeySearch | Cut) -> Target:
+        """A target after its joint pass: found, or its magnitude beside a bracket that missed."""
+        if isinstance(state, KeySearch):
+            low, high = state.low >> _WORD_BITS, state.high >> _WORD_BITS
+            search = KeySearch(target.count, low, high, _TOP_KEY)
+            return replace(target, search=search, joint=False)
+        key, order = state.key >> _WORD_BITS, state.key & (WORDS - 1)
+        at_least = counts.above + int(np.count_nonzero(counts.inside >> _WORD_BITS >= key))
+        if key == 0 or at_least == target.count:
+            return replace(target, search=None, found=TopCut(key, None))
+        last = self._top_order - order
+        return replace(target, search=None, found=TopCut(key, last, by_index=self._by_index))
+
     def _settle(self, target: Target, cut: Cut) -> Target:
         """A target whose magnitude is known: found, or to be decided between equal ones."""
         if cut.key == 0 or cut.num_above + cut.num_equal == target.count:
             return replace(target, search=None, cut=cut, found=TopCut(cut.key, None))
         k, tied = target.count - cut.num_above, cut.num_equal
         if self._by_index:
-            top = self.scope.count - 1
+            top = self._top_order
             return replace(target, cut=cut, search=KeySearch(k, 0, top, top))
         # Counter words are uniform, so that the k-th lies close to its expectation.
         margin = 8 * math.sqrt(k * (tied - k) / tied) + 8
         low = math.floor((1 - (k + margin) / tied) * WORDS)
         high = math.ceil((1 - (k - margin) / tied) * WORDS)
-        top = WORDS - 1
+        top = self._top_order
         search = KeySearch(k, max(low, 0), min(high, top), top, collect=True)
         return replace(target, cut=cut, search=search)
 
     @property
     def _by_index(self) -> bool:
         return bool(self.scope.parameters.get("ties") == "index")
+
+    @property
+    def _top_order(self) -> int:
+        """The largest number that `_order` gives."""
+        return self.scope.count - 1 if self._by_index else WORDS - 1
 
     def _order(self, model: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """What decides between equal magnitudes, largest first: the counter word or the index."""

@@ -1,9 +1,6 @@
 """The fast path's passes on a CPU: `kernels.c`, compiled for this machine when first wanted."""
 
 import ctypes
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -13,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from operators.native import compile_library
 from operators.optim.cut_search import Ends, Found
 from operators.optim.fast import Counts
 
-COMPILERS = ("cc", "gcc", "clang")
-# Every operation is rounded once, as written, so that bits do not depend on the machine's vectors.
-FLAGS = "-O3 -march=native -std=c11 -fno-math-errno -fno-trapping-math -ffp-contract=off".split()
 LEAST_OF_A_THREAD = 1 << 15  # elements: below, handing them over takes longer than the work
 BLOCK = 1024  # as in kernels.c: what a look may write beyond its room
 _POINTER, _LONG, _INT, _WORD = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
@@ -33,32 +28,14 @@ _ARGUMENTS = {
 }
 
 
-class CompilerError(RuntimeError):
-    """There is no C compiler, or it does not compile."""
-
-
 @cache
 def _library() -> ctypes.CDLL:
-    """The passes as machine code. It takes a second, and nothing is left on the disk.
+    """The passes as machine code.
 
     Raises:
-        CompilerError: with the compiler's first line.
+        CompilerError: there is no C compiler, or it does not compile.
     """
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise CompilerError("no C compiler found")
-    source = Path(__file__).with_name("kernels.c")
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "kernels.so"
-        command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(output), str(source), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise CompilerError((done.stderr.strip() or f"{compiler} failed").splitlines()[0])
-        library = ctypes.CDLL(str(output))
-    for name, arguments in _ARGUMENTS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
-    return library
+    return compile_library(Path(__file__).with_name("kernels.c"), _ARGUMENTS)
 
 
 class NativeKernels:

@@ -6,8 +6,9 @@ from typing import Literal
 
 import torch
 
+from operators.native import CompilerError
 from operators.optim.fast import Kernels
-from operators.optim.native import CompilerError, NativeKernels
+from operators.optim.native import NativeKernels
 
 Implementation = Literal["auto", "reference", "compiled", "triton"]
 IMPLEMENTATIONS = ("auto", "reference", "compiled", "triton")

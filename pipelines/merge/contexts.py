@@ -6,7 +6,7 @@ from typing import Any
 
 from operators.merging import Gathering, MergeContext, begin_gathering
 from pipelines.errors import InputError
-from pipelines.merge.tensor import TensorMerge
+from pipelines.merge.tensor import TensorMerge, load_passes
 
 # What thresholds depend on: with `scope: model` it cannot change from tensor to tensor.
 OF_THE_MODEL = ("density", "gamma", "ties", "rescale", "fidelity")
@@ -23,6 +23,7 @@ def model_contexts(tensors: dict[str, TensorMerge], num_workers: int) -> dict[st
     chosen = {name: tensor for name, tensor in tensors.items() if tensor.is_of_model}
     if not chosen:
         return {}
+    load_passes(chosen.values())
     first = next(iter(chosen.values()))
     for tensor in chosen.values():
         _check_like(tensor, first)

@@ -1,18 +1,21 @@
 """How one tensor of a merge comes about: what is read, by which method, with which parameters."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from operators import passes
 from operators.merging import METHODS, MergeContext, begin_gathering, merge_tensor
 from pipelines.checkpoints import Source, TensorSpec
 from pipelines.errors import InputError
 
 # Elements read and merged at once.
 CHUNK_ELEMENTS = 1 << 20
+# Elements from which on a second of compiling the passes is made good.
+WORTH_COMPILING = 1 << 24
 
 Observer = Callable[["Operand", int, Tensor], None]
 
@@ -195,6 +198,13 @@ class TensorMerge:
                     f"{first.spec.file}; allowed: the same in all models"
                 )
         return ranges[0]
+
+
+def load_passes(tensors: Iterable[TensorMerge]) -> None:
+    """Have sparsifiers and sign election compiled, if there is enough for them to do."""
+    count = sum(tensor.num_elements for tensor in tensors if "density" in tensor.parameters)
+    if count >= WORTH_COMPILING:
+        passes.load()
 
 
 def is_finite(values: Tensor) -> bool:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from operators.counter_random import counter_key, keep_mask
+from operators.native import CompilerError
 from operators.optim import OnlineMergingAdamW
 from operators.optim.fast import FastPath, _signed
-from operators.optim.native import CompilerError, NativeKernels, _library
+from operators.optim.native import NativeKernels, _library
 from tests.operators.optim.helpers import make_parameters, make_tau, merging, set_gradients
 
 CASES = {
@@ -309,7 +310,7 @@ def test_the_path_is_chosen_by_size_said_once_and_kept(monkeypatch, caplog) -> N
 
 def test_auto_does_without_a_compiler_and_compiled_says_what_is_missing(monkeypatch) -> None:
     monkeypatch.setattr("operators.optim.path.WORTH_COMPILING", 1)
-    monkeypatch.setattr("operators.optim.native.COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr("operators.native.COMPILERS", ("no-such-compiler",))
     _library.cache_clear()
     parameters = make_parameters()
     set_gradients(parameters, 0)
@@ -327,7 +328,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path) -> None:
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho 'cannot find math.h' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    monkeypatch.setattr("operators.optim.native.COMPILERS", (str(compiler),))
+    monkeypatch.setattr("operators.native.COMPILERS", (str(compiler),))
     _library.cache_clear()
     with pytest.raises(CompilerError, match=r"^cannot find math\.h$"):
         NativeKernels()

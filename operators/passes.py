@@ -1,0 +1,177 @@
+"""The merge methods' passes in C (`passes.c`): the bits of the plain ones, several times as fast.
+
+`load` compiles them, which takes a second; from then on the functions of operators.sparsify,
+consensus and counter_random and the search of cuts take them for float32 on a CPU. Whoever has
+much to merge calls it once in each process; without a C compiler all goes on as before.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from operators.native import CompilerError, compile_library
+
+Key = tuple[int, int]  # of the counter hash
+_POINTER, _LONG, _INDEX = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
+_INT, _WORD = ctypes.c_int, ctypes.c_uint32
+_ARGUMENTS = {
+    "keep_mask": [_LONG, _INDEX, _POINTER, _WORD, _POINTER],
+    "masked": [_LONG, _POINTER, _POINTER, _POINTER],
+    "top_mask": [_LONG, _POINTER, _WORD, _WORD, _INDEX, _POINTER, _POINTER],
+    "top_mask_all": [_LONG, _POINTER, _WORD, _POINTER],
+    "count_magnitudes": [_LONG, _POINTER, _WORD, _WORD, _INT, _POINTER, _POINTER],
+    "collect_magnitudes": [_LONG, _POINTER, _WORD, _WORD, _INDEX, *[_POINTER] * 3],
+    "magprune": [_LONG, _LONG, _POINTER, _INDEX, *[_POINTER] * 5],
+    "sign_elect": [_LONG, _INT, _POINTER, _POINTER, _INT, _POINTER],
+}
+_lock = Lock()
+_loaded: "Passes | None" = None
+
+
+def load() -> bool:
+    """Compile the passes, once in a process; whether they are there."""
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            try:
+                _loaded = Passes()
+            except CompilerError:
+                return False
+    return True
+
+
+def unload() -> None:
+    """Go back to the plain passes."""
+    global _loaded
+    with _lock:
+        _loaded = None
+
+
+def passes_for(*tensors: Tensor) -> "Passes | None":
+    """The passes, if they are loaded and can work on all of these."""
+    if _loaded is None or torch.compiler.is_compiling():
+        return None
+    fits = all(
+        x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous() for x in tensors
+    )
+    return _loaded if fits else None
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return compile_library(Path(__file__).with_name("passes.c"), _ARGUMENTS)
+
+
+class Passes:
+    """The compiled passes. Tensors are contiguous, float32, on the CPU; results are new.
+
+    Raises:
+        CompilerError: there is no C compiler, or it does not compile.
+    """
+
+    def __init__(self) -> None:
+        self._library = _library()
+
+    def keep_mask(self, key: Key, limit: int, start: int, count: int) -> Tensor:
+        """Which words of [start, start + count) are below `limit`, in [0, 2^32)."""
+        mask = torch.empty(count, dtype=torch.bool)
+        self._library.keep_mask(count, start, _words(key), limit, mask.data_ptr())
+        return mask
+
+    def masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x where the bool mask is true, else 0."""
+        kept = torch.empty_like(x)
+        self._library.masked(x.numel(), x.data_ptr(), mask.data_ptr(), kept.data_ptr())
+        return kept
+
+    def top_mask(self, x: Tensor, cut: int, last: int | None, key: Key, start: int) -> Tensor:
+        """Which magnitudes are above `cut`, or equal to it with a word of at most `last`."""
+        mask = torch.empty(x.shape, dtype=torch.bool)
+        size, values, out = x.numel(), x.data_ptr(), mask.data_ptr()
+        if last is None:
+            self._library.top_mask_all(size, values, cut, out)
+        else:
+            self._library.top_mask(size, values, cut, last, start, _words(key), out)
+        return mask
+
+    def count_magnitudes(
+        self, x: Tensor, bracket: tuple[int, int], shift: int, buckets: NDArray[np.int64]
+    ) -> int:
+        """How many magnitudes are above the bracket; those in it are added to the buckets."""
+        above = np.zeros(1, dtype=np.int64)
+        self._library.count_magnitudes(
+            x.numel(), x.data_ptr(), *bracket, shift, buckets.ctypes.data, above.ctypes.data
+        )
+        return int(above[0])
+
+    def collect_magnitudes(
+        self, x: Tensor, bracket: tuple[int, int], key: Key, start: int
+    ) -> tuple[int, NDArray[np.int64]]:
+        """How many magnitudes are above the bracket; of those in it, with each one's word,
+        `magnitude << 32 | 2^32 - 1 - word`.
+        """
+        found, counts = np.empty(x.numel(), dtype=np.int64), np.zeros(2, dtype=np.int64)
+        self._library.collect_magnitudes(
+            x.numel(),
+            x.data_ptr(),
+            *bracket,
+            start,
+            _words(key),
+            found.ctypes.data,
+            counts.ctypes.data,
+        )
+        num_above, num_inside = counts.tolist()
+        return num_above, found[:num_inside].copy()
+
+    def magprune(
+        self,
+        rows: Tensor,
+        limits: NDArray[np.uint32],
+        chances: NDArray[np.float32],
+        key: Key,
+        start: int,
+    ) -> Tensor:
+        """DELLA's choice; `limits` of words and divisors `chances` are by doubled mid-rank."""
+        kept, width = torch.empty_like(rows), rows.shape[1]
+        scratch = torch.empty(9 * width + 1, dtype=torch.int32)
+        self._library.magprune(
+            rows.shape[0],
+            width,
+            rows.data_ptr(),
+            start,
+            _words(key),
+            limits.ctypes.data,
+            chances.ctypes.data,
+            scratch.data_ptr(),
+            kept.data_ptr(),
+        )
+        return kept
+
+    def sign_elect(
+        self, deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool
+    ) -> Tensor:
+        """TIES's election."""
+        merged = torch.empty_like(deltas[0])
+        places = np.array([delta.data_ptr() for delta in deltas], dtype=np.uint64)
+        numbers = np.array(weights, dtype=np.float32)
+        self._library.sign_elect(
+            merged.numel(),
+            len(deltas),
+            places.ctypes.data,
+            numbers.ctypes.data,
+            normalize,
+            merged.data_ptr(),
+        )
+        return merged
+
+
+def _words(key: Key) -> ctypes.Array[ctypes.c_uint32]:
+    """A key as C's numbers."""
+    return (ctypes.c_uint32 * 2)(*key)

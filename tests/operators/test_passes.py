@@ -1,0 +1,146 @@
+"""The compiled passes give the plain ones' bits, whatever the numbers."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from operators import passes
+from operators.consensus import sign_elect
+from operators.counter_random import keep_mask
+from operators.merging import merge_tensor
+from operators.sparsify import TopCut, magprune, masked, top_mask
+
+KEY = (0x12345678, 0x9ABCDEF0)
+BEFORE_2_32 = (1 << 32) - 700  # the upper half of the index changes inside a block
+
+
+@pytest.fixture(autouse=True)
+def unloaded() -> Iterator[None]:
+    passes.unload()
+    yield
+    passes.unload()
+
+
+def both(run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """A result by the plain and by the compiled passes."""
+    passes.unload()
+    plain = run()
+    assert passes.load()
+    return plain, run()
+
+
+def assert_same_bits(run: Callable[[], Tensor]) -> None:
+    plain, compiled = both(run)
+    assert plain.dtype == compiled.dtype
+    kind = torch.int32 if plain.dtype == torch.float32 else plain.dtype
+    assert torch.equal(plain.view(kind), compiled.view(kind))
+
+
+def values(kind: str, *shape: int) -> Tensor:
+    """Magnitudes of one kind."""
+    generator = torch.Generator().manual_seed(len(kind))
+    x = torch.randn(shape, generator=generator) * 2e-3
+    if kind == "tied":  # as deltas of bf16 weights
+        return (x + 0.02).bfloat16().float() - 0.02
+    if kind == "outliers":  # all others share an interval
+        x[..., ::97] *= 1e7
+    if kind == "octaves":
+        x = x * torch.exp2(torch.randint(-120, 120, shape, generator=generator))
+    if kind == "zeros":
+        x[..., ::2] = -0.0
+        x[0] = 0.0
+    if kind == "tiny":
+        x = x * 1e-39
+    if kind == "not finite":
+        x[..., 5], x[..., 6], x[..., 7] = torch.nan, torch.inf, -torch.inf
+    return x
+
+
+KINDS = ("normal", "tied", "outliers", "octaves", "zeros", "tiny", "not finite")
+
+
+@pytest.mark.parametrize("start", [0, 12345, BEFORE_2_32])
+def test_masks_at_random(start: int) -> None:
+    assert_same_bits(lambda: keep_mask(KEY, 0.37, start, 3001))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("word", [None, 1 << 30])
+def test_masks_by_a_cut(kind: str, word: int | None) -> None:
+    x = values(kind, 3001)
+    keys = (x.view(torch.int32) & 0x7FFFFFFF).sort().values
+    cut = TopCut(int(keys[2000]), word)
+    assert_same_bits(lambda: top_mask(x, cut, KEY, BEFORE_2_32))
+    mask = top_mask(x, cut, KEY, 0)
+    assert_same_bits(lambda: masked(x, mask))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1, 2, 7, 1500])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_magprune(kind: str, width: int, rescale: bool) -> None:
+    rows = values(kind, 5, max(width, 8))[:, :width].contiguous()
+    assert_same_bits(lambda: magprune(rows, 0.5, 0.15, KEY, BEFORE_2_32, rescale=rescale))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sign_election(kind: str, normalize: bool) -> None:
+    deltas = [values(kind, 3001).roll(i) for i in range(3)]
+    plain, compiled = both(
+        lambda: sign_elect(deltas, [0.5, -0.3, 1.7], normalize=normalize).nan_to_num(7.0)
+    )
+    assert torch.equal(plain, compiled)
+
+
+@pytest.mark.parametrize("kind", ["normal", "tied", "octaves", "zeros"])
+@pytest.mark.parametrize("ties", ["hash", "index"])
+@pytest.mark.parametrize("count", [1000, 400_000])
+def test_thresholds(kind: str, ties: str, count: int) -> None:
+    """Whole merges, of which the larger one samples, brackets and collects."""
+    models = [values(kind, count // 100, 100).roll(i) for i in range(2)]
+    base = torch.zeros_like(models[0])
+    for method in ("ties", "breadcrumbs"):
+        assert_same_bits(
+            lambda method=method: merge_tensor(
+                method, models, base, name="x", density=[0.3, 0.017], ties=ties
+            )
+        )
+
+
+def test_a_sample_that_misled() -> None:
+    """All that is large lies between the runs of the sample, or all that is small does."""
+    count, run, num_runs = 400_000, 1024, 64
+    x = values("normal", count).abs()
+    sampled = torch.zeros(count, dtype=torch.bool)
+    for place in range(num_runs):
+        start = place * (count - run) // (num_runs - 1)
+        sampled[start : start + run] = True
+    zeros = torch.zeros(count)
+    for misleading in (torch.where(sampled, x, x + 1), torch.where(sampled, x + 1, x)):
+        run_it = partial(merge_tensor, "ties", [misleading], zeros, name="x", density=0.5)
+        assert_same_bits(run_it)
+        kept = misleading[run_it() != 0]
+        assert len(kept) == count // 2
+        assert kept.min() >= misleading.kthvalue(count // 2).values
+
+
+def test_they_are_used_only_where_they_are_loaded_and_fit() -> None:
+    x = torch.zeros(8)
+    assert passes.passes_for(x) is None
+    assert passes.load() and passes.load()
+    assert passes.passes_for(x) is not None
+    assert passes.passes_for(x.double()) is None
+    assert passes.passes_for(x, x[::2]) is None
+
+
+def test_without_a_compiler_all_goes_on(monkeypatch) -> None:
+    monkeypatch.setattr("operators.native.COMPILERS", ("no-such-compiler",))
+    passes._library.cache_clear()
+    assert not passes.load()
+    assert passes.passes_for(torch.zeros(8)) is None
+    merged = merge_tensor("ties", [torch.ones(4)], torch.zeros(4), name="x", density=1.0)
+    assert torch.equal(merged, torch.ones(4))
