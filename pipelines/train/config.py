@@ -146,6 +146,9 @@ class AlignConfig(Config):
         "float32", description="of forward and backward passes; master weights are float32"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory")
+    activation_offload: bool = Field(
+        False, description="activations rest in CPU memory until the backward pass (on GPUs)"
+    )
     cpu_offload: bool = Field(
         False, description="parameters and optimizer state rest in CPU memory (fsdp2, zero)"
     )

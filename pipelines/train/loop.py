@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.fingerprint import fingerprint
+from pipelines.train.activations import offload_activations
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import (
@@ -209,7 +210,8 @@ class Run:
         """The loss of some rows, by the kind of rows that the objective takes."""
         batch = collate(self.table, rows, PAD, self.device)
         reference = None if self.reference is None else self.reference.responses(rows, batch)
-        with self.strategy.forward_context():
+        keeping = offload_activations() if self.config.activation_offload else nullcontext()
+        with self.strategy.forward_context(), keeping:
             responses = score_responses(self.model, batch)
         config = self.config.objective
         if self.objective.rows == "pairs":

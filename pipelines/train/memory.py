@@ -8,7 +8,8 @@ tokens in a micro-batch, L layers of width h and inner width i, and a vocabulary
     weights       b N more, where the passes use other weights than the masters
     gradients     4 N (b N for zero1; divided by W for fsdp2, zero2, zero3); twice that for ddp
     gathered      b times the largest block, twice, and all outside the blocks (fsdp2, zero3)
-    activations   b T (15 h + 4 i) a layer; with gradient checkpointing b T h, and one layer whole
+    activations   b T (15 h + 4 i) a layer; with gradient checkpointing b T h, and one layer whole;
+                  with activation offload one layer whole alone (the rest in the machine's memory)
     logits        T v (b + 12), and 4 T v more in bf16 for their float32 copy
     reference     on the fly: 4 N of its weights, divided by W unless the strategy is single or ddp,
                   which hold 2 N more in bf16; nothing with adapters, whose base it is
@@ -103,6 +104,8 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
     activations = layer * shape.num_layers
     if config.gradient_checkpointing:
         activations = b * tokens * shape.hidden_size * shape.num_layers + layer
+    if config.activation_offload:
+        activations = layer
     logits = tokens * shape.vocabulary * (b + 12 + (4 if b == 2 else 0))
     reference = 0
     own_base = config.lora is not None and config.reference_model is None

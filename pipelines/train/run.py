@@ -42,6 +42,7 @@ IMMATERIAL = {
     "num_workers",
     "micro_batch_size",
     "gradient_checkpointing",
+    "activation_offload",
     "cpu_offload",
 }
 
@@ -106,7 +107,13 @@ def align_in_turn(
 
 
 def _check_workers(configs: Sequence[AlignConfig]) -> None:
-    """Raise InputError where configs cannot share their workers."""
+    """Raise InputError where configs cannot share their workers, or ask for what these lack."""
+    import torch
+
+    if any(config.activation_offload for config in configs) and not torch.cuda.is_available():
+        raise InputError(
+            "activation_offload: has no effect without a GPU, and this machine has none"
+        )
     for name in ("num_workers", "max_failures"):
         values = {getattr(config, name) for config in configs}
         if len(values) > 1:

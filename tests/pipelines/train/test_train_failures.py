@@ -126,6 +126,17 @@ def test_an_unfinished_run_of_another_config(
         align(align_config(tiny_llama, preferences), tmp_path / "there")
 
 
+def test_activation_offload_without_a_gpu(
+    tiny_llama: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in CPU memory already; nothing is written."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = align_config(tiny_llama, preferences, activation_offload=True)
+    with pytest.raises(InputError, match="activation_offload: has no effect without a GPU"):
+        align(config, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_zero_goes_on_with_as_many_workers(
     tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
