@@ -21,6 +21,21 @@ def delta_sums(now: Tensor, before: Tensor, tau: Tensor | None = None) -> Tensor
     return torch.stack([delta @ delta, delta @ along, along @ along])
 
 
+@torch.no_grad()
+def kl_divergences(policy: Tensor, reference: Tensor) -> Tensor:
+    """KL(policy || reference) of the next token at each position, over the whole vocabulary:
+    `sum_v p_v (log p_v - log q_v)`, never negative.
+
+    Args:
+        policy, reference: (..., vocabulary) logits, any floating dtype; computed in float32.
+
+    Returns:
+        (...) float32, in nats.
+    """
+    p, q = (logits.float().log_softmax(-1) for logits in (policy, reference))
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+
+
 def norm_and_cosine(sums: Tensor) -> tuple[float, float]:
     """Norm of the delta, and its cosine with tau (0 where one of them is 0), from the added-up
     sums of all shards.

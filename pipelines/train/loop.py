@@ -29,11 +29,14 @@ from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER
 from pipelines.train.metrics import Clock, MetricsWriter, Watch, add_up, delta_metrics
 from pipelines.train.objectives import (
     MicroLoss,
+    Responses,
     Shares,
+    kl_sum,
     labelled_loss,
+    logits_of,
     mismatched_point,
     pair_loss,
-    score_responses,
+    responses_under,
     shares_of,
     text_loss,
 )
@@ -212,11 +215,28 @@ class Run:
         reference = None if self.reference is None else self.reference.responses(rows, batch)
         keeping = offload_activations() if self.config.activation_offload else nullcontext()
         with self.strategy.forward_context(), keeping:
-            responses = score_responses(self.model, batch)
+            logits = logits_of(self.model, batch)
+            responses = responses_under(logits, batch)
+        before = None if reference is None else reference.log_probability
+        result = self._loss_of(rows, responses, before, shares, point)
+        if reference is not None and reference.logits is not None:
+            kl = kl_sum(logits, reference.logits, batch) / shares.tokens
+            result.metrics["kl_per_token"] = kl
+        return result
+
+    def _loss_of(
+        self,
+        rows: list[int],
+        responses: Responses,
+        reference: Tensor | None,
+        shares: Shares,
+        point: Tensor | None,
+    ) -> MicroLoss:
+        """The objective on log-probabilities, the reference's (sequences,) where it has one."""
         config = self.config.objective
         if self.objective.rows == "pairs":
-            before = None if reference is None else reference.view(2, -1).T
-            return pair_loss(config, responses, before, shares)
+            pairs = None if reference is None else reference.view(2, -1).T
+            return pair_loss(config, responses, pairs, shares)
         if self.objective.rows == "texts":
             return text_loss(config, responses, shares)
         desirable = torch.from_numpy(self.table.labels[rows]).to(self.device)
@@ -226,7 +246,9 @@ class Run:
     def _reference_point(self, micro: list[list[int]], num_rows: int) -> Tensor:
         """KTO's z0 of the global batch, before any of its gradients."""
         batches = [(r, collate_mismatched(self.table, r, PAD, self.device)) for r in micro]
-        reference = torch.cat([self.reference.mismatched(*batch) for batch in batches])
+        reference = torch.cat(
+            [self.reference.mismatched(*batch).log_probability for batch in batches]
+        )
 
         def policy() -> Tensor:
             return torch.cat([score(self.strategy, batch) for _, batch in batches])

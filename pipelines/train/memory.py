@@ -12,7 +12,8 @@ tokens in a micro-batch, L layers of width h and inner width i, and a vocabulary
                   with activation offload one layer whole alone (the rest in the machine's memory)
     logits        T v (b + 12), and 4 T v more in bf16 for their float32 copy
     reference     on the fly: 4 N of its weights, divided by W unless the strategy is single or ddp,
-                  which hold 2 N more in bf16; nothing with adapters, whose base it is
+                  which hold 2 N more in bf16 (nothing with adapters, whose base it is), and b T v
+                  of its logits
 """
 
 from dataclasses import dataclass, fields
@@ -108,7 +109,8 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
         activations = layer
     logits = tokens * shape.vocabulary * (b + 12 + (4 if b == 2 else 0))
     reference = 0
-    own_base = config.lora is not None and config.reference_model is None
-    if config.reference_log_probabilities == "on_the_fly" and not own_base:
-        reference = 4 * n // workers if sharded else (6 if b == 2 else 4) * n
+    if config.reference_log_probabilities == "on_the_fly":
+        reference = b * tokens * shape.vocabulary
+        if config.lora is None or config.reference_model is not None:
+            reference += 4 * n // workers if sharded else (6 if b == 2 else 4) * n
     return Memory(state, weights, gradients, gathered, activations, logits, reference)

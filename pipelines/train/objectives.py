@@ -12,6 +12,7 @@ from operators.losses import (
     kto_reference_point,
     token_log_probabilities,
 )
+from operators.metrics import kl_divergences
 from pipelines.train.config import ObjectiveConfig
 from pipelines.train.data import Batch, TokenTable
 
@@ -48,12 +49,37 @@ class Responses:
     num_tokens: Tensor  # (sequences,) int64
 
 
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Run the model: (sequences, length, vocabulary)."""
+    return model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+
+
 def score_responses(model: nn.Module, batch: Batch) -> Responses:
     """Run the model; log-probabilities of learned tokens alone, never of prompts or padding."""
-    logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+    return responses_under(logits_of(model, batch), batch)
+
+
+def responses_under(logits: Tensor, batch: Batch) -> Responses:
+    """Log-probabilities of learned tokens under a batch's logits."""
     marks = batch.response[:, 1:]
     values = token_log_probabilities(logits, batch.ids) * marks
     return Responses(values.sum(-1), marks.sum(-1))
+
+
+@torch.no_grad()
+def kl_sum(policy: Tensor, reference: Tensor, batch: Batch) -> Tensor:
+    """KL(policy || reference) of the next token, summed over a batch's learned tokens.
+
+    Args:
+        policy, reference: (sequences, length, vocabulary) logits; taken one sequence at a time, so
+            that float32 copies of all are never there together.
+    """
+    learned = batch.response[:, 1:].bool()
+    sums = [
+        kl_divergences(now[:-1][marks], before[:-1][marks]).sum()
+        for now, before, marks in zip(policy, reference, learned, strict=True)
+    ]
+    return torch.stack(sums).sum()
 
 
 @dataclass(frozen=True, slots=True)

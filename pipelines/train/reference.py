@@ -4,6 +4,7 @@ each micro-batch when it comes.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -18,22 +19,30 @@ from torch import Tensor
 from pipelines.commit import write_atomically
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import Batch
-from pipelines.train.objectives import score_responses
+from pipelines.train.objectives import logits_of, responses_under, score_responses
 from pipelines.train.strategies import Strategy, build_reference, first_rank, wait_for_all
 from pipelines.train.strategies.lora import without_adapters
 
 SEQUENCES_PER_BATCH = 16
 
 
-class Reference(Protocol):
-    """Log-probabilities of responses under the reference, (sequences,) in the batch's order."""
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the reference says of a batch's responses."""
 
-    def responses(self, rows: list[int], batch: Batch) -> Tensor:
-        """Of the rows' own responses."""
+    log_probability: Tensor  # (sequences,) float32, summed over tokens, in the batch's order
+    logits: Tensor | None = None  # (sequences, length, vocabulary), where it has just run
+
+
+class Reference(Protocol):
+    """What the reference says of responses."""
+
+    def responses(self, rows: list[int], batch: Batch) -> Scores:
+        """To the rows' own responses."""
         ...
 
-    def mismatched(self, rows: list[int], batch: Batch) -> Tensor:
-        """Of other rows' responses to the rows' prompts (KTO)."""
+    def mismatched(self, rows: list[int], batch: Batch) -> Scores:
+        """To other rows' responses to the rows' prompts (KTO)."""
         ...
 
 
@@ -48,13 +57,13 @@ class StoredReference:
     def __init__(self, values: Tensor, sequences_per_row: int) -> None:
         self._values, self._own = values, sequences_per_row
 
-    def responses(self, rows: list[int], batch: Batch) -> Tensor:
+    def responses(self, rows: list[int], batch: Batch) -> Scores:
         """First all rows' first sequences, then all their second ones."""
-        return self._values[rows, : self._own].T.reshape(-1)
+        return Scores(self._values[rows, : self._own].T.reshape(-1))
 
-    def mismatched(self, rows: list[int], batch: Batch) -> Tensor:
+    def mismatched(self, rows: list[int], batch: Batch) -> Scores:
         """The column after the rows' own."""
-        return self._values[rows, self._own]
+        return Scores(self._values[rows, self._own])
 
 
 class LiveReference:
@@ -71,10 +80,11 @@ class LiveReference:
         self._strategy, self._as_reference = strategy, as_reference
 
     @torch.no_grad()
-    def responses(self, rows: list[int], batch: Batch) -> Tensor:
+    def responses(self, rows: list[int], batch: Batch) -> Scores:
         """A pass without gradients."""
-        with self._as_reference():
-            return score(self._strategy, batch)
+        with self._as_reference(), self._strategy.forward_context():
+            logits = logits_of(self._strategy.model, batch)
+            return Scores(responses_under(logits, batch).log_probability, logits)
 
     mismatched = responses
 

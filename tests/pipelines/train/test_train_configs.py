@@ -103,11 +103,11 @@ def test_memory_formula_by_hand(tiny_llama: Path, preferences: Path) -> None:
     memory = estimate_memory(shape, sharded)
     assert (memory.state, memory.weights, memory.gradients) == (12 * n // 4, 2 * n // 4, 4 * n // 4)
     live = config.model_copy(update={"reference_log_probabilities": "on_the_fly"})
-    assert estimate_memory(shape, live).reference == 4 * n
+    assert estimate_memory(shape, live).reference == 4 * n + 4 * tokens * shape.vocabulary
     offloaded = config.model_copy(update={"activation_offload": True})
     assert estimate_memory(shape, offloaded).activations == 4 * tokens * width
     adapters = live.model_copy(update={"lora": LoraSettings()})
-    assert estimate_memory(shape, adapters).reference == 0
+    assert estimate_memory(shape, adapters).reference == 4 * tokens * shape.vocabulary
 
 
 MEASURE = """

@@ -8,7 +8,10 @@ import torch
 from processes import run_workers
 from safetensors.torch import load_file
 from training_files import align_config, metrics, run_here
+from transformers import AutoModelForCausalLM
 
+from pipelines.train import plan_alignment
+from pipelines.train.data import global_batch
 from tests.tiny_models import save_tiny_llama
 
 WEIGHTS = "model/model.safetensors"
@@ -24,6 +27,9 @@ WAYS: dict[str, dict[str, Any]] = {
 def assert_same(one: Path, other: Path) -> None:
     """Equal runs up to rounding."""
     for line, expected in zip(metrics(one), metrics(other), strict=True):
+        if {"kl_per_token"} <= line.keys() & expected.keys():
+            kl = expected["kl_per_token"]
+            assert line["kl_per_token"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert line["margin"] == pytest.approx(expected["margin"], rel=1e-3, abs=1e-5)
     found, expected = (load_file(folder / WEIGHTS) for folder in (one, other))
@@ -43,8 +49,34 @@ def test_on_the_fly_equals_stored(
     assert_same(live, stored)
     assert metrics(live)[0]["margin"] == 0.0
     assert metrics(live)[-1]["margin"] > 0.01
+    assert metrics(live)[0]["kl_per_token"] == 0.0
+    assert metrics(live)[-1]["kl_per_token"] > 1e-5
+    assert "kl_per_token" not in metrics(stored)[-1]
     assert list((tmp_path / "cache").glob("reference-*"))
     assert not list((tmp_path / "fly" / "cache").glob("reference-*"))
+
+
+def test_kl_per_token_by_hand(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
+    """The first step's, against a reference that is not the model: transformers and float64."""
+    other = save_tiny_llama(tmp_path / "other", seed=7)
+    config = align_config(
+        tiny_llama, preferences, reference_model=other, num_steps=1, micro_batch_size=2, **LIVE
+    )
+    line = metrics(run_here(config, tmp_path / "run"))[0]
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(path).double().requires_grad_(False)
+        for path in (tiny_llama, other)
+    )
+    table = plan_alignment(config, tmp_path / "cache").table
+    total, count = 0.0, 0
+    for row in global_batch(table.num_rows, 8, 0, config.seed):
+        for ids, marks in table.sequences(row):
+            tokens = torch.from_numpy(ids).long()[None]
+            p, q = (model(tokens).logits[0, :-1].log_softmax(-1) for model in (policy, reference))
+            learned = torch.from_numpy(marks)[1:].bool()
+            total += float((p.exp() * (p - q)).sum(-1)[learned].sum())
+            count += int(learned.sum())
+    assert line["kl_per_token"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_another_reference_on_the_fly(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""Numbers that are watched during alignment."""
+
+import math
+
+import pytest
+import torch
+
+from operators.metrics import kl_divergences
+
+
+def test_kl_in_closed_form() -> None:
+    """A fair coin against one of 3 to 1, by the definition; 0 with itself."""
+    fair, biased = torch.tensor([0.0, 0.0]), torch.tensor([math.log(3), 0.0])
+    expected = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    assert kl_divergences(fair, biased).item() == pytest.approx(expected, rel=1e-6)
+    assert kl_divergences(fair, fair + 7.0).item() == 0.0  # logits are free up to a constant
+
+
+def test_kl_against_torch_in_float64() -> None:
+    """Random logits of any leading shape."""
+    p, q = torch.randn(2, 3, 5, 11, dtype=torch.float64, generator=torch.manual_seed(0))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+    )
+    found = kl_divergences(p, q)
+    assert found.shape == (3, 5)
+    assert torch.allclose(found.double(), expected, rtol=1e-5)
+
+
+def test_kl_is_never_negative() -> None:
+    """Not even by rounding."""
+    logits = torch.randn(1000, 50, generator=torch.manual_seed(1))
+    near = logits + 1e-6 * torch.randn(1000, 50, generator=torch.manual_seed(2))
+    assert kl_divergences(logits, near).min() >= 0
