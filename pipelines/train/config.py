@@ -167,6 +167,9 @@ class AlignConfig(Config):
         "steps, falls below this (objectives with a reference)",
     )
     tensorboard: bool = Field(False, description="write event files beside metrics.jsonl")
+    trackers: list[Literal["wandb", "mlflow"]] = Field(
+        [], description="also send each step's numbers there"
+    )
     seed: int = 0
     cache: Path | None = Field(
         None, description="where tokens and reference log-probabilities are kept for later runs"
@@ -181,6 +184,8 @@ class AlignConfig(Config):
             raise ValueError(
                 f"num_workers: found {self.num_workers}; allowed with strategy single: 1"
             )
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers: found {self.trackers}; allowed: each once")
         self._check_reference_fields()
         if self.lora is not None and self.strategy in ZERO_STAGES:
             raise ValueError(

@@ -164,7 +164,7 @@ class Run:
         """All steps that are left; step n sees global batch n - 1, whatever came before."""
         config, watch, clock = self.config, Watch(self.config), Clock()
         with (
-            MetricsWriter(self.folder, self.first_step, tensorboard=config.tensorboard) as out,
+            MetricsWriter(self.folder, self.first_step, config) as out,
             CheckpointWriter(self.folder, config) as checkpoints,
         ):
             for step in range(self.first_step + 1, self.num_steps + 1):

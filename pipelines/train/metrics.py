@@ -1,4 +1,4 @@
-"""What a run reports: one JSON line a step, TensorBoard, and a stop where numbers go astray."""
+"""What a run reports: a JSON line a step, TensorBoard, trackers; a stop where numbers go astray."""
 
 import json
 import math
@@ -19,6 +19,7 @@ from pipelines.train.config import AlignConfig
 from pipelines.train.errors import DivergenceError
 from pipelines.train.files import METRICS_FILE, TENSORBOARD_FOLDER
 from pipelines.train.strategies import Strategy, first_rank
+from pipelines.train.trackers import Tracker, open_trackers
 
 WINDOW = 10  # steps over which a collapse is judged
 MEASURED = ("tokens_per_s", "seconds", "memory_bytes")  # those that no seed decides
@@ -27,13 +28,15 @@ MEASURED = ("tokens_per_s", "seconds", "memory_bytes")  # those that no seed dec
 class MetricsWriter:
     """Writes the lines of metrics.jsonl, on the first rank alone; a context manager."""
 
-    def __init__(self, folder: Path, steps_done: int, *, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, steps_done: int, config: AlignConfig) -> None:
         self._path = folder / METRICS_FILE
         self._board = None
+        self._trackers: list[Tracker] = []
         if not first_rank():
             return
         _keep(self._path, steps_done)
-        if tensorboard:
+        self._trackers = open_trackers(config, folder)
+        if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             place = folder / TENSORBOARD_FOLDER
@@ -48,10 +51,12 @@ class MetricsWriter:
             return
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        step, values = record["step"], {k: v for k, v in record.items() if k != "step"}
+        for tracker in self._trackers:
+            tracker.write(step, values)
         if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, record["step"])
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def __exit__(
         self,
@@ -59,6 +64,8 @@ class MetricsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
         if self._board is not None:
             self._board.close()
 

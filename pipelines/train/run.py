@@ -25,6 +25,7 @@ from pipelines.train.files import (
     PROVENANCE_FILE,
     TENSORBOARD_FOLDER,
 )
+from pipelines.train.trackers import check_trackers
 from pipelines.train.workers import Job, run_workers
 from pipelines.versions import versions
 
@@ -39,6 +40,7 @@ IMMATERIAL = {
     "keep_checkpoints",
     "asynchronous_checkpoints",
     "tensorboard",
+    "trackers",
     "num_workers",
     "micro_batch_size",
     "gradient_checkpointing",
@@ -110,6 +112,8 @@ def _check_workers(configs: Sequence[AlignConfig]) -> None:
     """Raise InputError where configs cannot share their workers, or ask for what these lack."""
     import torch
 
+    for config in configs:
+        check_trackers(config.trackers)
     if any(config.activation_offload for config in configs) and not torch.cuda.is_available():
         raise InputError(
             "activation_offload: has no effect without a GPU, and this machine has none"
