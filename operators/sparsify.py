@@ -76,12 +76,21 @@ def bernoulli(
 @dataclass(frozen=True, slots=True)
 class TopCut:
     """Where top-p cuts a tensor: magnitude keys above `key` stay, and of those equal to it the ones
-    whose counter word (`by_index`: whose global index) is at most `word` (None: all).
+    whose counter word (`by_index`: whose global index) is at most `word` (None: all). Counter words
+    repeat every 2^32 elements: where there are more, `high_bits` of the index's upper half follow.
     """
 
     key: int
     word: int | None
     by_index: bool = False
+    high_bits: int = 0
+
+    def order(self, places: Tensor, key: tuple[int, int]) -> Tensor:
+        """What decides between equal magnitudes at global indices: int64, the smallest stay."""
+        if self.by_index:
+            return places
+        words = counter_words_at(key, places)
+        return words << self.high_bits | places >> 32 if self.high_bits else words
 
 
 def top_cuts(
@@ -125,7 +134,7 @@ def _needs_word(cut: Cut, count: int) -> bool:
 def top_mask(x: Tensor, cut: TopCut, key: tuple[int, int], start: int) -> Tensor:
     """Which elements of a flat range are above the cut: bool, shape of x."""
     passes = passes_for(x)
-    if passes is not None and not (cut.by_index and cut.word is not None):
+    if passes is not None and (cut.word is None or not (cut.by_index or cut.high_bits)):
         return passes.top_mask(x, cut.key, cut.word, key, start)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return torch.from_numpy(_top_mask_by_numpy(x, cut, key, start))
@@ -134,8 +143,7 @@ def top_mask(x: Tensor, cut: TopCut, key: tuple[int, int], start: int) -> Tensor
         return magnitudes >= cut.key
     mask = magnitudes > cut.key
     places = (magnitudes == cut.key).nonzero().squeeze(1)
-    order = places + start if cut.by_index else counter_words_at(key, places + start)
-    mask[places] = order <= cut.word
+    mask[places] = cut.order(places + start, key) <= cut.word
     return mask
 
 
@@ -147,8 +155,7 @@ def _top_mask_by_numpy(
     mask: NDArray[np.bool_] = magnitudes >= cut.key
     if cut.word is not None:
         places = torch.from_numpy(np.flatnonzero(magnitudes == cut.key)) + start
-        order = places if cut.by_index else counter_words_at(key, places)
-        mask[places.numpy() - start] = order.numpy() <= cut.word
+        mask[places.numpy() - start] = cut.order(places, key).numpy() <= cut.word
     return mask
 
 

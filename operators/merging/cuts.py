@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from operators.counter_random import WORDS, counter_key, counter_words_at
+from operators.counter_random import WORDS, counter_key
 from operators.merging.method import CHUNK, MergeContext, MergeInput, Scope, StatisticFactory
 from operators.passes import Passes, passes_for
 from operators.selection import Cut, KeyCounts, KeySearch, cut_of, sample_places
@@ -240,7 +240,7 @@ class CutSearch:
         if target.cut is None:
             return self._settle(target, state)
         top = target.search.top
-        last = TopCut(target.cut.key, top - state.key, by_index=self._by_index)
+        last = replace(self._cut_at(target.cut.key), word=top - state.key)
         return replace(target, search=None, found=last)
 
     def _narrow_joint(self, target: Target, counts: KeyCounts, state: KeySearch | Cut) -> Target:
@@ -269,7 +269,8 @@ class CutSearch:
         low = math.floor((1 - (k + margin) / tied) * WORDS)
         high = math.ceil((1 - (k - margin) / tied) * WORDS)
         top = self._top_order
-        search = KeySearch(k, max(low, 0), min(high, top), top, collect=True)
+        low, high = max(low, 0) << self._high_bits, (high + 1) << self._high_bits
+        search = KeySearch(k, low, min(high, top), top, collect=True)
         return replace(target, cut=cut, search=search)
 
     @property
@@ -279,21 +280,27 @@ class CutSearch:
     @property
     def _top_order(self) -> int:
         """The largest number that `_order` gives."""
-        return self.scope.count - 1 if self._by_index else WORDS - 1
+        return self.scope.count - 1 if self._by_index else (WORDS << self._high_bits) - 1
+
+    @property
+    def _high_bits(self) -> int:
+        """Bits of the upper half of an index."""
+        return ((self.scope.count - 1) >> _WORD_BITS).bit_length()
+
+    def _cut_at(self, magnitude: int) -> TopCut:
+        """A cut that keeps all of its magnitude."""
+        return TopCut(magnitude, None, by_index=self._by_index, high_bits=self._high_bits)
 
     def _order(self, model: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """What decides between equal magnitudes, largest first: the counter word or the index."""
-        if self._by_index:
-            return self.scope.count - 1 - places
-        key = tie_key(self.scope, model)
-        return WORDS - 1 - counter_words_at(key, torch.from_numpy(places)).numpy()
+        order = self._cut_at(0).order(torch.from_numpy(places), tie_key(self.scope, model))
+        return self._top_order - order.numpy()
 
 
 def tie_key(scope: Scope, model: int) -> tuple[int, int]:
     """The counter hash's key that decides between equal magnitudes of a model.
 
-    With `scope: model` the indices run over all tensors, and the name is empty. Words repeat after
-    2^32 elements: in a larger model two equal magnitudes may share the last word, and both stay.
+    With `scope: model` the indices run over all tensors, and the name is empty.
     """
     name = "" if scope.over_model else next(iter(scope.shapes))
     return counter_key(scope.seed, name, model, 0)
