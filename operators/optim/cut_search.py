@@ -5,6 +5,7 @@ bracket around the last cut and gathers those inside, among which the exact one 
 bracket missed, the counts say where to look instead. All ranks of a group count together.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,7 @@ _NUM_LOOKS = 3  # after the first; then all digits are counted
 _WIDEST, _NARROWEST = 0.125, 2.0**-13  # half widths of a bracket, relative to the cut
 _MARGIN = 2.0  # half width over the largest move of late
 _FADING = 0.8  # of that from step to step
+_NARROWED = 0.1  # half width of the part of a bracket that had too many inside
 Ends = tuple[float, float]  # smallest and largest magnitude of a bracket
 
 
@@ -131,7 +133,7 @@ def _decide(
         if 0 < left <= row[1] and not row[2]:
             hit.append((entry, left))
         else:
-            again.append((entry[0], _next_ends(ends, left, row[1])))
+            again.append((entry[0], _next_ends(ends, left, *row[:2])))
     keys = [_keys(found.inside, device) for (_, _, found), _ in hit]
     lefts = [left for _, left in hit]
     if group is None:
@@ -144,17 +146,19 @@ def _decide(
     return again
 
 
-def _next_ends(ends: Ends, left: int, num_inside: int) -> Ends:
+def _next_ends(ends: Ends, left: int, num_above: int, num_inside: int) -> Ends:
     """Where a cut is to be looked for that is `left` elements below a bracket's upper end."""
     low, high = ends
-    if left <= 0:
-        return high, high + 8 * (high - low)
-    if left > num_inside:
-        return max(low - 8 * (high - low), 0.0), low
-    # Inside, but among too many: magnitudes are about evenly spread over so short a range.
     width = high - low
-    middle = high - width * left / num_inside
-    return max(low, middle - 0.05 * width), min(high, middle + 0.05 * width)
+    if left <= 0:
+        return high, high + 8 * width
+    if left > num_inside:
+        return max(low - 8 * width, 0.0), low
+    # Inside, but among too many: the number above a magnitude falls about exponentially with it.
+    above = max(num_above, 1)
+    share = math.log((above + left) / above) / math.log((above + num_inside) / above)
+    middle = high - width * share
+    return max(low, middle - _NARROWED * width), min(high, middle + _NARROWED * width)
 
 
 def _keys(magnitudes: Sequence[Tensor], device: torch.device) -> Tensor:
