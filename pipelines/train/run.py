@@ -271,30 +271,21 @@ def _unfinished_run(folder: Path, key: str, config: AlignConfig, *, force: bool)
     """Hold the folder of an unfinished run: a new one, or one of the same config to go on with.
 
     Raises:
-        InputError: the folder holds another run, or one whose checkpoints need as many workers as
-            wrote them.
+        InputError: the folder holds another run.
     """
     path = folder / "run.json"
     record = {
         "fingerprint": key,
-        "num_workers": config.num_workers,
         "config": with_absolute_paths(config).model_dump(mode="json"),
     }
     found = json.loads(path.read_text()) if path.is_file() else record
-    if any(found.get(name) != record[name] for name in ("fingerprint", "num_workers")):
-        same_run = found.get("fingerprint") == key
-        if same_run and config.strategy in ZERO_STAGES and not force:
-            raise InputError(
-                f"num_workers: found {config.num_workers}; {folder} holds an unfinished run with "
-                f"strategy {config.strategy}, which goes on with {found['num_workers']}"
-            )
-        if not same_run and not force:
+    if found.get("fingerprint") != key:
+        if not force:
             raise InputError(
                 f"{folder}: holds an unfinished run of another config or other inputs; "
                 "remove it, choose another output, or --force to begin anew"
             )
-        if not same_run or force:
-            shutil.rmtree(folder)
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with lock_directory(folder):
         write_atomically(path, json.dumps(record))

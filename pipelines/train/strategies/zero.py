@@ -16,6 +16,13 @@ from pipelines.train.config import ZERO_STAGES, AlignConfig
 from pipelines.train.strategies.loading import Owned, empty_model, fill, materialize
 from pipelines.train.strategies.native import local_parameters
 from pipelines.train.strategies.zero_layout import check_layouts, flat_layouts
+from pipelines.train.strategies.zero_resume import (
+    SavedShards,
+    load_shards,
+    load_weights,
+    num_saved,
+    save_layout,
+)
 
 TAG = "state"
 
@@ -100,12 +107,18 @@ class ZeroStrategy:
             group["params"] = params
 
     def save(self, folder: Path) -> None:
-        """DeepSpeed's own checkpoint: as many workers must read it as wrote it."""
+        """DeepSpeed's own checkpoint, and what another number of workers needs to read it."""
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        save_layout(self._layouts, folder)
 
     def load(self, folder: Path) -> None:
-        """Go back to what `save` wrote."""
-        self._engine.load_checkpoint(str(folder), tag=TAG)
+        """Go back to what `save` wrote, on any number of ranks."""
+        if num_saved(folder) == dist.get_world_size():
+            self._engine.load_checkpoint(str(folder), tag=TAG)
+            return
+        saved = SavedShards(folder, TAG)
+        load_shards(saved, self._layouts, self.optimizer)
+        load_weights(saved, self._engine)
 
 
 def engine_settings(config: AlignConfig) -> dict[str, Any]:

@@ -137,19 +137,6 @@ def test_activation_offload_without_a_gpu(
     assert not list(tmp_path.iterdir())
 
 
-def test_zero_goes_on_with_as_many_workers(
-    tiny_llama: Path, preferences: Path, tmp_path: Path
-) -> None:
-    """Its checkpoints are cut for them."""
-    config = align_config(tiny_llama, preferences, strategy="zero2", num_workers=2)
-    key = plan_alignment(config).fingerprint
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    (partial / "run.json").write_text(json.dumps({"fingerprint": key, "num_workers": 4}))
-    with pytest.raises(InputError, match=r"num_workers: found 2; .* goes on with 4"):
-        align(config, tmp_path / "out")
-
-
 def test_divergence_stops_with_advice(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
     """A loss that is not finite is recorded for the driver and never tried again."""
     config = align_config(

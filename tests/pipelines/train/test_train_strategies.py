@@ -111,6 +111,36 @@ def test_options_of_sharding(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_zero_goes_on_with_another_number_of_workers(
+    strategy: str,
+    precision: str,
+    workers: tuple[int, int],
+    models: tuple[Path, Path],
+    preferences: Path,
+    tmp_path: Path,
+) -> None:
+    """Checkpoints, with moments and the anchor of step-K, are taken up by more ranks or fewer."""
+    fields = {"precision": precision, "checkpoint_every": 4}
+    config = config_of(strategy, models, preferences, **fields, num_workers=workers[0])
+    whole = run_workers(config, tmp_path / "whole")
+    broken = run_workers(config, tmp_path / "broken", kill_after=6)
+    assert saved_steps(broken) == [4]
+    run_workers(config_of(strategy, models, preferences, **fields, num_workers=workers[1]), broken)
+    near = 1e-4 if precision == "float32" else 0.03
+    for one, other in zip(metrics(broken), metrics(whole), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=near)
+    found, expected = (load_file(folder / WEIGHTS) for folder in (broken, whole))
+    base = load_file(models[1] / "model.safetensors")
+    moved = sum((expected[n] - base[n]).square().sum() for n in expected).sqrt()
+    apart = sum((found[n] - expected[n]).square().sum() for n in expected).sqrt()
+    print(f"apart {apart / moved:.1e} of what training has added")
+    assert apart < (1e-5 if precision == "float32" else 0.03) * moved
+
+
+@pytest.mark.slow
 def test_another_number_of_workers_goes_on(
     models: tuple[Path, Path], preferences: Path, tmp_path: Path
 ) -> None:
