@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from operators.counter_random import WORDS, counter_words_at
 from operators.optim.layout import CHUNK, ShardLayout, sum_over
-from operators.optim.merge import Cuts, Selected, Update
-from operators.selection import cut_of, kth_largest, magnitude_keys, magnitude_of
+from operators.optim.merge import UPDATE_STREAM, Cuts, Selected, Update
+from operators.selection import Cut, cut_of, kth_largest, magnitude_keys, magnitude_of
 from operators.sparsify import TopCut, kept_count
 
 MOST_INSIDE = CHUNK  # elements that are gathered of a parameter on a rank, at most
@@ -66,6 +67,8 @@ class _Bracket:
 
 
 Look = Callable[[Update, list[ShardLayout], Ends], Found]
+Equal = Callable[[Update, list[ShardLayout], int], Tensor]
+Entry = tuple[Selected, Ends, Found]
 
 
 class CutSearch:
@@ -83,13 +86,16 @@ class CutSearch:
         """Between which magnitudes a parameter's first look goes."""
         return self._brackets[name].ends if name in self._brackets else NOWHERE
 
-    def cuts(self, selected: Sequence[Selected], found: Sequence[Found], look: Look) -> Cuts:
+    def cuts(
+        self, selected: Sequence[Selected], found: Sequence[Found], look: Look, equal: Equal
+    ) -> Cuts:
         """The exact cut of each parameter.
 
         Args:
             selected: the parameters; the same on every rank of a group, in the same order.
             found: what a first look between `ends` found of each.
             look: looks again through one, between other ends.
+            equal: the global indices, on this rank, of one's updates of a magnitude.
         """
         cuts: Cuts = {}
         open_ones = [
@@ -101,7 +107,7 @@ class CutSearch:
             again = []
             for group in dict.fromkeys(item[1][0].group for item, _, _ in open_ones):
                 chosen = [entry for entry in open_ones if entry[0][1][0].group is group]
-                again += _decide(chosen, group, cuts)
+                again += _decide(chosen, group, equal, cuts)
             open_ones = [(item, ends, look(*item, ends)) for item, ends in again]
             if not open_ones:
                 break
@@ -114,12 +120,9 @@ class CutSearch:
 
 
 def _decide(
-    entries: Sequence[tuple[Selected, Ends, Found]], group: ProcessGroup | None, cuts: Cuts
+    entries: Sequence[Entry], group: ProcessGroup | None, equal: Equal, cuts: Cuts
 ) -> list[tuple[Selected, Ends]]:
-    """Add the cuts that lie inside their brackets to `cuts`; the others, with where to look next.
-
-    Those whose equal magnitudes words have to decide are neither.
-    """
+    """Add the cuts that lie inside their brackets to `cuts`; where to look next for the others."""
     device = entries[0][0][0].theta.device
     counts = torch.tensor(
         [[f.num_above, f.num_inside, f.num_inside > MOST_INSIDE] for _, _, f in entries],
@@ -135,15 +138,28 @@ def _decide(
         else:
             again.append((entry[0], _next_ends(ends, left, *row[:2])))
     keys = [_keys(found.inside, device) for (_, _, found), _ in hit]
-    lefts = [left for _, left in hit]
-    if group is None:
-        decided = [cut_of(own.cpu().numpy(), k) for own, k in zip(keys, lefts, strict=True)]
-    else:
-        decided = kth_largest(keys, lefts, partial(sum_over, group))
-    for (((update, layouts), _, _), left), cut in zip(hit, decided, strict=True):
-        if cut.num_above + cut.num_equal == left:
-            cuts[id(update), layouts[0].name] = TopCut(cut.key, None)
+    decided = _kth(keys, [left for _, left in hit], group)
+    tied = []
+    for ((item, _, _), left), cut in zip(hit, decided, strict=True):
+        if cut.num_above + cut.num_equal > left and cut.key > 0:
+            tied.append((item, cut.key, left - cut.num_above))
+        cuts[id(item[0]), item[1][0].name] = TopCut(cut.key, None)
+    words = []
+    for (update, layouts), key, _ in tied:
+        places = equal(update, layouts, key)
+        own = counter_words_at(update.key(layouts[0], UPDATE_STREAM), places)
+        words.append(WORDS - 1 - own)  # the smallest stay
+    lasts = _kth(words, [left for _, _, left in tied], group)
+    for ((update, layouts), key, _), last in zip(tied, lasts, strict=True):
+        cuts[id(update), layouts[0].name] = TopCut(key, WORDS - 1 - last.key)
     return again
+
+
+def _kth(keys: Sequence[Tensor], ks: Sequence[int], group: ProcessGroup | None) -> list[Cut]:
+    """For each tensor of keys, the cut at its k-th largest over a group."""
+    if group is None:
+        return [cut_of(own.cpu().numpy(), k) for own, k in zip(keys, ks, strict=True)]
+    return kth_largest(keys, ks, partial(sum_over, group))
 
 
 def _next_ends(ends: Ends, left: int, num_above: int, num_inside: int) -> Ends:

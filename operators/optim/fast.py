@@ -79,6 +79,13 @@ class Kernels(Protocol):
     ) -> Found:
         """The same look once the moments are advanced."""
 
+    def equal_places(
+        self, mean: Tensor, square: Tensor, numbers: Tensor, magnitude: float
+    ) -> Tensor:
+        """Where the update of advanced moments has a magnitude, of which there are few: int64, in
+        order.
+        """
+
     def note_update(self, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor) -> None:
         """Write the update of moments that are advanced already, with the first pass' bits."""
 
@@ -192,16 +199,11 @@ class FastPath:
             selected,
             [first[id(update)][layouts[0].name] for update, layouts in selected],
             lambda update, layouts, ends: self._look(by_id[id(update)], layouts, ends),
+            lambda update, layouts, key: self._equal(by_id[id(update)], layouts, key),
         )
         for fast in updates:
             mine = {name: cut for (owner, name), cut in cuts.items() if owner == id(fast.update)}
-            if all(cut.word is None for cut in mine.values()):
-                self._second_pass(fast, mine)
-            else:  # equal magnitudes at the cut are decided by their words
-                for layout in fast.update.layouts:
-                    for _, place in layout.chunks():
-                        fast.update.theta[place].mul_(fast.numbers.decay)
-                self._merger.merge([fast.update], cuts)
+            self._second_pass(fast, mine)
 
     def _delta(self, fast: FastUpdate, place: slice) -> Tensor:
         """A chunk of the update with the bits that the second pass will see."""
@@ -240,6 +242,16 @@ class FastPath:
                 found += self._kernels.ties_look(mean, square, numbers, ends, room)
         return found
 
+    def _equal(self, fast: FastUpdate, layouts: Sequence[ShardLayout], key: int) -> Tensor:
+        """The global indices of a parameter's updates of one magnitude, on this rank."""
+        numbers, found = fast.numbers_on_device(), [torch.zeros(0, dtype=torch.int64)]
+        for layout in layouts:
+            for start, place in layout.chunks(_TWO_PASSES):
+                _, mean, square = fast.at(place)
+                places = self._kernels.equal_places(mean, square, numbers, magnitude_of(key))
+                found.append(places.cpu() + start)
+        return torch.cat(found).to(fast.mean.device)
+
     def _second_pass(self, fast: FastUpdate, cuts: dict[str, TopCut]) -> None:
         """Merge what is at or above the cut with top_p(tau)."""
         numbers = {name: fast.numbers_on_device(magnitude_of(c.key)) for name, c in cuts.items()}
@@ -254,9 +266,33 @@ class FastPath:
                     tau = self._merger.reference.top_chunk(layout, key, start, room)
                 # A cut of 0 keeps all of a parameter that is let through.
                 row = numbers[layout.name] if merged else through
+                cut = cuts.get(layout.name) if merged else None
+                dropped = self._dropped(fast, layout, start, place, cut, row)
+                before = theta[dropped]
                 counts = self._kernels.ties_step(theta, mean, square, tau, row, fast.counting)
+                after = before.mul_(fast.numbers.decay)
+                if tau is not None:
+                    after.add_(tau[dropped].float() * fast.update.alpha())
+                theta[dropped] = after
                 if merged:
                     self._count(counts)
+
+    def _dropped(
+        self,
+        fast: FastUpdate,
+        layout: ShardLayout,
+        start: int,
+        place: slice,
+        cut: TopCut | None,
+        numbers: Tensor,
+    ) -> Tensor:
+        """Places in a chunk whose magnitude is the cut's, but whose word is too large to stay."""
+        if cut is None or cut.word is None:
+            return torch.zeros(0, dtype=torch.int64, device=fast.mean.device)
+        _, mean, square = fast.at(place)
+        places = self._kernels.equal_places(mean, square, numbers, magnitude_of(cut.key))
+        key = fast.update.key(layout, UPDATE_STREAM)
+        return places[cut.order(places + start, key) > cut.word]
 
     def _count(self, counts: Counts) -> None:
         """Add to the merges that moved nothing, and to all."""

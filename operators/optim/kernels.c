@@ -252,6 +252,25 @@ void ties_look(int64_t size, const float *restrict mean, const float *restrict s
     }
 }
 
+/* Where an advanced update has a magnitude: the first `room` places, and in counts[0] how many. */
+void equal_places(int64_t size, const float *restrict mean, const float *restrict square,
+                  const Numbers *numbers, float magnitude, int64_t *places, int64_t room,
+                  int64_t *counts) {
+    const Numbers n = *numbers;
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        const int length = size - first < BLOCK ? (int)(size - first) : BLOCK;
+        int equal = 0;
+        for (int i = 0; i < length; i++)
+            equal += fabsf(update_of(mean[first + i], square[first + i], &n)) == magnitude;
+        for (int i = 0; equal > 0 && i < length; i++) {
+            if (fabsf(update_of(mean[first + i], square[first + i], &n)) != magnitude) continue;
+            if (counts[0] < room) places[counts[0]] = first + i;
+            counts[0]++;
+            equal--;
+        }
+    }
+}
+
 /* The update of moments that are advanced already. */
 void note_update(int64_t size, const float *restrict mean, const float *restrict square,
                  float *restrict update, const Numbers *numbers) {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from operators.native import compile_library
-from operators.optim.cut_search import Ends, Found
+from operators.optim.cut_search import MOST_INSIDE, Ends, Found
 from operators.optim.fast import Counts
 
 LEAST_OF_A_THREAD = 1 << 15  # elements: below, handing them over takes longer than the work
@@ -23,6 +23,7 @@ _ARGUMENTS = {
     "dare_step": [_LONG, *[_POINTER] * 5, _INT, _WORD, _POINTER, _POINTER, _INT, _POINTER],
     "ties_advance": [_LONG, *[_POINTER] * 4, _FLOAT, _FLOAT, _POINTER, _LONG, _POINTER],
     "ties_look": [_LONG, *[_POINTER] * 3, _FLOAT, _FLOAT, _POINTER, _LONG, _POINTER],
+    "equal_places": [_LONG, *[_POINTER] * 3, _FLOAT, _POINTER, _LONG, _POINTER],
     "note_update": [_LONG, *[_POINTER] * 4],
     "ties_step": [_LONG, *[_POINTER] * 4, _INT, _POINTER, _INT, _POINTER],
 }
@@ -117,6 +118,27 @@ class NativeKernels:
             return _look(self._library.ties_look, size, places, ends, room)
 
         return sum(self._over(mean.numel(), run), Found())
+
+    def equal_places(
+        self, mean: Tensor, square: Tensor, numbers: Tensor, magnitude: float
+    ) -> Tensor:
+        """Where the update has a magnitude."""
+
+        def run(first: int, size: int) -> Tensor:
+            room = min(size, MOST_INSIDE)
+            counts, places = torch.zeros(1, dtype=torch.int64), torch.empty(room, dtype=torch.int64)
+            self._library.equal_places(
+                size,
+                *_at(first, mean, square),
+                numbers.data_ptr(),
+                magnitude,
+                places.data_ptr(),
+                room,
+                counts.data_ptr(),
+            )
+            return places[: int(counts)] + first
+
+        return torch.cat(self._over(mean.numel(), run))
 
     def note_update(self, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor) -> None:
         """The update of moments that are advanced already."""

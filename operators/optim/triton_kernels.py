@@ -232,6 +232,14 @@ class TritonKernels:
         self.note_update(mean, square, delta, numbers)
         return _look(delta, ends, room)
 
+    def equal_places(
+        self, mean: Tensor, square: Tensor, numbers: Tensor, magnitude: float
+    ) -> Tensor:
+        """Where the update has a magnitude."""
+        delta = torch.empty_like(mean)
+        self.note_update(mean, square, delta, numbers)
+        return (delta.abs_() == magnitude).nonzero().squeeze(1)
+
     def note_update(self, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor) -> None:
         """The update of moments that are advanced already."""
         _launch(_update_kernel, delta.numel(), mean, square, delta, numbers)

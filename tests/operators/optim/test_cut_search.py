@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from operators.optim import cut_search
 from operators.optim.cut_search import CutSearch, Ends, Found
 from operators.optim.layout import ShardLayout
-from operators.optim.merge import Update
-from operators.selection import magnitude_of
+from operators.optim.merge import UPDATE_STREAM, Update
+from operators.selection import magnitude_keys
+from operators.sparsify import TopCut, top_cuts
 
 SIZE = 20_000
 
@@ -30,37 +31,46 @@ def look(magnitudes: torch.Tensor, ends: Ends) -> Found:
     return Found(int((magnitudes > ends[1]).sum()), inside.numel(), [inside])
 
 
-def found_cuts(density: float, scales: list[float]) -> tuple[list[float], list[float], int]:
-    """The cuts of a step for each scale, the true ones, and how often all was counted."""
+def found_cuts(
+    density: float, scales: list[float], *, grid: float = 0.0
+) -> tuple[list[TopCut], list[TopCut], int]:
+    """The cuts of a step for each scale, those of whole tensors, and how often all was counted.
+
+    With a grid, magnitudes are its multiples, so many are equal.
+    """
     update, counted = update_of(density), []
+    [layout], k = update.layouts, int(density * SIZE)
 
     def count_all(selected):
         counted.extend(selected)
-        kept = int(density * SIZE)
-        keys = current.sort(descending=True).values[kept - 1].view(torch.int32)
-        return {(id(item[0]), "w"): cut_search.TopCut(int(keys), None) for item in selected}
+        return {(id(update), "w"): expected[-1] for _ in selected}
 
     search, cuts, expected = CutSearch(count_all), [], []
     for step, scale in enumerate(scales):
+        update.step = step
         generator = torch.Generator().manual_seed(step)
         current = scale * torch.randn(SIZE, generator=generator).abs()
-        first = look(current, search.ends("w"))
+        if grid:
+            current = (current / grid).round() * grid
+        key = update.key(layout, UPDATE_STREAM)
+        expected += top_cuts([(current, 0)], [max(1, k)], [key])
         found = search.cuts(
-            [(update, list(update.layouts))],
-            [first],
+            [(update, [layout])],
+            [look(current, search.ends("w"))],
             lambda _, __, ends, values=current: look(values, ends),
+            lambda _, __, key, values=current: (magnitude_keys(values) == key).nonzero().squeeze(1),
         )
-        cuts.append(magnitude_of(found[id(update), "w"].key))
-        expected.append(float(current.sort(descending=True).values[int(density * SIZE) - 1]))
+        cuts.append(found[id(update), "w"])
     return cuts, expected, len(counted)
 
 
 @given(
     density=st.floats(0.001, 0.999),
     scales=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6),
+    grid=st.sampled_from([0.0, 0.01, 0.5]),
 )
-def test_a_cut_is_exact_wherever_it_moves(density: float, scales: list[float]) -> None:
-    cuts, expected, _ = found_cuts(density, scales)
+def test_a_cut_is_exact_wherever_it_moves(density: float, scales: list[float], grid: float) -> None:
+    cuts, expected, _ = found_cuts(density, scales, grid=grid)
     assert cuts == expected
 
 
@@ -71,8 +81,16 @@ def test_all_is_counted_once_and_then_looked_at() -> None:
     assert times == 1
 
 
-def test_too_many_inside_are_narrowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cut_search, "MOST_INSIDE", 500)
-    cuts, expected, times = found_cuts(0.5, [1.0, 1.02, 0.98, 1.01])
+@pytest.mark.parametrize("density", [0.01, 0.5, 0.9])
+def test_too_many_inside_are_narrowed_down(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut_search, "MOST_INSIDE", 100 if density == 0.01 else 500)
+    cuts, expected, times = found_cuts(density, [1.0, 1.02, 0.98, 1.01])
     assert cuts == expected
+    assert times == 1
+
+
+def test_equal_magnitudes_are_decided_by_their_words_without_counting_all() -> None:
+    cuts, expected, times = found_cuts(0.3, [1.0, 1.01, 1.0], grid=0.05)
+    assert cuts == expected
+    assert any(cut.word is not None for cut in cuts[1:])
     assert times == 1
