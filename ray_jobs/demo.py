@@ -16,7 +16,7 @@ import yaml
 
 from pipelines.commit import write_atomically
 from pipelines.config import apply_overrides, load_config, load_yaml
-from pipelines.evaluate import EvaluateConfig, best_model, evaluate
+from pipelines.evaluate import EvaluateConfig, best_model, evaluate_together
 from pipelines.merge import load_merge_config, merge
 from pipelines.storage import resolve_output
 from pipelines.sweep import SweepConfig, sweep
@@ -33,6 +33,7 @@ MIXTURES = ("dpo-mixture", "dpo-mixture-ondare", "dpo-mixture-onties")
 ALIGNED = (*(f"dpo-{name}" for name in SINGLE), *MIXTURES)
 SWEPT = ("task_arithmetic", "expo")
 MERGES = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "expo")
+SPLITS = ("development", "test")
 RESULT_FILE = "results.json"
 
 
@@ -118,9 +119,8 @@ class Demo:
             )
         for name in MERGES:
             steps.append(Step(f"merge {name}", paths.model(name), self._merge(name), 4))
-        for split in ("development", "test"):
-            output = paths.result(f"evaluation-{split}")
-            steps.append(Step(f"evaluate on {split}", output, self._evaluate(split), 20))
+        last = paths.result(f"evaluation-{SPLITS[-1]}")
+        steps.append(Step("evaluate", last, self._evaluate, 30, keeps=True))
         return steps
 
     def _ray(self) -> None:
@@ -180,13 +180,13 @@ class Demo:
 
         return run
 
-    def _evaluate(self, split: str) -> Callable[[], None]:
-        def run() -> None:
-            self._ray()
+    def _evaluate(self) -> None:
+        self._ray()
+        runs = []
+        for split in SPLITS:
             config = load_config(self._write_config(f"evaluate-{split}"), EvaluateConfig)
-            evaluate(config, self.paths.result(f"evaluation-{split}"))
-
-        return run
+            runs.append((config, self.paths.result(f"evaluation-{split}")))
+        evaluate_together(runs)
 
 
 def chosen(out: Path, merge_name: str) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def write_results(out: Path, seed: int, seconds: dict[str, float]) -> None:
     paths = _Paths(out)
     measured = {
         split: json.loads((paths.result(f"evaluation-{split}") / "evaluation.json").read_text())
-        for split in ("development", "test")
+        for split in SPLITS
     }
     models = {}
     for name, numbers in measured["test"]["models"].items():

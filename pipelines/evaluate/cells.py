@@ -86,18 +86,20 @@ def run_cell(cell: Cell, generator: Generator, folder: str | Path) -> CellResult
 class CellWorker:
     """A Ray Data actor that measures cells and keeps the last model it loaded."""
 
-    def __init__(self, folder: str, num_threads: int = 1) -> None:
+    def __init__(self, num_threads: int = 1) -> None:
         import torch
 
         torch.set_num_threads(num_threads)
-        self.folder = folder
         self.path = ""
         self.generator: Generator | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Run the cell described by `row["cell"]` (JSON); returns its numbers."""
+        """Run the cell described by `row["cell"]` (JSON), committed below `row["folder"]`; returns
+        the folder and the result (JSON).
+        """
         cell = Cell(**json.loads(row["cell"]))
         if self.generator is None or self.path != cell.path:
             self.generator = None  # the old model leaves memory before the new one comes
             self.generator, self.path = Generator(cell.path), cell.path
-        return asdict(run_cell(cell, self.generator, self.folder))
+        result = run_cell(cell, self.generator, row["folder"])
+        return {"folder": row["folder"], "result": json.dumps(asdict(result))}

@@ -1,7 +1,8 @@
 """The matrix of models x tasks: cells through Ray Data actors, or in this process."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -38,24 +39,73 @@ def evaluate(
         InputError: a model or task that cannot be read; `out` holds something else and `force`
             is false.
     """
-    out = Path(out)
-    cells = plan_cells(config)
-    key = fingerprint(sorted(cell.fingerprint for cell in cells))
-    if (out / RESULT_FILE).is_file() and not force:
-        finished = json.loads((out / RESULT_FILE).read_text())
-        if finished["fingerprint"] == key:
-            return finished
-    with staged_directory(out, force=force) as folder:
-        results = list(_measure(cells, folder, config.num_workers, executor))
-        tasks = _selected_tasks(config)
+    return evaluate_together([(config, out)], force=force, executor=executor)[0]
+
+
+def evaluate_together(
+    runs: Sequence[tuple[EvaluateConfig, str | Path]],
+    *,
+    force: bool = False,
+    executor: Literal["ray", "local"] = "ray",
+) -> list[dict[str, Any]]:
+    """Several evaluations, such as of both splits, as `evaluate` does each; their workers start
+    once, and load a model once for all of them. `num_workers` is the first one's.
+    """
+    with ExitStack() as stack:
+        open_runs = [_OpenRun(config, Path(out), force, stack) for config, out in runs]
+        missing = [(cell, run.folder) for run in open_runs for cell in run.missing]
+        by_folder = {str(run.folder.absolute()): run for run in open_runs if run.missing}
+        for folder, result in _measure(missing, runs[0][0].num_workers, executor):
+            by_folder[folder].results.append(result)
+        return [run.summary() for run in open_runs]
+
+
+class _OpenRun:
+    """One evaluation on its way: what it has, what it lacks, and where that goes.
+
+    Its output appears when `stack` is closed.
+    """
+
+    def __init__(self, config: EvaluateConfig, out: Path, force: bool, stack: ExitStack) -> None:
+        self._config = config
+        cells = plan_cells(config)
+        self._key = fingerprint(sorted(cell.fingerprint for cell in cells))
+        self._finished = None if force else _finished_summary(out, self._key)
+        self.results: list[CellResult] = []
+        self.missing: list[Cell] = []
+        if self._finished is not None:
+            return
+        self.folder = stack.enter_context(staged_directory(out, force=force))
+        for cell in cells:
+            name = json.loads(cell.task)["name"]
+            done = finished_cell(self.folder, cell.model, name, cell.fingerprint)
+            if done is None:
+                self.missing.append(cell)
+            else:
+                self.results.append(done)
+
+    def summary(self) -> dict[str, Any]:
+        """The content of `evaluation.json`, which is written unless it stands."""
+        if self._finished is not None:
+            return self._finished
+        tasks = _selected_tasks(self._config)
+        models = {name: summarise(name, tasks, self.results) for name in self._config.models}
         summary = {
             "schema": 1,
-            "split": config.split,
-            "fingerprint": key,
-            "models": {name: summarise(name, tasks, results) for name in config.models},
+            "split": self._config.split,
+            "fingerprint": self._key,
+            "models": models,
         }
-        write_atomically(folder / RESULT_FILE, json.dumps(summary, indent=2) + "\n")
-    return summary
+        write_atomically(self.folder / RESULT_FILE, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def _finished_summary(out: Path, key: str) -> dict[str, Any] | None:
+    """What an earlier run found on the same inputs, if there is one."""
+    if not (out / RESULT_FILE).is_file():
+        return None
+    finished = json.loads((out / RESULT_FILE).read_text())
+    return finished if finished["fingerprint"] == key else None
 
 
 def _selected_tasks(config: EvaluateConfig) -> list[Task]:
@@ -90,47 +140,45 @@ def plan_cells(config: EvaluateConfig) -> list[Cell]:
 
 
 def _measure(
-    cells: list[Cell], folder: Path, num_workers: int, executor: str
-) -> Iterator[CellResult]:
-    """Results of all cells: those already finished first, then the others as they come."""
-    missing = []
-    for cell in cells:
-        done = finished_cell(folder, cell.model, json.loads(cell.task)["name"], cell.fingerprint)
-        if done is None:
-            missing.append(cell)
-        else:
-            yield done
-    if not missing:
+    cells: Sequence[tuple[Cell, Path]], num_workers: int, executor: str
+) -> Iterator[tuple[str, CellResult]]:
+    """Results of cells, each with the folder it was for, as they come."""
+    if not cells:
         return
-    run = _in_ray if executor == "ray" else _in_this_process
-    with Progress(len(missing), "cells") as progress:
-        for row in run(missing, folder, num_workers):
-            result = CellResult(**row)
+    # All cells of a model together, so that a worker loads each model once.
+    ordered = sorted(cells, key=lambda item: item[0].path)
+    rows = [
+        {"cell": json.dumps(asdict(cell)), "folder": str(folder.absolute())}
+        for cell, folder in ordered
+    ]
+    num_models = len({cell.path for cell, _ in cells})
+    found = _in_ray(rows, num_models, num_workers) if executor == "ray" else _here(rows)
+    with Progress(len(cells), "cells") as progress:
+        for row in found:
+            result = CellResult(**json.loads(row["result"]))
             progress.advance(note=f"{result.model} on {result.task}: {result.value:.1f}")
-            yield result
+            yield row["folder"], result
 
 
-def _in_this_process(cells: list[Cell], folder: Path, _: int) -> Iterator[dict[str, Any]]:
+def _here(rows: list[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """Cells in this process."""
     import torch
 
-    worker = CellWorker(str(folder), num_threads=torch.get_num_threads())
-    for cell in cells:
-        yield worker({"cell": json.dumps(asdict(cell))})
+    worker = CellWorker(num_threads=torch.get_num_threads())
+    for row in rows:
+        yield worker(row)
 
 
-def _in_ray(cells: list[Cell], folder: Path, num_workers: int) -> Iterable[dict[str, Any]]:
+def _in_ray(
+    rows: list[dict[str, str]], num_models: int, num_workers: int
+) -> Iterable[dict[str, str]]:
     """Cells through a pool of Ray Data actors; only descriptions and numbers pass through Ray."""
     import ray
 
-    size = min(num_workers, len({cell.path for cell in cells}))
-    # A block is all cells of one model, so that an actor loads each model once.
-    blocks = len({cell.path for cell in cells})
-    rows = [{"cell": json.dumps(asdict(cell))} for cell in cells]
-    dataset = ray.data.from_items(rows, override_num_blocks=blocks)
+    dataset = ray.data.from_items(rows, override_num_blocks=num_models)
     return dataset.map(
         CellWorker,
-        fn_constructor_args=(str(folder.absolute()),),
-        compute=ray.data.ActorPoolStrategy(size=size),
+        compute=ray.data.ActorPoolStrategy(size=min(num_workers, num_models)),
         num_cpus=0.9,
     ).iter_rows()
 
