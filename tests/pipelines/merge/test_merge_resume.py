@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -36,6 +38,29 @@ merge(load_merge_config(sys.argv[1]), sys.argv[2])
 """
 
 
+# The same by actors of a Ray of its own, which cannot see what is changed here but by value.
+RAY_SCRIPT = """
+import sys, time
+from pathlib import Path
+import pipelines.merge.plan, pipelines.merge.executors, pipelines.merge.journal
+from pipelines.merge import load_merge_config, merge
+from ray_jobs.session import ray_session
+
+class Slow:
+    def __init__(self, plan, folder, contexts):
+        self.actor = Plain(plan, folder, contexts)
+    def __call__(self, row):
+        time.sleep(1)
+        return self.actor(row)
+
+pipelines.merge.plan.PIECE_ELEMENTS = 500
+pipelines.merge.journal.SYNC_INTERVAL_S = 0.0
+Plain, pipelines.merge.executors._Actor = pipelines.merge.executors._Actor, Slow
+with ray_session():
+    merge(load_merge_config(sys.argv[1]), sys.argv[2], executor="ray")
+"""
+
+
 @pytest.fixture
 def small_items(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut this process's merges as the killed one's."""
@@ -43,9 +68,9 @@ def small_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.merge.tensor.CHUNK_ELEMENTS", 100)
 
 
-def wait_for(path: Path, num_lines: int) -> None:
+def wait_for(path: Path, num_lines: int, seconds: float = 60) -> None:
     """Until a file has so many lines."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + seconds
     while not path.is_file() or len(path.read_text().splitlines()) < num_lines:
         assert time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.02)
@@ -86,6 +111,45 @@ def test_killed_driver(
     assert len(finished) > 0
     assert done >= 3
     assert len(set(finished)) == len(finished)
+    assert files_of(out) == files_of(undisturbed)
+    assert not partial_path(out).exists()
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """Wait a while for Ray's processes, whose driver is gone, and end those that are left."""
+    _, left = psutil.wait_procs(processes, timeout=30)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_driver_of_a_cluster(
+    family: Family, tmp_path: Path, small_items: None, files_of
+) -> None:
+    config = family.config("ties", parameters={"density": 0.3})
+    file, out = tmp_path / "merge.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(config))
+    undisturbed = merge(MergeConfig.model_validate(config), tmp_path / "undisturbed")
+    command = [sys.executable, "-c", RAY_SCRIPT, str(file), str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment.pop("RAY_ADDRESS", None)
+    journal = partial_path(out) / JOURNAL_FILE
+    with subprocess.Popen(command, env=environment) as driver:
+        try:
+            wait_for(journal, 1, seconds=250)
+        finally:
+            below = psutil.Process(driver.pid).children(recursive=True)
+            names = {process.name() for process in below}
+            driver.kill()
+            driver.wait()
+            end(below)
+    assert "raylet" in names
+    assert not out.exists()
+    assert len(journal.read_text().splitlines()) >= 1
+    subprocess.run(command, env=environment, check=True, timeout=250)
     assert files_of(out) == files_of(undisturbed)
     assert not partial_path(out).exists()
 
