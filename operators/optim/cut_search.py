@@ -20,9 +20,10 @@ from operators.optim.merge import UPDATE_STREAM, Cuts, Selected, Update
 from operators.selection import Cut, cut_of, kth_largest, magnitude_keys, magnitude_of
 from operators.sparsify import TopCut, kept_count
 
-MOST_INSIDE = CHUNK  # elements that are gathered of a parameter on a rank, at most
+MOST_INSIDE = CHUNK  # elements that are gathered of a parameter on a rank, at most, or
+LARGEST_SHARE = 16  # one in so many of a larger one
 NOWHERE = (float("inf"), float("inf"))
-_NUM_LOOKS = 3  # after the first; then all digits are counted
+_NUM_LOOKS = 5  # with the first; then all digits are counted
 _WIDEST, _NARROWEST = 0.125, 2.0**-13  # half widths of a bracket, relative to the cut
 _MARGIN = 2.0  # half width over the largest move of late
 _FADING = 0.8  # of that from step to step
@@ -119,13 +120,21 @@ class CutSearch:
         return cuts
 
 
+def most_inside(layout: ShardLayout) -> int:
+    """How many elements of a parameter a rank gathers at most."""
+    return max(MOST_INSIDE, layout.num_elements // LARGEST_SHARE)
+
+
 def _decide(
     entries: Sequence[Entry], group: ProcessGroup | None, equal: Equal, cuts: Cuts
 ) -> list[tuple[Selected, Ends]]:
     """Add the cuts that lie inside their brackets to `cuts`; where to look next for the others."""
     device = entries[0][0][0].theta.device
     counts = torch.tensor(
-        [[f.num_above, f.num_inside, f.num_inside > MOST_INSIDE] for _, _, f in entries],
+        [
+            [found.num_above, found.num_inside, found.num_inside > most_inside(layouts[0])]
+            for (_, layouts), _, found in entries
+        ],
         dtype=torch.int64,
         device=device,
     )

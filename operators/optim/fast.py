@@ -15,7 +15,7 @@ from torch import Tensor
 
 from operators.counter_random import WORDS
 from operators.optim.adamw import AdamWStep
-from operators.optim.cut_search import MOST_INSIDE, CutSearch, Ends, Found
+from operators.optim.cut_search import CutSearch, Ends, Found, most_inside
 from operators.optim.layout import CHUNK, ShardLayout
 from operators.optim.merge import (
     TAU_STREAM,
@@ -225,10 +225,9 @@ class FastPath:
         numbers = fast.numbers_on_device()
         for layout in fast.update.layouts:
             ends, so_far = self._search.ends(layout.name), found.get(layout.name, Found())
-            for _, place in layout.chunks(_TWO_PASSES):
-                so_far += self._kernels.ties_advance(
-                    *fast.at(place), numbers, ends, MOST_INSIDE - so_far.num_inside
-                )
+            for _, place in layout.chunks(_ONE_PASS):
+                room = most_inside(layout) - so_far.num_inside
+                so_far += self._kernels.ties_advance(*fast.at(place), numbers, ends, room)
             found[layout.name] = so_far
         return found
 
@@ -236,9 +235,9 @@ class FastPath:
         """Find what is near a parameter's cut, once the moments are advanced."""
         found, numbers = Found(), fast.numbers_on_device()
         for layout in layouts:
-            for _, place in layout.chunks(_TWO_PASSES):
+            for _, place in layout.chunks(_ONE_PASS):
                 _, mean, square = fast.at(place)
-                room = MOST_INSIDE - found.num_inside
+                room = most_inside(layout) - found.num_inside
                 found += self._kernels.ties_look(mean, square, numbers, ends, room)
         return found
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from operators.native import compile_library
-from operators.optim.cut_search import MOST_INSIDE, Ends, Found
+from operators.optim.cut_search import Ends, Found
 from operators.optim.fast import Counts
 
 LEAST_OF_A_THREAD = 1 << 15  # elements: below, handing them over takes longer than the work
@@ -125,15 +125,14 @@ class NativeKernels:
         """Where the update has a magnitude."""
 
         def run(first: int, size: int) -> Tensor:
-            room = min(size, MOST_INSIDE)
-            counts, places = torch.zeros(1, dtype=torch.int64), torch.empty(room, dtype=torch.int64)
+            counts, places = torch.zeros(1, dtype=torch.int64), torch.empty(size, dtype=torch.int64)
             self._library.equal_places(
                 size,
                 *_at(first, mean, square),
                 numbers.data_ptr(),
                 magnitude,
                 places.data_ptr(),
-                room,
+                size,
                 counts.data_ptr(),
             )
             return places[: int(counts)] + first

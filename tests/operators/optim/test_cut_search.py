@@ -84,6 +84,7 @@ def test_all_is_counted_once_and_then_looked_at() -> None:
 @pytest.mark.parametrize("density", [0.01, 0.5, 0.9])
 def test_too_many_inside_are_narrowed_down(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cut_search, "MOST_INSIDE", 100 if density == 0.01 else 500)
+    monkeypatch.setattr(cut_search, "LARGEST_SHARE", SIZE)
     cuts, expected, times = found_cuts(density, [1.0, 1.02, 0.98, 1.01])
     assert cuts == expected
     assert times == 1
