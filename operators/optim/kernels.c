@@ -28,7 +28,7 @@ typedef struct {
 } Mask;
 
 enum { NO_TAU = 0, BFLOAT16 = 2, FLOAT32 = 4 }; /* bytes of an element of tau */
-enum { BLOCK = 1024 };                          /* elements whose updates stay in the first cache */
+enum { BLOCK = 1024, FEW = 64 }; /* elements that stay in the first cache; that are looked at once */
 
 /* The two words that turn a mask's key into what `is_kept` needs for indices whose upper halves are
  * that of `index`. In the pinned function mix(mix(index ^ low) ^ high), a mix begins and ends with
@@ -183,39 +183,29 @@ typedef struct {
     int64_t *counts;
 } Look;
 
-/* Writes the flagged magnitudes of a block; `to` has room for all of it. */
-static inline void gather(const float *magnitude, const uint8_t *flags, int length, int many,
-                          float *to) {
-    if (many) { /* what is not flagged is written over by the next: no branch to guess */
-        for (int i = 0; i < length; i++) {
-            *to = magnitude[i];
-            to += flags[i];
-        }
-        return;
-    }
-    for (int first = 0; first < length; first += 8) {
-        uint64_t eight = 0;
-        memcpy(&eight, flags + first, length - first < 8 ? (size_t)(length - first) : 8);
-        if (eight == 0) continue;
-        for (int i = first; i < length && i < first + 8; i++)
-            if (flags[i]) *to++ = magnitude[i];
-    }
-}
-
-/* Adds a block's magnitudes to a look. */
+/* Adds a block's magnitudes to a look. FEW at a time are only counted, which vectors do; one by one
+ * go those of the few places where some are inside, each written over by the next unless it is. */
 static inline void look_at(const float *magnitude, int length, Look *look) {
-    uint8_t flags[BLOCK];
-    int above = 0, inside = 0;
-    for (int i = 0; i < length; i++) {
-        int over = magnitude[i] > look->high, kept = (magnitude[i] >= look->low) & !over;
-        above += over;
-        inside += kept;
-        flags[i] = (uint8_t)kept;
+    const float low = look->low, high = look->high;
+    for (int first = 0; first < length; first += FEW) {
+        const float *part = magnitude + first;
+        const int count = length - first < FEW ? length - first : FEW;
+        int at_least = 0, above = 0;
+        for (int i = 0; i < count; i++) {
+            at_least += part[i] >= low;
+            above += part[i] > high;
+        }
+        look->counts[0] += above;
+        if (at_least == above) continue;
+        if (look->counts[1] <= look->room) {
+            float *to = look->inside + look->counts[1];
+            for (int i = 0; i < count; i++) {
+                *to = part[i];
+                to += (part[i] >= low) & (part[i] <= high);
+            }
+        }
+        look->counts[1] += at_least - above;
     }
-    if (inside > 0 && look->counts[1] <= look->room)
-        gather(magnitude, flags, length, inside > length / 128, look->inside + look->counts[1]);
-    look->counts[0] += above;
-    look->counts[1] += inside;
 }
 
 /* OnTIES' first pass: advances the moments and looks for the update's cut. */

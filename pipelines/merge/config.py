@@ -96,6 +96,9 @@ class MergeConfig(Config):
         "auto", description="threads of one process, or Ray Data actors; auto: ray in a cluster"
     )
     num_workers: int = Field(2, ge=1, description="threads, or Ray Data actors")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="where methods on whole matrices work (tsvm, r_tsvm)"
+    )
     storage: str | None = Field(None, description="where relative outputs live: folder or address")
 
     @field_validator("memory_budget", "max_shard_bytes", mode="before")
@@ -126,6 +129,11 @@ class MergeConfig(Config):
         for name, each in self.merges.items():
             if name not in used and each.out is None:
                 raise ValueError(f"merges: {name}: has no effect: no model refers to it, no out")
+        if self.device != "cpu" and self.method.streamed_unit != "tensor":
+            takes = [name for name, each in METHODS.items() if each.streamed_unit == "tensor"]
+            raise ValueError(
+                f"device: has no effect with {self.merge_method}; allowed with {', '.join(takes)}"
+            )
         for entries in self.groups():
             self._check_parameters(entries)
             has_base = self.base_model is not None and self.uses_base

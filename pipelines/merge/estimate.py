@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pipelines.merge.executors import check_gpu
 from pipelines.merge.plan import MergePlan
 from pipelines.merge.tensor import TensorMerge
 
@@ -32,8 +33,9 @@ def estimate(plan: MergePlan) -> Estimate:
     """Estimate a plan's cost; merges one tensor in memory to see how fast this machine is.
 
     Raises:
-        InputError: NaN or Inf in that tensor.
+        InputError: NaN or Inf in that tensor, or no GPU for a merge that is to work on one.
     """
+    check_gpu(plan)
     needs = sorted(plan.num_working_bytes, reverse=True)[: plan.config.num_workers]
     floating = [t for t in plan.tensors.values() if t.dtype.is_floating_point and t.num_elements]
     sample = min(floating, key=lambda t: (t.num_elements > SAMPLE_ELEMENTS, -t.num_elements))

@@ -25,6 +25,7 @@ def in_threads(
     Items start in their order, as long as what they take together stays within the memory budget.
     Each has one thread to itself, so that no sum depends on how many there are.
     """
+    check_gpu(plan)
     worker = MergeWorker(plan, folder, contexts)
     needs = plan.num_working_bytes
     num_threads = torch.get_num_threads()
@@ -56,16 +57,27 @@ def _fits(plan: MergePlan, need: int, running: Iterable[int]) -> bool:
     return not taken or sum(taken) + need <= plan.config.memory_budget
 
 
+def check_gpu(plan: MergePlan) -> None:
+    """Raise InputError where this process is to work on a GPU and has none."""
+    if plan.works_on_gpu and not torch.cuda.is_available():
+        raise InputError("device: found cuda; allowed: cpu, as this machine has no GPU")
+
+
 def in_ray(plan: MergePlan, folder: Path, items: list[int], contexts: Contexts) -> Iterator[Result]:
     """Do the items in Ray Data actors; only descriptions pass through Ray.
 
     An actor that is lost is replaced and its item done again. There are as many actors as the
-    memory budget lets work at the same time on the largest items.
+    memory budget lets work at the same time on the largest items; on GPUs, at most one for each.
     """
     import ray
 
     largest = max(plan.num_working_bytes[item] for item in items)
     size = min(plan.config.num_workers, len(items), plan.config.memory_budget // largest or 1)
+    if plan.works_on_gpu:
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        if num_gpus == 0:
+            raise InputError("device: found cuda; allowed: cpu, as the cluster has no GPU")
+        size = min(size, num_gpus)
     dataset = ray.data.from_items(
         [{"item": item} for item in items], override_num_blocks=len(items)
     )
@@ -74,6 +86,7 @@ def in_ray(plan: MergePlan, folder: Path, items: list[int], contexts: Contexts) 
         fn_constructor_args=(plan, str(folder.absolute()), contexts),
         compute=ray.data.ActorPoolStrategy(size=size),
         num_cpus=0.9,
+        num_gpus=1 if plan.works_on_gpu else 0,
     )
     yield from _checked(results.iter_rows())
 

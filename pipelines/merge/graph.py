@@ -165,6 +165,7 @@ def _tensor(
         parameters=parameters,
         seed=config.seed,
         allow_nonfinite=config.allow_nonfinite,
+        device=config.device,
     )
 
 

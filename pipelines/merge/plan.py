@@ -61,6 +61,11 @@ class MergePlan:
             for operand in tensor.operands
         )
 
+    @property
+    def works_on_gpu(self) -> bool:
+        """Whether any tensor is merged on a GPU."""
+        return any(tensor.works_on_gpu for tensor in self.tensors.values())
+
     @cached_property
     def num_working_bytes(self) -> list[int]:
         """Memory that each item takes while it is done."""

@@ -37,7 +37,10 @@ class Operand:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorMerge:
-    """One tensor of the output; `parameters` are complete, with lists where they are per model."""
+    """One tensor of the output; `parameters` are complete, with lists where they are per model.
+
+    `device` is where a method works that needs the whole tensor.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -48,6 +51,7 @@ class TensorMerge:
     parameters: dict[str, Any]
     seed: int
     allow_nonfinite: bool
+    device: str = "cpu"
 
     @property
     def num_elements(self) -> int:
@@ -76,6 +80,11 @@ class TensorMerge:
         )
 
     @property
+    def works_on_gpu(self) -> bool:
+        """Whether it is merged on a GPU."""
+        return self.device != "cpu" and self.needs_all
+
+    @property
     def gathers(self) -> bool:
         """Whether passes over the inputs come before the merge."""
         method = METHODS[self.method]
@@ -93,9 +102,11 @@ class TensorMerge:
 
     @property
     def num_working_bytes(self) -> int:
-        """Memory of merging the tensor, or one step of it: inputs, deltas, what methods make."""
-        count = min(self.num_elements, self.step)
-        return count * 4 * (4 * len(self.operands) + 4)
+        """Memory of merging the tensor, or one step of it: inputs, deltas, what methods make. On a
+        GPU all but inputs and result is in its own memory.
+        """
+        count, num_inputs = min(self.num_elements, self.step), len(self.operands)
+        return count * 4 * (num_inputs + 2 if self.works_on_gpu else 4 * num_inputs + 4)
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The range [start, stop) in steps; one empty step of an empty tensor."""
@@ -145,8 +156,11 @@ class TensorMerge:
         models, base = self.ranges(start, stop, observe)
         if not self.dtype.is_floating_point:
             return self._identical(models if base is None else [*models, base])
+        if self.works_on_gpu:
+            models = [model.to(self.device) for model in models]
+            base = None if base is None else base.to(self.device)
         try:
-            return merge_tensor(
+            merged = merge_tensor(
                 self.method,
                 models,
                 base,
@@ -159,6 +173,7 @@ class TensorMerge:
             )
         except ValueError as error:
             raise InputError(f"{self.name}: {error}") from None
+        return merged.cpu()
 
     def rounded(self, values: Tensor) -> Tensor:
         """Merged values in the output's dtype.

@@ -203,3 +203,14 @@ def test_full_disk(family: Family, tmp_path: Path) -> None:
         assert message.startswith(f"{disk}: no room on the disk: the output takes ")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_device_that_the_method_does_not_use(family: Family) -> None:
+    with pytest.raises(ValueError, match="device: has no effect with linear; allowed with tsvm"):
+        MergeConfig.model_validate(family.config("linear", device="cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there(family: Family, tmp_path: Path) -> None:
+    message = refused(family, tmp_path / "o" / "out", "tsvm", device="cuda")
+    assert message == "device: found cuda; allowed: cpu, as this machine has no GPU"
