@@ -16,15 +16,16 @@ def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float], *, normaliz
     Raises:
         ValueError: with `normalize`, weights that sum to less than 1e-8 in magnitude.
     """
+    divisor = sum(weights) if normalize else 1.0
+    if abs(divisor) < SMALLEST_SUM:
+        raise ValueError(f"weight: the weights sum to {divisor}; cannot normalize by it")
+    passes = passes_for(*deltas)
+    if passes is not None:
+        return passes.weighted_sum(deltas, weights, divisor)
     merged = deltas[0] * weights[0]
     for delta, weight in zip(deltas[1:], weights[1:], strict=True):
         merged.add_(delta, alpha=weight)
-    if normalize:
-        total = sum(weights)
-        if abs(total) < SMALLEST_SUM:
-            raise ValueError(f"weight: the weights sum to {total}; cannot normalize by it")
-        merged.div_(total)
-    return merged
+    return merged.div_(divisor) if normalize else merged
 
 
 def sign_elect(

@@ -37,75 +37,211 @@ void keep_mask(int64_t size, uint64_t start, const uint32_t *key, uint32_t limit
     }
 }
 
+/* A bfloat16 as the float of the same value. */
+static inline float widened(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+/* Bfloat16 numbers as floats. */
+void widen(int64_t size, const uint16_t *restrict x, float *restrict wide) {
+    for (int64_t i = 0; i < size; i++) wide[i] = widened(x[i]);
+}
+
+/* The differences of bfloat16 models and their base, one model's after the other's. */
+void widened_deltas(int64_t size, int num_models, const uint16_t *const *models,
+                    const uint16_t *restrict base, float *restrict deltas) {
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        const int length = size - first < BLOCK ? (int)(size - first) : BLOCK;
+        float origin[BLOCK];
+        for (int i = 0; i < length; i++) origin[i] = widened(base[first + i]);
+        for (int model = 0; model < num_models; model++) {
+            const uint16_t *restrict own = models[model] + first;
+            float *restrict delta = deltas + model * size + first;
+            for (int i = 0; i < length; i++) delta[i] = widened(own[i]) - origin[i];
+        }
+    }
+}
+
+/* Whether no number has an exponent of all ones, as NaN and Inf have; of 16 bits, of 32. */
+void all_finite_16(int64_t size, const uint16_t *x, uint16_t ones, uint8_t *finite) {
+    uint16_t found = 0;
+    for (int64_t i = 0; i < size; i++) found |= (uint16_t)((x[i] & ones) == ones);
+    *finite = !found;
+}
+
+void all_finite_32(int64_t size, const uint32_t *x, uint32_t ones, uint8_t *finite) {
+    uint32_t found = 0;
+    for (int64_t i = 0; i < size; i++) found |= (x[i] & ones) == ones;
+    *finite = !found;
+}
+
+/* The sum of weighted deltas, fused as torch's `add(alpha=...)`, over the divisor. */
+void weighted_sum(int64_t size, int num_models, const float *const *deltas, const float *weights,
+                  float divisor, float *restrict merged) {
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        const int length = size - first < BLOCK ? (int)(size - first) : BLOCK;
+        float sum[BLOCK];
+        for (int i = 0; i < length; i++) sum[i] = deltas[0][first + i] * weights[0];
+        for (int model = 1; model < num_models; model++) {
+            const float *delta = deltas[model] + first, weight = weights[model];
+            for (int i = 0; i < length; i++) sum[i] = fmaf(delta[i], weight, sum[i]);
+        }
+        if (divisor == 1.0f)
+            memcpy(merged + first, sum, (size_t)length * sizeof *sum);
+        else
+            for (int i = 0; i < length; i++) merged[first + i] = sum[i] / divisor;
+    }
+}
+
 /* x where the mask is 1, else 0. */
 void masked(int64_t size, const uint32_t *restrict x, const uint8_t *restrict mask,
             uint32_t *restrict kept) {
     for (int64_t i = 0; i < size; i++) kept[i] = x[i] & (0u - (uint32_t)mask[i]);
 }
 
-/* Magnitudes above the cut, and of those equal to it the ones whose word is at most `last`. */
-void top_mask(int64_t size, const uint32_t *x, uint32_t cut, uint32_t last, uint64_t start,
-              const uint32_t *key, uint8_t *mask) {
-    uint32_t words[BLOCK];
-    for (int64_t done = 0; done < size;) {
-        int length = words_of(start + (uint64_t)done, size - done, key, words);
+/* Where a threshold cuts: larger magnitudes are above it, and of those equal to it the ones whose
+ * word is at most `last`. */
+typedef struct { uint32_t magnitude, last; } Cut;
+
+static inline int is_above(uint32_t own, uint32_t word, Cut cut) {
+    return (own > cut.magnitude) | ((own == cut.magnitude) & (word <= cut.last));
+}
+
+#define PART static inline __attribute__((always_inline))
+
+/* Runs `part(first, length)` over a range, FEW elements at a time: for all but the last the compiler
+ * knows the length. */
+#define OVER_PARTS(part, ...)                                                                      \
+    do {                                                                                           \
+        int64_t first = 0;                                                                         \
+        for (; first + FEW <= size; first += FEW) part(first, FEW, __VA_ARGS__);                   \
+        if (first < size) part(first, (int)(size - first), __VA_ARGS__);                           \
+    } while (0)
+
+/* Words are only made where a magnitude is equal to one of the cuts'. */
+PART void keep_part(int64_t first, int length, const uint32_t *restrict x, Cut outer, Cut inner,
+                    uint64_t start, const uint32_t *key, uint32_t *restrict kept) {
+    uint32_t tied = 0;
+    for (int i = 0; i < length; i++) {
+        uint32_t own = magnitude(x[first + i]);
+        tied |= (own == outer.magnitude) | (own == inner.magnitude);
+    }
+    if (!tied) {
         for (int i = 0; i < length; i++) {
-            uint32_t own = magnitude(x[done + i]);
-            mask[done + i] = (own > cut) | ((own == cut) & (words[i] <= last));
+            uint32_t bits = x[first + i], own = magnitude(bits);
+            int keeps = (own > outer.magnitude) & (own <= inner.magnitude);
+            kept[first + i] = bits & (0u - (uint32_t)keeps);
         }
-        done += length;
+        return;
+    }
+    uint32_t words[FEW];
+    for (int done = 0; done < length;)
+        done += words_of(start + (uint64_t)(first + done), length - done, key, words + done);
+    for (int i = 0; i < length; i++) {
+        uint32_t bits = x[first + i], own = magnitude(bits);
+        int keeps = is_above(own, words[i], outer) & !is_above(own, words[i], inner);
+        kept[first + i] = bits & (0u - (uint32_t)keeps);
     }
 }
 
-/* The same where all that are equal stay. */
-void top_mask_all(int64_t size, const uint32_t *x, uint32_t cut, uint8_t *mask) {
-    for (int64_t i = 0; i < size; i++) mask[i] = magnitude(x[i]) >= cut;
+/* x where it is above the cut `outer` and not above `inner`, else 0. */
+void keep_between(int64_t size, const uint32_t *x, const Cut *cuts, uint64_t start,
+                  const uint32_t *key, uint32_t *kept) {
+    OVER_PARTS(keep_part, x, cuts[0], cuts[1], start, key, kept);
+}
+
+/* How many of a few magnitudes are above a bracket; whether any is inside. */
+PART int count_above(const uint32_t *x, int length, uint32_t low, uint32_t high, int *any_inside) {
+    int above = 0, at_least = 0;
+    for (int i = 0; i < length; i++) {
+        uint32_t own = magnitude(x[i]);
+        above += own > high;
+        at_least += own >= low;
+    }
+    *any_inside = at_least > above;
+    return above;
+}
+
+/* Which of a few magnitudes are inside a bracket, in order; how many. */
+PART int list_inside(const uint32_t *x, int length, uint32_t low, uint32_t high, int *inside) {
+    uint8_t flags[FEW] = {0};
+    int num = 0;
+    for (int i = 0; i < length; i++) flags[i] = magnitude(x[i]) - low <= high - low;
+    for (int first = 0; first < FEW; first += 8) {
+        uint64_t eight; /* the flags of eight elements, most of which are 0 */
+        memcpy(&eight, flags + first, 8);
+        if (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) eight = __builtin_bswap64(eight);
+        for (; eight; eight &= eight - 1) inside[num++] = first + (__builtin_ctzll(eight) >> 3);
+    }
+    return num;
+}
+
+PART void count_part(int64_t first, int length, const uint32_t *x, uint32_t low, uint32_t high,
+                     int shift, int64_t *buckets, int64_t *num_above) {
+    int any_inside, inside[FEW];
+    *num_above += count_above(x + first, length, low, high, &any_inside);
+    if (!any_inside) return;
+    const int num = list_inside(x + first, length, low, high, inside);
+    for (int i = 0; i < num; i++) buckets[(magnitude(x[first + inside[i]]) - low) >> shift]++;
 }
 
 /* Adds the magnitudes in [low, high] to buckets of 2^shift, and to *num_above how many are above. */
 void count_magnitudes(int64_t size, const uint32_t *x, uint32_t low, uint32_t high, int shift,
                       int64_t *buckets, int64_t *num_above) {
-    for (int64_t first = 0; first < size; first += FEW) {
-        const int length = size - first < FEW ? (int)(size - first) : FEW;
-        uint32_t above = 0, inside = 0;
-        for (int i = 0; i < length; i++) {
-            uint32_t own = magnitude(x[first + i]);
-            above += own > high;
-            inside |= (own >= low) & (own <= high);
-        }
-        *num_above += above;
-        if (!inside) continue;
-        for (int i = 0; i < length; i++) {
-            uint32_t own = magnitude(x[first + i]);
-            if (own - low <= high - low) buckets[(own - low) >> shift]++;
-        }
+    OVER_PARTS(count_part, x, low, high, shift, buckets, num_above);
+}
+
+/* Elements that are found and wait for their words: where they are. */
+typedef struct {
+    int64_t places[BLOCK + FEW];
+    int num;
+} Places;
+
+PART void collect_part(int64_t first, int length, const uint32_t *x, uint32_t low, uint32_t high,
+                       Places *waiting, int64_t *num_above) {
+    int any_inside, inside[FEW];
+    *num_above += count_above(x + first, length, low, high, &any_inside);
+    if (!any_inside) return;
+    const int num = list_inside(x + first, length, low, high, inside);
+    for (int i = 0; i < num; i++) waiting->places[waiting->num++] = first + inside[i];
+}
+
+/* Writes magnitude << 32 | the word turned round, of the elements that wait. */
+static void write_joint(const uint32_t *x, Places *waiting, uint64_t start, const uint32_t *key,
+                        uint64_t *found) {
+    for (int i = 0; i < waiting->num; i++) {
+        const uint64_t index = start + (uint64_t)waiting->places[i];
+        const uint32_t high = key[1] ^ (uint32_t)(index >> 32) * 0x9e3779b9u;
+        const uint32_t word = mix(mix((uint32_t)index ^ key[0]) ^ high);
+        found[i] = (uint64_t)magnitude(x[waiting->places[i]]) << 32 | (uint32_t)~word;
     }
+    waiting->num = 0;
+}
+
+PART void collect_and_write(int64_t first, int length, const uint32_t *x, uint32_t low,
+                            uint32_t high, uint64_t start, const uint32_t *key, Places *waiting,
+                            uint64_t *found, int64_t *counts) {
+    collect_part(first, length, x, low, high, waiting, counts);
+    if (waiting->num < BLOCK) return;
+    const int num = waiting->num;
+    write_joint(x, waiting, start, key, found + counts[1]);
+    counts[1] += num;
 }
 
 /* Collects magnitude << 32 | the word turned round, of the magnitudes in [low, high]; counts[0] is
  * how many are above, counts[1] how many are in it. */
 void collect_magnitudes(int64_t size, const uint32_t *x, uint32_t low, uint32_t high,
                         uint64_t start, const uint32_t *key, uint64_t *found, int64_t *counts) {
-    int64_t num_above = 0, num_inside = 0;
-    for (int64_t first = 0; first < size; first += FEW) {
-        const int length = size - first < FEW ? (int)(size - first) : FEW;
-        uint32_t above = 0, inside = 0;
-        for (int i = 0; i < length; i++) {
-            uint32_t own = magnitude(x[first + i]);
-            above += own > high;
-            inside |= (own >= low) & (own <= high);
-        }
-        num_above += above;
-        if (!inside) continue;
-        for (int i = 0; i < length; i++) {
-            uint32_t own = magnitude(x[first + i]), word;
-            if (own - low > high - low) continue;
-            words_of(start + (uint64_t)(first + i), 1, key, &word);
-            found[num_inside++] = (uint64_t)own << 32 | (uint32_t)~word;
-        }
-    }
-    counts[0] = num_above;
-    counts[1] = num_inside;
+    Places waiting;
+    waiting.num = 0;
+    counts[0] = counts[1] = 0;
+    OVER_PARTS(collect_and_write, x, low, high, start, key, &waiting, found, counts);
+    const int num = waiting.num;
+    write_joint(x, &waiting, start, key, found + counts[1]);
+    counts[1] += num;
 }
 
 /* What a row is sorted with; `sorted` and `other` hold magnitude << 32 | column. */

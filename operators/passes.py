@@ -20,17 +20,23 @@ from operators.native import CompilerError, compile_library
 
 Key = tuple[int, int]  # of the counter hash
 _POINTER, _LONG, _INDEX = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
-_INT, _WORD = ctypes.c_int, ctypes.c_uint32
+_INT, _WORD, _HALF_WORD, _FLOAT = ctypes.c_int, ctypes.c_uint32, ctypes.c_uint16, ctypes.c_float
+_NO_CUT = 0xFFFFFFFF  # larger than any magnitude; or a word that all are at most
 _ARGUMENTS = {
     "keep_mask": [_LONG, _INDEX, _POINTER, _WORD, _POINTER],
+    "widen": [_LONG, _POINTER, _POINTER],
+    "widened_deltas": [_LONG, _INT, _POINTER, _POINTER, _POINTER],
+    "all_finite_16": [_LONG, _POINTER, _HALF_WORD, _POINTER],
+    "all_finite_32": [_LONG, _POINTER, _WORD, _POINTER],
+    "weighted_sum": [_LONG, _INT, _POINTER, _POINTER, _FLOAT, _POINTER],
+    "keep_between": [_LONG, _POINTER, _POINTER, _INDEX, _POINTER, _POINTER],
     "masked": [_LONG, _POINTER, _POINTER, _POINTER],
-    "top_mask": [_LONG, _POINTER, _WORD, _WORD, _INDEX, _POINTER, _POINTER],
-    "top_mask_all": [_LONG, _POINTER, _WORD, _POINTER],
     "count_magnitudes": [_LONG, _POINTER, _WORD, _WORD, _INT, _POINTER, _POINTER],
     "collect_magnitudes": [_LONG, _POINTER, _WORD, _WORD, _INDEX, *[_POINTER] * 3],
     "magprune": [_LONG, _LONG, _POINTER, _INDEX, *[_POINTER] * 5],
     "sign_elect": [_LONG, _INT, _POINTER, _POINTER, _INT, _POINTER],
 }
+EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 _lock = Lock()
 _loaded: "Passes | None" = None
 
@@ -54,13 +60,11 @@ def unload() -> None:
         _loaded = None
 
 
-def passes_for(*tensors: Tensor) -> "Passes | None":
-    """The passes, if they are loaded and can work on all of these."""
+def passes_for(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> "Passes | None":
+    """The passes, if they are loaded and can work on all of these, which must be of a dtype."""
     if _loaded is None or torch.compiler.is_compiling():
         return None
-    fits = all(
-        x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous() for x in tensors
-    )
+    fits = all(x.dtype == dtype and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
     return _loaded if fits else None
 
 
@@ -85,21 +89,68 @@ class Passes:
         self._library.keep_mask(count, start, _words(key), limit, mask.data_ptr())
         return mask
 
+    def widened(self, x: Tensor) -> Tensor:
+        """Bfloat16 numbers in float32."""
+        wide = torch.empty(x.shape)
+        self._library.widen(x.numel(), x.data_ptr(), wide.data_ptr())
+        return wide
+
+    def widened_deltas(self, models: Sequence[Tensor], base: Tensor) -> list[Tensor]:
+        """What bfloat16 models add to a bfloat16 base, in float32."""
+        deltas, places = torch.empty(len(models), base.numel()), _places(models)
+        self._library.widened_deltas(
+            base.numel(), len(models), places.ctypes.data, base.data_ptr(), deltas.data_ptr()
+        )
+        return list(deltas)
+
+    def all_finite(self, x: Tensor) -> bool:
+        """Whether no number, of a dtype in EXPONENTS, is NaN or Inf."""
+        is_half, finite = x.element_size() == 2, ctypes.c_uint8()
+        check = self._library.all_finite_16 if is_half else self._library.all_finite_32
+        check(x.numel(), x.data_ptr(), EXPONENTS[x.dtype], ctypes.byref(finite))
+        return bool(finite.value)
+
+    def weighted_sum(
+        self, deltas: Sequence[Tensor], weights: Sequence[float], divisor: float
+    ) -> Tensor:
+        """`sum_i w_i d_i / divisor`."""
+        merged, places = torch.empty_like(deltas[0]), _places(deltas)
+        numbers = np.array(weights, dtype=np.float32)
+        self._library.weighted_sum(
+            merged.numel(),
+            len(deltas),
+            places.ctypes.data,
+            numbers.ctypes.data,
+            divisor,
+            merged.data_ptr(),
+        )
+        return merged
+
+    def kept_between(
+        self,
+        x: Tensor,
+        outer: tuple[int, int | None],
+        inner: tuple[int, int | None] | None,
+        key: Key,
+        start: int,
+    ) -> Tensor:
+        """x where it is above one cut and not above the other, else 0; a cut is a magnitude and
+        the last word that is above among its equals (None: all are).
+        """
+        kept = torch.empty_like(x)
+        numbers = [outer, (_NO_CUT, None) if inner is None else inner]
+        words = [(magnitude, _NO_CUT if last is None else last) for magnitude, last in numbers]
+        cuts = (ctypes.c_uint32 * 4)(*words[0], *words[1])
+        self._library.keep_between(
+            x.numel(), x.data_ptr(), cuts, start, _words(key), kept.data_ptr()
+        )
+        return kept
+
     def masked(self, x: Tensor, mask: Tensor) -> Tensor:
         """x where the bool mask is true, else 0."""
         kept = torch.empty_like(x)
         self._library.masked(x.numel(), x.data_ptr(), mask.data_ptr(), kept.data_ptr())
         return kept
-
-    def top_mask(self, x: Tensor, cut: int, last: int | None, key: Key, start: int) -> Tensor:
-        """Which magnitudes are above `cut`, or equal to it with a word of at most `last`."""
-        mask = torch.empty(x.shape, dtype=torch.bool)
-        size, values, out = x.numel(), x.data_ptr(), mask.data_ptr()
-        if last is None:
-            self._library.top_mask_all(size, values, cut, out)
-        else:
-            self._library.top_mask(size, values, cut, last, start, _words(key), out)
-        return mask
 
     def count_magnitudes(
         self, x: Tensor, bracket: tuple[int, int], shift: int, buckets: NDArray[np.int64]
@@ -158,8 +209,7 @@ class Passes:
         self, deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool
     ) -> Tensor:
         """TIES's election."""
-        merged = torch.empty_like(deltas[0])
-        places = np.array([delta.data_ptr() for delta in deltas], dtype=np.uint64)
+        merged, places = torch.empty_like(deltas[0]), _places(deltas)
         numbers = np.array(weights, dtype=np.float32)
         self._library.sign_elect(
             merged.numel(),
@@ -170,6 +220,11 @@ class Passes:
             merged.data_ptr(),
         )
         return merged
+
+
+def _places(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
+    """Where tensors lie."""
+    return np.array([tensor.data_ptr() for tensor in tensors], dtype=np.uint64)
 
 
 def _words(key: Key) -> ctypes.Array[ctypes.c_uint32]:

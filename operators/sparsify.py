@@ -85,6 +85,11 @@ class TopCut:
     by_index: bool = False
     high_bits: int = 0
 
+    @property
+    def by_words(self) -> bool:
+        """Whether counter words alone decide between equal magnitudes, if anything has to."""
+        return self.word is None or not (self.by_index or self.high_bits)
+
     def order(self, places: Tensor, key: tuple[int, int]) -> Tensor:
         """What decides between equal magnitudes at global indices: int64, the smallest stay."""
         if self.by_index:
@@ -133,9 +138,6 @@ def _needs_word(cut: Cut, count: int) -> bool:
 
 def top_mask(x: Tensor, cut: TopCut, key: tuple[int, int], start: int) -> Tensor:
     """Which elements of a flat range are above the cut: bool, shape of x."""
-    passes = passes_for(x)
-    if passes is not None and (cut.word is None or not (cut.by_index or cut.high_bits)):
-        return passes.top_mask(x, cut.key, cut.word, key, start)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return torch.from_numpy(_top_mask_by_numpy(x, cut, key, start))
     magnitudes = magnitude_keys(x)
@@ -145,6 +147,20 @@ def top_mask(x: Tensor, cut: TopCut, key: tuple[int, int], start: int) -> Tensor
     places = (magnitudes == cut.key).nonzero().squeeze(1)
     mask[places] = cut.order(places + start, key) <= cut.word
     return mask
+
+
+def kept_between(
+    x: Tensor, outer: TopCut, inner: TopCut | None, key: tuple[int, int], start: int
+) -> Tensor:
+    """x where it is above the cut `outer` and not above `inner`, else exactly 0: a flat range."""
+    passes, cuts = passes_for(x), [outer] if inner is None else [outer, inner]
+    if passes is not None and all(cut.by_words for cut in cuts):
+        ends = [(cut.key, cut.word) for cut in cuts]
+        return passes.kept_between(x, ends[0], None if inner is None else ends[1], key, start)
+    mask = top_mask(x, outer, key, start)
+    if inner is not None:
+        mask &= ~top_mask(x, inner, key, start)
+    return masked(x, mask)
 
 
 def _top_mask_by_numpy(

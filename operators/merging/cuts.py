@@ -25,10 +25,13 @@ from operators.selection import Cut, KeyCounts, KeySearch, cut_of, sample_places
 from operators.sparsify import TopCut
 
 Keys = NDArray[np.int32]
+Run = tuple[int, Keys]  # of neighbours: the first one's index in the scope, and their keys
 Counts = Callable[[Mapping[str, Any], int, int], Sequence[int]]
 _TOP_KEY = 0x7FFFFFFF
-_RUNS, _RUN = 64, 1024  # a sample is so many runs of so many neighbours
-_ALL = 2 * _RUNS * _RUN  # below it, all elements are the sample
+_RUN = 1024  # a sample is runs of so many neighbours:
+_FEW_RUNS, _MANY_RUNS = 32, 64  # the more, the narrower the bracket, but each has its price
+_MANY = 1 << 24  # elements from which on a narrower bracket saves more than it costs
+_ALL = 1 << 17  # up to so many, all elements are the sample
 _FEW = 1 << 19  # keys that a search may collect
 _WORD_BITS = 32
 
@@ -84,6 +87,20 @@ class _Tally:
 
 
 @dataclass(frozen=True, slots=True)
+class _Sample:
+    """The sampled keys of a model, in the order of their places and in their own."""
+
+    keys: Keys
+    ordered: Keys
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> "_Sample":
+        """What several ranges have seen."""
+        keys = np.concatenate([keys for _, keys in sorted(runs, key=lambda run: run[0])])
+        return cls(keys, np.sort(keys))
+
+
+@dataclass(frozen=True, slots=True)
 class CutSearch:
     """All thresholds of a tensor, or of all tensors of a merge (`scope: model`).
 
@@ -105,9 +122,9 @@ class CutSearch:
     def _sampling(self) -> bool:
         return all(target.search is None for target in self.targets if target.found is None)
 
-    def sampled(self, first: int, last: int) -> bool:
-        """Whether this pass looks at the elements [first, last): after the first pass, always."""
-        return not self._sampling or len(self._sample(first, last)) > 0
+    def wanted(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The sample's part of the elements [first, last); after the first pass, all of them."""
+        return self._sample(first, last) if self._sampling else [(first, last)]
 
     def observe(self, work: MergeInput, offset: int) -> Any:
         """The range's part of the sample, or its counts for each target."""
@@ -154,7 +171,7 @@ class CutSearch:
     def add(self, one: Any, other: Any) -> Any:
         """Samples side by side; counts added."""
         if self._sampling:
-            return [np.concatenate(pair, axis=1) for pair in zip(one, other, strict=True)]
+            return [parts + others for parts, others in zip(one, other, strict=True)]
         return [
             None if target.search is None else target.search.add(a, b)
             for target, a, b in zip(self.targets, one, other, strict=True)
@@ -163,8 +180,9 @@ class CutSearch:
     def advance(self, total: Any) -> "CutSearch":
         """Brackets from the sample; then narrower ones, until the cuts are exact."""
         if self._sampling:
+            samples = [_Sample.of(runs) for runs in total]
             targets = [
-                target if target.found else self._bracket(target, total[target.model])
+                target if target.found else self._bracket(target, samples[target.model])
                 for target in self.targets
             ]
         else:
@@ -187,40 +205,35 @@ class CutSearch:
         count = self.scope.count
         if count <= _ALL:
             return [(first, last)] if last > first else []
-        starts = (place * (count - _RUN) // (_RUNS - 1) for place in range(_RUNS))
+        num_runs = self._num_runs
+        starts = (place * (count - _RUN) // (num_runs - 1) for place in range(num_runs))
         runs = ((max(start, first), min(start + _RUN, last)) for start in starts)
         return [(begin, end) for begin, end in runs if begin < end]
 
-    def _observe_sample(self, work: MergeInput, offset: int) -> list[NDArray[np.int64]]:
-        """For each model, rows of places and keys of the sampled elements of a range."""
+    def _observe_sample(self, work: MergeInput, offset: int) -> list[list[Run]]:
+        """For each model, the sampled runs of a range."""
         begin = offset + work.start
-        runs = self._sample(begin, begin + work.count)
-        if not runs:
-            return [np.empty((2, 0), dtype=np.int64) for _ in work.models]
-        seen = [self.vectors(work.part(first - begin, last - begin)) for first, last in runs]
-        places = np.concatenate([np.arange(first, last) for first, last in runs])
-        keys = (_keys(torch.cat(vectors)) for vectors in zip(*seen, strict=True))
-        return [np.stack([places, own]) for own in keys]
+        runs: list[list[Run]] = [[] for _ in work.models]
+        for first, last in self._sample(begin, begin + work.count):
+            vectors = self.vectors(work.part(first - begin, last - begin))
+            for own, vector in zip(runs, vectors, strict=True):
+                own.append((first, _keys(vector)))
+        return runs
 
-    def _bracket(self, target: Target, sample: NDArray[np.int64]) -> Target:
+    def _bracket(self, target: Target, sample: "_Sample") -> Target:
         """The first search of a target; the cut itself where the sample is everything."""
-        keys = sample[1, sample[0].argsort(kind="stable")].astype(np.int32)
+        keys, ordered = sample.keys, sample.ordered
         count, size = self.scope.count, len(keys)
         if count <= _ALL:
             return self._settle(target, cut_of(keys, target.count))
-        assert size == _RUNS * _RUN
+        assert size == self._num_runs * _RUN
         middle = min(max(round(target.count / count * size), 1), size)
-        above = (
-            (keys > np.partition(keys, size - middle)[size - middle])
-            .reshape(_RUNS, _RUN)
-            .mean(axis=1)
-        )
+        above = (keys > ordered[size - middle]).reshape(-1, _RUN).mean(axis=1)
         # Neighbours are alike, so a run is one draw and not a thousand.
         share = target.count / count
         spread = max(float(above.std()) * math.sqrt(_RUN), math.sqrt(share * (1 - share)))
         first, last = sample_places(target.count, count, size, spread)
-        ends = [size - min(last, size), size - max(first, 1)]
-        low, high = np.partition(keys, ends)[ends].tolist()
+        low, high = int(ordered[size - min(last, size)]), int(ordered[size - max(first, 1)])
         low, high = low if last <= size else 0, high if first >= 1 else _TOP_KEY
         if count <= WORDS and (last - first) / size * count <= _FEW:
             low, high = low << _WORD_BITS, ((high + 1) << _WORD_BITS) - 1
@@ -272,6 +285,10 @@ class CutSearch:
         low, high = max(low, 0) << self._high_bits, (high + 1) << self._high_bits
         search = KeySearch(k, low, min(high, top), top, collect=True)
         return replace(target, cut=cut, search=search)
+
+    @property
+    def _num_runs(self) -> int:
+        return _MANY_RUNS if self.scope.count >= _MANY else _FEW_RUNS
 
     @property
     def _by_index(self) -> bool:

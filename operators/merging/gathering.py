@@ -33,10 +33,12 @@ class Gathering:
         """Whether no further pass is needed."""
         return self.current is None
 
-    def sampled(self, name: str, start: int, stop: int) -> bool:
-        """Whether this pass looks at any element of a range; if not, it need not be shown."""
+    def wanted(self, name: str, start: int, stop: int) -> list[tuple[int, int]]:
+        """The ranges of [start, stop) that this pass looks at; nothing else need be shown."""
+        assert self.current is not None
         offset = self.scope.offset(name)
-        return self.current is not None and self.current.sampled(offset + start, offset + stop)
+        ranges = self.current.wanted(offset + start, offset + stop)
+        return [(first - offset, last - offset) for first, last in ranges]
 
     def observe(
         self, name: str, models: Sequence[Tensor], base: Tensor | None = None, start: int = 0

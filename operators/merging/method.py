@@ -20,9 +20,9 @@ which sees the same ranges in one or more passes and keeps only small sums of th
   at the tensor's end. Within that rule neither their sizes nor their order change a bit of the
   result. Each element is shown once in each pass.
 - Models and base may be handed over in the checkpoint's dtype and of any size, for example as views
-  of mapped files: they are worked on in float32, in chunks that stay in a core's cache. In a pass
-  over a sample (`gathering.sampled(name, start, stop)` is false for ranges without any element of
-  it) ranges may be left out where that is false.
+  of mapped files: they are worked on in float32, in chunks that stay in a core's cache. A pass over
+  a sample looks only at the ranges that `gathering.wanted(name, start, stop)` lists of one; these
+  alone may be shown instead of it.
 - `gathering`, what `observe` returns and contexts can be pickled and are small (a few MB at most).
 - `scope: model` (`parameters["scope"]`) wants one gathering over all tensors that are merged,
   `{name: shape}` of all of them; otherwise one for each tensor. Methods that need nothing give a
@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from operators.merging.parameters import Parameter, complete_parameters
+from operators.passes import passes_for
 from operators.sparsify import TopCut
 
 Unit = Literal["element", "row", "tensor"]
@@ -94,15 +95,19 @@ class MergeInput:
 
     def weights(self) -> list[Tensor]:
         """The models' values in float32; may be the models themselves: not to be changed."""
-        return [model.to(torch.float32) for model in self.models]
+        return [widened(model) for model in self.models]
 
     def origin(self) -> Tensor:
         """`W_0` in float32, which may be the base itself: not to be changed in place."""
         assert self.base is not None
-        return self.base.to(torch.float32)
+        return widened(self.base)
 
     def deltas(self) -> list[Tensor]:
         """The task vectors `W_i - W_0` in float32: bf16 would lose most of their bits."""
+        assert self.base is not None
+        passes = passes_for(*self.models, self.base, dtype=torch.bfloat16)
+        if passes is not None:
+            return passes.widened_deltas(self.models, self.base)
         origin = self.origin()
         return [
             model - origin if model.dtype == torch.float32 else model.float().sub_(origin)
@@ -122,6 +127,12 @@ class MergeInput:
         """The range in parts of `size`, each with its offset."""
         for first in range(0, self.count, size):
             yield first, self.part(first, min(first + size, self.count))
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32; x itself where it is."""
+    passes = passes_for(x, dtype=torch.bfloat16)
+    return x.to(torch.float32) if passes is None else passes.widened(x)
 
 
 def rows_of_block(width: int) -> int:
@@ -164,8 +175,8 @@ class Statistic(Protocol):
     def done(self) -> bool:
         """Whether nothing has to be seen any more."""
 
-    def sampled(self, first: int, last: int) -> bool:
-        """Whether this pass looks at any of the elements [first, last) of the scope."""
+    def wanted(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The ranges of the elements [first, last) of the scope that this pass looks at."""
 
     def observe(self, work: MergeInput, offset: int) -> Any:
         """What a range adds to this pass; `offset` is its tensor's first index in the scope."""

@@ -15,8 +15,8 @@ from operators.consensus import mixup
 from operators.counter_random import counter_key
 from operators.merging.cuts import search_cuts
 from operators.merging.method import MergeInput, StatisticFactory
-from operators.merging.task_vectors import cut_mask, model_key, row_mask, top_counts
-from operators.sparsify import bernoulli, kept_count, masked
+from operators.merging.task_vectors import model_key, top_counts, trim
+from operators.sparsify import bernoulli, masked
 
 
 def draw_mixup_lambda(alpha: float, seed: int) -> float:
@@ -58,7 +58,7 @@ def m3_task_arithmetic(work: MergeInput) -> Tensor:
 
 def m3_ties(work: MergeInput) -> Tensor:
     """TIES with mixup where both deltas survive trim and election; else the survivor unchanged."""
-    trimmed = [masked(delta, _trim_mask(delta, work, i)) for i, delta in enumerate(dared(work))]
+    trimmed = [trim(delta, work, i) for i, delta in enumerate(dared(work))]
     elected = torch.sign(trimmed[0] + trimmed[1])
     first, second = (masked(delta, torch.sign(delta) == elected) for delta in trimmed)
     both = (first != 0) & (second != 0)
@@ -91,11 +91,3 @@ def _lambda(work: MergeInput) -> float:
     """The merge's lam: the context's, or what the seed draws, which is the same."""
     known = work.context.mixup_lambda
     return mixup_lambda(work.parameters, work.seed) if known is None else known
-
-
-def _trim_mask(delta: Tensor, work: MergeInput, position: int) -> Tensor:
-    """TIES's trim: the largest magnitudes of tensor, model or row."""
-    if work.parameters["scope"] != "row":
-        return cut_mask(delta, work, position, 0)
-    count = kept_count(work.parameters["density"][position], work.width)
-    return row_mask(delta, work, position, count)

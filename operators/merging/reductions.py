@@ -44,9 +44,9 @@ class BlockSums:
         """Whether the one pass is over."""
         return self.totals is not None
 
-    def sampled(self, first: int, last: int) -> bool:
+    def wanted(self, first: int, last: int) -> list[tuple[int, int]]:
         """Every element counts."""
-        return True
+        return [(first, last)]
 
     def observe(self, work: MergeInput, offset: int) -> Partials:
         """The partial sums of the range's blocks."""

@@ -18,11 +18,11 @@ from operators.merging.reductions import rescale_by_l1
 from operators.sparsify import (
     bernoulli,
     dropped_count,
+    kept_between,
     kept_count,
     magprune,
     masked,
     row_top_mask,
-    top_mask,
 )
 
 Sparsifier = Callable[[Tensor, MergeInput, int], Tensor]
@@ -49,25 +49,25 @@ def keep_all(delta: Tensor, work: MergeInput, position: int) -> Tensor:
 
 def keep_top(delta: Tensor, work: MergeInput, position: int) -> Tensor:
     """F of TIES (Yadav et al. 2023): the largest magnitudes of the tensor, row or model."""
-    density = work.parameters["density"][position]
-    if work.parameters["scope"] == "row":
-        mask = row_mask(delta, work, position, kept_count(density, work.width))
-    else:
-        mask = cut_mask(delta, work, position, 0)
-    return _rescaled(masked(delta, mask), work, position)
+    return _rescaled(trim(delta, work, position), work, position)
+
+
+def trim(delta: Tensor, work: MergeInput, position: int) -> Tensor:
+    """TIES's trim, not rescaled."""
+    if work.parameters["scope"] != "row":
+        return _above_cuts(delta, work, position)
+    count = kept_count(work.parameters["density"][position], work.width)
+    return masked(delta, row_mask(delta, work, position, count))
 
 
 def keep_middle(delta: Tensor, work: MergeInput, position: int) -> Tensor:
     """F of breadcrumbs (Davari and Belilovsky 2024): without the largest and the smallest."""
-    if work.parameters["scope"] == "row":
-        outer, *inner = _middle_counts(work.parameters, position, work.width)
-        mask = row_mask(delta, work, position, outer)
-        for dropped in inner:
-            mask &= ~row_mask(delta, work, position, dropped)
-    else:
-        mask = cut_mask(delta, work, position, 0)
-        for cut in range(1, len(work.context.cuts[position])):
-            mask &= ~cut_mask(delta, work, position, cut)
+    if work.parameters["scope"] != "row":
+        return _rescaled(_above_cuts(delta, work, position), work, position)
+    outer, *inner = _middle_counts(work.parameters, position, work.width)
+    mask = row_mask(delta, work, position, outer)
+    for dropped in inner:
+        mask &= ~row_mask(delta, work, position, dropped)
     return _rescaled(masked(delta, mask), work, position)
 
 
@@ -154,12 +154,13 @@ def _kept(sparsifier: Sparsifier, work: MergeInput) -> list[Tensor]:
 CUT_COUNTS = {keep_top: top_counts, keep_middle: _middle_counts}
 
 
-def cut_mask(delta: Tensor, work: MergeInput, position: int, place: int) -> Tensor:
-    """Which elements of a range are above one of the cuts in the context."""
-    cut = work.context.cuts[position][place]
-    name = "" if work.parameters.get("scope") == "model" else work.name
+def _above_cuts(delta: Tensor, work: MergeInput, position: int) -> Tensor:
+    """The elements of a range above the first cut in the context and not above the second."""
+    outer, *inner = work.context.cuts[position]
+    name = "" if work.parameters["scope"] == "model" else work.name
     key = counter_key(work.seed, name, position, 0)
-    return top_mask(delta, cut, key, work.context.cut_offset + work.start)
+    start = work.context.cut_offset + work.start
+    return kept_between(delta, outer, inner[0] if inner else None, key, start)
 
 
 def row_mask(delta: Tensor, work: MergeInput, position: int, count: int) -> Tensor:

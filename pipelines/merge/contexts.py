@@ -50,8 +50,8 @@ def _ranges(
     """The ranges that this pass looks at."""
     for name, tensor in tensors.items():
         for start, stop in tensor.steps(0, tensor.num_elements):
-            if gathering.sampled(name, start, stop):
-                yield tensor, start, stop
+            for first, last in gathering.wanted(name, start, stop):
+                yield tensor, first, last
 
 
 def _observe(one: tuple[TensorMerge, int, int], gathering: Gathering) -> Any:

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,24 @@ class Journal:
         return {result["item"] for result in self._results}
 
     def record(self, finished: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Pass finished items on, writing them down every so often and at the end."""
+        """Pass finished items on, writing them down every so often and at the end; the disk is
+        waited for in a thread, so that work goes on meanwhile.
+        """
         waiting: list[dict[str, Any]] = []
         last = time.monotonic()
-        for result in finished:
-            waiting.append(result)
-            if time.monotonic() - last > SYNC_INTERVAL_S:
-                self._write(waiting)
-                waiting, last = [], time.monotonic()
-            yield result
-        self._write(waiting)
+        with ThreadPoolExecutor(1) as pool:
+            writing: Future[None] | None = None
+            for result in finished:
+                waiting.append(result)
+                if time.monotonic() - last > SYNC_INTERVAL_S:
+                    if writing is not None:
+                        writing.result()
+                    writing = pool.submit(self._write, waiting)
+                    waiting, last = [], time.monotonic()
+                yield result
+            if writing is not None:
+                writing.result()
+            self._write(waiting)
 
     def digests(self) -> dict[str, dict[str, dict[int, str]]]:
         """Digests of the inputs' blocks that the items' readers took: by checkpoint and tensor."""

@@ -18,6 +18,7 @@ from pipelines.merge.tokenizer import OutputTokenizer, align_vocabularies
 
 # Elements of one piece: whole blocks of the fingerprints, large enough for the disk.
 PIECE_ELEMENTS = BLOCK_ELEMENTS
+MOST_HELD_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +67,22 @@ class MergePlan:
         """Whether any tensor is merged on a GPU."""
         return any(tensor.works_on_gpu for tensor in self.tensors.values())
 
+    def is_held(self, tensor: TensorMerge) -> bool:
+        """Whether a worker keeps a tensor's inputs in memory, to read them once for all passes:
+        where they are few, and its share of the budget has room for them.
+        """
+        if not tensor.gathers or tensor.is_of_model or tensor.num_held_bytes > MOST_HELD_BYTES:
+            return False
+        share = self.config.memory_budget // self.config.num_workers
+        return tensor.num_working_bytes + tensor.num_held_bytes <= share
+
     @cached_property
     def num_working_bytes(self) -> list[int]:
         """Memory that each item takes while it is done."""
-        needs = {name: tensor.num_working_bytes for name, tensor in self.tensors.items()}
+        needs = {
+            name: tensor.num_working_bytes + self.is_held(tensor) * tensor.num_held_bytes
+            for name, tensor in self.tensors.items()
+        }
         return [max(needs[piece.name] for piece in item) for item in self.items]
 
     @property

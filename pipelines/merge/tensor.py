@@ -1,7 +1,7 @@
 """How one tensor of a merge comes about: what is read, by which method, with which parameters."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,13 @@ Observer = Callable[["Operand", int, Tensor], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operand:
-    """A tensor of a source: its name there can be another than in the output."""
+    """A tensor of a source: its name there can be another than in the output. `held` are its
+    values, where they are in memory already, and were looked at.
+    """
 
     source: Source
     name: str
+    held: Tensor | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -33,6 +36,12 @@ class Operand:
         found = self.source.find(self.name)
         assert found is not None, self.name
         return found
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Elements [start, stop), as `Source.read`."""
+        if self.held is not None:
+            return self.held[start:stop]
+        return self.source.read(self.name, start, stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +110,27 @@ class TensorMerge:
         return self.dtype.is_floating_point and self.parameters.get("scope") == "model"
 
     @property
+    def num_held_bytes(self) -> int:
+        """Memory that all inputs take at most, where several passes go over them."""
+        return 4 * self.num_elements * len(self.operands)
+
+    def in_memory(self) -> "TensorMerge":
+        """The same with its inputs read, so that several passes over them read once.
+
+        Raises:
+            InputError: NaN or Inf in an input.
+        """
+        models, base = self.ranges(0, self.num_elements)
+        return replace(
+            self,
+            models=tuple(
+                replace(operand, held=values)
+                for operand, values in zip(self.models, models, strict=True)
+            ),
+            base=None if self.base is None else replace(self.base, held=base),
+        )
+
+    @property
     def num_working_bytes(self) -> int:
         """Memory of merging the tensor, or one step of it: inputs, deltas, what methods make. On a
         GPU all but inputs and result is in its own memory.
@@ -129,8 +159,8 @@ class TensorMerge:
         while not gathering.done:
             total = None
             for start, stop in self.steps(0, self.num_elements):
-                if gathering.sampled(self.name, start, stop):
-                    seen = gathering.observe(self.name, *self.ranges(start, stop), start)
+                for first, last in gathering.wanted(self.name, start, stop):
+                    seen = gathering.observe(self.name, *self.ranges(first, last), first)
                     total = seen if total is None else gathering.add(total, seen)
             gathering = gathering.advance(total)
         return gathering.context(self.name)
@@ -192,10 +222,11 @@ class TensorMerge:
         return rounded
 
     def _read(self, operand: Operand, start: int, stop: int, observe: Observer | None) -> Tensor:
-        values = operand.source.read(operand.name, start, stop)
+        values = operand.read(start, stop)
         if observe is not None:
             observe(operand, start, values)
-        if values.dtype.is_floating_point and not (self.allow_nonfinite or is_finite(values)):
+        unseen = operand.held is None and values.dtype.is_floating_point
+        if unseen and not (self.allow_nonfinite or is_finite(values)):
             spec = operand.spec
             raise InputError(
                 f"{spec.file}: {operand.name}: holds NaN or Inf; allowed: finite numbers "
@@ -216,8 +247,8 @@ class TensorMerge:
 
 
 def load_passes(tensors: Iterable[TensorMerge]) -> None:
-    """Have sparsifiers and sign election compiled, if there is enough for them to do."""
-    count = sum(tensor.num_elements for tensor in tensors if "density" in tensor.parameters)
+    """Have the passes of merging compiled, if there is enough for them to do."""
+    count = sum(tensor.num_elements for tensor in tensors)
     if count >= WORTH_COMPILING:
         passes.load()
 
@@ -226,4 +257,7 @@ def is_finite(values: Tensor) -> bool:
     """Whether no element is NaN or Inf; NaN passes through the extremes."""
     if values.numel() == 0:
         return True
+    loaded = passes.passes_for(values, dtype=values.dtype)
+    if loaded is not None and values.dtype in passes.EXPONENTS:
+        return loaded.all_finite(values)
     return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())

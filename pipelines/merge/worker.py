@@ -68,6 +68,8 @@ class MergeWorker:
     def _write(self, piece: Piece, observe: Callable[..., None]) -> None:
         """Merge a piece step by step; before it, what the method must know of the whole tensor."""
         tensor = self.plan.tensors[piece.name]
+        if self.plan.is_held(tensor):
+            tensor = tensor.in_memory()
 
         def observe_input(operand: Operand, start: int, values: Tensor) -> None:
             stored = operand.source.stored(operand.name)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from operators import passes
-from operators.consensus import sign_elect
+from operators.consensus import sign_elect, weighted_sum
 from operators.counter_random import keep_mask
 from operators.merging import merge_tensor
-from operators.sparsify import TopCut, magprune, masked, top_mask
+from operators.merging.method import MergeInput
+from operators.sparsify import TopCut, kept_between, magprune, masked, top_mask
 
 KEY = (0x12345678, 0x9ABCDEF0)
 BEFORE_2_32 = (1 << 32) - 700  # the upper half of the index changes inside a block
@@ -73,7 +74,9 @@ def test_masks_by_a_cut(kind: str, word: int | None) -> None:
     x = values(kind, 3001)
     keys = (x.view(torch.int32) & 0x7FFFFFFF).sort().values
     cut = TopCut(int(keys[2000]), word)
-    assert_same_bits(lambda: top_mask(x, cut, KEY, BEFORE_2_32))
+    inner = TopCut(int(keys[2500]), None if word is None else 1 << 31)
+    for other in (None, inner):
+        assert_same_bits(lambda other=other: kept_between(x, cut, other, KEY, BEFORE_2_32))
     mask = top_mask(x, cut, KEY, 0)
     assert_same_bits(lambda: masked(x, mask))
 
@@ -84,6 +87,36 @@ def test_masks_by_a_cut(kind: str, word: int | None) -> None:
 def test_magprune(kind: str, width: int, rescale: bool) -> None:
     rows = values(kind, 5, max(width, 8))[:, :width].contiguous()
     assert_same_bits(lambda: magprune(rows, 0.5, 0.15, KEY, BEFORE_2_32, rescale=rescale))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_weighted_sums(kind: str, normalize: bool) -> None:
+    deltas = [values(kind, 3001).roll(i) for i in range(3)]
+    assert_same_bits(
+        lambda: weighted_sum(deltas, [0.5, -0.3, 1.7], normalize=normalize).nan_to_num(7.0)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_differences_of_bfloat16(kind: str) -> None:
+    base, *models = (values(kind, 3001).roll(i).bfloat16() for i in range(3))
+    work = MergeInput(models, base, "x", (3001,), 0, 0, {})
+    for of_models in (MergeInput.deltas, MergeInput.weights):
+        assert_same_bits(lambda run=of_models: torch.stack(list(run(work))).nan_to_num(7.0))
+    assert_same_bits(lambda: work.origin().nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_finite(dtype: torch.dtype) -> None:
+    assert passes.load()
+    loaded = passes.passes_for()
+    assert loaded is not None
+    largest = torch.finfo(dtype).max
+    for value in (0.0, -largest, largest, torch.nan, torch.inf, -torch.inf):
+        x = torch.ones(77, dtype=dtype)
+        x[76] = value
+        assert loaded.all_finite(x) == bool(torch.isfinite(x).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,7 +146,7 @@ def test_thresholds(kind: str, ties: str, count: int) -> None:
 
 def test_a_sample_that_misled() -> None:
     """All that is large lies between the runs of the sample, or all that is small does."""
-    count, run, num_runs = 400_000, 1024, 64
+    count, run, num_runs = 400_000, 1024, 32
     x = values("normal", count).abs()
     sampled = torch.zeros(count, dtype=torch.bool)
     for place in range(num_runs):

@@ -55,10 +55,9 @@ def streamed(method, models, base, parameters, num_parts: int, seed: int = 0):
         chooser.shuffle(ranges)
         total = None
         for first, last in ranges:
-            if not gathering.sampled(name, first, last):
-                continue
-            seen = pickle.loads(pickle.dumps(gathering.observe(name, *cut(first, last), first)))
-            total = seen if total is None else gathering.add(total, seen)
+            for begin, end in gathering.wanted(name, first, last):
+                seen = pickle.loads(pickle.dumps(gathering.observe(name, *cut(begin, end), begin)))
+                total = seen if total is None else gathering.add(total, seen)
         gathering = pickle.loads(pickle.dumps(gathering.advance(total)))
         passes += 1
         assert passes < 8
