@@ -3,7 +3,8 @@
     python benchmarks/optimizers.py --size 68M --threads 2 [--rows NAME ...] [--json FILE]
 
 All rows step the same shapes (a Llama's) on the same gradients in one process, in turn with fused
-AdamW, so that what else the machine does falls on both; the best of the rounds is shown. `plain` is
+AdamW, so that what else the machine does falls on both; the best of the rounds is shown. `--warm`
+steps come before: a run's first steps, in which OnTIES' cuts move far, take longer. `plain` is
 the method as one would write it first: a fresh torch mask for each tensor, or a sort of each.
 """
 
@@ -134,14 +135,18 @@ def copy_bandwidth() -> float:
 
 
 def measure(
-    make: Callable, fused: Callable, num_rounds: int, new_gradients: Callable[[], None]
+    make: Callable,
+    fused: Callable,
+    num_warm: int,
+    num_rounds: int,
+    new_gradients: Callable[[], None],
 ) -> dict[str, float]:
     """A row: its best step, fused AdamW's best in the same rounds, state, first step."""
     optimizer, other = make(), fused()
     begin = time.perf_counter()
     optimizer.step()
     first = time.perf_counter() - begin
-    for _ in range(2):  # OnTIES guesses its cut from the steps before
+    for _ in range(num_warm):
         new_gradients()
         optimizer.step()
         other.step()
@@ -169,6 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="68M")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--warm", type=int, default=20, help="steps before the measured ones")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", nargs="*", help="only rows whose name begins like one of these")
     parser.add_argument("--json", type=Path)
@@ -201,7 +207,8 @@ def main() -> None:
     for name, make in makers.items():
         if arguments.rows and not any(name.startswith(row) for row in arguments.rows):
             continue
-        found = measure(make, makers["AdamW fused"], arguments.rounds, new_gradients)
+        counts = (arguments.warm, arguments.rounds)
+        found = measure(make, makers["AdamW fused"], *counts, new_gradients)
         results[name] = found
         ratio = found["seconds"] / found["fused_seconds"]
         print(

@@ -181,6 +181,10 @@ class OnlineMergingBase(Optimizer):
         flag = torch.tensor([moves], dtype=torch.int64, device=parameters[0][0].device)
         return not self._bindings.flags_anywhere(flag).item()
 
+    def _first_not_finite(self, gradients: list[Tensor]) -> int | None:
+        """Position of the first gradient with Inf or NaN."""
+        return first_not_finite(gradients)
+
     def _is_skipped(self, parameters: list[tuple[Tensor, dict[str, Any]]]) -> bool:
         """Whether a gradient with Inf or NaN, on any rank, forbids this step.
 
@@ -197,7 +201,7 @@ class OnlineMergingBase(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         worst = None
         if found_inf is None:
-            worst = first_not_finite(parts)
+            worst = self._first_not_finite(parts)
             flag = torch.tensor([worst is not None], dtype=torch.int64, device=device)
         else:
             flag = (found_inf.reshape(1) > 0).long().to(device)

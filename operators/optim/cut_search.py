@@ -25,7 +25,7 @@ LARGEST_SHARE = 16  # one in so many of a larger one
 NOWHERE = (float("inf"), float("inf"))
 _NUM_LOOKS = 5  # with the first; then all digits are counted
 _WIDEST, _NARROWEST = 0.125, 2.0**-13  # half widths of a bracket, relative to the cut
-_MARGIN = 2.0  # half width over the largest move of late
+_MARGIN = 2.0  # half width over the largest error of late
 _FADING = 0.8  # of that from step to step
 _NARROWED = 0.1  # half width of the part of a bracket that had too many inside
 Ends = tuple[float, float]  # smallest and largest magnitude of a bracket
@@ -33,13 +33,18 @@ Ends = tuple[float, float]  # smallest and largest magnitude of a bracket
 
 @dataclass(slots=True)
 class Found:
-    """What a rank found: how many magnitudes are above a bracket and inside, and those inside (not
-    all of them, where they were too many).
+    """What a rank found: how many magnitudes are above a bracket and inside, and those inside; not
+    all of them, where they were too many.
     """
 
     num_above: int = 0
     num_inside: int = 0
     inside: list[Tensor] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that is inside is there."""
+        return sum(map(len, self.inside)) == self.num_inside
 
     def __add__(self, other: "Found") -> "Found":
         return Found(
@@ -51,20 +56,34 @@ class Found:
 
 @dataclass(slots=True)
 class _Bracket:
-    """Where a parameter's cut is looked for, by the steps before."""
+    """Where a parameter's cut is looked for, by the steps before: near the last one, or near where
+    its last move would lead, whichever would have been closer of late.
+    """
 
     cut: float
-    moved: float = _WIDEST  # the largest relative move of late
+    move: float = 1.0  # the last cut over the one before
+    off: list[float] = field(default_factory=lambda: [_WIDEST, 2 * _WIDEST])  # of either, of late
 
     @property
     def ends(self) -> Ends:
-        width = min(max(_MARGIN * self.moved, _NARROWEST), _WIDEST)
-        return self.cut * (1 - width), self.cut * (1 + width)
+        guess, off = min(zip(self._guesses, self.off, strict=True), key=lambda pair: pair[1])
+        width = min(max(_MARGIN * off, _NARROWEST), _WIDEST)
+        return guess * (1 - width), guess * (1 + width)
+
+    @property
+    def _guesses(self) -> tuple[float, float]:
+        """Where the cut may be next."""
+        return self.cut, self.cut * self.move
 
     def learn(self, cut: float) -> None:
         """Move to a new cut."""
-        moved = abs(cut - self.cut) / max(cut, 1e-38)
-        self.cut, self.moved = cut, max(moved, _FADING * self.moved)
+        scale = max(cut, 1e-38)
+        self.off = [
+            max(abs(cut - guess) / scale, _FADING * off)
+            for guess, off in zip(self._guesses, self.off, strict=True)
+        ]
+        self.move = min(max(scale / max(self.cut, 1e-38), 1 - _WIDEST), 1 + _WIDEST)
+        self.cut = cut
 
 
 Look = Callable[[Update, list[ShardLayout], Ends], Found]
@@ -131,10 +150,7 @@ def _decide(
     """Add the cuts that lie inside their brackets to `cuts`; where to look next for the others."""
     device = entries[0][0][0].theta.device
     counts = torch.tensor(
-        [
-            [found.num_above, found.num_inside, found.num_inside > most_inside(layouts[0])]
-            for (_, layouts), _, found in entries
-        ],
+        [[found.num_above, found.num_inside, not found.is_complete] for _, _, found in entries],
         dtype=torch.int64,
         device=device,
     )

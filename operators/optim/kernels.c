@@ -151,31 +151,68 @@ void dare_step(int64_t size, float *theta, const float *gradient, float *mean, f
     CHOOSE(dare_loop, size, theta, gradient, mean, square, tau, start, masks, numbers, counts);
 }
 
+/* top_p(tau) of a range: a value for each element (num_kept ALL), or `num_kept` of them at ascending
+ * places, the others 0. */
+enum { ALL = -1 };
+typedef struct {
+    const void *values;
+    int width; /* bytes of a value; NO_TAU where there is none */
+    const int32_t *places;
+    int64_t num_kept;
+} TopTau;
+
+/* Takes the elements [first, first + length) of tau out; `*next` is the first value of those to come. */
+static inline void fill_drift(const TopTau *tau, int64_t first, int length, int64_t *next,
+                              float *drift) {
+    if (tau->num_kept == ALL) {
+        if (tau->width == BFLOAT16)
+            for (int i = 0; i < length; i++) drift[i] = tau_at(tau->values, BFLOAT16, first + i);
+        else
+            for (int i = 0; i < length; i++) drift[i] = tau_at(tau->values, FLOAT32, first + i);
+        return;
+    }
+    memset(drift, 0, (size_t)length * sizeof *drift);
+    for (; *next < tau->num_kept && tau->places[*next] < first + length; ++*next)
+        drift[tau->places[*next] - first] = tau_at(tau->values, tau->width, *next);
+}
+
 LOOP ties_loop(int64_t size, float *restrict theta, const float *restrict mean,
-               const float *restrict square, const void *restrict tau, const Numbers *numbers,
+               const float *restrict square, const TopTau *tau, const Numbers *numbers,
                int64_t *counts, int tau_width, int counting) {
     const Numbers n = *numbers;
-    int64_t count[2] = {0, 0};
-    for (int64_t i = 0; i < size; i++) {
-        float update = update_of(mean[i], square[i], &n);
-        float change = (fabsf(update) >= n.cut ? update : 0.0f) * n.update_weight;
-        if (tau_width != NO_TAU)
-            change = consensus(change, tau_at(tau, tau_width, i) * n.tau_weight);
-        write(theta + i, change, &n, counting, count);
+    int64_t count[2] = {0, 0}, next = 0;
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        const int length = size - first < BLOCK ? (int)(size - first) : BLOCK;
+        float drift[BLOCK];
+        if (tau_width != NO_TAU) fill_drift(tau, first, length, &next, drift);
+        for (int i = 0; i < length; i++) {
+            float update = update_of(mean[first + i], square[first + i], &n);
+            float change = (fabsf(update) >= n.cut ? update : 0.0f) * n.update_weight;
+            if (tau_width != NO_TAU) change = consensus(change, drift[i] * n.tau_weight);
+            write(theta + first + i, change, &n, counting, count);
+        }
     }
     memcpy(counts, count, sizeof count);
 }
 
 /* OnTIES' second pass: eq. 7 of the updates at or above the cut, and top_p(tau). */
 void ties_step(int64_t size, float *theta, const float *mean, const float *square,
-               const void *tau, int tau_width, const Numbers *numbers, int counting,
-               int64_t *counts) {
-    CHOOSE(ties_loop, size, theta, mean, square, tau, numbers, counts);
+               const void *tau, int width, const int32_t *places, int64_t num_kept,
+               const Numbers *numbers, int counting, int64_t *counts) {
+    const TopTau top = {tau, width, places, num_kept};
+    const int tau_width = width == NO_TAU ? NO_TAU : FLOAT32; /* once it is taken out */
+    CHOOSE(ties_loop, size, theta, mean, square, &top, numbers, counts);
+}
+
+/* Whether no gradient is NaN or Inf, whose exponents are all ones. */
+void all_finite(int64_t size, const uint32_t *gradient, uint8_t *finite) {
+    uint32_t found = 0;
+    for (int64_t i = 0; i < size; i++) found |= (gradient[i] & 0x7f800000u) == 0x7f800000u;
+    *finite = !found;
 }
 
 /* What a look for a cut found: counts[0] magnitudes above a bracket [low, high], counts[1] inside
- * it, which are written to `inside` up to the block in which there are more than `room`: it is one
- * block larger. */
+ * it, which are written to `inside` until there are more than `room`: it is FEW longer. */
 typedef struct {
     float low, high;
     float *inside;

@@ -1,21 +1,24 @@
 """The fast path's passes on a CPU: `kernels.c`, compiled for this machine when first wanted."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from operators.native import compile_library
+from operators.optim.binding import first_not_finite
 from operators.optim.cut_search import Ends, Found
 from operators.optim.fast import Counts
+from operators.optim.layout import CHUNK
+from operators.optim.reference import SparseTau
 
-LEAST_OF_A_THREAD = 1 << 15  # elements: below, handing them over takes longer than the work
-BLOCK = 1024  # as in kernels.c: what a look may write beyond its room
+FEW = 64  # as in kernels.c: what a look may write beyond its room
+ALL = -1  # as in kernels.c: every element has a value
 _POINTER, _LONG, _INT, _WORD = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
 _FLOAT = ctypes.c_float
 _ARGUMENTS = {
@@ -25,8 +28,10 @@ _ARGUMENTS = {
     "ties_look": [_LONG, *[_POINTER] * 3, _FLOAT, _FLOAT, _POINTER, _LONG, _POINTER],
     "equal_places": [_LONG, *[_POINTER] * 3, _FLOAT, _POINTER, _LONG, _POINTER],
     "note_update": [_LONG, *[_POINTER] * 4],
-    "ties_step": [_LONG, *[_POINTER] * 4, _INT, _POINTER, _INT, _POINTER],
+    "ties_step": [_LONG, *[_POINTER] * 4, _INT, _POINTER, _LONG, _POINTER, _INT, _POINTER],
+    "all_finite": [_LONG, _POINTER, _POINTER],
 }
+T = TypeVar("T")
 
 
 @cache
@@ -40,26 +45,62 @@ def _library() -> ctypes.CDLL:
 
 
 class NativeKernels:
-    """`operators.optim.fast.Kernels` on a CPU, with as many threads as torch uses.
+    """`operators.optim.fast.Kernels` on a CPU: a call works on one thread, calls made `together` on
+    as many as torch uses.
 
     Raises:
         CompilerError: there is no C compiler, or it does not compile.
     """
 
+    chunk = 4 * CHUNK  # enough to hide Python, few enough to share out
+    takes_sparse = True
+
     def __init__(self) -> None:
         self._library = _library()
         self._pool: ThreadPoolExecutor | None = None
+
+    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Results of calls, each on the first thread that is free.
+
+        A call into the library lets go of the interpreter's lock.
+        """
+        num_threads = min(torch.get_num_threads(), len(calls))
+        if num_threads <= 1:
+            return [call() for call in calls]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(torch.get_num_threads())
+        results: dict[int, T] = {}
+        turns = iter(range(len(calls)))
+
+        def work() -> None:
+            for turn in turns:  # one step of an iterator is one step of the interpreter
+                results[turn] = calls[turn]()
+
+        others = [self._pool.submit(work) for _ in range(num_threads - 1)]
+        work()
+        for other in others:
+            other.result()
+        return [results[turn] for turn in range(len(calls))]
+
+    def first_not_finite(self, gradients: Sequence[Tensor]) -> int | None:
+        """Position of the first gradient with Inf or NaN."""
+        if not all(g.dtype == torch.float32 and g.is_contiguous() for g in gradients):
+            return first_not_finite(gradients)
+        parts = [(i, part) for i, g in enumerate(gradients) for part in torch.split(g, self.chunk)]
+        finite = self.together([partial(self._is_finite, part) for _, part in parts])
+        return next((i for (i, _), fine in zip(parts, finite, strict=True) if not fine), None)
+
+    def _is_finite(self, gradient: Tensor) -> bool:
+        finite = ctypes.c_uint8()
+        self._library.all_finite(gradient.numel(), gradient.data_ptr(), ctypes.byref(finite))
+        return bool(finite.value)
 
     def plain_step(
         self, theta: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, numbers: Tensor
     ) -> None:
         """AdamW."""
-
-        def run(first: int, size: int) -> None:
-            places = _at(first, theta, gradient, mean, square)
-            self._library.plain_step(size, *places, numbers.data_ptr())
-
-        self._over(theta.numel(), run)
+        places = _addresses(theta, gradient, mean, square, numbers)
+        self._library.plain_step(theta.numel(), *places)
 
     def dare_step(
         self,
@@ -74,22 +115,17 @@ class NativeKernels:
         counting: bool,
     ) -> Counts:
         """OnDARE around AdamW."""
-
-        def run(first: int, size: int) -> Tensor:
-            counts = torch.zeros(2, dtype=torch.int64)
-            self._library.dare_step(
-                size,
-                *_at(first, theta, gradient, mean, square, tau),
-                0 if tau is None else tau.element_size(),
-                (start + first) % (1 << 32),
-                words.data_ptr(),
-                numbers.data_ptr(),
-                counting,
-                counts.data_ptr(),
-            )
-            return counts
-
-        return _added(self._over(theta.numel(), run), counting)
+        counts = torch.zeros(2, dtype=torch.int64)
+        self._library.dare_step(
+            theta.numel(),
+            *_addresses(theta, gradient, mean, square, tau),
+            0 if tau is None else tau.element_size(),
+            start % (1 << 32),
+            *_addresses(words, numbers),
+            counting,
+            counts.data_ptr(),
+        )
+        return (counts[0], counts[1]) if counting else None
 
     def ties_advance(
         self,
@@ -101,113 +137,72 @@ class NativeKernels:
         room: int,
     ) -> Found:
         """OnTIES' first pass."""
-
-        def run(first: int, size: int) -> Found:
-            places = (*_at(first, gradient, mean, square), numbers.data_ptr())
-            return _look(self._library.ties_advance, size, places, ends, room)
-
-        return sum(self._over(gradient.numel(), run), Found())
+        places = _addresses(gradient, mean, square, numbers)
+        return _look(self._library.ties_advance, mean.numel(), places, ends, room)
 
     def ties_look(
         self, mean: Tensor, square: Tensor, numbers: Tensor, ends: Ends, room: int
     ) -> Found:
         """The same look once the moments are advanced."""
-
-        def run(first: int, size: int) -> Found:
-            places = (*_at(first, mean, square), numbers.data_ptr())
-            return _look(self._library.ties_look, size, places, ends, room)
-
-        return sum(self._over(mean.numel(), run), Found())
+        places = _addresses(mean, square, numbers)
+        return _look(self._library.ties_look, mean.numel(), places, ends, room)
 
     def equal_places(
         self, mean: Tensor, square: Tensor, numbers: Tensor, magnitude: float
     ) -> Tensor:
         """Where the update has a magnitude."""
-
-        def run(first: int, size: int) -> Tensor:
-            counts, places = torch.zeros(1, dtype=torch.int64), torch.empty(size, dtype=torch.int64)
-            self._library.equal_places(
-                size,
-                *_at(first, mean, square),
-                numbers.data_ptr(),
-                magnitude,
-                places.data_ptr(),
-                size,
-                counts.data_ptr(),
-            )
-            return places[: int(counts)] + first
-
-        return torch.cat(self._over(mean.numel(), run))
+        size, count = mean.numel(), torch.zeros(1, dtype=torch.int64)
+        places = torch.empty(size, dtype=torch.int64)
+        self._library.equal_places(
+            size,
+            *_addresses(mean, square, numbers),
+            magnitude,
+            places.data_ptr(),
+            size,
+            count.data_ptr(),
+        )
+        return places[: int(count)].clone()
 
     def note_update(self, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor) -> None:
         """The update of moments that are advanced already."""
-
-        def run(first: int, size: int) -> None:
-            places = _at(first, mean, square, delta)
-            self._library.note_update(size, *places, numbers.data_ptr())
-
-        self._over(delta.numel(), run)
+        self._library.note_update(delta.numel(), *_addresses(mean, square, delta, numbers))
 
     def ties_step(
         self,
         theta: Tensor,
         mean: Tensor,
         square: Tensor,
-        tau: Tensor | None,
+        tau: Tensor | SparseTau | None,
         numbers: Tensor,
         counting: bool,
     ) -> Counts:
         """OnTIES' second pass."""
-
-        def run(first: int, size: int) -> Tensor:
-            counts = torch.zeros(2, dtype=torch.int64)
-            self._library.ties_step(
-                size,
-                *_at(first, theta, mean, square, tau),
-                0 if tau is None else tau.element_size(),
-                numbers.data_ptr(),
-                counting,
-                counts.data_ptr(),
-            )
-            return counts
-
-        return _added(self._over(theta.numel(), run), counting)
-
-    def _over(self, size: int, run: Callable[[int, int], Any]) -> list[Any]:
-        """Results of `run(first, size)` over a range, cut into one part a thread.
-
-        A call into the library lets go of the interpreter's lock.
-        """
-        num_parts = max(1, min(torch.get_num_threads(), size // LEAST_OF_A_THREAD))
-        share = -(-size // num_parts)
-        parts = [(first, min(share, size - first)) for first in range(0, size, share)]
-        if num_parts == 1:
-            return [run(*part) for part in parts]
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(torch.get_num_threads())
-        others = [self._pool.submit(run, *part) for part in parts[1:]]
-        return [run(*parts[0]), *(other.result() for other in others)]
+        counts = torch.zeros(2, dtype=torch.int64)
+        values, places = (tau.values, tau.places) if isinstance(tau, SparseTau) else (tau, None)
+        self._library.ties_step(
+            theta.numel(),
+            *_addresses(theta, mean, square, values),
+            0 if values is None else values.element_size(),
+            *_addresses(places),
+            ALL if places is None else len(places),
+            *_addresses(numbers),
+            counting,
+            counts.data_ptr(),
+        )
+        return (counts[0], counts[1]) if counting else None
 
 
-def _at(first: int, *tensors: Tensor | None) -> list[int | None]:
-    """Addresses of the elements `first` of flat tensors."""
-    return [None if t is None else t.data_ptr() + first * t.element_size() for t in tensors]
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    """Where flat tensors begin."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _look(
-    function: Callable[..., None], size: int, places: tuple[Any, ...], ends: Ends, room: int
+    function: Callable[..., None], size: int, places: Sequence[Any], ends: Ends, room: int
 ) -> Found:
     """What a function finds between two ends."""
     room = max(0, min(room, size))
-    counts, inside = torch.zeros(2, dtype=torch.int64), torch.empty(room + BLOCK)
+    counts, inside = torch.zeros(2, dtype=torch.int64), torch.empty(room + FEW)
     function(size, *places, *ends, inside.data_ptr(), room, counts.data_ptr())
     num_above, num_inside = counts.tolist()
-    return Found(num_above, num_inside, [inside[:num_inside].clone()])
-
-
-def _added(counts: list[Tensor], counting: bool) -> Counts:
-    """The parts' counts added up."""
-    if not counting:
-        return None
-    unchanged, moved = torch.stack(counts).sum(0)
-    return unchanged, moved
+    return Found(num_above, num_inside, [inside[:num_inside].clone()] if num_inside <= room else [])

@@ -151,6 +151,12 @@ class OnlineMergingAdamW(OnlineMergingBase):
         self._merge_from_anchors([self._since_anchor(p, group) for p, group in due])
         return loss
 
+    def _first_not_finite(self, gradients: list[Tensor]) -> int | None:
+        """Position of the first gradient with Inf or NaN, by the fused passes if there are."""
+        if self._fast is None:
+            return super()._first_not_finite(gradients)
+        return self._fast.first_not_finite(gradients)
+
     def _is_due(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether step-K merges after this step."""
         steps = self._steps_of(self.state[parameter])

@@ -21,23 +21,43 @@ DeltaPlacement = Literal["device", "host", "source"]
 _Place = tuple[str, int]  # a layout's name and first index
 
 
+@dataclass(frozen=True, slots=True)
+class SparseTau:
+    """What is kept of a range of top_p(tau): ascending places in the range, and their values."""
+
+    places: Tensor  # (kept,) int32
+    values: Tensor  # (kept,)
+
+    def at(self, places: Tensor) -> Tensor:
+        """The values at int64 places, 0 where nothing is kept: float32."""
+        found = torch.searchsorted(self.places, places.int())
+        found.clamp_(max=max(0, len(self.places) - 1))
+        if len(self.places) == 0:
+            return torch.zeros(len(places), device=places.device)
+        return torch.where(self.places[found] == places, self.values[found].float(), 0.0)
+
+
 @dataclass(slots=True)
 class _Sparse:
-    """What is kept of a range, in order: index from the range's start, value, and for each chunk
-    (by where it begins in the range) which of the kept elements it has.
+    """What is kept of a layout, in order: index from its start, value, and for each chunk (by where
+    it begins) which of the kept elements it has.
     """
 
     indices: Tensor  # (kept,) int32
     values: Tensor  # (kept,)
     chunks: dict[int, slice]
 
-    def write(self, done: int, dense: Tensor) -> Tensor:
-        """Write the elements from `done` on, whole chunks of the range, into `dense`, float32."""
-        end = done + dense.numel()
-        parts = [part for start, part in self.chunks.items() if done <= start < end]
+    def part(self, done: int, count: int) -> SparseTau:
+        """The elements [done, done + count) of the layout, which are whole chunks of it."""
+        parts = [part for start, part in self.chunks.items() if done <= start < done + count]
         inside = slice(parts[0].start, parts[-1].stop)
-        places = self.indices[inside].to(dense.device, torch.int64) - done
-        return dense.zero_().scatter_(0, places, self.values[inside].to(dense.device).float())
+        return SparseTau(self.indices[inside] - done, self.values[inside])
+
+    def write(self, done: int, dense: Tensor) -> Tensor:
+        """Write the elements from `done` on, whole chunks, into `dense`, float32."""
+        part = self.part(done, dense.numel())
+        places = part.places.to(dense.device, torch.int64)
+        return dense.zero_().scatter_(0, places, part.values.to(dense.device).float())
 
 
 class ReferenceDelta:
@@ -178,6 +198,18 @@ class ReferenceDelta:
         tau = self.read(layout, start, count)
         tau = torch.where(top_mask(tau, kept, key, start), tau, 0.0)
         return room.copy_(tau.to(self._dtype))
+
+    def top_sparse(self, layout: ShardLayout, start: int, count: int) -> SparseTau | None:
+        """top_p(tau)'s elements [start, start + count), whole chunks of the layout, as they are
+        kept; None where they are not kept so.
+        """
+        kept = self._top[layout.name, layout.start]
+        return kept.part(start - layout.start, count) if isinstance(kept, _Sparse) else None
+
+    def prepare(self, layout: ShardLayout, device: torch.device) -> None:
+        """Read a layout's tau, if it is to be kept, before several threads ask for it."""
+        if self._placement != "source":
+            self.dense(layout, device)
 
     def num_bytes(self) -> int:
         """Bytes that are kept on this rank, wherever they live."""

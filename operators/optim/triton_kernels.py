@@ -2,17 +2,22 @@
 # Triton's decorator is untyped, and what kernels take are no Python types.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from operators.optim.binding import first_not_finite
 from operators.optim.cut_search import Ends, Found
 from operators.optim.fast import Counts
+from operators.optim.layout import CHUNK
+from operators.optim.reference import SparseTau
 
 BLOCK = 1024  # elements of a program
+T = TypeVar("T")
 
 
 def interpreted() -> bool:
@@ -173,6 +178,17 @@ def _ties_kernel(
 class TritonKernels:
     """`operators.optim.fast.Kernels` on a GPU, or on a CPU in Triton's interpreter."""
 
+    chunk = 4 * CHUNK
+    takes_sparse = False
+
+    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Results of calls, which the GPU works off in their order."""
+        return [call() for call in calls]
+
+    def first_not_finite(self, gradients: Sequence[Tensor]) -> int | None:
+        """Position of the first gradient with Inf or NaN."""
+        return first_not_finite(gradients)
+
     def plain_step(
         self, theta: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, numbers: Tensor
     ) -> None:
@@ -249,11 +265,12 @@ class TritonKernels:
         theta: Tensor,
         mean: Tensor,
         square: Tensor,
-        tau: Tensor | None,
+        tau: Tensor | SparseTau | None,
         numbers: Tensor,
         counting: bool,
     ) -> Counts:
         """OnTIES' second pass."""
+        assert not isinstance(tau, SparseTau)
         counts = torch.zeros(2, dtype=torch.int32, device=theta.device)
         _launch(
             _ties_kernel,
@@ -274,7 +291,8 @@ def _look(delta: Tensor, ends: Ends, room: int) -> Found:
     """What is near a cut of updates, which are spoilt."""
     (low, high), size = ends, delta.abs_()
     inside = size[(size >= low) & (size <= high)]
-    return Found(int((size > high).sum()), inside.numel(), [inside[: max(0, room)]])
+    found = [inside] if inside.numel() <= room else []
+    return Found(int((size > high).sum()), inside.numel(), found)
 
 
 def _launch(kernel: Any, size: int, *arguments: Any, **constants: Any) -> None:

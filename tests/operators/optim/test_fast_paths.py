@@ -13,7 +13,9 @@ from operators.counter_random import counter_key, keep_mask
 from operators.native import CompilerError
 from operators.optim import OnlineMergingAdamW
 from operators.optim.fast import FastPath, _signed
+from operators.optim.layout import CHUNK
 from operators.optim.native import NativeKernels, _library
+from operators.optim.reference import SparseTau
 from tests.operators.optim.helpers import make_parameters, make_tau, merging, set_gradients
 
 CASES = {
@@ -147,32 +149,44 @@ def num_threads_kept():
 
 
 @pytest.mark.usefixtures("num_threads_kept")
-def test_bits_do_not_depend_on_how_a_range_is_cut_over_threads() -> None:
-    """Not even by threads whose parts end between two vectors."""
-    results = []
-    for num_threads in (1, 2, 3):
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_bits_do_not_depend_on_chunks_and_threads(density: float, monkeypatch) -> None:
+    """tau is kept sparse, and dense."""
+    size, results = 3 * CHUNK + 12_345, []
+    for num_threads, chunk in ((1, 4 * CHUNK), (2, CHUNK), (3, CHUNK), (2, 2 * CHUNK)):
         torch.set_num_threads(num_threads)
+        monkeypatch.setattr(NativeKernels, "chunk", chunk)
         generator = torch.Generator().manual_seed(3)
-        parameter = nn.Parameter(torch.randn(150_001, generator=generator))
-        tau = {"w": torch.randn(150_001, generator=generator)}
+        parameter = nn.Parameter(torch.randn(size, generator=generator))
+        tau = {"w": torch.randn(size, generator=generator)}
         optimizer = OnlineMergingAdamW(
-            [("w", parameter)], tau, density=0.3, alpha=0.1, implementation="compiled"
+            [("w", parameter)], tau, density=density, alpha=0.1, implementation="compiled"
         )
         other = OnlineMergingAdamW(
             [("w", parameter)],
             tau,
             consensus="ties",
-            density=0.3,
+            density=density,
             alpha=0.1,
             implementation="compiled",
         )
         for _ in range(4):
-            parameter.grad = torch.randn(150_001, generator=generator)
+            parameter.grad = torch.randn(size, generator=generator)
             optimizer.step()
             other.step()
         results.append(parameter.detach().clone())
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    for result in results[1:]:
+        assert torch.equal(results[0], result)
+
+
+def test_a_sparse_tau_is_found_at_any_place() -> None:
+    dense = torch.zeros(50)
+    dense[[3, 4, 30]] = torch.tensor([1.0, 2.0, 3.0])
+    places = dense.nonzero().squeeze(1)
+    tau = SparseTau(places.int(), dense[places])
+    assert torch.equal(tau.at(torch.arange(50)), dense)
+    none = SparseTau(places[:0].int(), dense[:0])
+    assert torch.equal(none.at(torch.arange(50)), torch.zeros(50))
 
 
 def updates(kernels) -> list[torch.Tensor]:

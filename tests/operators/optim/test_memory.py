@@ -59,7 +59,7 @@ def stepped(options, *, fast: bool = False):
 )
 def test_temporaries_are_bounded_by_a_chunk(options, fast: bool, monkeypatch) -> None:
     parameter, optimizer, tau = stepped(options, fast=fast)
-    monkeypatch.setattr("operators.optim.fast._ONE_PASS", CHUNK)
+    monkeypatch.setattr(NativeKernels, "chunk", CHUNK)
     state = [t for t in optimizer.state[parameter].values() if isinstance(t, Tensor)]
     kept = list(optimizer._reference._dense.values())
     for top in optimizer._reference._top.values():
