@@ -34,7 +34,7 @@ lint: setup ## ruff, the import floors and the strict type check of operators/
 	@$(BIN)/mypy operators
 
 bench: setup ## the benchmarks; results go to benchmarks/RESULTS.md
-	@for file in benchmarks/merge.py benchmarks/optimizers.py benchmarks/training.py; do \
+	@for file in benchmarks/*.py; do \
 		if [ -f $$file ]; then $(BIN)/python $$file || exit 1; fi; done
 
 golden: setup ## remake the golden files with mergekit in an environment of its own
