@@ -39,7 +39,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON o
 def demo(
     out: Annotated[Path, typer.Option("--out", help="folder of the run")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="of world, training and merges")] = 0,
-    smoke: Annotated[bool, typer.Option("--smoke", help="a smaller world, about 6 min")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="a smaller world, about 3 min")] = False,
     force: Force = False,
 ) -> None:
     """The whole story on a tiny world: train, align, merge, evaluate, choose, report."""

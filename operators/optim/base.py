@@ -77,11 +77,18 @@ class OnlineMergingBase(Optimizer):
         """
         self._bindings.replace(layouts)
 
+    def merge_counts(self) -> Tensor:
+        """Of the elements that the last (counted) merge was to move on this rank, how many rounding
+        left where they were; and all: (2,) int64.
+        """
+        return torch.stack([self._merger.num_unchanged, self._merger.num_merged]).cpu()
+
     def unchanged_share(self) -> float:
         """Of what the last merge added on this rank, the share of elements that rounding undid: 0
         to 1, NaN before the first merge. High: use `rounding="stochastic"` or a larger alpha.
         """
-        return float(self._merger.num_unchanged / self._merger.num_merged)
+        num_unchanged, num_merged = self.merge_counts()
+        return float(num_unchanged / num_merged)
 
     def reference_bytes(self) -> int:
         """Bytes that tau takes on this rank, on the device or the host."""
@@ -89,7 +96,9 @@ class OnlineMergingBase(Optimizer):
 
     @torch.no_grad()
     def merge_pending(self) -> None:
-        """Merge the tail of step-K that is shorter than K; nothing where no step is pending."""
+        """Merge the tail of step-K that is shorter than K; nothing where no step is pending: where
+        on no rank a weight has moved since the last merge.
+        """
         updates = []
         for group in self.param_groups:
             every = self._options(group)["merge_every"]
@@ -97,9 +106,15 @@ class OnlineMergingBase(Optimizer):
                 state = self.state.get(parameter, {})
                 if "anchor" in state and self._steps_of(state) % every:
                     updates.append(self._since_anchor(parameter, group))
-        if updates:
+        if updates and self._any_moved(updates):
             self._merger.forget_counts()
-        self._merge_from_anchors(updates)
+            self._merge_from_anchors(updates)
+
+    def _any_moved(self, updates: list[Update]) -> bool:
+        """Whether any parameter is no more where its anchor is, on any rank."""
+        moved = any(not torch.equal(update.theta, update.base) for update in updates)
+        flag = torch.tensor([moved], dtype=torch.int64, device=updates[0].theta.device)
+        return bool(self._bindings.flags_anywhere(flag).item())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; the next step is bit for bit the one that would have been.

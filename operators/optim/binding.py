@@ -81,16 +81,17 @@ class Bindings:
         """What to call a tensor in a message."""
         return ", ".join(repr(layout.name) for layout in self._layouts.get(tensor, [])[:3])
 
-    def elements_per_rank(self, dtype: torch.dtype) -> int:
-        """Elements of bound parameters in tensors of this dtype, over the ranks that share them:
-        a number that is the same on every rank, however uneven the shards.
+    def num_elements(self, dtype: torch.dtype) -> int:
+        """Elements of all bound parameters in tensors of this dtype: the same number on every rank
+        and for every sharding.
         """
-        total = 0
-        for tensor, layouts in self._layouts.items():
-            for layout in {layout.name: layout for layout in layouts}.values():
-                num_ranks = 1 if layout.group is None else layout.group.size()
-                total += layout.num_elements // num_ranks if tensor.dtype == dtype else 0
-        return total
+        sizes = {
+            layout.name: layout.num_elements
+            for tensor, layouts in self._layouts.items()
+            for layout in layouts
+            if tensor.dtype == dtype
+        }
+        return sum(sizes.values())
 
     def flags_anywhere(self, flags: Tensor) -> Tensor:
         """Flags that are set on this rank or any that shares a parameter with it.

@@ -227,8 +227,14 @@ class OnlineMergingAdamW(OnlineMergingBase):
         if self._path is None and parameters:
             wanted = self.param_groups[0]["path"] if self._wanted == "auto" else self._wanted
             device = parameters[0][0].device
-            size = self._bindings.elements_per_rank(torch.float32)
-            path, kernels = choose_path(wanted or "auto", device, size)
+            size = self._bindings.num_elements(torch.float32)
+            try:
+                path, kernels = choose_path(wanted or "auto", device, size)
+            except ValueError:
+                if self._wanted != "auto":
+                    raise
+                # A state from a machine that could take a path which this one cannot.
+                path, kernels = choose_path("auto", device, size)
             # One rank without a compiler keeps all from it: they count updates together.
             alone = torch.tensor([kernels is None], dtype=torch.int64, device=device)
             if self._bindings.flags_anywhere(alone).item():

@@ -32,6 +32,8 @@ def check_merging(group: dict[str, Any], *, has_reference: bool) -> None:
         )
     if group["merge_every"] < 1:
         raise ValueError(f"merge_every: found {group['merge_every']}; allowed: 1 or more")
+    if group["merge_every"] != int(group["merge_every"]):
+        raise ValueError(f"merge_every: found {group['merge_every']}; allowed: whole numbers")
     if group["rescale"] and group["consensus"] != "dare":
         raise ValueError("rescale: has no effect with consensus 'ties'; allowed with 'dare'")
     if group["alpha_schedule"] == "lr" and not group["first_lr"] > 0:

@@ -12,7 +12,8 @@ from operators.optim.native import NativeKernels
 
 Implementation = Literal["auto", "reference", "compiled", "triton"]
 IMPLEMENTATIONS = ("auto", "reference", "compiled", "triton")
-WORTH_COMPILING = 1 << 20  # elements of this rank: below, a second of compiling is not made good
+# Elements of the model, so that no sharding changes the path: below, compiling is not made good.
+WORTH_COMPILING = 1 << 20
 _LOG = logging.getLogger(__name__)
 
 
@@ -24,7 +25,7 @@ def choose_path(
     Args:
         wanted: what was asked for.
         device: of the parameters.
-        size: their float32 elements per rank: the same number on every rank.
+        size: their float32 elements, on all ranks together.
 
     Raises:
         ValueError: a path was asked for that this machine cannot take.

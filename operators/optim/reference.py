@@ -4,7 +4,7 @@ Dense (OnDARE) it takes 2 bytes for each element of this rank's shards in bfloat
 (OnTIES), which is constant, only indices and values are kept where those are smaller.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -162,26 +162,35 @@ class ReferenceDelta:
         if self._placement == "source":
             self._top[place] = cut
             return
-        indices, values, chunks, num_kept = [], [], {}, 0
+        width, sparse = self._dtype.itemsize, layout.count < 1 << 31  # int32 numbers the rest
+        if not sparse or density * (4 + width) >= width:
+            dense = self._empty(layout.count, device)
+            for start, tau, mask in self._masked_chunks(layout, cut, key):
+                done = start - layout.start
+                dense[done : done + tau.numel()] = torch.where(mask, tau, 0.0)
+            self._top[place] = dense
+            return
+        chunks, num_kept = {}, 0
+        for start, _, mask in self._masked_chunks(layout, cut, key):
+            chunks[start - layout.start] = slice(num_kept, num_kept + int(mask.sum()))
+            num_kept = chunks[start - layout.start].stop
+        found = _Sparse(
+            self._empty(num_kept, device, torch.int32), self._empty(num_kept, device), chunks
+        )
+        for start, tau, mask in self._masked_chunks(layout, cut, key):
+            done = start - layout.start
+            places = mask.nonzero().squeeze(1)
+            found.indices[chunks[done]] = (places + done).int().to(found.indices.device)
+            found.values[chunks[done]] = tau[places].to(self._dtype).to(found.values.device)
+        self._top[place] = found
+
+    def _masked_chunks(
+        self, layout: ShardLayout, cut: TopCut, key: tuple[int, int]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """A layout in chunks: first index, tau (float32 on the host), and what of it stays."""
         for start, at in layout.chunks():
             tau = self.read(layout, start, at.stop - at.start)
-            places = top_mask(tau, cut, key, start).nonzero().squeeze(1)
-            indices.append((places + (start - layout.start)).int())
-            values.append(tau[places].to(self._dtype))
-            chunks[start - layout.start] = slice(num_kept, num_kept + places.numel())
-            num_kept += places.numel()
-        found = _Sparse(
-            self._moved(torch.cat(indices) if indices else torch.zeros(0).int(), device),
-            self._moved(torch.cat(values) if values else torch.zeros(0).to(self._dtype), device),
-            chunks,
-        )
-        width = self._dtype.itemsize
-        if density * (4 + width) < width or layout.count == 0:
-            self._top[place] = found
-        else:
-            dense = self._empty(layout.count, device).zero_()
-            dense[found.indices.long()] = found.values
-            self._top[place] = dense
+            yield start, tau, top_mask(tau, cut, key, start)
 
     def top_chunk(
         self, layout: ShardLayout, key: tuple[int, int], start: int, room: Tensor
@@ -221,17 +230,12 @@ class ReferenceDelta:
                 tensors.append(kept)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def _empty(self, count: int, device: torch.device) -> Tensor:
+    def _empty(self, count: int, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """Room for `count` values where they are to live."""
+        dtype = dtype or self._dtype
         if self._placement == "host":
-            return torch.empty(count, dtype=self._dtype, pin_memory=device.type == "cuda")
-        return torch.empty(count, dtype=self._dtype, device=device)
-
-    def _moved(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """A tensor where it is to live."""
-        if self._placement == "device":
-            return tensor.to(device)
-        return tensor.pin_memory() if device.type == "cuda" else tensor
+            return torch.empty(count, dtype=dtype, pin_memory=device.type == "cuda")
+        return torch.empty(count, dtype=dtype, device=device)
 
 
 def _fewer_rows(found: tuple[int, ...] | None, layout: ShardLayout) -> bool:

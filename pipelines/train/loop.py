@@ -1,6 +1,7 @@
 """The training loop of one worker under Ray Train."""
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipelines.commit import write_atomically
 from pipelines.fingerprint import fingerprint
 from pipelines.train.activations import offload_activations
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
@@ -26,7 +28,14 @@ from pipelines.train.data import (
 from pipelines.train.errors import PERMANENT, DivergenceError, has_failed, record_failure
 from pipelines.train.export import export_model
 from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER
-from pipelines.train.metrics import Clock, MetricsWriter, Watch, add_up, delta_metrics
+from pipelines.train.metrics import (
+    Clock,
+    MetricsWriter,
+    Watch,
+    add_up,
+    delta_metrics,
+    merge_metrics,
+)
 from pipelines.train.objectives import (
     MicroLoss,
     Responses,
@@ -97,7 +106,8 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
             record_failure(folder, error)
         raise
     if first_rank():
-        (folder / EXPORTED_FILE).touch()
+        path = getattr(run.strategy.optimizer, "path", None)
+        write_atomically(folder / EXPORTED_FILE, json.dumps({"optimizer_path": path}))
     return True
 
 
@@ -180,6 +190,7 @@ class Run:
                 due = step % config.checkpoint_every == 0 or step == self.num_steps
                 if due:
                     record |= delta_metrics(self.strategy, config)
+                    record |= merge_metrics(self.strategy)
                 record |= clock.measure(int(self.table.lengths[rows].sum()))
                 out.write({"step": step, **record})
                 checkpoints.check()

@@ -3,8 +3,10 @@
 With N parameters, W workers, b bytes a number in forward and backward passes (4, or 2 in bf16), T
 tokens in a micro-batch, L layers of width h and inner width i, and a vocabulary of v:
 
-    state         4 N of master weights, 8 N of Adam's moments, 4 N of tau (online merging), 4 N of
-                  the anchor (step-K): divided by W unless the strategy is single or ddp
+    state         4 N of master weights, 8 N of Adam's moments, 2 N of tau (OnDARE; OnTIES with a
+                  density p at most 6 p N; none where it is not kept on the device), 4 N of the
+                  anchor (step-K): divided by W unless the strategy is single or ddp. With adapters
+                  of A elements 4 N + 12 A, and A in the place of N for gradients
     weights       b N more, where the passes use other weights than the masters
     gradients     4 N (b N for zero1; divided by W for fsdp2, zero2, zero3); twice that for ddp
     gathered      b times the largest block, twice, and all outside the blocks (fsdp2, zero3)
@@ -14,12 +16,23 @@ tokens in a micro-batch, L layers of width h and inner width i, and a vocabulary
     reference     on the fly: 4 N of its weights, divided by W unless the strategy is single or ddp,
                   which hold 2 N more in bf16 (nothing with adapters, whose base it is), and b T v
                   of its logits
+    host          in the machine's memory beside a GPU: state and gradients with CPU offload, tau
+                  where it is kept there, activations with their offload
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from pipelines.train.config import ONLINE, ZERO_STAGES, AlignConfig
+from torch import nn
+
+from pipelines.train.config import (
+    ONLINE,
+    ZERO_STAGES,
+    AlignConfig,
+    LoraSettings,
+    OptimizerConfig,
+)
 from pipelines.train.strategies.loading import blocks_of, meta_model
 
 
@@ -34,11 +47,18 @@ class ModelShape:
     hidden_size: int
     inner_size: int
     vocabulary: int
+    # By a linear layer's last name: its inputs and outputs, which an adapter of rank r has r times.
+    adapted: Mapping[str, int] = field(default_factory=dict)
+
+    def num_adapter_elements(self, lora: LoraSettings) -> int:
+        """Elements that adapters train."""
+        chosen = self.adapted if lora.target_modules == "all-linear" else lora.target_modules
+        return lora.rank * sum(self.adapted.get(name, 0) for name in chosen)
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on each worker."""
+    """Bytes on each worker; all but `host` where the model is."""
 
     state: int
     weights: int
@@ -47,11 +67,12 @@ class Memory:
     activations: int
     logits: int
     reference: int
+    host: int
 
     @property
     def total(self) -> int:
-        """All of them: the most that is held at once, reached in a backward pass."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """All but `host`: the most that is held at once, reached in a backward pass."""
+        return sum(getattr(self, each.name) for each in fields(self)) - self.host
 
 
 def shape_of(model: str | Path) -> ModelShape:
@@ -72,7 +93,18 @@ def shape_of(model: str | Path) -> ModelShape:
         hidden_size=config.hidden_size,
         inner_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
+        adapted=_adapted(empty),
     )
+
+
+def _adapted(model: nn.Module) -> dict[str, int]:
+    """Inputs and outputs of the linear layers but the head, added up by their last names."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            last = name.rpartition(".")[2]
+            found[last] = found.get(last, 0) + module.in_features + module.out_features
+    return found
 
 
 def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None = None) -> Memory:
@@ -85,16 +117,27 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
     b = 2 if config.precision == "bf16" else 4
     sharded = strategy == "fsdp2" or strategy in ZERO_STAGES
     zero = ZERO_STAGES.get(strategy, 0)
-    numbers = 3 + (config.optimizer.name in ONLINE) + (config.optimizer.merge_every > 1)
-    state = 4 * numbers * n // (workers if sharded else 1)
+    trained = n if config.lora is None else shape.num_adapter_elements(config.lora)
+    share = workers if sharded else 1
+    tau = _tau_bytes(config.optimizer, n) // share
+    tau_on_host = config.optimizer.delta_placement == "host"
+    state = (12 * trained + (0 if config.lora is None else 4 * n)) // share
+    state += 0 if tau_on_host else tau
+    if config.optimizer.merge_every > 1:
+        state += 4 * n // share
+    host = tau if tau_on_host else 0
     weights = 0
     if zero:
         weights = b * n // (workers if zero == 3 else 1)
     elif b == 2 and strategy != "fsdp2":
         weights = b * n  # autocast keeps a copy of each weight through a pass
-    gradients = {"single": 4 * n, "ddp": 8 * n, "zero1": b * n + 4 * n // workers}.get(
-        strategy, 4 * n // workers
-    )
+    gradients = {
+        "single": 4 * trained,
+        "ddp": 8 * trained,
+        "zero1": b * trained + 4 * trained // workers,
+    }.get(strategy, 4 * trained // workers)
+    if config.cpu_offload:
+        host, state, gradients = host + state + gradients, 0, 0
     gathered = 0
     if strategy in ("fsdp2", "zero3"):
         gathered = b * (2 * shape.largest_block + shape.outside_blocks)
@@ -106,11 +149,20 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
     if config.gradient_checkpointing:
         activations = b * tokens * shape.hidden_size * shape.num_layers + layer
     if config.activation_offload:
-        activations = layer
+        host, activations = host + activations, layer
     logits = tokens * shape.vocabulary * (b + 12 + (4 if b == 2 else 0))
     reference = 0
     if config.reference_log_probabilities == "on_the_fly":
         reference = b * tokens * shape.vocabulary
         if config.lora is None or config.reference_model is not None:
             reference += 4 * n // workers if sharded else (6 if b == 2 else 4) * n
-    return Memory(state, weights, gradients, gathered, activations, logits, reference)
+    return Memory(state, weights, gradients, gathered, activations, logits, reference, host)
+
+
+def _tau_bytes(optimizer: OptimizerConfig, num_parameters: int) -> int:
+    """What is kept of tau of so many parameters: in bf16, of OnTIES' fraction with indices."""
+    if optimizer.name not in ONLINE or optimizer.delta_placement == "source":
+        return 0
+    assert optimizer.density is not None
+    kept = 2.0 if optimizer.name == "ondare" else min(2.0, 6 * optimizer.density)
+    return round(kept * num_parameters)

@@ -152,6 +152,17 @@ def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
     return {"delta_norm": norm} | ({} if source is None else {"tau_cosine": cosine})
 
 
+def merge_metrics(strategy: Strategy) -> dict[str, float]:
+    """Of what the last counted merge of an online merging optimizer was to move, the share that
+    rounding left where it was, over all workers (zero3: of its last group of parameters). Nothing
+    with other optimizers, and before a merge. Every rank must call.
+    """
+    if not hasattr(strategy.optimizer, "merge_counts"):
+        return {}
+    num_unchanged, num_merged = add_up(strategy.optimizer.merge_counts().double()).tolist()
+    return {"unchanged_share": num_unchanged / num_merged} if num_merged else {}
+
+
 def add_up(values: Tensor) -> Tensor:
     """Values summed over the workers."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -1,5 +1,6 @@
 """Align a model under Ray Train: check everything, train, commit an ordinary checkpoint."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -20,6 +21,7 @@ from pipelines.fingerprint import fingerprint, fingerprint_directory
 from pipelines.train.config import ZERO_STAGES, AlignConfig, OptimizerConfig
 from pipelines.train.data import TokenSettings, TokenTable, num_steps_of, token_table
 from pipelines.train.files import (
+    EXPORTED_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
     PROVENANCE_FILE,
@@ -128,8 +130,12 @@ def _check_workers(configs: Sequence[AlignConfig]) -> None:
 def _commit(config: AlignConfig, plan: Plan, out: Path, *, force: bool) -> None:
     """Put a finished run's model in its place, with what it was made of."""
     folder = partial_path(out)
+    exported = json.loads((folder / EXPORTED_FILE).read_text())
+    if path := exported["optimizer_path"]:
+        print(f"  {out.name}: {config.optimizer.name} took the {path} path", file=sys.stderr)
     provenance = {
         "kind": "aligned",
+        **exported,
         "config": config.model_dump(mode="json", exclude={"storage", "cache"}),
         "inputs": plan.inputs,
         "fingerprint": plan.fingerprint,
@@ -157,6 +163,7 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
     if cache is None and config.cache is None:
         with tempfile.TemporaryDirectory() as folder:
             return plan_alignment(config, Path(folder))
+    _check_packages(config)
     checkpoint = Checkpoint.open(config.model)
     settings = TokenSettings(
         str(config.model),
@@ -223,6 +230,21 @@ def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) 
         "reference_key": plan.inputs.get("reference_model", plan.inputs["model"]),
         "num_steps": plan.num_steps,
     }
+
+
+def _check_packages(config: AlignConfig) -> None:
+    """Raise InputError where a setting needs a package that is not installed."""
+    needs = {
+        "deepspeed": (config.strategy in ZERO_STAGES, f"strategy: found {config.strategy}"),
+        "peft": (config.lora is not None, "lora: found adapters"),
+    }
+    extras = {"peft": "lora"}
+    for package, (needed, found) in needs.items():
+        if needed and importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"{found}, for which {package} is not installed: "
+                f"pip install 'poise[{extras.get(package, package)}]'"
+            )
 
 
 def _check_vocabulary(model: Checkpoint, table: TokenTable) -> None:

@@ -169,8 +169,15 @@ def _watched(jobs: Sequence[Job]) -> Iterator[None]:
 
 def _note(record: dict[str, Any]) -> str:
     """What is worth seeing of a step at a glance."""
-    note = f"loss {record['loss']:.3f}"
-    return f"{note}, accuracy {record['accuracy']:.2f}" if "accuracy" in record else note
+    parts = [f"loss {record['loss']:.3f}"]
+    if "accuracy" in record:
+        parts.append(f"accuracy {record['accuracy']:.2f}, margin {record['margin']:.2f}")
+    kl = record.get("kl_per_token", record.get("kl"))
+    parts += [] if kl is None else [f"KL {kl:.3f}"]
+    parts.append(
+        f"{record['tokens_per_s']:,.0f} tokens/s, {record['memory_bytes'] / 2**30:.1f} GiB"
+    )
+    return ", ".join(parts)
 
 
 def _last_record(metrics: Path) -> dict[str, Any] | None:

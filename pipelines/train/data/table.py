@@ -103,6 +103,11 @@ class TokenTable:
         return self._per_sequence(lambda columns: np.diff(columns[0][1]))
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.lengths.max())
+
+    @cached_property
     def response_lengths(self) -> np.ndarray:
         """(rows, sequences of a row) int64: learned tokens of each sequence."""
 
@@ -126,7 +131,8 @@ class TokenTable:
     def mismatched(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """A row's prompt with the response of a row that has another prompt (KTO's z0).
 
-        The partner is the first such row from half the table away, so it is the row's alone.
+        The partner is the first such row from half the table away, so it is the row's alone. The
+        prompt loses its beginning where both together are longer than any row.
 
         Raises:
             InputError: all rows have the same prompt.
@@ -137,6 +143,7 @@ class TokenTable:
             other, marks = self.sequences((row + self.num_rows // 2 + step) % self.num_rows)[0]
             first = int(marks.argmax())
             if not np.array_equal(other[:first], prompt):
+                prompt = prompt[max(0, len(prompt) + len(other) - first - self.longest) :]
                 swapped = np.concatenate([prompt, other[first:]])
                 learned = np.zeros(len(swapped), np.uint8)
                 learned[len(prompt) :] = 1

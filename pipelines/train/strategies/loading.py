@@ -12,13 +12,15 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Owned = tuple[ShardLayout, Tensor]  # where a flat range of a parameter lies, and its values
 
 
 def meta_model(path: Path) -> "PreTrainedModel":
-    """A causal language model on the meta device, in float32, from its config alone.
+    """A causal language model on the meta device, in float32, from its config alone. It drops out
+    nothing: a step is a function of the weights and its batch, and the policy is compared with a
+    reference that drops out nothing either.
 
     Raises:
         InputError: no config, or one of no causal language model.
@@ -30,10 +32,22 @@ def meta_model(path: Path) -> "PreTrainedModel":
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=torch.float32)
     except (ValueError, KeyError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"model {path}: not a causal language model: {first}") from None
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _without_dropout(config: "PretrainedConfig") -> "PretrainedConfig":
+    """The config with every probability of dropping out 0, by the names that architectures use."""
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
 
 
 def empty_model(path: Path) -> "PreTrainedModel":

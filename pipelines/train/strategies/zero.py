@@ -83,6 +83,10 @@ class ZeroStrategy:
     def update(self, check: Callable[[float], None]) -> float:
         """The engine clips and steps at once, so the check comes after it."""
         self._engine.step()
+        # Else a parameter without gradient would show the last step's (stage 3).
+        last = getattr(self._engine.optimizer, "grad_partitions_flat_buffer", None)
+        if last is not None:
+            last.zero_()
         norm = self._engine.get_global_grad_norm()
         value = float("nan") if norm is None else float(norm)
         check(value)

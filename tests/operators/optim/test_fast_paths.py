@@ -322,6 +322,20 @@ def test_the_path_is_chosen_by_size_said_once_and_kept(monkeypatch, caplog) -> N
     assert resumed.path == "reference"
 
 
+def test_a_state_from_a_machine_with_another_path_goes_on() -> None:
+    parameters = make_parameters()
+    optimizer = merging(alpha=0.1)(parameters)
+    set_gradients(parameters, 0)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["path"] = "triton"
+    resumed = merging(alpha=0.1)(parameters)
+    resumed.load_state_dict(saved)
+    set_gradients(parameters, 1)
+    resumed.step()
+    assert resumed.path == "reference"
+
+
 def test_auto_does_without_a_compiler_and_compiled_says_what_is_missing(monkeypatch) -> None:
     monkeypatch.setattr("operators.optim.path.WORTH_COMPILING", 1)
     monkeypatch.setattr("operators.native.COMPILERS", ("no-such-compiler",))

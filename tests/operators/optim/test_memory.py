@@ -94,3 +94,21 @@ def test_a_checkpoint_holds_no_reference() -> None:
     saved = optimizer.state_dict()
     assert set(saved["state"][0]) == {"step", "exp_avg", "exp_avg_sq", "anchor"}
     assert not any(isinstance(v, Tensor) for v in saved["param_groups"][0].values())
+
+
+@pytest.mark.parametrize("density", [0.1, 0.9])
+def test_the_first_step_makes_no_more_than_what_is_kept(density: float) -> None:
+    """top_p(tau) is found and kept chunk by chunk: indices and values, or all of it in bf16."""
+    parameter, tau = nn.Parameter(torch.zeros(SIZE)), torch.randn(SIZE)
+    optimizer = OnlineMergingAdamW(
+        [("w", parameter)],
+        {"w": tau},
+        density=density,
+        consensus="ties",
+        implementation="reference",
+    )
+    parameter.grad = torch.randn(SIZE)
+    with LargestTensor([parameter, parameter.grad, tau]) as largest:
+        optimizer.step()
+    # Moments of 4 bytes are the largest that is kept.
+    assert largest.num_bytes <= max(8 * CHUNK, 4 * SIZE)

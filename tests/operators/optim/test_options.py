@@ -307,3 +307,31 @@ def test_a_sparse_gradient_is_refused() -> None:
     parameters["embed"].grad = torch.zeros(33, 3).to_sparse()
     with pytest.raises(ValueError, match="parameter 'embed': its gradient is sparse"):
         optimizer.step()
+
+
+def test_a_tail_is_merged_once() -> None:
+    """A second call finds nothing pending, also after a resumption; a step makes a new tail."""
+    make = merging(density=1.0, alpha=0.1, merge_every=4)
+    parameters = make_parameters()
+    optimizer = make(parameters)
+    for step in range(6):
+        set_gradients(parameters, step)
+        optimizer.step()
+    optimizer.merge_pending()
+    once = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer.merge_pending()
+    assert_same(parameters, once)
+    resumed = make(parameters)
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.merge_pending()
+    assert_same(parameters, once)
+    set_gradients(parameters, 6)
+    resumed.step()
+    after = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    resumed.merge_pending()
+    assert all(not torch.equal(parameters[name], after[name]) for name in after)
+
+
+def test_half_a_step_is_no_step() -> None:
+    with pytest.raises(ValueError, match=r"merge_every: found 1.5; allowed: whole"):
+        merging(alpha=0.1, merge_every=1.5)(make_parameters())

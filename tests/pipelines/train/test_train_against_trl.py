@@ -24,6 +24,7 @@ from pipelines.train.objectives import (
     pair_loss,
     score_responses,
     shares_of,
+    text_loss,
 )
 from tests.tiny_models import save_tiny_llama
 
@@ -235,3 +236,34 @@ def test_orpo(dpo: Any, tables: Callable[[str], TokenTable]) -> None:
         ).loss.item()
     ours = our_pair_loss(table, dpo.model, dpo.ref_model, name="orpo", beta=0.3)
     assert ours == pytest.approx(odds + likelihood, rel=TOLERANCE)
+
+
+def test_sft(tiny_llama: Path, tmp_path: Path) -> None:
+    """Mean over completions' tokens: TRL's on its own batch, and float64 by hand."""
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"]} for row in preference_rows(8, seed=3)
+    ]
+    settings = {name: value for name, value in quiet(tmp_path).items() if name != "beta"}
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32),
+        args=SFTConfig(**settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+    )
+    model = trainer.model.eval()
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    token_settings = TokenSettings(str(tiny_llama), "texts", 64, "error")
+    table = token_table(data, None, token_settings, tmp_path)[0]
+    config = ObjectiveConfig(name="sft")
+    batch = collate(table, ROWS, 0, "cpu")
+    with torch.no_grad():
+        theirs = trainer.compute_loss(model, next(iter(trainer.get_train_dataloader()))).item()
+        shares = shares_of(table, ROWS, config.definition)
+        ours = text_loss(config, score_responses(model, batch), shares).loss.item()
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits.double()
+    chances = logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None]).squeeze(-1)
+    by_hand = -chances[batch.response[:, 1:].bool()].mean().item()
+    assert ours == pytest.approx(by_hand, rel=TOLERANCE)
+    assert ours == pytest.approx(theirs, rel=TOLERANCE)

@@ -11,10 +11,11 @@ import psutil
 import pytest
 import torch
 from training_files import align_config, metrics, run_here, seeded_metrics
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pipelines.errors import InputError
 from pipelines.train import AlignConfig, align, align_in_turn, loop
+from tests.tiny_models import tiny_tokenizer
 
 
 def fsdp2_config(model: Path, data: Path) -> AlignConfig:
@@ -146,3 +147,19 @@ def test_interrupted_run_ends_with_the_same_bytes(
     assert seeded_metrics(broken) == seeded_metrics(whole)
     file = "model/model.safetensors"
     assert (broken / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_model_with_dropout_trains_without(preferences: Path, tmp_path: Path) -> None:
+    """The first step's policy is its own reference, and two runs have the same numbers."""
+    tokenizer = tiny_tokenizer()
+    settings = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=128, n_embd=16, n_layer=2, n_head=2
+    )
+    assert settings.resid_pdrop > 0
+    model = tmp_path / "gpt2"
+    GPT2LMHeadModel(settings).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    config = align_config(model, preferences, num_steps=3)
+    runs = [seeded_metrics(run_here(config, tmp_path / name)) for name in ("one", "two")]
+    assert runs[0][0]["margin"] == pytest.approx(0.0, abs=1e-6)
+    assert runs[0] == runs[1]

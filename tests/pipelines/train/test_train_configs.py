@@ -1,5 +1,6 @@
 """The configs that users copy: all run, the papers' models fit their plans, memory as promised."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from training_files import align_config, metrics, preference_rows, run_here, wri
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipelines.config import load_config
+from pipelines.errors import InputError
 from pipelines.train import AlignConfig
-from pipelines.train.config import LoraSettings
+from pipelines.train.config import LoraSettings, OptimizerConfig
 from pipelines.train.memory import Memory, estimate_memory, shape_of
 from ray_jobs.align import describe_plan
 from tests.tiny_models import tiny_tokenizer
@@ -67,8 +69,9 @@ def test_paper_models_are_planned_without_their_weights(name: str, tmp_path: Pat
     assert shape.num_parameters == num_parameters
     config = load_config(CONFIGS / f"{name}.yaml", AlignConfig)
     memory = estimate_memory(shape, config)
-    numbers = 4 if config.optimizer.name == "adamw" else 5  # gradients too
-    assert memory.state + memory.gradients == pytest.approx(4 * numbers * num_parameters / 8, 1e-6)
+    kept = {"adamw": 0.0, "ondare": 2.0, "onties": min(2.0, 6 * (config.optimizer.density or 0))}
+    bytes_each = 16 + kept[config.optimizer.name]  # gradients too
+    assert memory.state + memory.gradients == pytest.approx(bytes_each * num_parameters / 8, 1e-6)
     assert memory.total < 80e9
 
 
@@ -96,6 +99,7 @@ def test_memory_formula_by_hand(tiny_llama: Path, preferences: Path) -> None:
         activations=4 * tokens * width * 2,
         logits=tokens * shape.vocabulary * 16,
         reference=0,
+        host=0,
     )
     sharded = align_config(
         tiny_llama, preferences, strategy="zero3", num_workers=4, precision="bf16"
@@ -106,8 +110,39 @@ def test_memory_formula_by_hand(tiny_llama: Path, preferences: Path) -> None:
     assert estimate_memory(shape, live).reference == 4 * n + 4 * tokens * shape.vocabulary
     offloaded = config.model_copy(update={"activation_offload": True})
     assert estimate_memory(shape, offloaded).activations == 4 * tokens * width
+    assert estimate_memory(shape, offloaded).host == 4 * tokens * width * 2
     adapters = live.model_copy(update={"lora": LoraSettings()})
     assert estimate_memory(shape, adapters).reference == 4 * tokens * shape.vocabulary
+    trained = 16 * 2 * (4 * (32 + 32) + 3 * (32 + 48))  # rank, layers, their inputs and outputs
+    assert estimate_memory(shape, adapters).state == 4 * n + 12 * trained
+    assert estimate_memory(shape, adapters).gradients == 4 * trained
+    cpu = sharded.model_copy(update={"cpu_offload": True})
+    memory = estimate_memory(shape, cpu)
+    assert (memory.state, memory.gradients, memory.host) == (0, 0, 16 * n // 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept", "on_host"),
+    [
+        ({"name": "ondare", "density": 0.5}, 2.0, 0.0),
+        ({"name": "onties", "density": 0.1}, 0.6, 0.0),
+        ({"name": "onties", "density": 0.9}, 2.0, 0.0),
+        ({"name": "ondare", "density": 0.5, "delta_placement": "host"}, 0.0, 2.0),
+        ({"name": "ondare", "density": 0.5, "delta_placement": "source"}, 0.0, 0.0),
+        ({"name": "ondare", "density": 0.5, "merge_every": 5}, 6.0, 0.0),
+    ],
+)
+def test_memory_of_online_merging(
+    tiny_llama: Path, preferences: Path, changes: dict[str, object], kept: float, on_host: float
+) -> None:
+    """tau and anchor, in bytes a parameter beyond AdamW's 12."""
+    reference = {"base": tiny_llama, "tuned": tiny_llama}
+    optimizer = OptimizerConfig(learning_rate=1e-5, alpha=1e-7, reference=reference, **changes)
+    config = align_config(tiny_llama, preferences).model_copy(update={"optimizer": optimizer})
+    shape = shape_of(tiny_llama)
+    memory = estimate_memory(shape, config)
+    assert memory.state == pytest.approx((12 + kept) * shape.num_parameters, abs=1)
+    assert memory.host == pytest.approx(on_host * shape.num_parameters, abs=1)
 
 
 MEASURE = """
@@ -160,3 +195,37 @@ def test_memory_formula_against_measurement(checkpointing: bool, tmp_path: Path)
     measured, expected = (int(word) for word in output.split()[-2:])
     print(f"measured {measured / 1e6:.0f} MB, formula {expected / 1e6:.0f} MB")
     assert measured == pytest.approx(expected, rel=0.33)
+
+
+@pytest.mark.parametrize(
+    ("fields", "package", "message"),
+    [
+        (
+            {"strategy": "zero2"},
+            "deepspeed",
+            "strategy: found zero2, for which deepspeed is not installed: "
+            "pip install 'poise[deepspeed]'",
+        ),
+        (
+            {"lora": {"rank": 2}},
+            "peft",
+            "lora: found adapters, for which peft is not installed: pip install 'poise[lora]'",
+        ),
+    ],
+)
+def test_a_package_that_is_missing(
+    fields: dict[str, object],
+    package: str,
+    message: str,
+    tiny_llama: Path,
+    preferences: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Said before anything starts, and by `--plan` too."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == package else found(name)
+    )
+    with pytest.raises(InputError) as caught:
+        describe_plan(align_config(tiny_llama, preferences, **fields))
+    assert str(caught.value) == message

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_files import preference_rows, write_rows
+from transformers import AutoTokenizer
 
 from pipelines.errors import InputError
 from pipelines.train.data import TokenSettings, TokenTable, deal, global_batch, token_table
@@ -295,3 +296,36 @@ def test_padding_is_on_the_right_and_masked() -> None:
     assert batch.ids.tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.response.tolist() == [[0, 1, 1], [0, 0, 0]]
+
+
+def test_a_mismatched_prompt_is_cut_to_the_longest_row(tiny_llama: Path, tmp_path: Path) -> None:
+    """A long prompt with a long response of another row would be longer than any row."""
+    rows = [
+        {"prompt": "a " * 15 + "b", "completion": " yes", "label": True},
+        {"prompt": "c", "completion": " no" * 15, "label": False},
+    ]
+    table = table_of(rows, "labelled", tiny_llama, tmp_path)
+    ids, marks = table.mismatched(0)
+    assert len(ids) == table.longest < len(table.sequences(0)[0][0]) + 15
+    assert tiny_tokenizer().decode(ids[marks == 0]).split() == ["a", "b"]
+    assert marks.sum() == 16
+
+
+def test_a_tokenizer_without_a_padding_token_will_do(tiny_llama: Path, tmp_path: Path) -> None:
+    """Padding is masked, so no token has to be set aside for it."""
+    plain = save_tiny_llama(tmp_path / "plain")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = plain / name
+        if path.is_file():
+            settings = json.loads(path.read_text())
+            settings.pop("pad_token", None)
+            path.write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained(plain).pad_token is None
+    folders = [tmp_path / name for name in ("one", "two")]
+    tables = []
+    for folder, model in zip(folders, (plain, tiny_llama), strict=True):
+        folder.mkdir()
+        tables.append(table_of(preference_rows(3), "pairs", model, folder))
+    for row in range(3):
+        for one, two in zip(*(table.sequences(row) for table in tables), strict=True):
+            assert one[0].tolist() == two[0].tolist()
