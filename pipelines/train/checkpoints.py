@@ -1,5 +1,6 @@
 """Resumable training checkpoints: one folder a step, by rename, the newest ones kept."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,10 +11,12 @@ from typing import Self
 import torch.distributed as dist
 
 from pipelines.commit import commit_directory, partial_path
+from pipelines.errors import InputError
 from pipelines.train.config import AlignConfig
 from pipelines.train.strategies import Strategy, first_rank, wait_for_all
 
 CHECKPOINTS = "checkpoints"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -24,6 +27,13 @@ def saved_steps(folder: Path) -> list[int]:
 def step_folder(folder: Path, step: int) -> Path:
     """Where the state after `step` is kept."""
     return folder / CHECKPOINTS / f"step-{step}"
+
+
+def _is_full_disk(error: OSError | RuntimeError) -> bool:
+    """Whether a write failed for want of room; torch's own writer says so in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return "PytorchStreamWriter failed writing" in str(error)
 
 
 class CheckpointWriter:
@@ -78,7 +88,17 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         wait_for_all(self._group)
-        write(partial)
+        try:
+            write(partial)
+        except (OSError, RuntimeError) as error:  # torch.save's own writer raises the latter
+            if not _is_full_disk(error):
+                raise
+            last = max(saved_steps(self._folder), default=0)
+            kept = f"step {last} is the last good one" if last else "there is none before it"
+            raise InputError(
+                f"{final}: no room for this checkpoint ({error}); {kept}; make room and run the "
+                "same command again to go on"
+            ) from error
         wait_for_all(self._group)
         if first_rank():
             shutil.rmtree(final, ignore_errors=True)

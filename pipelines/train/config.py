@@ -161,7 +161,7 @@ class AlignConfig(Config):
     )
     max_failures: int = Field(1, ge=0, description="restarts after a lost worker")
     min_chosen_log_ratio: float | None = Field(
-        None,
+        -5.0,
         lt=0,
         description="stop when log pi - log ref of the chosen responses, per token and over ten "
         "steps, falls below this (objectives with a reference)",

@@ -172,7 +172,8 @@ class Run:
 
     def train(self) -> None:
         """All steps that are left; step n sees global batch n - 1, whatever came before."""
-        config, watch, clock = self.config, Watch(self.config), Clock()
+        config, clock = self.config, Clock()
+        watch = Watch(config, self.folder, self.first_step)
         with (
             MetricsWriter(self.folder, self.first_step, config) as out,
             CheckpointWriter(self.folder, config) as checkpoints,

@@ -78,12 +78,35 @@ def _keep(path: Path, steps: int) -> None:
         path.write_text("".join(kept))
 
 
-class Watch:
-    """Stops a run that diverges, with advice."""
+def _last_ratios(path: Path, steps: int) -> list[float]:
+    """The chosen responses' log-ratios per token of the last WINDOW of so many steps, as the first
+    rank finds them in its lines, on all ranks.
+    """
+    found = torch.zeros(WINDOW + 1, dtype=torch.float64)  # the last is how many there are
+    if first_rank() and path.is_file():
+        lines = path.read_text().splitlines(keepends=True)
+        records = (json.loads(line) for line in lines if line.endswith("\n"))
+        ratios = [r["chosen_log_ratio_per_token"] for r in records if r["step"] <= steps][-WINDOW:]
+        found[: len(ratios)] = torch.tensor(ratios, dtype=torch.float64)
+        found[-1] = len(ratios)
+    found = add_up(found).tolist()
+    return found[: int(found[-1])]
 
-    def __init__(self, config: AlignConfig) -> None:
-        self._limit = config.min_chosen_log_ratio
+
+class Watch:
+    """Stops a run that diverges, with advice.
+
+    Args:
+        folder: of the run, whose lines up to `first_step` are remembered: a run that was killed
+            stops where one that was not would. All ranks call together.
+    """
+
+    def __init__(self, config: AlignConfig, folder: Path, first_step: int) -> None:
+        uses_reference = config.objective.definition.uses_reference
+        self._limit = config.min_chosen_log_ratio if uses_reference else None
         self._ratios: deque[float] = deque(maxlen=WINDOW)
+        if self._limit is not None:
+            self._ratios.extend(_last_ratios(folder / METRICS_FILE, first_step))
 
     def check(self, step: int, record: dict[str, float], gradient_norm: float) -> None:
         """Look at a step's numbers.

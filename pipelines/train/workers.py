@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
     """
     # The controller looks at its workers this often, and the run's end waits for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    import ray
     import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -63,7 +65,8 @@ def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
 
     from pipelines.train.loop import train_worker
 
-    on_gpu = torch.cuda.is_available()
+    # Of the cluster, not of the driver's machine, which may be a head node without one.
+    on_gpu = torch.version.cuda is not None and ray.cluster_resources().get("GPU", 0) > 0
     resources = {"GPU": 1.0} if on_gpu else {"CPU": 0.9}
     _check_room(config, resources)
     trainer = TorchTrainer(
@@ -96,12 +99,19 @@ def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
 
 
 def _check_room(config: AlignConfig, resources: dict[str, float]) -> None:
-    """Raise InputError where a Ray of this machine alone can never run so many workers."""
+    """Raise InputError where a Ray of this machine alone can never run so many workers; a cluster
+    may grow, so there it is said and waited for.
+    """
     import ray
 
     ((kind, share),) = resources.items()
     found = ray.cluster_resources().get(kind, 0.0)
-    if not os.environ.get("RAY_ADDRESS") and share * config.num_workers > found:
+    if share * config.num_workers <= found:
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        wanted = f"{config.num_workers} workers of {share:g} {kind}"
+        print(f"  waiting for {wanted}; the cluster has {found:g}", file=sys.stderr)
+    else:
         raise InputError(
             f"num_workers: found {config.num_workers}; allowed: up to {int(found / share)}, for "
             f"which this machine has {kind}s"

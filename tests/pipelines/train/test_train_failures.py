@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -185,10 +186,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         real(state, group, folder)
 
     monkeypatch.setattr(native, "_write", full)
-    with pytest.raises(OSError, match="No space left"):
+    place = tmp_path / "run" / "checkpoints" / "step-4"
+    message = (
+        f"{place}: no room for this checkpoint ([Errno 28] No space left on device); step 2 is the "
+        "last good one; make room and run the same command again to go on"
+    )
+    with pytest.raises(InputError, match=re.escape(message)):
         run_here(config, tmp_path / "run")
     assert saved_steps(tmp_path / "run") == [2]
-    with pytest.raises(RuntimeError, match="No space left on device"):
+    with pytest.raises(InputError, match=re.escape(message)):
         raise_failure(tmp_path / "run")
     monkeypatch.setattr(native, "_write", real)
     (tmp_path / "run" / "failure.json").unlink()
