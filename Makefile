@@ -33,7 +33,7 @@ lint: setup ## ruff, the import floors and the strict type check of operators/
 	@$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
 	@$(BIN)/mypy operators
 
-bench: setup ## the benchmarks; results go to benchmarks/RESULTS.md
+bench: setup ## the benchmarks; what they print goes into benchmarks/RESULTS.md
 	@for file in benchmarks/*.py; do \
 		if [ -f $$file ]; then $(BIN)/python $$file || exit 1; fi; done
 

@@ -1,5 +1,7 @@
 """Configs: YAML files checked by pydantic, with `key.sub=value` overrides from the command line."""
 
+import copy
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +21,25 @@ class Config(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers may be written as people write them: 1e-5 too, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+\.?|[0-9]*\.[0-9]+)[eE][-+]?[0-9]+$"), None
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The one document of a text."""
+    return yaml.load(text, _Loader)
+
+
+def parse_documents(text: str) -> list[Any]:
+    """The documents of a text."""
+    return list(yaml.load_all(text, _Loader))
+
+
 def load_yaml(path: str | Path) -> Any:
     """The content of a YAML file.
 
@@ -35,7 +56,7 @@ def load_yaml(path: str | Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
@@ -51,13 +72,13 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
     Raises:
         InputError: an override without `=`, or one whose path does not lead into a mapping or list.
     """
-    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(values))
+    result = copy.deepcopy(values)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise InputError(f"override {override!r}: expected key=value")
         try:
-            value = yaml.safe_load(text)
+            value = parse_yaml(text)
         except yaml.YAMLError:
             raise InputError(f"override {override!r}: the value is not valid YAML") from None
         _set(result, key.split("."), value, override)

@@ -15,7 +15,7 @@ NUM_SHOWN = 40
 def run_diff(a: str, b: str, base: str | None, *, as_json: bool) -> None:
     """Compare two models and print what was found: on stdout; what cannot be compared on stderr."""
     found = diff_models(a, b, base)
-    for line in unmatched(a, b):
+    for line in unmatched(a, b, base):
         print(line, file=sys.stderr)
     if as_json:
         print(json.dumps([asdict(each) for each in found], indent=2))

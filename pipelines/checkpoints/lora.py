@@ -70,8 +70,9 @@ class AdaptedCheckpoint:
 
     @property
     def path(self) -> Path:
-        """The adapter's folder."""
-        return self.store.path
+        """The adapter's folder; the base's where the adapter came without a tokenizer."""
+        folder = self.store.path
+        return folder if (folder / "tokenizer.json").is_file() else self.base.path
 
     @property
     def config(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class AdaptedCheckpoint:
             return replace(self.store.tensors[self.replaced[name]], name=name)
         found = self.base.find(name)
         if found is not None and name in self.adapters:
-            return replace(found, file=self.path / ADAPTER_WEIGHTS)
+            return replace(found, file=self.store.path / ADAPTER_WEIGHTS)
         return found
 
     def stored(self, name: str) -> tuple[Checkpoint, StoredTensor] | None:
@@ -141,19 +142,20 @@ class AdaptedCheckpoint:
         adapter, spec = self.adapters[name], self.base.find(name)
         if spec is None:
             raise InputError(
-                f"adapter {self.path}: changes {name!r}, which its base {self.base.path} has not"
+                f"adapter {self.store.path}: changes {name!r}, which its base {self.base.path} has "
+                "not"
             )
         if name == EMBEDDING and HEAD not in self.base.names() and self.base.find(HEAD):
             raise InputError(
-                f"adapter {self.path}: changes the embedding of a model whose head is tied to it; "
-                "allowed: adapters of other weights, or a base with a head of its own"
+                f"adapter {self.store.path}: changes the embedding of a model whose head is tied "
+                "to it; allowed: adapters of other weights, or a base with a head of its own"
             )
         a, b = self.store.tensors[adapter.a].shape, self.store.tensors[adapter.b].shape
         made = (a[1], b[0]) if adapter.transposed else (b[0], a[1])
         if a[0] != b[1] or made != spec.shape:
             raise InputError(
-                f"{self.path / ADAPTER_WEIGHTS}: {name}: found factors {list(a)} and {list(b)}; "
-                f"allowed: factors of {list(spec.shape)}, as in {spec.file}"
+                f"{self.store.path / ADAPTER_WEIGHTS}: {name}: found factors {list(a)} and "
+                f"{list(b)}; allowed: factors of {list(spec.shape)}, as in {spec.file}"
             )
 
 

@@ -96,6 +96,7 @@ class Checkpoint:
 
 def read_range(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of a stored tensor: 1-D, in the stored dtype."""
+    assert 0 <= start <= stop <= tensor.num_elements, (tensor.name, start, stop)
     result = torch.empty(stop - start, dtype=tensor.dtype)
     if stop == start:
         return result

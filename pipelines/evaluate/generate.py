@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from pipelines.errors import InputError
 
@@ -32,7 +33,7 @@ class Generator:
                 path, dtype="auto", local_files_only=True, use_safetensors=True
             )
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(f"model {path}: does not load: {first}") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from operators.statistics import mean_of_means
+from pipelines.checkpoints import Checkpoint
 from pipelines.commit import staged_directory, write_atomically
 from pipelines.errors import InputError
 from pipelines.evaluate.cells import Cell, CellResult, CellWorker, finished_cell
@@ -127,6 +128,7 @@ def plan_cells(config: EvaluateConfig) -> list[Cell]:
     for name, path in config.models.items():
         if not (path / "config.json").is_file():
             raise InputError(f"models.{name}: {path}: no Hugging Face checkpoint there")
+        Checkpoint.open(path)  # damaged files show before the work
         model_key = fingerprint_directory(path, MODEL_FILES)
         settings = (config.max_new_tokens, config.batch_size, config.limit)
         for task in tasks:

@@ -76,7 +76,8 @@ def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
 
 
 def chat_template(plan: MergePlan) -> str:
-    """The chat template that the config asks for: the text itself, or a model's.
+    """The chat template that the config asks for: the text itself, a model's, or with `auto` the
+    one that most models have.
 
     Raises:
         InputError: a model without one.
@@ -84,6 +85,13 @@ def chat_template(plan: MergePlan) -> str:
     wanted = plan.config.chat_template or ""
     if "{" in wanted:
         return wanted
+    if wanted == "auto":
+        folders = dict.fromkeys(each.path for each in (plan.reference, *plan.models.values()))
+        files = [folder / TEMPLATE_FILE for folder in folders]
+        texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+        if not texts:
+            raise InputError(f"chat_template: found 'auto', and no model has a {TEMPLATE_FILE}")
+        return max(texts, key=texts.count)  # the first of equals: the reference's
     source = plan.models.get(wanted)
     path = (Path(wanted) if source is None else source.path) / TEMPLATE_FILE
     if not path.is_file():
@@ -95,11 +103,19 @@ def chat_template(plan: MergePlan) -> str:
 
 
 def drawn(plan: MergePlan) -> dict[str, float]:
-    """What the seed drew once for the merge: M3's lambda, where the method has it."""
-    first = next(tensor for tensor in plan.tensors.values() if tensor.dtype.is_floating_point)
-    if "mixup_lambda" not in first.parameters:
-        return {}
-    return {"mixup_lambda": mixup_lambda(first.parameters, plan.config.seed)}
+    """What the seed drew once for the merge, M3's lambda, where the method has it; of the named
+    merges that it is made of with their names before it.
+    """
+    found = {}
+    for tensor in plan.tensors.values():
+        if "mixup_lambda" in tensor.parameters:
+            found["mixup_lambda"] = mixup_lambda(tensor.parameters, plan.config.seed)
+            break
+    for name, each in plan.config.merges.items():
+        if "mixup_lambda" in each.method.parameters:
+            given = {"mixup_alpha": None, "mixup_lambda": None} | each.parameters
+            found[f"{name}.mixup_lambda"] = mixup_lambda(given, each.seed)
+    return found
 
 
 def _config(plan: MergePlan) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from operators.merging import METHODS, Method
-from pipelines.config import Config, apply_overrides, check, load_config
+from pipelines.config import Config, apply_overrides, check, load_config, parse_documents
 from pipelines.errors import InputError
 from pipelines.merge.parameters import has_filters, resolve, value_for
 
@@ -18,9 +18,13 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 # Fields of mergekit's files that change nothing here, and why.
 WITHOUT_EFFECT = {"int8_mask": "masks are never stored"}
 GIB = 1 << 30
+OF_THE_FILE = {"memory_budget", "executor", "num_workers", "storage"}
 _UNITS = {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-Parameters = dict[str, Any]
+# Left empty, as mergekit allows, they are none.
+Parameters = Annotated[
+    dict[str, Any], BeforeValidator(lambda found: {} if found is None else found)
+]
 
 
 class ModelEntry(Config):
@@ -129,6 +133,8 @@ class MergeConfig(Config):
         for name, each in self.merges.items():
             if name not in used and each.out is None:
                 raise ValueError(f"merges: {name}: has no effect: no model refers to it, no out")
+            for field in sorted(OF_THE_FILE & each.model_fields_set):
+                raise ValueError(f"merges: {name}: {field}: is one for the whole file")
         if self.device != "cpu" and self.method.streamed_unit != "tensor":
             takes = [name for name, each in METHODS.items() if each.streamed_unit == "tensor"]
             raise ValueError(
@@ -237,6 +243,8 @@ class MergeConfig(Config):
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             for value in leaves(setting):
+                if name == "rescale" and isinstance(value, bool):
+                    continue  # mergekit's switch
                 if not parameter.accepts(value):
                     raise ValueError(f"{name}: found {value!r}; allowed: {parameter.allowed}")
 
@@ -265,7 +273,7 @@ def load_merge_config(path: str | Path, overrides: Iterable[str] = ()) -> MergeC
     """
     path = Path(path)
     try:
-        documents = [each for each in yaml.safe_load_all(path.read_text("utf-8")) if each]
+        documents = [each for each in parse_documents(path.read_text("utf-8")) if each]
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         documents = []  # load_config says what is wrong
     if len(documents) < 2:
@@ -275,7 +283,10 @@ def load_merge_config(path: str | Path, overrides: Iterable[str] = ()) -> MergeC
     for number, document in enumerate(named, start=1):
         if not isinstance(document, dict) or not isinstance(document.get("name"), str):
             raise InputError(f"{path}: document {number}: name: required, not given")
-        merges[document.pop("name")] = document
+        name = document.pop("name")
+        if name in merges:
+            raise InputError(f"{path}: document {number}: name: found {name!r} a second time")
+        merges[name] = document
     if not isinstance(last, dict):
         raise InputError(f"{path}: the last document: expected a mapping of fields")
     last.pop("name", None)

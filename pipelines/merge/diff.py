@@ -54,15 +54,20 @@ def diff_models(a: str, b: str, base: str | None = None) -> list[TensorDiff]:
     return [*found, _described("all", *totals, has_base=origin is not None)]
 
 
-def unmatched(a: str, b: str) -> Iterator[str]:
-    """A line for each tensor that only one of two models has, or that differs in shape."""
-    one, two = open_model(a), open_model(b)
+def unmatched(a: str, b: str, base: str | None = None) -> Iterator[str]:
+    """A line for each tensor that only one of two models has, that differs in shape, or that their
+    base does not have so.
+    """
+    one, two = open_model(a, base), open_model(b, base)
+    origin = None if base is None else open_model(base)
     for name in dict.fromkeys([*one.names(), *two.names()]):
         first, second = one.find(name), two.find(name)
         if first is None or second is None:
             yield f"{name}: only in {b if first is None else a}"
         elif first.shape != second.shape:
             yield f"{name}: {list(first.shape)} in {a}, {list(second.shape)} in {b}"
+        elif origin is not None and not _comparable(name, one, two, origin):
+            yield f"{name}: not in {base}, or of another shape or kind there"
 
 
 def _comparable(name: str, *sources: Source | None) -> bool:

@@ -88,7 +88,8 @@ def _slices(
                 )
             ingredients.append(Ingredient(base, first or 0, {}, is_base=True))
         entry = entries[0]
-        count = num_layers(ingredients[0].source)
+        # A layer that not all have is a missing tensor, never left out.
+        count = max(num_layers(ingredient.source) for ingredient in ingredients)
         if isinstance(entry, SliceSource):
             count = entry.layer_range[1] - entry.layer_range[0]
         slices.append(LayerSlice(start, count, ingredients, common))

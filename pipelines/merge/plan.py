@@ -65,7 +65,7 @@ class MergePlan:
     @property
     def works_on_gpu(self) -> bool:
         """Whether any tensor is merged on a GPU."""
-        return any(tensor.works_on_gpu for tensor in self.tensors.values())
+        return any(each.device != "cpu" for each in (self.config, *self.config.merges.values()))
 
     def is_held(self, tensor: TensorMerge) -> bool:
         """Whether a worker keeps a tensor's inputs in memory, to read them once for all passes:
@@ -125,7 +125,9 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     """
     named: dict[str, Source] = {}
     for name, each in config.merges.items():
-        named[name] = _as_source(name, _plan(each, named))
+        planned = _plan(each.model_copy(update={"memory_budget": config.memory_budget}), named)
+        _check_memory(planned)
+        named[name] = _as_source(name, planned)
     plan = _plan(config, named)
     _check_memory(plan)
     return plan

@@ -15,6 +15,7 @@ from tempfile import gettempdir
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.checkpoints import lock_directory
 from pipelines.errors import InputError
@@ -64,6 +65,8 @@ class Destination:
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file."""
         with self._failing():
+            if isinstance(self.store, LocalFileSystem):  # in a store, folders are only names
+                self.store.makedirs(self.folder, exist_ok=True)
             self.store.pipe_file(f"{self.folder}/{name}", json.dumps(value).encode())
 
     def sizes(self) -> dict[str, int]:
@@ -114,6 +117,8 @@ def merge_to_url(plan: MergePlan, url: str, *, force: bool, executor: str) -> st
     scratch = Path(gettempdir()) / f"poise-merge-{fingerprint(there.url)}"
     scratch.mkdir(exist_ok=True)
     with lock_directory(scratch):
+        for file in scratch.iterdir():  # of a killed merge, perhaps of another plan
+            file.unlink()
         try:
             written = _fill(plan, there, scratch, marker, executor)
         finally:

@@ -1,18 +1,18 @@
 """Run a merge: plan, do what is not done yet, commit."""
 
 import errno
-import json
 import shutil
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 from pipelines.checkpoints import lock_directory
+from pipelines.checkpoints.reader import read_json
 from pipelines.commit import commit_directory, partial_path, refuse_existing
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
 from pipelines.merge.card import PROVENANCE_FILE, chat_template, write_companions
-from pipelines.merge.config import MergeConfig
+from pipelines.merge.config import OF_THE_FILE, MergeConfig
 from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import EXECUTORS
 from pipelines.merge.journal import Journal
@@ -52,6 +52,9 @@ def merge(
     if "://" in str(out):
         return merge_to_url(plan, str(out), force=force, executor=executor)
     out = Path(out).absolute()
+    for path in plan.checkpoints:
+        if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise InputError(f"{out}: is or holds an input of the merge; choose another output")
     if is_finished(plan, out) and not force:
         return out
     refuse_existing(out, force=force)
@@ -74,7 +77,8 @@ def _write_named(config: MergeConfig, *, force: bool, executor: Literal["local",
             earlier = dict(
                 takewhile(lambda item, last=name: item[0] != last, config.merges.items())
             )
-            alone = each.model_copy(update={"out": None, "merges": earlier})
+            shared = {name: getattr(config, name) for name in OF_THE_FILE}
+            alone = each.model_copy(update={"out": None, "merges": earlier, **shared})
             merge(alone, output_place(each.out, config.storage), force=force, executor=executor)
 
 
@@ -92,7 +96,7 @@ def is_finished(plan: MergePlan, out: Path) -> bool:
     path = out / PROVENANCE_FILE
     if not path.is_file():
         return False
-    found = json.loads(path.read_text())
+    found = read_json(path)
     if found.get("key") == plan.key:
         return True
     if found.get("settings") != fingerprint(plan.settings):

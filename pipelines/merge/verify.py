@@ -1,6 +1,5 @@
 """Checking a merge against its own record, and making it again."""
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.digests import checkpoint_fingerprint
+from pipelines.checkpoints.reader import read_json
 from pipelines.config import check
 from pipelines.errors import InputError
 from pipelines.merge.card import PROVENANCE_FILE
@@ -53,7 +53,7 @@ def _record(folder: Path) -> dict[str, Any]:
     path = folder / PROVENANCE_FILE
     if not path.is_file():
         raise InputError(f"{folder}: no {PROVENANCE_FILE}; allowed: the output of poise merge")
-    record = json.loads(path.read_text())
+    record = read_json(path)
     if record.get("kind") != "merge" or "output" not in record:
         raise InputError(f"{path}: is no record of a merge with its fingerprints")
     return record

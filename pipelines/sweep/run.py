@@ -12,9 +12,9 @@ from pipelines.commit import staged_directory, write_atomically
 from pipelines.config import apply_overrides, load_yaml
 from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate
-from pipelines.evaluate.tasks import DIMENSIONS, load_tasks
+from pipelines.evaluate.tasks import DIMENSIONS, load_rows, load_tasks
 from pipelines.fingerprint import fingerprint, fingerprint_file
-from pipelines.merge import load_merge_config, merge
+from pipelines.merge import load_merge_config, merge, plan_merge
 from pipelines.sweep.config import Range, SweepConfig
 
 RESULT_FILE = "sweep.json"
@@ -35,7 +35,7 @@ def sweep(config: SweepConfig, out: str | Path, *, force: bool = False) -> dict[
             `force` is false.
     """
     out = Path(out)
-    key = _check(config)
+    key = check_sweep(config)
     if (out / RESULT_FILE).is_file() and not force:
         finished = json.loads((out / RESULT_FILE).read_text())
         if finished["fingerprint"] == key:
@@ -66,20 +66,43 @@ def _overrides(parameters: dict[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in parameters.items()]
 
 
-def _check(config: SweepConfig) -> str:
-    """Find every mistake before the first trial; returns the fingerprint of config and inputs."""
+def check_sweep(config: SweepConfig) -> str:
+    """Find every mistake before the first trial: each value of each field is put into the merge,
+    beside the others' first ones; returns the fingerprint of config and inputs.
+
+    Raises:
+        InputError: the first mistake.
+    """
     tasks = load_tasks(config.tasks)
     allowed = ["average", *DIMENSIONS, *(task.name for task in tasks)]
     if config.metric not in allowed:
         raise InputError(f"metric: found {config.metric!r}; allowed: {', '.join(allowed)}")
-    first = {
-        key: value[0] if isinstance(value, list) else (value.uniform or value.log_uniform)[0]
-        for key, value in config.search.items()
-    }
+    for name in config.only or ():
+        if name not in allowed[1 + len(DIMENSIONS) :]:
+            raise InputError(f"only: found {name!r}; allowed: names of tasks in {config.tasks}")
+    tried = {key: _ends(values) for key, values in config.search.items()}
+    first = {key: values[0] for key, values in tried.items()}
     merge_config = load_merge_config(config.merge, _overrides(first))
+    for key, values in tried.items():
+        for value in values[1:]:
+            load_merge_config(config.merge, _overrides(first | {key: value}))
+    inputs = plan_merge(merge_config).identities
+    rows = {}
+    for task in tasks:
+        load_rows(task, config.split)
+        rows[task.name] = fingerprint_file(task.files[config.split])
     files = [fingerprint_file(config.merge), fingerprint_file(config.tasks)]
     settings = config.model_dump(mode="json", exclude={"max_concurrent_trials", "cpus_per_trial"})
-    return fingerprint([settings, files, merge_config.model_dump(mode="json")])
+    return fingerprint([settings, files, merge_config.model_dump(mode="json"), inputs, rows])
+
+
+def _ends(values: list[Any] | Range) -> list[Any]:
+    """What is looked at of one field's search: every value of a list, both ends of a range."""
+    if isinstance(values, list):
+        return values
+    bounds = values.uniform or values.log_uniform
+    assert bounds is not None
+    return list(bounds)
 
 
 def _tune(config: SweepConfig, folder: Path, key: str) -> list[dict[str, Any]]:

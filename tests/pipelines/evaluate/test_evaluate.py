@@ -183,3 +183,16 @@ def test_bad_rows_are_named(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "t.jsonl").write_text(line + "\n")
     with pytest.raises(InputError, match=message):
         load_rows(load_tasks(tmp_path / "tasks.yaml")[0], "test")
+
+
+def test_a_damaged_model_is_named_before_the_work(world: Path, tmp_path: Path) -> None:
+    """By its file, and nothing is left; also by whoever loads it alone."""
+    model = save_tiny_llama(tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    config = EvaluateConfig(models={"cut": model}, tasks=world / "tasks.yaml", split="test")
+    with pytest.raises(InputError, match=str(weights)):
+        evaluate(config, tmp_path / "out", executor="local")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    with pytest.raises(InputError, match="does not load"):
+        Generator(model)

@@ -1,5 +1,6 @@
 """Several merges in one file, and tensors that not every model has."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import yaml
 
 from operators.merging import merge_tensor
+from operators.merging.mixup import draw_mixup_lambda
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, load_merge_config, merge, plan_merge
 from pipelines.merge.worker import MergeWorker
@@ -133,3 +135,26 @@ def test_allow_nonfinite(own_family: Family, tmp_path: Path) -> None:
     result = weights_of(merge(config, tmp_path / "out"))[norm]
     assert result[5] == float("inf")
     assert torch.isfinite(result).sum() == 31
+
+
+def test_what_a_named_merge_draws_is_recorded(family: Family, tmp_path: Path) -> None:
+    mixed = family.config("m3_average", models=family.config()["models"][:2])
+    mixed["parameters"] = {"mixup_alpha": 0.5}
+    config = family.config("linear", models=[{"model": "mixed"}, {"model": str(family.models[2])}])
+    out = merge(MergeConfig.model_validate(config | {"merges": {"mixed": mixed}}), tmp_path / "out")
+    drawn = json.loads((out / "poise.json").read_text())["drawn"]
+    assert drawn == {"mixed.mixup_lambda": draw_mixup_lambda(0.5, 0)}
+
+
+def test_a_named_merge_is_held_to_the_files_budget(family: Family, tmp_path: Path) -> None:
+    first = family.config("tsvm")
+    config = family.config("linear", models=[{"model": "first"}], merges={"first": first})
+    with pytest.raises(ValueError, match="merges: first: num_workers: is one for the whole file"):
+        MergeConfig.model_validate(config | {"merges": {"first": first | {"num_workers": 1}}})
+    if not torch.cuda.is_available():
+        on_gpu = MergeConfig.model_validate(
+            config | {"merges": {"first": first | {"device": "cuda"}}}
+        )
+        with pytest.raises(InputError, match="device: found cuda; allowed: cpu"):
+            merge(on_gpu, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []

@@ -214,3 +214,28 @@ def test_a_device_that_the_method_does_not_use(family: Family) -> None:
 def test_a_gpu_that_is_not_there(family: Family, tmp_path: Path) -> None:
     message = refused(family, tmp_path / "o" / "out", "tsvm", device="cuda")
     assert message == "device: found cuda; allowed: cpu, as this machine has no GPU"
+
+
+@pytest.mark.parametrize("deeper", [0, 1])
+def test_a_layer_that_not_all_have_is_never_left_out(
+    deeper: int, own_family: Family, tmp_path: Path
+) -> None:
+    """Whichever of the models is the deeper one, and the base too."""
+    for path in (own_family.models[deeper], own_family.base):
+        tensors = weights_of(path)
+        extra = {n.replace("layers.1.", "layers.2."): t.clone() for n, t in tensors.items()}
+        before = dict(tensors)
+        save_weights(path, tensors | extra)
+        method = "task_arithmetic" if path == own_family.base else "linear"
+        assert "has no tensor 'model.layers.2." in refused(own_family, tmp_path / "o" / "x", method)
+        save_weights(path, before)
+
+
+def test_an_output_in_the_place_of_an_input(own_family: Family) -> None:
+    """Not even by force."""
+    config = MergeConfig.model_validate(own_family.config())
+    before = weights_of(own_family.models[0])
+    for out in (own_family.models[0], own_family.models[0].parent):
+        with pytest.raises(InputError, match="is or holds an input of the merge; choose another"):
+            merge(config, out, force=True)
+    assert all(torch.equal(weights_of(own_family.models[0])[n], t) for n, t in before.items())

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import gettempdir
 
 import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
 from pipelines.errors import InputError
+from pipelines.fingerprint import fingerprint
 from pipelines.merge import MergeConfig, merge
 from pipelines.merge.remote import MARKER_FILE, Destination
 from tests.pipelines.merge.conftest import Family
@@ -101,3 +103,13 @@ def test_a_store_that_refuses(family: Family, bucket: str) -> None:
         merge(config_of(family), "s3://no-such-bucket/out")
     with pytest.raises(InputError, match=r"^nosuch://a/b: cannot be written to: "):
         merge(config_of(family), "nosuch://a/b")
+
+
+def test_a_folder_as_an_address(family: Family, tmp_path: Path, files_of) -> None:
+    """file:// is a store too; what a killed merge left in the scratch folder is not uploaded."""
+    url = f"file://{tmp_path}/new/out"
+    scratch = Path(gettempdir()) / f"poise-merge-{fingerprint(url)}"
+    scratch.mkdir()
+    (scratch / "model-00007-of-00009.safetensors").write_bytes(b"old")
+    merge(config_of(family), url)
+    assert files_of(tmp_path / "new" / "out") == files_of(merge(config_of(family), tmp_path / "o"))

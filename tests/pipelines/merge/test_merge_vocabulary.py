@@ -127,3 +127,17 @@ def test_chat_template(family: Family, tmp_path: Path) -> None:
     assert said == "hi!"
     with pytest.raises(InputError, match="chat_template: found 'none', and no none/chat_template"):
         merged(family, tmp_path / "other", chat_template="none")
+
+
+def test_a_token_without_a_row_is_a_missing_one(own_family: Family, tmp_path: Path) -> None:
+    """Added to the tokenizer while the embedding stayed as it was: other models' row, or zeros."""
+    tokenizer = AutoTokenizer.from_pretrained(own_family.models[0])
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(own_family.models[0])
+    number = len(tokenizer) - 1
+    out = merged(own_family, tmp_path / "alone", tokenizer="union")
+    assert torch.equal(weights_of(out)[EMBEDDING][number], torch.zeros(32))
+    add_token(own_family.models[1], "<extra>", 5.0)
+    out = merged(own_family, tmp_path / "two", tokenizer="union")
+    for name in BY_TOKEN:
+        torch.testing.assert_close(weights_of(out)[name][number], torch.full((32,), 5.0))

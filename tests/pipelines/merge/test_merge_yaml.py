@@ -202,3 +202,30 @@ def test_memory_budget_that_is_too_small(family: Family, tmp_path: Path) -> None
     merge(config, tmp_path / "out")
     with pytest.raises(ValueError, match="memory_budget"):
         MergeConfig.model_validate(family.config("ties") | fields | {"memory_budget": "12"})
+
+
+def test_numbers_switches_and_gaps_as_mergekit_reads_them(family: Family, tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        f"""
+merge_method: dare_linear
+base_model: {family.base}
+models:
+  - model: {family.models[0]}
+    parameters:
+  - model: {family.models[1]}
+    parameters: {{weight: 5e-1, density: 5E-1}}
+parameters: {{density: 0.5, rescale: false}}
+chat_template: auto
+""",
+    )
+    assert config.models[0].parameters == {}
+    assert config.models[1].parameters == {"weight": 0.5, "density": 0.5}
+    out = merge(config, tmp_path / "out")
+    base = weights_of(family.base)
+    values, expected = weights_of(out), weights_of(family.models[0])
+    name = "model.layers.0.mlp.up_proj.weight"
+    rows = values[name] - base[name]
+    assert rows.abs().max() < 2 * (expected[name] - base[name]).abs().max()  # nothing is rescaled
+    template = (family.base / "chat_template.jinja").read_text()
+    assert (out / "chat_template.jinja").read_text() == template

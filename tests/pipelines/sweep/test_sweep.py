@@ -1,6 +1,7 @@
 """Sweeps: every value tried, the best chosen by the metric, finished trials kept."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from pipelines.config import check, load_yaml
 from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.merge import load_merge_config, merge
-from pipelines.sweep import SweepConfig, sweep
+from pipelines.sweep import SweepConfig, check_sweep, sweep
 from tests.tiny_models import save_tiny_llama
 
 
@@ -127,3 +128,21 @@ def test_searches_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         config_of(inputs, **changes)
+
+
+def test_every_value_is_looked_at_before_the_first_trial(inputs: Path) -> None:
+    for values in ([0.5, "much"], {"uniform": [0.5, 1.0]}):
+        changes = {"search": {"parameters.lambda": values}}
+        if isinstance(values, list):
+            with pytest.raises(InputError, match="lambda: found 'much'; allowed"):
+                check_sweep(config_of(inputs, **changes))
+        else:
+            check_sweep(config_of(inputs, **changes, num_samples=1))
+
+
+def test_changed_weights_are_another_sweep(inputs: Path, tmp_path: Path) -> None:
+    before = check_sweep(config_of(inputs))
+    weights = inputs / "tuned" / "model.safetensors"
+    times = weights.stat()
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
+    assert check_sweep(config_of(inputs)) != before
