@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pipelines.checkpoints.reader import EMBEDDING, HEAD, Checkpoint, read_json
+from pipelines.checkpoints.reader import HEAD, Checkpoint, is_embedding, read_json
 from pipelines.checkpoints.safetensors_header import StoredTensor
 from pipelines.checkpoints.source import Source
 from pipelines.errors import InputError
@@ -145,7 +145,7 @@ class AdaptedCheckpoint:
                 f"adapter {self.store.path}: changes {name!r}, which its base {self.base.path} has "
                 "not"
             )
-        if name == EMBEDDING and HEAD not in self.base.names() and self.base.find(HEAD):
+        if is_embedding(name) and HEAD not in self.base.names() and self.base.find(HEAD):
             raise InputError(
                 f"adapter {self.store.path}: changes the embedding of a model whose head is tied "
                 "to it; allowed: adapters of other weights, or a base with a head of its own"
@@ -180,14 +180,14 @@ def _parts(store: Checkpoint) -> tuple[dict[str, Adapter], dict[str, str]]:
     replaced: dict[str, str] = {}
     for name in store.tensors:
         own = name.removeprefix(_PREFIX)
-        for (end_a, end_b), is_embedding in ((_LINEAR, False), (_EMBEDDING, True)):
+        for (end_a, end_b), of_embedding in ((_LINEAR, False), (_EMBEDDING, True)):
             if own.endswith(end_a):
                 module = own.removesuffix(end_a)
                 b = name.removesuffix(end_a) + end_b
                 if b not in store.tensors:
                     raise InputError(f"adapter {store.path}: has {name!r} without {b!r}")
                 scale = _scale(store.config, module, store.tensors[name].shape[0])
-                transposed = is_embedding or bool(store.config.get("fan_in_fan_out"))
+                transposed = of_embedding or bool(store.config.get("fan_in_fan_out"))
                 adapters[f"{module}.weight"] = Adapter(name, b, scale, transposed)
         if ".lora_" not in own:
             replaced[own.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = name

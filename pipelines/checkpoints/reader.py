@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ from pipelines.checkpoints.safetensors_header import StoredTensor, read_header
 from pipelines.errors import InputError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,19 @@ class Checkpoint:
         return sum(tensor.num_elements for tensor in self.tensors.values())
 
     @property
+    def embedding(self) -> str | None:
+        """The tensor of the input embedding, where exactly one is stored."""
+        names = [name for name in self.tensors if is_embedding(name)]
+        return names[0] if len(names) == 1 else None
+
+    @property
     def is_tied(self) -> bool:
-        """Whether the head is the embedding and not stored on its own."""
-        tied = bool(self.config.get("tie_word_embeddings", False))
-        return tied and HEAD not in self.tensors and EMBEDDING in self.tensors
+        """Whether the head is the embedding and not stored on its own. A config that does not say
+        leaves it to its architecture, which then stores a head unless it is tied.
+        """
+        settings = self.config.get("text_config") or self.config
+        tied = bool(settings.get("tie_word_embeddings", True))
+        return tied and HEAD not in self.tensors and self.embedding is not None
 
     @classmethod
     def at(cls, path: Path) -> Self:
@@ -79,7 +92,8 @@ class Checkpoint:
     def find(self, name: str) -> StoredTensor | None:
         """The tensor of that name; a tied head is its embedding."""
         if name == HEAD and self.is_tied:
-            return self.tensors[EMBEDDING]
+            assert self.embedding is not None
+            return self.tensors[self.embedding]
         return self.tensors.get(name)
 
     def stored(self, name: str) -> tuple["Checkpoint", StoredTensor] | None:
@@ -92,6 +106,11 @@ class Checkpoint:
         tensor = self.find(name)
         assert tensor is not None, name
         return read_range(tensor, start, tensor.num_elements if stop is None else stop)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is an input embedding, by the names that architectures give it."""
+    return _EMBEDDING.search(name) is not None
 
 
 def read_range(tensor: StoredTensor, start: int, stop: int) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from operators.merging import merge_tensor
 from pipelines.errors import InputError
@@ -240,3 +240,23 @@ def test_ray_and_local_executors_give_the_same_bytes(
     local = merge(config, tmp_path / "local", executor="local")
     ray = merge(config, tmp_path / "ray", executor="ray")
     assert files_of(local) == files_of(ray)
+
+
+def test_a_tied_base_of_another_architecture_with_an_untied_fine_tune(tmp_path: Path) -> None:
+    """GPT-2, whose config does not say that it is tied: the missing head is its embedding."""
+    size = {"vocab_size": 40, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    base = GPT2LMHeadModel(GPT2Config(**size))
+    base.save_pretrained(tmp_path / "base")
+    untied = GPT2LMHeadModel(GPT2Config(**size, tie_word_embeddings=False))
+    untied.save_pretrained(tmp_path / "tuned")
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "tuned")}],
+        "parameters": {"weight": 0.5},
+    }
+    out = merge(MergeConfig.model_validate(config), tmp_path / "out")
+    merged = GPT2LMHeadModel.from_pretrained(out)
+    expected = (base.transformer.wte.weight + untied.lm_head.weight) / 2
+    torch.testing.assert_close(merged.lm_head.weight, expected)
+    assert not torch.equal(merged.lm_head.weight, merged.transformer.wte.weight)
