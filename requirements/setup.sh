@@ -33,6 +33,10 @@ auto) chosen=$build ;;
 cpu | cuda) chosen=$TORCH ;;
 *) echo "setup: TORCH=$TORCH: allowed are cpu and cuda" >&2; exit 2 ;;
 esac
+if [ "$build $chosen" = "cpu cuda" ]; then
+	echo "setup: TORCH=cuda: torch came as a cpu build; install a CUDA build of torch 2.13.0 into $venv first" >&2
+	exit 2
+fi
 echo "setup: torch came as a $build build; installing requirements/$chosen.txt" >&2
 pip --no-deps -r "requirements/$chosen.txt"
 pip --no-deps --no-build-isolation --editable .

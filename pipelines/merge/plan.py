@@ -193,8 +193,10 @@ def _check_memory(plan: MergePlan) -> None:
     largest = max(range(len(plan.items)), key=lambda item: plan.num_working_bytes[item])
     needed = plan.num_working_bytes[largest]
     if needed > plan.config.memory_budget:
-        tensor = plan.tensors[plan.items[largest][0].name]
+        tensors = [plan.tensors[piece.name] for piece in plan.items[largest]]
+        tensor = max(tensors, key=lambda each: each.num_working_bytes)
+        part = "all" if tensor.step >= tensor.num_elements else f"{tensor.step} elements"
         raise InputError(
             f"memory_budget: found {plan.config.memory_budget}; allowed: at least {needed}, as "
-            f"{tensor.method} needs all of {tensor.name} {list(tensor.shape)} at once"
+            f"{tensor.method} works on {part} of {tensor.name} {list(tensor.shape)} at once"
         )
