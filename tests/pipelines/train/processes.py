@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from pipelines.train import AlignConfig, plan_alignment
 from pipelines.train.run import worker_settings
@@ -51,7 +53,7 @@ def _free_port() -> int:
         return place.getsockname()[1]
 
 
-def _worker(rank: int, world: int, port: int, settings: dict[str, Any]) -> None:
+def _environment(rank: int, world: int, port: int) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -59,8 +61,67 @@ def _worker(rank: int, world: int, port: int, settings: dict[str, Any]) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def _worker(rank: int, world: int, port: int, settings: dict[str, Any]) -> None:
+    _environment(rank, world, port)
     from pipelines.train.loop import train_worker
 
     dist.init_process_group("gloo", rank=rank, world_size=world)
     train_worker({"runs": [settings]})
+    dist.destroy_process_group()
+
+
+def run_on_given_gradients(config: AlignConfig, folder: Path, num_steps: int) -> dict[str, Tensor]:
+    """Step the config's strategy on `given_gradient`s, put in after the reduction; returns the
+    masters of all workers together, by name.
+    """
+    folder.mkdir(parents=True)
+    arguments = (config.num_workers, _free_port(), config.model_dump_json(), folder, num_steps)
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    mp.start_processes(
+        _given_worker, arguments, config.num_workers, join=True, start_method="forkserver"
+    )
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for rank in range(config.num_workers):
+        for name, start, values in torch.load(folder / f"{rank}.pt", weights_only=True):
+            parts.setdefault(name, []).append((start, values))
+    ordered = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
+    return {name: torch.cat([values for _, values in found]) for name, found in ordered.items()}
+
+
+def given_gradient(step: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The same for every sharding: (elements of the shape,) float32."""
+    generator = torch.Generator().manual_seed(1000 * step + sum(name.encode()))
+    return torch.randn(torch.Size(shape).numel(), generator=generator)
+
+
+def _given_worker(
+    rank: int, world: int, port: int, config_text: str, folder: Path, num_steps: int
+) -> None:
+    _environment(rank, world, port)
+    from pipelines.train.strategies import build_strategy
+
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    config = AlignConfig.model_validate_json(config_text)
+    strategy = build_strategy(config, torch.device("cpu"))
+    reduced_step, step = strategy.optimizer.step, 0
+
+    def given_step(closure: None = None) -> None:
+        for flat, layouts in strategy._layouts.items():
+            for layout in layouts if flat.grad is not None else []:
+                values = given_gradient(step, layout.name, layout.shape)
+                place = slice(layout.offset, layout.offset + layout.count)
+                flat.grad[place] = values[layout.start : layout.start + layout.count]
+        reduced_step()
+
+    strategy.optimizer.step = given_step
+    ids = torch.arange(6).repeat(2, 1) + rank
+    for number in range(num_steps):
+        step = number
+        with strategy.accumulating(last=True):
+            strategy.backward(strategy.model(input_ids=ids, labels=ids).loss)
+        strategy.update(lambda norm: None)
+    found = [(part.name, part.start, values.clone()) for part, values in strategy.owned()]
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_workers
+from processes import given_gradient, run_on_given_gradients, run_workers
 from safetensors.torch import load_file
 from training_files import align_config, metrics, run_here, seeded_metrics
+from transformers import AutoModelForCausalLM
 
 from pipelines.train import AlignConfig
 from pipelines.train.checkpoints import saved_steps
+from pipelines.train.optimizer import build_optimizer
 from tests.tiny_models import save_tiny_llama
 
 WEIGHTS = "model/model.safetensors"
@@ -153,3 +155,51 @@ def test_another_number_of_workers_goes_on(
     for name, tensor in expected.items():
         different = ~torch.isclose(found[name], tensor, atol=5e-6)
         assert different.float().mean() < 0.02, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ondare", "onties"])
+@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_zero_moves_weights_on_given_gradients_as_one_process(
+    strategy: str,
+    num_workers: int,
+    name: str,
+    models: tuple[Path, Path],
+    preferences: Path,
+    tmp_path: Path,
+) -> None:
+    """DeepSpeed's own engines, to a unit in the last place: the same masks, cuts and signs."""
+    base, tuned = models
+    optimizer = {
+        "name": name,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.01,
+        "eps": 0.5,  # first updates differ in size
+        "density": 0.4,
+        "alpha": 1e-2,
+        "reference": {"base": base, "tuned": tuned},
+    }
+    config = config_of(
+        strategy,
+        models,
+        preferences,
+        optimizer=optimizer,
+        num_workers=num_workers,
+        global_batch_size=2 * num_workers,
+    )
+    found = run_on_given_gradients(config, tmp_path / "run", num_steps=3)
+    model = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    alone = build_optimizer(config, model)
+    for step in range(3):
+        for parameter_name, parameter in model.named_parameters():
+            gradient = given_gradient(step, parameter_name, tuple(parameter.shape))
+            parameter.grad = gradient.view_as(parameter)
+        alone.step()
+    expected = dict(model.named_parameters())
+    assert found.keys() == expected.keys()
+    for parameter_name, parameter in expected.items():
+        bits = [
+            x.detach().view(-1).view(torch.int32).long() for x in (found[parameter_name], parameter)
+        ]
+        assert (bits[0] - bits[1]).abs().max() <= 1, parameter_name
