@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from operators.counter_random import canonical_name
+from operators.optim import OnlineMergingAdamW
 from tests.tiny_models import save_tiny_llama
 
 
@@ -110,3 +113,35 @@ def test_the_lines_of_transformers(project_root, checkpoints, tmp_path) -> None:
     optimizer.merge_pending()
     for found, expected in zip(resumed.parameters(), names["model"].parameters(), strict=True):
         assert torch.equal(found, expected)
+
+
+def adapted(checkpoints: dict, rank: int) -> dict:
+    """A model with new adapters, and what a reference has made of the same ones."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=rank, target_modules=["q_proj", "up_proj"])
+    model = get_peft_model(checkpoints["model"], settings)
+    trained = {canonical_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    reference = {name: p.detach() + 0.1 for name, p in trained.items()}
+    return {"model": model, "reference_adapters": reference}
+
+
+def test_the_lines_for_adapters(project_root: Path, checkpoints: dict) -> None:
+    """Every adapter moves along its tau, what is frozen stays, another rank is an error."""
+    names, code = adapted(checkpoints, 4), documented(project_root, "reference_adapters")
+    before = {n: p.detach().clone() for n, p in names["model"].named_parameters()}
+    exec(code.replace("density=0.01", "density=1.0").replace("alpha=1e-7", "alpha=0.5"), names)
+    for parameter in names["adapters"].values():
+        parameter.grad = torch.zeros_like(parameter)
+    names["optimizer"].step()
+    for name, parameter in names["model"].named_parameters():
+        moved = parameter.detach() - before[name]
+        expected = 0.05 if parameter.requires_grad else 0.0
+        torch.testing.assert_close(moved, torch.full_like(moved, expected), atol=1e-3, rtol=0)
+    adapters = names["adapters"]
+    first = next(iter(adapters))
+    for tau, message in (
+        ({n: p.detach()[:2] for n, p in adapters.items()}, f"'{first}' has shape"),
+        ({}, f"has no tensor for parameter '{first}'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            OnlineMergingAdamW(adapters.items(), tau, alpha=0.1, density=0.5)
