@@ -1,6 +1,7 @@
 """`poise align` from the command line: what is printed, exit statuses, and kills of everything."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from ray_jobs.cli import main
 from tests.pipelines.train.training_files import align_config, preference_rows, write_rows
@@ -79,3 +82,77 @@ def test_a_run_survives_the_death_of_everything(config: Path, project_root: Path
     name = "model.safetensors"
     assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     assert not (folder / ".out.partial").exists()
+
+
+@pytest.mark.slow
+def test_a_run_survives_kills_at_any_moment(config: Path, project_root: Path) -> None:
+    """While it starts, tokenises, scores the reference, trains, writes or exports: wherever so many
+    seconds happen to fall, the last start ends with the bytes of an undisturbed run.
+    """
+    folder, draw = config.parent, random.Random(0)
+    begin = time.monotonic()
+    subprocess.run(
+        command(config, "--out", folder / "whole"), cwd=project_root, check=True, timeout=600
+    )
+    usual = time.monotonic() - begin
+    for _ in range(4):
+        run = subprocess.Popen(
+            command(config, "--out", folder / "out"), cwd=project_root, start_new_session=True
+        )
+        try:
+            run.wait(timeout=draw.uniform(0.2, 1.0) * usual)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+    subprocess.run(
+        command(config, "--out", folder / "out"), cwd=project_root, check=True, timeout=600
+    )
+    name = "model.safetensors"
+    assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    assert not (folder / ".out.partial").exists()
+
+
+SETTINGS = {
+    "single": ("kto", "completion", 1),
+    "ddp": ("sft", "completion", 2),
+    "fsdp2": ("ipo", "chosen", 2),
+    "zero1": ("hinge", "chosen", 2),
+    "zero2": ("simpo", "chosen", 2),
+    "zero3": ("orpo", "chosen", 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", SETTINGS)
+def test_every_strategy_and_objective(strategy: str, tmp_path: Path, project_root: Path) -> None:
+    """Each strategy with another objective, as a user starts them: the model moves and loads."""
+    objective, column, num_workers = SETTINGS[strategy]
+    model = save_tiny_llama(tmp_path / "model")
+    rows = preference_rows(16)
+    if column == "completion":
+        rows = [
+            {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+            for row in rows
+            for name in ("chosen", "rejected")
+        ]
+    if objective == "sft":
+        rows = [{name: row[name] for name in ("prompt", "completion")} for row in rows]
+    values = align_config(
+        model,
+        write_rows(tmp_path / "rows.jsonl", rows),
+        objective={"name": objective},
+        strategy=strategy,
+        num_workers=num_workers,
+        num_steps=2,
+    ).model_dump(mode="json", exclude_unset=True)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    subprocess.run(
+        command(config, "--out", tmp_path / "out"), cwd=project_root, check=True, timeout=300
+    )
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for path in (model, tmp_path / "out")
+    )
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    assert all(bool(torch.isfinite(value).all()) for value in after.values())
