@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from operators.metrics import delta_sums, norm_and_cosine
+from operators.optim.reference import ReferenceDelta
 from pipelines.checkpoints import Checkpoint, CheckpointDelta
 from pipelines.train.config import AlignConfig
 from pipelines.train.errors import DivergenceError
@@ -165,11 +166,17 @@ def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
     """
     start = Checkpoint.open(config.model)
     reference = config.optimizer.reference
-    source = None if reference is None else CheckpointDelta(reference.base, reference.tuned)
+    source = None
+    if reference is not None:
+        delta = CheckpointDelta(reference.base, reference.tuned)
+        source = ReferenceDelta(delta, config.optimizer.missing_delta)
     sums = torch.zeros(3, dtype=torch.float64)
     for part, values in strategy.owned():
         where = (part.name, part.start, part.start + part.count)
-        tau = None if source is None else source.read(*where)
+        tau = None
+        if source is not None:  # 0 where the reference has nothing, as in the merge
+            covered = source.covers(part)
+            tau = source.read(part, part.start, part.count) if covered else torch.zeros(part.count)
         sums += delta_sums(values.detach().cpu(), start.read(*where).float(), tau)
     norm, cosine = norm_and_cosine(add_up(sums))
     return {"delta_norm": norm} | ({} if source is None else {"tau_cosine": cosine})
