@@ -36,6 +36,16 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "ray_jobs.cli", "align", *map(str, arguments)]
 
 
+def assert_ends_as_undisturbed(config: Path, project_root: Path) -> None:
+    """The last start of `out` ends with the bytes of `whole`, and leaves nothing beside it."""
+    folder, name = config.parent, "model.safetensors"
+    subprocess.run(
+        command(config, "--out", folder / "out"), cwd=project_root, check=True, timeout=600
+    )
+    assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    assert not (folder / ".out.partial").exists()
+
+
 def test_bad_input_ends_with_status_2_and_one_line(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,12 +86,7 @@ def test_a_run_survives_the_death_of_everything(config: Path, project_root: Path
             time.sleep(0.005)
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-    subprocess.run(
-        command(config, "--out", folder / "out"), cwd=project_root, check=True, timeout=600
-    )
-    name = "model.safetensors"
-    assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
-    assert not (folder / ".out.partial").exists()
+    assert_ends_as_undisturbed(config, project_root)
 
 
 @pytest.mark.slow
@@ -104,12 +109,7 @@ def test_a_run_survives_kills_at_any_moment(config: Path, project_root: Path) ->
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
-    subprocess.run(
-        command(config, "--out", folder / "out"), cwd=project_root, check=True, timeout=600
-    )
-    name = "model.safetensors"
-    assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
-    assert not (folder / ".out.partial").exists()
+    assert_ends_as_undisturbed(config, project_root)
 
 
 SETTINGS = {
