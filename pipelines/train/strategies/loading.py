@@ -87,27 +87,30 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
     Parameters that several modules share stay shared.
     """
-    shared = _shared_parameters(model)
+    shared = places_of_parameters(model)
     model.to_empty(device=device)
-    for owner, name, others in shared:
+    for (owner, name), *others in shared.values():
         for module, other in others:
             module._parameters[other] = owner._parameters[name]
-    for module in model.modules():
-        if module._non_persistent_buffers_set:
-            root = model if hasattr(model, "_init_weights") else model.module
-            root._init_weights(module)
+    compute_buffers(model)
 
 
-def _shared_parameters(
-    model: nn.Module,
-) -> list[tuple[nn.Module, str, list[tuple[nn.Module, str]]]]:
-    """Each parameter that stands in several places: the first one and the others."""
-    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+def places_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Each parameter with the modules that have it and its name there: several where it is tied."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 places.setdefault(parameter, []).append((module, name))
-    return [(*found[0], found[1:]) for found in places.values() if len(found) > 1]
+    return places
+
+
+def compute_buffers(model: nn.Module) -> None:
+    """Set the buffers that no checkpoint holds, such as the frequencies of rotary embeddings."""
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            root = model if hasattr(model, "_init_weights") else model.module
+            root._init_weights(module)
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from pipelines.checkpoints import Checkpoint
 from pipelines.train.config import ZERO_STAGES, AlignConfig
-from pipelines.train.strategies.loading import Owned, empty_model, fill, materialize
-from pipelines.train.strategies.native import local_parameters
+from pipelines.train.strategies.loading import Owned, empty_model, fill
 from pipelines.train.strategies.zero_layout import check_layouts, flat_layouts
+from pipelines.train.strategies.zero_loading import load_into_engine
 from pipelines.train.strategies.zero_resume import (
     SavedShards,
     load_shards,
@@ -40,16 +40,18 @@ class ZeroStrategy:
 
         self.config = config
         _join(device)
+        settings = engine_settings(config)
         model = empty_model(config.model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        materialize(model, device)
-        checkpoint = Checkpoint.open(config.model)
-        fill(local_parameters(model), checkpoint)
         self.parameter_names = frozenset(name for name, _ in model.named_parameters())
-        self.optimizer = build_optimizer(model)
+        self.optimizer = build_optimizer(model)  # which looks at shapes, while they are there
+        checkpoint = Checkpoint.open(config.model)
+        load_into_engine(model, checkpoint, settings, device)
+        (group,) = self.optimizer.param_groups
+        group["params"] = list(model.parameters())
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=engine_settings(config)
+            model=model, optimizer=self.optimizer, config=settings
         )
         self.model: nn.Module = self._engine
         self._layouts = flat_layouts(self._engine)

@@ -1,0 +1,64 @@
+"""Weights for DeepSpeed's engine, in its precision; under stage 3 no rank ever holds them all."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipelines.checkpoints import Checkpoint
+from pipelines.train.strategies.loading import (
+    compute_buffers,
+    fill,
+    materialize,
+    places_of_parameters,
+)
+from pipelines.train.strategies.native import local_parameters
+
+
+@torch.no_grad()
+def load_into_engine(
+    model: nn.Module, checkpoint: Checkpoint, settings: dict[str, Any], device: torch.device
+) -> None:
+    """Give a model on the meta device the checkpoint's weights, rounded to the precision of the
+    passes: whole on each rank (stages 1 and 2), or each rank its share (stage 3).
+
+    Args:
+        settings: DeepSpeed's config.
+    """
+    dtype = torch.bfloat16 if settings["bf16"]["enabled"] else torch.float32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if settings["zero_optimization"]["stage"] < 3:
+        materialize(model, device)
+        fill(local_parameters(model), checkpoint)
+        return
+    _load_partitioned(model, checkpoint, settings, device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    compute_buffers(model)
+
+
+def _load_partitioned(
+    model: nn.Module, checkpoint: Checkpoint, settings: dict[str, Any], device: torch.device
+) -> None:
+    """One parameter after another: the first rank reads it, DeepSpeed sends it to all, and each
+    keeps its share before the next one comes.
+    """
+    import deepspeed
+
+    first, places = None, places_of_parameters(model)
+    for name, empty in list(model.named_parameters()):
+        parameter = nn.Parameter(torch.empty_like(empty, device=device))
+        if dist.get_rank() == 0:
+            parameter.copy_(checkpoint.read(name).view(parameter.shape))
+        for module, attribute in places[empty]:
+            module._parameters[attribute] = parameter
+        if first is None:
+            first = parameter
+            holder = nn.ParameterList([parameter])
+            deepspeed.zero.Init(module=holder, config_dict_or_path=settings)
+        else:
+            first.convert_to_zero_parameters(param_list=[parameter])
