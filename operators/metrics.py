@@ -36,6 +36,34 @@ def kl_divergences(policy: Tensor, reference: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
+@torch.no_grad()
+def draw_next_tokens(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A token for each position, drawn from the logits' distribution.
+
+    Args:
+        logits: (n, vocabulary), any floating dtype; computed in float32.
+        generator: on the device of the logits.
+
+    Returns:
+        (n,) int64 tokens, and (n,) float32 their log-probabilities.
+    """
+    log_probabilities = logits.float().log_softmax(-1)
+    tokens = torch.multinomial(log_probabilities.exp(), 1, generator=generator)
+    return tokens.squeeze(-1), log_probabilities.gather(-1, tokens).squeeze(-1)
+
+
+@torch.no_grad()
+def kl_estimates(log_ratio: Tensor) -> Tensor:
+    """Estimates of KL(policy || reference) from tokens that the reference drew: `r log r - (r - 1)`
+    with `r = p / q`. Its mean under q is the KL, as that of `r log r` is and r - 1 has mean 0; so
+    subtracted, no estimate is negative.
+
+    Args:
+        log_ratio: (...) log p - log q of each drawn token.
+    """
+    return (log_ratio.exp() * log_ratio - log_ratio.expm1()).clamp_min(0)
+
+
 def norm_and_cosine(sums: Tensor) -> tuple[float, float]:
     """Norm of the delta, and its cosine with tau (0 where one of them is 0), from the added-up
     sums of all shards.

@@ -60,7 +60,7 @@ def commit_directory(partial: Path, final: Path, *, force: bool = False) -> None
         shutil.rmtree(old)
 
 
-def write_atomically(path: str | Path, content: str | bytes) -> None:
+def write_atomically(path: str | Path, content: str | bytes | memoryview) -> None:
     """Write a small file so that a reader sees the old content or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -164,7 +164,7 @@ class AlignConfig(Config):
         -5.0,
         lt=0,
         description="stop when log pi - log ref of the chosen responses, per token and over ten "
-        "steps, falls below this (objectives with a reference)",
+        "steps, falls below this; without a reference, against the first ten steps",
     )
     tensorboard: bool = Field(False, description="write event files beside metrics.jsonl")
     trackers: list[Literal["wandb", "mlflow"]] = Field(
@@ -212,7 +212,7 @@ class AlignConfig(Config):
     def _check_reference_fields(self) -> None:
         if self.objective.definition.uses_reference:
             return
-        for name in ("reference_model", "reference_log_probabilities", "min_chosen_log_ratio"):
+        for name in ("reference_model", "reference_log_probabilities"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"{name}: has no effect with objective {self.objective.name}, which has no "

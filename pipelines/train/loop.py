@@ -19,6 +19,7 @@ from pipelines.train.activations import offload_activations
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import (
+    PAD,
     TokenTable,
     collate,
     collate_mismatched,
@@ -40,7 +41,6 @@ from pipelines.train.objectives import (
     MicroLoss,
     Responses,
     Shares,
-    kl_sum,
     labelled_loss,
     logits_of,
     mismatched_point,
@@ -50,18 +50,9 @@ from pipelines.train.objectives import (
     text_loss,
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
-from pipelines.train.reference import (
-    Reference,
-    StoredReference,
-    compute_reference,
-    live_reference,
-    read_reference,
-    reference_path,
-    score,
-)
+from pipelines.train.reference import Reference, StoredReference, live_reference, score
+from pipelines.train.reference_store import compute_reference, is_complete, reference_folder
 from pipelines.train.strategies import build_reference, build_strategy, first_rank
-
-PAD = 0  # padding is masked out, so any id serves
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -145,23 +136,23 @@ class Run:
         """The reference: run on the fly, or its log-probabilities from an earlier run or now."""
         if self.config.reference_log_probabilities == "on_the_fly":
             return live_reference(self.config, self.strategy, self.device)
-        key = fingerprint([settings["reference_key"], settings["data_key"], self.config.precision])
-        path = reference_path(Path(settings["cache"]), key)
-        collates = {"response": partial(collate, self.table, pad=PAD, device=self.device)}
-        if self.objective.rows == "labelled":
-            collates["mismatched"] = partial(
-                collate_mismatched, self.table, pad=PAD, device=self.device
-            )
+        parts = [settings["reference_key"], settings["data_key"], self.config.precision]
+        place = reference_folder(Path(settings["cache"]), fingerprint(parts))
         # The first rank's word counts: its file may come to be seen later by others.
-        missing = add_up(torch.tensor(int(self.rank == 0 and not path.is_file())))
-        if missing:
+        if add_up(torch.tensor(int(self.rank == 0 and not is_complete(place)))):
             strategy = self.strategy
             if self.config.reference_model is not None:
                 strategy = build_reference(self.config, self.device)
             strategy.model.eval()
-            lengths = self.table.lengths.max(axis=1)
-            compute_reference(partial(score, strategy), collates, lengths, path, self.device)
-        return StoredReference(read_reference(path).to(self.device), self.table.sequences_per_row)
+            compute_reference(
+                strategy,
+                self.table,
+                place,
+                self.device,
+                rows_per_batch=self.micro_batch,
+                mismatched=self._has_point,
+            )
+        return StoredReference(place, self.table, self.device)
 
     def _resume(self) -> int:
         """Go back to the newest checkpoint; returns how many steps it has."""
@@ -231,9 +222,8 @@ class Run:
             responses = responses_under(logits, batch)
         before = None if reference is None else reference.log_probability
         result = self._loss_of(rows, responses, before, shares, point)
-        if reference is not None and reference.logits is not None:
-            kl = kl_sum(logits, reference.logits, batch) / shares.tokens
-            result.metrics["kl_per_token"] = kl
+        if reference is not None:
+            result.metrics["kl_per_token"] = reference.kl_sum(logits, responses) / shares.tokens
         return result
 
     def _loss_of(
@@ -258,9 +248,7 @@ class Run:
     def _reference_point(self, micro: list[list[int]], num_rows: int) -> Tensor:
         """KTO's z0 of the global batch, before any of its gradients."""
         batches = [(r, collate_mismatched(self.table, r, PAD, self.device)) for r in micro]
-        reference = torch.cat(
-            [self.reference.mismatched(*batch).log_probability for batch in batches]
-        )
+        reference = torch.cat([self.reference.mismatched(*batch) for batch in batches])
 
         def policy() -> Tensor:
             return torch.cat([score(self.strategy, batch) for _, batch in batches])

@@ -4,8 +4,8 @@ import json
 import math
 import resource
 import time
-from collections import deque
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
@@ -79,19 +79,26 @@ def _keep(path: Path, steps: int) -> None:
         path.write_text("".join(kept))
 
 
-def _last_ratios(path: Path, steps: int) -> list[float]:
-    """The chosen responses' log-ratios per token of the last WINDOW of so many steps, as the first
-    rank finds them in its lines, on all ranks.
-    """
-    found = torch.zeros(WINDOW + 1, dtype=torch.float64)  # the last is how many there are
+def _levels(path: Path, steps: int) -> list[float]:
+    """`chosen_level` of so many steps, as the first rank finds them in its lines, on all ranks."""
+    found = torch.zeros(steps + 1, dtype=torch.float64)  # the last is how many there are
     if first_rank() and path.is_file():
         lines = path.read_text().splitlines(keepends=True)
-        records = (json.loads(line) for line in lines if line.endswith("\n"))
-        ratios = [r["chosen_log_ratio_per_token"] for r in records if r["step"] <= steps][-WINDOW:]
-        found[: len(ratios)] = torch.tensor(ratios, dtype=torch.float64)
-        found[-1] = len(ratios)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        levels = [chosen_level(record) for record in records if record["step"] <= steps]
+        found[: len(levels)] = torch.tensor(levels, dtype=torch.float64)
+        found[-1] = len(levels)
     found = add_up(found).tolist()
     return found[: int(found[-1])]
+
+
+def chosen_level(record: dict[str, float]) -> float:
+    """How likely the chosen responses are, in nats a token: against the reference, or, where the
+    objective has none, by themselves.
+    """
+    if "chosen_log_ratio_per_token" in record:
+        return record["chosen_log_ratio_per_token"]
+    return record.get("chosen_log_probability", -record["loss"])
 
 
 class Watch:
@@ -103,11 +110,11 @@ class Watch:
     """
 
     def __init__(self, config: AlignConfig, folder: Path, first_step: int) -> None:
-        uses_reference = config.objective.definition.uses_reference
-        self._limit = config.min_chosen_log_ratio if uses_reference else None
-        self._ratios: deque[float] = deque(maxlen=WINDOW)
+        self._limit = config.min_chosen_log_ratio
+        self._objective = config.objective
+        self._levels: list[float] = []
         if self._limit is not None:
-            self._ratios.extend(_last_ratios(folder / METRICS_FILE, first_step))
+            self._levels = _levels(folder / METRICS_FILE, first_step)
 
     def check(self, step: int, record: dict[str, float], gradient_norm: float) -> None:
         """Look at a step's numbers.
@@ -124,13 +131,20 @@ class Watch:
                 )
         if self._limit is None:
             return
-        self._ratios.append(record["chosen_log_ratio_per_token"])
-        mean = sum(self._ratios) / len(self._ratios)
-        if len(self._ratios) == WINDOW and mean < self._limit:
+        self._levels.append(chosen_level(record))
+        if len(self._levels) < WINDOW:
+            return
+        uses_reference = self._objective.definition.uses_reference
+        start = 0.0 if uses_reference else fmean(self._levels[:WINDOW])
+        change = fmean(self._levels[-WINDOW:]) - start
+        if change < self._limit:
+            than = "the reference" if uses_reference else f"the first {WINDOW} steps"
+            more = {"dpo": ", a larger objective.beta or objective.rpo_alpha"}
+            usual = " or a larger objective.beta" if uses_reference else " or a longer warmup_share"
             raise DivergenceError(
-                f"step {step}: the chosen responses have lost {-mean:.2f} nats a token against "
-                f"the reference (min_chosen_log_ratio {self._limit}); try a lower "
-                "optimizer.learning_rate, a larger objective.beta or objective.rpo_alpha"
+                f"step {step}: the chosen responses have lost {-change:.2f} nats a token against "
+                f"{than} (min_chosen_log_ratio {self._limit}); try a lower "
+                f"optimizer.learning_rate{more.get(self._objective.name, usual)}"
             )
 
 

@@ -12,7 +12,7 @@ from operators.losses import (
     kto_reference_point,
     token_log_probabilities,
 )
-from operators.metrics import kl_divergences
+from operators.metrics import draw_next_tokens, kl_divergences, kl_estimates
 from pipelines.train.config import ObjectiveConfig
 from pipelines.train.data import Batch, TokenTable
 
@@ -47,6 +47,7 @@ class Responses:
 
     log_probability: Tensor  # (sequences,) float32
     num_tokens: Tensor  # (sequences,) int64
+    per_token: Tensor  # (sequences, length - 1) float32; entry t belongs to token t + 1
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -62,8 +63,8 @@ def score_responses(model: nn.Module, batch: Batch) -> Responses:
 def responses_under(logits: Tensor, batch: Batch) -> Responses:
     """Log-probabilities of learned tokens under a batch's logits."""
     marks = batch.response[:, 1:]
-    values = token_log_probabilities(logits, batch.ids) * marks
-    return Responses(values.sum(-1), marks.sum(-1))
+    values = token_log_probabilities(logits, batch.ids)
+    return Responses((values * marks).sum(-1), marks.sum(-1), values)
 
 
 @torch.no_grad()
@@ -80,6 +81,47 @@ def kl_sum(policy: Tensor, reference: Tensor, batch: Batch) -> Tensor:
         for now, before, marks in zip(policy, reference, learned, strict=True)
     ]
     return torch.stack(sums).sum()
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnTokens:
+    """A token that the reference drew at each learned position of a batch, in the batch's order."""
+
+    ids: Tensor  # (learned tokens,) int64
+    log_probability: Tensor  # (learned tokens,) float32, under the reference
+
+
+@torch.no_grad()
+def draw_tokens(logits: Tensor, batch: Batch, seed: int) -> DrawnTokens:
+    """Let a model, from its logits, draw a token at each learned position."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    learned = batch.response[:, 1:].bool()
+    drawn = [
+        draw_next_tokens(one[:-1][marks], generator)
+        for one, marks in zip(logits, learned, strict=True)
+    ]
+    return DrawnTokens(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+
+
+@torch.no_grad()
+def drawn_kl_sum(logits: Tensor, responses: Responses, batch: Batch, drawn: DrawnTokens) -> Tensor:
+    """An unbiased estimate of `kl_sum`, without the reference's logits.
+
+    Args:
+        logits: of the policy; (sequences, length, vocabulary).
+        responses: what they say of the batch, whose normalisation serves again.
+        drawn: by the reference.
+    """
+    learned = batch.response.bool()
+    ids = torch.zeros_like(batch.ids)
+    before = torch.zeros(batch.ids.shape, device=logits.device)
+    ids[learned], before[learned] = drawn.ids, drawn.log_probability
+    drawn_logits, own_logits = (
+        logits[:, :-1].gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1).float()
+        for tokens in (ids, batch.ids)
+    )
+    now = responses.per_token + (drawn_logits - own_logits)
+    return kl_estimates(now - before[:, 1:])[learned[:, 1:]].sum()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
-"""Log-probabilities of the reference model: computed once and kept for every later run, or of
-each micro-batch when it comes.
+"""What the reference model says of responses: from a file that every later run reads, or of each
+micro-batch when it comes.
 """
 
 from collections.abc import Callable
@@ -9,21 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.commit import write_atomically
 from pipelines.train.config import AlignConfig
-from pipelines.train.data import Batch
-from pipelines.train.objectives import logits_of, responses_under, score_responses
-from pipelines.train.strategies import Strategy, build_reference, first_rank, wait_for_all
+from pipelines.train.data import Batch, TokenTable
+from pipelines.train.objectives import (
+    DrawnTokens,
+    Responses,
+    drawn_kl_sum,
+    kl_sum,
+    logits_of,
+    responses_under,
+    score_responses,
+)
+from pipelines.train.reference_store import read_drawn, read_log_probabilities
+from pipelines.train.strategies import Strategy, build_reference
 from pipelines.train.strategies.lora import without_adapters
-
-SEQUENCES_PER_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,9 @@ class Scores:
     """What the reference says of a batch's responses."""
 
     log_probability: Tensor  # (sequences,) float32, summed over tokens, in the batch's order
-    logits: Tensor | None = None  # (sequences, length, vocabulary), where it has just run
+    # Of the policy's logits and responses: KL(policy || reference) of the next token, summed over
+    # the learned ones.
+    kl_sum: Callable[[Tensor, Responses], Tensor]
 
 
 class Reference(Protocol):
@@ -41,29 +45,35 @@ class Reference(Protocol):
         """To the rows' own responses."""
         ...
 
-    def mismatched(self, rows: list[int], batch: Batch) -> Scores:
-        """To other rows' responses to the rows' prompts (KTO)."""
+    def mismatched(self, rows: list[int], batch: Batch) -> Tensor:
+        """Log-probabilities of other rows' responses to the rows' prompts (KTO): (rows,)."""
         ...
 
 
 class StoredReference:
-    """Looks log-probabilities up by row.
+    """Looks up by row what `compute_reference` has written; drawn tokens are mapped, not read.
 
     Args:
-        values: (rows, columns): each row's own sequences, and the mismatched one where it has one.
-        sequences_per_row: how many are its own.
+        folder: that it has written.
+        table: whose rows they are.
     """
 
-    def __init__(self, values: Tensor, sequences_per_row: int) -> None:
-        self._values, self._own = values, sequences_per_row
+    def __init__(self, folder: Path, table: TokenTable, device: torch.device) -> None:
+        self._table, self._device = table, device
+        self._values = read_log_probabilities(folder).to(device)
+        self._drawn = read_drawn(folder)
 
     def responses(self, rows: list[int], batch: Batch) -> Scores:
-        """First all rows' first sequences, then all their second ones."""
-        return Scores(self._values[rows, : self._own].T.reshape(-1))
+        """First all rows' first sequences, then all their second ones; the KL is an estimate."""
+        places = self._table.learned_places(rows)
+        ids, log_probability = (torch.from_numpy(column[places]) for column in self._drawn)
+        drawn = DrawnTokens(ids.long().to(self._device), log_probability.to(self._device))
+        values = self._values[rows, : self._table.sequences_per_row].T.reshape(-1)
+        return Scores(values, partial(drawn_kl_sum, batch=batch, drawn=drawn))
 
-    def mismatched(self, rows: list[int], batch: Batch) -> Scores:
+    def mismatched(self, rows: list[int], batch: Batch) -> Tensor:
         """The column after the rows' own."""
-        return Scores(self._values[rows, self._own])
+        return self._values[rows, self._table.sequences_per_row]
 
 
 class LiveReference:
@@ -81,12 +91,17 @@ class LiveReference:
 
     @torch.no_grad()
     def responses(self, rows: list[int], batch: Batch) -> Scores:
-        """A pass without gradients."""
+        """A pass without gradients; the KL is exact."""
         with self._as_reference(), self._strategy.forward_context():
             logits = logits_of(self._strategy.model, batch)
-            return Scores(responses_under(logits, batch).log_probability, logits)
+        values = responses_under(logits, batch).log_probability
+        return Scores(values, lambda policy, _: kl_sum(policy, logits, batch))
 
-    mismatched = responses
+    @torch.no_grad()
+    def mismatched(self, rows: list[int], batch: Batch) -> Tensor:
+        """Another pass."""
+        with self._as_reference():
+            return score(self._strategy, batch)
 
 
 def live_reference(config: AlignConfig, policy: Strategy, device: torch.device) -> LiveReference:
@@ -100,56 +115,3 @@ def score(strategy: Strategy, batch: Batch) -> Tensor:
     """Log-probabilities of a batch's responses, under the model as it is."""
     with strategy.forward_context():
         return score_responses(strategy.model, batch).log_probability
-
-
-def reference_path(cache: Path, key: str) -> Path:
-    """The file of one reference model on one token table, by their fingerprint."""
-    return cache / f"reference-{key}.parquet"
-
-
-def read_reference(path: Path) -> Tensor:
-    """(rows, columns) float32: a column for each of a row's sequences."""
-    table = pq.read_table(path)
-    return torch.from_numpy(np.stack([column.to_numpy() for column in table.columns], axis=1))
-
-
-@torch.no_grad()
-def compute_reference(
-    score: Callable[[Batch], Tensor],
-    collates: dict[str, Callable[[list[int]], Batch]],
-    lengths: np.ndarray,
-    path: Path,
-    device: torch.device,
-) -> None:
-    """Write log-probabilities of all rows' responses, summed over their tokens.
-
-    Batches are cut from the rows ordered by length, the same whatever the workers, which take
-    turns; sharded passes are collective, so all make equally many.
-
-    Args:
-        score: log-probabilities of a batch's sequences, under the model as it is.
-        collates: for each set of sequences its name and the batch of some rows; a batch of twice
-            as many sequences as rows gives two columns.
-        lengths: (rows,) tokens of each row's longest sequence.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    order = sorted(range(len(lengths)), key=lambda row: (int(lengths[row]), row))
-    groups = [order[i : i + SEQUENCES_PER_BATCH] for i in range(0, len(order), SEQUENCES_PER_BATCH)]
-    groups += groups[-1:] * (-len(groups) % world)
-    columns: dict[str, np.ndarray] = {}
-    for name, collate in collates.items():
-        values: Tensor | None = None
-        for rows in groups[rank::world]:
-            found = score(collate(rows)).view(-1, len(rows)).T.float()  # (rows, 1 or 2)
-            if values is None:
-                values = torch.full((len(order), found.shape[1]), -torch.inf, device=device)
-            values[rows] = found
-        if world > 1:
-            dist.all_reduce(values, dist.ReduceOp.MAX)
-        for i, column in enumerate(values.T.cpu().numpy()):
-            columns[f"{name}_{i}"] = column
-    if first_rank():
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns), sink)
-        write_atomically(path, sink.getvalue().to_pybytes())
-    wait_for_all()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from operators.metrics import kl_divergences
+from operators.metrics import draw_next_tokens, kl_divergences, kl_estimates
 
 
 def test_kl_in_closed_form() -> None:
@@ -32,3 +32,20 @@ def test_kl_is_never_negative() -> None:
     logits = torch.randn(1000, 50, generator=torch.manual_seed(1))
     near = logits + 1e-6 * torch.randn(1000, 50, generator=torch.manual_seed(2))
     assert kl_divergences(logits, near).min() >= 0
+
+
+def test_estimates_of_drawn_tokens_have_the_kl_as_their_mean() -> None:
+    """Exactly, summed over the vocabulary with the reference's probabilities as weights; and of
+    drawn tokens within the error of their number. None is negative.
+    """
+    generator = torch.manual_seed(0)
+    p, q = torch.randn(2, 11, generator=generator).log_softmax(-1)
+    estimates = kl_estimates(p - q)
+    exact = kl_divergences(p, q).item()
+    assert (q.exp() * estimates).sum().item() == pytest.approx(exact, rel=1e-5)
+    tokens, log_probability = draw_next_tokens(q.expand(20000, -1), generator)
+    assert torch.equal(log_probability, q[tokens])
+    drawn = kl_estimates(p[tokens] - log_probability)
+    assert drawn.min() >= 0
+    error = drawn.std().item() / 20000**0.5
+    assert abs(drawn.mean().item() - exact) < 4 * error

@@ -1,6 +1,7 @@
 """Alignment data: formats, tokens in a cache, and batches by index."""
 
 from pipelines.train.data.batches import (
+    PAD,
     Batch,
     collate,
     collate_mismatched,
@@ -12,6 +13,7 @@ from pipelines.train.data.cache import TokenSettings, token_table
 from pipelines.train.data.table import TokenTable
 
 __all__ = [
+    "PAD",
     "Batch",
     "TokenSettings",
     "TokenTable",

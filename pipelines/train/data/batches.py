@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pipelines.train.data.table import TokenTable
 
+PAD = 0  # padding is masked out, so any id serves
+
 
 def num_steps_of(num_epochs: float, num_rows: int, global_batch_size: int) -> int:
     """Optimizer steps of so many passes over the data, rounded up to a whole step."""

@@ -118,6 +118,20 @@ class TokenTable:
 
         return self._per_sequence(count)
 
+    @cached_property
+    def _learned_ends(self) -> np.ndarray:
+        """(sequences,): learned tokens of each sequence and all before it."""
+        return self.response_lengths.reshape(-1).cumsum()
+
+    def learned_places(self, rows: list[int]) -> np.ndarray:
+        """Where the rows' learned tokens stand among those of all sequences, in a batch's order:
+        first of all rows' first sequences, then of all their second ones.
+        """
+        count = self.sequences_per_row
+        sequences = [row * count + i for i in range(count) for row in rows]
+        ends, sizes = self._learned_ends, self.response_lengths.reshape(-1)
+        return np.concatenate([np.arange(ends[s] - sizes[s], ends[s]) for s in sequences])
+
     def _per_sequence(self, count) -> np.ndarray:
         numbers = [count(columns) for columns in self._columns]
         flat = np.concatenate(numbers).astype(np.int64) if numbers else np.zeros(0, np.int64)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from training_files import align_config, metrics, run_here
+from training_files import align_config, metrics, preference_rows, run_here, write_rows
 
 from pipelines.errors import InputError
 from pipelines.train import align, plan_alignment
@@ -61,10 +61,6 @@ BAD_FIELDS = {
     "reference on the fly": (
         {"objective": {"name": "orpo"}, "reference_log_probabilities": "on_the_fly"},
         "reference_log_probabilities: has no effect with objective orpo, which has no reference",
-    ),
-    "stop": (
-        {"objective": {"name": "simpo"}, "min_chosen_log_ratio": -1.0},
-        "min_chosen_log_ratio: has no effect with objective simpo, which has no reference",
     ),
 }
 
@@ -150,19 +146,63 @@ def test_divergence_stops_with_advice(tiny_llama: Path, preferences: Path, tmp_p
     assert len(metrics(run_here(config, folder))) == 1  # a worker started again does nothing
 
 
-def test_collapse_stops_with_advice(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
-    """A policy that forgets the chosen responses is stopped where the config says so."""
+@pytest.mark.parametrize(
+    ("objective", "against", "advice"),
+    [
+        ("dpo", "the reference", ", a larger objective.beta or objective.rpo_alpha"),
+        ("hinge", "the reference", " or a larger objective.beta"),
+        ("simpo", "the first 10 steps", " or a longer warmup_share"),
+    ],
+)
+def test_collapse_stops_with_advice(
+    objective: str,
+    against: str,
+    advice: str,
+    tiny_llama: Path,
+    preferences: Path,
+    tmp_path: Path,
+) -> None:
+    """A policy that forgets the chosen responses is stopped where the config says so, with or
+    without a reference; and a run that goes on from a checkpoint stops at the same step.
+    """
     config = align_config(
         tiny_llama,
         preferences,
+        objective={"name": objective},
         optimizer={"learning_rate": 5e-2},
         schedule="constant",
         num_steps=40,
-        checkpoint_every=100,
+        checkpoint_every=5,
         min_chosen_log_ratio=-0.5,
     )
-    with pytest.raises(DivergenceError, match=r"chosen responses have lost .* nats a token"):
-        raise_failure(run_here(config, tmp_path / "run"))
+    folder = run_here(config, tmp_path / "run")
+    pattern = (
+        rf"step \d+: the chosen responses have lost \d\.\d\d nats a token against {against} "
+        rf"\(min_chosen_log_ratio -0.5\); try a lower optimizer.learning_rate{advice}$"
+    )
+    with pytest.raises(DivergenceError, match=pattern) as first:
+        raise_failure(folder)
+    assert saved_steps(folder)
+    (folder / "failure.json").unlink()
+    with pytest.raises(DivergenceError, match=pattern) as second:
+        raise_failure(run_here(config, folder))
+    assert str(first.value) == str(second.value)
+
+
+@pytest.mark.parametrize("objective", ["sft", "orpo", "simpo"])
+def test_learning_without_a_reference_is_no_collapse(
+    objective: str, tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """Responses that become likelier never stop a run, however narrow the limit."""
+    rows = [row | {"messages": row["prompt"] + row["chosen"]} for row in preference_rows(40)]
+    config = align_config(
+        tiny_llama,
+        write_rows(tmp_path / "rows.jsonl", rows),
+        objective={"name": objective, **({"beta": 0.5} if objective == "simpo" else {})},
+        num_steps=15,
+        min_chosen_log_ratio=-0.05,
+    )
+    assert len(metrics(run_here(config, tmp_path / "run"))) == 15
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
