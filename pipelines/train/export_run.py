@@ -1,20 +1,18 @@
 """A model from a checkpoint of a run that is still going on, or was given up."""
 
-import contextlib
-import io
 import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from operators.optim import ShardLayout
+from operators.optim.layout import layout_of
 from pipelines.commit import partial_path, refuse_existing, staged_directory, write_atomically
 from pipelines.errors import InputError
 from pipelines.train.checkpoints import saved_steps, step_folder
 from pipelines.train.config import ZERO_STAGES, AlignConfig
 from pipelines.train.export import Owner, export_model
 from pipelines.train.strategies import build_strategy
+from pipelines.train.strategies.zero_resume import SavedShards, load_shards
 from pipelines.versions import versions
 
 RUN_FILE = "run.json"
@@ -46,7 +44,7 @@ def export_checkpoint(
     step = steps[-1] if step is None else step
     if step not in steps:
         raise InputError(f"step: found {step}; allowed: {', '.join(map(str, steps))}")
-    owner = _owner(config, step_folder(folder, step), step)
+    owner = _owner(config, step_folder(folder, step))
     with staged_directory(out, force=force) as partial:
         export_model(owner, config.model, partial)
         provenance = {
@@ -60,33 +58,15 @@ def export_checkpoint(
     return Path(out)
 
 
-def _owner(config: AlignConfig, checkpoint: Path, step: int) -> Owner:
-    """The weights of a checkpoint, in this process alone."""
-    if config.strategy in ZERO_STAGES:
-        gap = config.optimizer.merge_every
-        if step % gap:
-            raise InputError(f"step: found {step}; allowed: a multiple of merge_every ({gap})")
-        return _ZeroWeights(checkpoint)
+def _owner(config: AlignConfig, checkpoint: Path) -> Owner:
+    """The model of a checkpoint in this process alone, with what step-K has put off merged."""
     here = config.model_copy(update={"strategy": "single", "num_workers": 1, "cpu_offload": False})
     strategy = build_strategy(here, torch.device("cpu"))
-    strategy.load(checkpoint)
+    if config.strategy in ZERO_STAGES:
+        parameters = dict(strategy.model.named_parameters())
+        layouts = {values: [layout_of(name, values)] for name, values in parameters.items()}
+        load_shards(SavedShards(checkpoint), layouts, strategy.optimizer)
+    else:
+        strategy.load(checkpoint)
     strategy.merge_pending()
     return strategy
-
-
-class _ZeroWeights:
-    """Master weights put together from DeepSpeed's checkpoint files."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it reads
-            self._state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="state")
-        self.parameter_names = frozenset(self._state)
-
-    def owned(self) -> list[tuple[ShardLayout, Tensor]]:
-        """All of them, whole."""
-        return [
-            (ShardLayout(name, tuple(value.shape), 0, value.numel()), value.reshape(-1))
-            for name, value in self._state.items()
-        ]

@@ -17,14 +17,13 @@ from pipelines.train.strategies.loading import Owned, empty_model, fill
 from pipelines.train.strategies.zero_layout import check_layouts, flat_layouts
 from pipelines.train.strategies.zero_loading import load_into_engine
 from pipelines.train.strategies.zero_resume import (
+    TAG,
     SavedShards,
     load_shards,
     load_weights,
     num_saved,
     save_layout,
 )
-
-TAG = "state"
 
 
 class ZeroStrategy:
@@ -122,7 +121,7 @@ class ZeroStrategy:
         if num_saved(folder) == dist.get_world_size():
             self._engine.load_checkpoint(str(folder), tag=TAG)
             return
-        saved = SavedShards(folder, TAG)
+        saved = SavedShards(folder)
         load_shards(saved, self._layouts, self.optimizer)
         load_weights(saved, self._engine)
 

@@ -20,6 +20,7 @@ from operators.optim import ShardLayout
 from pipelines.commit import write_atomically
 from pipelines.train.strategies.zero_layout import Layouts
 
+TAG = "state"  # DeepSpeed's name for the folder of its files
 MASTER = "master"  # beside the names that the optimizer gives its state
 
 
@@ -51,10 +52,10 @@ class _Piece:
 class SavedShards:
     """The checkpoint of all ranks that wrote it; files are mapped, and read where they are used."""
 
-    def __init__(self, folder: Path, tag: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self._pieces: dict[str, list[_Piece]] = {}
         for rank in range(num_saved(folder)):
-            (path,) = (folder / tag).glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+            (path,) = (folder / TAG).glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
             saved = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
             flats = list(_flat_values(saved["optimizer_state_dict"]))
             for values, parts in zip(
@@ -91,7 +92,7 @@ def _flat_values(saved: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def load_shards(saved: SavedShards, layouts: Layouts, optimizer: Optimizer) -> None:
-    """Fill this rank's flat tensors and the optimizer's state of them."""
+    """Fill this rank's tensors, flat or whole parameters, and the optimizer's state of them."""
     for flat, parts in layouts.items():
         for state, example in saved.states(parts[0].name).items():
             if state != MASTER and not _is_flat(example):
@@ -106,7 +107,7 @@ def load_shards(saved: SavedShards, layouts: Layouts, optimizer: Optimizer) -> N
 
 
 def _fill(saved: SavedShards, state: str, part: ShardLayout, target: Tensor) -> None:
-    place = target[part.offset : part.offset + part.count]
+    place = target.view(-1)[part.offset : part.offset + part.count]
     saved.read(part.name, state, part.start, part.count, place)
 
 

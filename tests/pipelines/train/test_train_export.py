@@ -68,12 +68,25 @@ def test_export_merges_what_is_pending(tiny_llama: Path, preferences: Path, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("merge_every", [1, 4])
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
-def test_export_of_zero(strategy: str, tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
-    """DeepSpeed's checkpoint files hold the weights of the run's own output."""
-    config = align_config(
-        tiny_llama, preferences, strategy=strategy, num_workers=2, precision="bf16"
-    )
+def test_export_of_zero(
+    strategy: str, merge_every: int, tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed's checkpoint files give the weights of the run's own output, also between two
+    merges of step-K.
+    """
+    base = save_tiny_llama(tmp_path / "base", seed=9)
+    optimizer: dict[str, Any] = {
+        "name": "onties",
+        "learning_rate": 1e-3,
+        "density": 0.5,
+        "alpha": 1e-2,
+        "merge_every": merge_every,
+        "reference": {"base": base, "tuned": tiny_llama},
+    }
+    fields: dict[str, Any] = {"precision": "bf16", "optimizer": optimizer}
+    config = align_config(tiny_llama, preferences, strategy=strategy, num_workers=2, **fields)
     folder = tmp_path / ".run.partial"
     with _unfinished_run(folder, "x", config, force=False):
         run_workers(config, folder)
