@@ -125,7 +125,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     # A misspelt required field is both unknown and missing: the misspelling is what helps.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    field = ".".join(str(part) for part in first["loc"]) or "config"
+    field = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         allowed = ", ".join(sorted(model.model_fields)) if len(first["loc"]) == 1 else ""
@@ -134,9 +134,14 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"{field}: required, not given{more}"
     message = first["msg"].removeprefix("Value error, ")
+    if not field:  # of several fields, which the message names
+        return f"{message}{more}"
     if isinstance(first["input"], Mapping | list) and len(str(first["input"])) > 60:
         return f"{field}: {message}{more}"
-    return f"{field}: found {first['input']!r}: {message}{more}"
+    allowed = message.removeprefix("Input should be ")
+    found = f"found {first['input']!r}"
+    separated = f"{found}: {message}" if allowed == message else f"{found}; allowed: {allowed}"
+    return f"{field}: {separated}{more}"
 
 
 def load_config(path: str | Path, model: type[ConfigT], overrides: Iterable[str] = ()) -> ConfigT:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,4 +30,6 @@ def fingerprint_directory(path: str | Path, patterns: Iterable[str] = ("*",)) ->
     """32 hex digits of the names and bytes of the files in a directory that match a pattern."""
     path = Path(path)
     files = {file for pattern in patterns for file in path.rglob(pattern) if file.is_file()}
-    return fingerprint({str(file.relative_to(path)): fingerprint_file(file) for file in files})
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1) or 1) as threads:
+        digests = dict(zip(files, threads.map(fingerprint_file, files), strict=True))
+    return fingerprint({str(file.relative_to(path)): digests[file] for file in files})

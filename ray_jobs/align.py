@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelines.config import load_config
 from pipelines.storage import resolve_output
-from pipelines.train import AlignConfig, align, plan_alignment
+from pipelines.train import AlignConfig, align, check_inputs, plan_alignment
 from pipelines.train.memory import estimate_memory, shape_of
 from ray_jobs.session import ray_session
 
@@ -20,6 +20,7 @@ def run_align(
         print(describe_plan(config))
         return
     out = resolve_output(out, config.storage)
+    check_inputs(config)  # before Ray starts, which takes seconds
     with ray_session():
         align(config, out, force=force)
     print(f"aligned model: {out}", file=sys.stderr)

@@ -20,6 +20,7 @@ ONLINE_FIELDS = {
     "implementation",
 }
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+ZERO_BUCKET = 50_000_000  # elements whose gradients ZeRO reduces at once
 
 
 class ObjectiveConfig(Config):

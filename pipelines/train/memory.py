@@ -9,7 +9,10 @@ tokens in a micro-batch, L layers of width h and inner width i, and a vocabulary
                   of A elements 4 N + 12 A, and A in the place of N for gradients
     weights       b N more, where the passes use other weights than the masters
     gradients     4 N (b N for zero1; divided by W for fsdp2, zero2, zero3); twice that for ddp
-    gathered      b times the largest block, twice, and all outside the blocks (fsdp2, zero3)
+    gathered      fsdp2: b times the largest block, twice, and all outside the blocks; and b + 4
+                  times the larger of both, its gradient and the copy that is reduced.
+                  zero3: b times as much, or 10^9 elements, which DeepSpeed keeps, or N.
+                  zero*: b times the bucket of gradients, 5 * 10^7 elements or N
     activations   b T (15 h + 4 i) a layer; with gradient checkpointing b T h, and one layer whole;
                   with activation offload one layer whole alone (the rest in the machine's memory)
     logits        T v (b + 12), and 4 T v more in bf16 for their float32 copy
@@ -28,12 +31,15 @@ from torch import nn
 
 from pipelines.train.config import (
     ONLINE,
+    ZERO_BUCKET,
     ZERO_STAGES,
     AlignConfig,
     LoraSettings,
     OptimizerConfig,
 )
 from pipelines.train.strategies.loading import blocks_of, meta_model
+
+ZERO_LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +144,7 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
     }.get(strategy, 4 * trained // workers)
     if config.cpu_offload:
         host, state, gradients = host + state + gradients, 0, 0
-    gathered = 0
-    if strategy in ("fsdp2", "zero3"):
-        gathered = b * (2 * shape.largest_block + shape.outside_blocks)
+    gathered = _gathered_bytes(shape, strategy, b)
     sequences = 2 if config.objective.definition.rows == "pairs" else 1
     rows = config.micro_batch_size or config.global_batch_size // workers
     tokens = rows * sequences * (length or config.max_length)
@@ -157,6 +161,19 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
         if config.lora is None or config.reference_model is not None:
             reference += 4 * n // workers if sharded else (6 if b == 2 else 4) * n
     return Memory(state, weights, gradients, gathered, activations, logits, reference, host)
+
+
+def _gathered_bytes(shape: ModelShape, strategy: str, b: int) -> int:
+    """What a sharded strategy puts together for a while: weights of blocks, gradients on their way
+    to other workers.
+    """
+    once = 2 * shape.largest_block + shape.outside_blocks
+    if strategy == "fsdp2":
+        return b * once + (b + 4) * max(shape.largest_block, shape.outside_blocks)
+    if strategy not in ZERO_STAGES:
+        return 0
+    kept = min(shape.num_parameters, max(once, ZERO_LIVE)) if strategy == "zero3" else 0
+    return b * (kept + min(shape.num_parameters, ZERO_BUCKET))
 
 
 def _tau_bytes(optimizer: OptimizerConfig, num_parameters: int) -> int:

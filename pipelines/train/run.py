@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,13 @@ from pipelines.commit import commit_directory, partial_path, refuse_existing, wr
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint, fingerprint_directory
 from pipelines.train.config import ZERO_STAGES, AlignConfig, OptimizerConfig
-from pipelines.train.data import TokenSettings, TokenTable, num_steps_of, token_table
+from pipelines.train.data import (
+    TokenSettings,
+    TokenTable,
+    num_steps_of,
+    source_files,
+    token_table,
+)
 from pipelines.train.files import (
     EXPORTED_FILE,
     METRICS_FILE,
@@ -27,8 +33,9 @@ from pipelines.train.files import (
     PROVENANCE_FILE,
     TENSORBOARD_FOLDER,
 )
+from pipelines.train.strategies.loading import empty_model
 from pipelines.train.trackers import check_trackers
-from pipelines.train.workers import Job, run_workers
+from pipelines.train.workers import Job, check_cluster, run_workers
 from pipelines.versions import versions
 
 CACHE_FOLDER = ".poise-cache"
@@ -51,17 +58,36 @@ IMMATERIAL = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """What a run will do, once every input has been looked at."""
 
+    config: AlignConfig
     num_parameters: int
     num_steps: int
     num_tokens: int
     table: TokenTable
     data_key: str
-    inputs: dict[str, str]
-    fingerprint: str
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of everything that the run reads; every byte of it is read for them."""
+        paths = {"model": self.config.model}
+        if self.config.reference_model is not None:
+            paths["reference_model"] = self.config.reference_model
+        if (delta := self.config.optimizer.reference) is not None:
+            paths |= {"optimizer.reference.base": delta.base}
+            paths |= {"optimizer.reference.tuned": delta.tuned}
+        keys = {name: fingerprint_directory(path, CHECKPOINT_FILES) for name, path in paths.items()}
+        return keys | {"data": self.data_key}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides the run's result."""
+        config = self.config
+        same = config.model_dump(mode="json", exclude=IMMATERIAL)
+        same["strategy"] = config.strategy if config.strategy in ZERO_STAGES else "native"
+        return fingerprint([same, self.inputs])
 
 
 def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
@@ -91,6 +117,8 @@ def align_in_turn(
         InputError, TrainingError: as `align`; or the configs want different workers.
     """
     _check_workers([config for config, _ in runs])
+    for config, _ in runs:
+        check_cluster(config)
     outs, jobs = [Path(out).absolute() for _, out in runs], []
     with ExitStack() as stack:
         for (config, _), out in zip(runs, outs, strict=True):
@@ -111,15 +139,7 @@ def align_in_turn(
 
 
 def _check_workers(configs: Sequence[AlignConfig]) -> None:
-    """Raise InputError where configs cannot share their workers, or ask for what these lack."""
-    import torch
-
-    for config in configs:
-        check_trackers(config.trackers)
-    if any(config.activation_offload for config in configs) and not torch.cuda.is_available():
-        raise InputError(
-            "activation_offload: has no effect without a GPU, and this machine has none"
-        )
+    """Raise InputError where configs cannot share their workers."""
     for name in ("num_workers", "max_failures"):
         values = {getattr(config, name) for config in configs}
         if len(values) > 1:
@@ -163,8 +183,7 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
     if cache is None and config.cache is None:
         with tempfile.TemporaryDirectory() as folder:
             return plan_alignment(config, Path(folder))
-    _check_packages(config)
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = check_inputs(config)
     settings = TokenSettings(
         str(config.model),
         config.objective.definition.rows,
@@ -179,31 +198,36 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
         max_bad_share=config.max_bad_share,
     )
     _check_vocabulary(checkpoint, table)
-    inputs = {"model": fingerprint_directory(config.model, CHECKPOINT_FILES), "data": data_key}
-    if config.reference_model is not None:
-        _check_reference(checkpoint, Checkpoint.open(config.reference_model))
-        inputs["reference_model"] = fingerprint_directory(config.reference_model, CHECKPOINT_FILES)
-    if config.optimizer.reference is not None:
-        reference = config.optimizer.reference
-        _check_delta(checkpoint, config.optimizer)
-        for name in ("base", "tuned"):
-            path = getattr(reference, name)
-            inputs[f"optimizer.reference.{name}"] = fingerprint_directory(path, CHECKPOINT_FILES)
     num_steps = config.num_steps or num_steps_of(
         config.num_epochs, table.num_rows, config.global_batch_size
     )
-    same = config.model_dump(mode="json", exclude=IMMATERIAL)
-    same["strategy"] = config.strategy if config.strategy in ZERO_STAGES else "native"
     mean_tokens = float(table.lengths.sum(axis=1).mean())
     return Plan(
+        config=config,
         num_parameters=checkpoint.num_elements,
         num_steps=num_steps,
         num_tokens=round(mean_tokens * config.global_batch_size * num_steps),
         table=table,
         data_key=data_key,
-        inputs=inputs,
-        fingerprint=fingerprint([same, inputs]),
     )
+
+
+def check_inputs(config: AlignConfig) -> Checkpoint:
+    """Look at what can be judged at once, without reading weights or rows; returns the model.
+
+    Raises:
+        InputError: packages, models or files that are missing or do not fit.
+    """
+    _check_packages(config)
+    check_trackers(config.trackers)
+    checkpoint = Checkpoint.open(config.model)
+    source_files(config.data, config.split)
+    empty_model(config.model)
+    if config.reference_model is not None:
+        _check_reference(checkpoint, Checkpoint.open(config.reference_model))
+    if config.optimizer.reference is not None:
+        _check_delta(checkpoint, config.optimizer)
+    return checkpoint
 
 
 def with_absolute_paths(config: AlignConfig) -> AlignConfig:

@@ -57,23 +57,20 @@ def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
     """
     # The controller looks at its workers this often, and the run's end waits for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-    import ray
-    import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from pipelines.train.loop import train_worker
 
-    # Of the cluster, not of the driver's machine, which may be a head node without one.
-    on_gpu = torch.version.cuda is not None and ray.cluster_resources().get("GPU", 0) > 0
-    resources = {"GPU": 1.0} if on_gpu else {"CPU": 0.9}
-    _check_room(config, resources)
+    on_gpu = _on_gpu()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"runs": [job.settings for job in jobs]},
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=on_gpu, resources_per_worker=resources
+            num_workers=config.num_workers,
+            use_gpu=on_gpu,
+            resources_per_worker=_resources(on_gpu),
         ),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         run_config=RunConfig(
@@ -98,13 +95,37 @@ def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
             raise_failure(job.folder, failure)
 
 
-def _check_room(config: AlignConfig, resources: dict[str, float]) -> None:
-    """Raise InputError where a Ray of this machine alone can never run so many workers; a cluster
-    may grow, so there it is said and waited for.
+def _on_gpu() -> bool:
+    """Whether workers train on GPUs: those of the cluster, for the driver's machine may be a head
+    node without one.
+    """
+    import ray
+    import torch
+
+    return torch.version.cuda is not None and ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _resources(on_gpu: bool) -> dict[str, float]:
+    """What one worker takes."""
+    return {"GPU": 1.0} if on_gpu else {"CPU": 0.9}
+
+
+def check_cluster(config: AlignConfig) -> None:
+    """Look at the Ray that is up, before anything is written.
+
+    A cluster may grow, so one that is too small is told and waited for.
+
+    Raises:
+        InputError: what needs GPUs where there are none, or more workers than a Ray of this machine
+            alone can ever run.
     """
     import ray
 
-    ((kind, share),) = resources.items()
+    on_gpu = _on_gpu()
+    if config.activation_offload and not on_gpu:
+        where = "the cluster" if os.environ.get("RAY_ADDRESS") else "this machine"
+        raise InputError(f"activation_offload: has no effect without a GPU, and {where} has none")
+    ((kind, share),) = _resources(on_gpu).items()
     found = ray.cluster_resources().get(kind, 0.0)
     if share * config.num_workers <= found:
         return

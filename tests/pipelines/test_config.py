@@ -45,7 +45,7 @@ def test_overrides_leave_the_given_values_alone() -> None:
         (
             "name: a\ninner: {density: 1.5}\n",
             [],
-            "inner.density: found 1.5: Input should be less than or equal to 1",
+            "inner.density: found 1.5; allowed: less than or equal to 1",
         ),
         ("- a\n", [], "expected a mapping of fields, found list"),
         ("", [], "expected a mapping of fields, found nothing"),

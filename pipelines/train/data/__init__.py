@@ -10,6 +10,7 @@ from pipelines.train.data.batches import (
     num_steps_of,
 )
 from pipelines.train.data.cache import TokenSettings, token_table
+from pipelines.train.data.rows import source_files
 from pipelines.train.data.table import TokenTable
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "deal",
     "global_batch",
     "num_steps_of",
+    "source_files",
     "token_table",
 ]

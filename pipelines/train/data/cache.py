@@ -145,8 +145,14 @@ def _in_ray(left: list[tuple[int, Part]], settings: TokenSettings, folder: Path)
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.9,
     )
-    for row in rows.iter_rows():
-        yield row["number"]
+    try:
+        for row in rows.iter_rows():
+            yield row["number"]
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        raise (cause or error) from None
 
 
 class _Tokenizing:

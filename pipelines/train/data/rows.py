@@ -1,7 +1,8 @@
-"""Rows of JSONL and Parquet files, in parts that can be read alone."""
+"""Rows of JSON, Parquet and Arrow files, in parts that can be read alone."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 from pipelines.errors import InputError
 
 PART_BYTES = 16_000_000
-SUFFIXES = (".jsonl", ".json", ".parquet")
+# What a hub data set or `save_to_disk` has beside its rows.
+DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+SPLIT = re.compile(r"(train|test|valid|validation|val|dev|eval)(?![a-z])\w*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some rows of one file: bytes [start, stop) of JSONL, or row groups [start, stop) of Parquet.
+    """Some rows of one file: bytes [start, stop) of lines, or row groups [start, stop) of Parquet;
+    0 and 1 for all of a file that can only be read from its beginning.
 
     `first_row` is the number, from 1, of the part's first row in its file.
     """
@@ -30,37 +34,73 @@ def source_files(path: str | Path, split: str | None = None) -> list[Path]:
 
     Args:
         path: a file, or a folder that is searched through.
-        split: only files of a folder whose names begin with it (`train_prefs-00000-of-...`).
+        split: only files of a folder whose names, or whose paths in it, begin with it, or that lie
+            in a folder of that name (`train_prefs` takes `data/train_prefs-00000-of-...`).
 
     Raises:
-        InputError: nothing there that can be read.
+        InputError: nothing there that can be read, or several splits and none chosen.
     """
     path = Path(path)
+    allowed = ", ".join(_FORMATS)
     if path.is_dir():
-        names = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        files = [p for p in names if p.name != "dataset_infos.json"]
+        files = [file for file in sorted(path.rglob("*")) if _holds_rows(file.relative_to(path))]
         if split is not None:
-            files = [p for p in files if p.name.startswith(split)]
+            files = [file for file in files if _is_of_split(file.relative_to(path), split)]
         if not files:
             found = f" of split {split!r}" if split else ""
-            raise InputError(f"data: {path}: holds no .jsonl or .parquet file{found}")
+            raise InputError(f"data: {path}: holds no file{found} that ends in {allowed}")
+        if split is None:
+            _check_one_split(path, files)
         return files
     if split is not None:
         raise InputError(f"split: has no effect on a single file: {path}")
     if not path.is_file():
         raise InputError(f"data: {path}: no such file")
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"data: {path}: expected a .jsonl or .parquet file")
+    if _suffix(path) is None:
+        raise InputError(f"data: {path}: expected a file that ends in {allowed}")
     return [path]
+
+
+def _holds_rows(file: Path) -> bool:
+    """Whether a file, by its path in the data set's folder, is data and not about data."""
+    hidden = any(part.startswith(".") for part in file.parts)
+    return _suffix(file) is not None and file.name not in DESCRIPTIONS and not hidden
+
+
+def _is_of_split(file: Path, split: str) -> bool:
+    begins = file.name.startswith(split) or file.as_posix().startswith(split)
+    return begins or split in file.parts[:-1]
+
+
+def _check_one_split(folder: Path, files: list[Path]) -> None:
+    """Raise InputError where files' or folders' names speak of several splits: a test split is not
+    for training.
+    """
+    parts = {part for file in files for part in file.relative_to(folder).parts}
+    found = {match[0].rstrip("_0123456789") for part in parts if (match := SPLIT.match(part))}
+    if len(found) > 1:
+        raise InputError(
+            f"data: {folder}: holds {', '.join(sorted(found))}; choose by split, which takes all "
+            "names that begin with it"
+        )
 
 
 def parts_of(files: list[Path], part_bytes: int = PART_BYTES) -> list[Part]:
     """Cut files into parts of about so many bytes, in order."""
-    parts: list[Part] = []
-    for file in files:
-        cut = _row_groups if file.suffix == ".parquet" else _line_ranges
-        parts += cut(file, part_bytes)
-    return parts
+    return [part for file in files for part in _format_of(file).cut(file, part_bytes)]
+
+
+def read_part(part: Part) -> Iterator[tuple[int, Any]]:
+    """Numbered rows of a part; what is not JSON comes as an InputError in the row's place.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return _format_of(Path(part.file)).read(part)
+
+
+def _whole(file: Path, part_bytes: int) -> list[Part]:
+    return [Part(str(file), 0, 1, 1)]
 
 
 def _line_ranges(file: Path, part_bytes: int) -> list[Part]:
@@ -75,6 +115,47 @@ def _line_ranges(file: Path, part_bytes: int) -> list[Part]:
     if place > start:
         parts.append(Part(str(file), start, place, first))
     return parts
+
+
+def _read_lines(part: Part) -> Iterator[tuple[int, Any]]:
+    with Path(part.file).open("rb") as file:
+        file.seek(part.start)
+        lines = file.read(part.stop - part.start).splitlines()
+    yield from _numbered(lines, part.first_row)
+
+
+def _numbered(lines: Iterator[bytes] | list[bytes], first: int) -> Iterator[tuple[int, Any]]:
+    """JSON of each line that is not blank, with the line's number."""
+    for number, line in enumerate(lines, start=first):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            yield number, InputError("not JSON")
+
+
+def _read_compressed_lines(part: Part) -> Iterator[tuple[int, Any]]:
+    """Line by line, so that the file is never in memory as a whole."""
+    import io
+
+    import pyarrow as pa
+
+    kind = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}[Path(part.file).suffix]
+    try:
+        with pa.CompressedInputStream(pa.OSFile(part.file), kind) as stream:
+            yield from _numbered(iter(io.BufferedReader(stream)), 1)
+    except OSError as error:
+        raise InputError(f"data: {part.file}: not readable as {kind}: {error}") from None
+
+
+def _read_list(part: Part) -> Iterator[tuple[int, Any]]:
+    """A file that is one JSON list."""
+    try:
+        rows = json.loads(Path(part.file).read_bytes())
+    except ValueError as error:
+        raise InputError(f"data: {part.file}: not a JSON list: {error}") from None
+    yield from enumerate(rows, start=1)
 
 
 def _row_groups(file: Path, part_bytes: int) -> list[Part]:
@@ -93,22 +174,71 @@ def _row_groups(file: Path, part_bytes: int) -> list[Part]:
     return parts
 
 
-def read_part(part: Part) -> Iterator[tuple[int, Any]]:
-    """Numbered rows of a part; what is not JSON comes as an InputError in the row's place."""
-    if part.file.endswith(".parquet"):
-        import pyarrow.parquet as pq
+def _read_row_groups(part: Part) -> Iterator[tuple[int, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
+    try:
         with pq.ParquetFile(part.file) as file:
             rows = file.read_row_groups(list(range(part.start, part.stop))).to_pylist()
-        yield from enumerate(rows, start=part.first_row)
-        return
-    with Path(part.file).open("rb") as file:
-        file.seek(part.start)
-        lines = file.read(part.stop - part.start).splitlines()
-    for number, line in enumerate(lines, start=part.first_row):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            yield number, InputError("not JSON")
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"data: {part.file}: not a readable Parquet file: {error}") from None
+    yield from enumerate(rows, start=part.first_row)
+
+
+def _read_arrow(part: Part) -> Iterator[tuple[int, Any]]:
+    """Batch by batch, of Arrow's streams, as data sets are saved, or of its files."""
+    import pyarrow as pa
+
+    first = 1
+    try:
+        source = pa.memory_map(part.file)
+        if source.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            source.seek(0)
+            batches = iter(pa.ipc.open_stream(source))
+        for batch in batches:
+            yield from enumerate(batch.to_pylist(), start=first)
+            first += batch.num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"data: {part.file}: not a readable Arrow file: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """How files of a kind are cut into parts, and how these are read."""
+
+    cut: Callable[[Path, int], list[Part]]
+    read: Callable[[Part], Iterator[tuple[int, Any]]]
+
+
+_LINES = _Format(_line_ranges, _read_lines)
+_LIST = _Format(_whole, _read_list)
+_COMPRESSED = _Format(_whole, _read_compressed_lines)
+_FORMATS = {
+    ".jsonl": _LINES,
+    ".json": _LINES,
+    ".jsonl.gz": _COMPRESSED,
+    ".json.gz": _COMPRESSED,
+    ".jsonl.zst": _COMPRESSED,
+    ".jsonl.bz2": _COMPRESSED,
+    ".parquet": _Format(_row_groups, _read_row_groups),
+    ".arrow": _Format(_whole, _read_arrow),
+}
+
+
+def _suffix(file: Path) -> str | None:
+    return next((suffix for suffix in _FORMATS if file.name.endswith(suffix)), None)
+
+
+def _format_of(file: Path) -> _Format:
+    """By the file's name; one that begins with a bracket is a list and not lines."""
+    suffix = _suffix(file)
+    assert suffix is not None, file
+    if suffix == ".json":
+        with file.open("rb") as content:
+            if content.read(64).lstrip().startswith(b"["):
+                return _LIST
+    return _FORMATS[suffix]

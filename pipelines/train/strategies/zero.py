@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipelines.checkpoints import Checkpoint
-from pipelines.train.config import ZERO_STAGES, AlignConfig
+from pipelines.train.config import ZERO_BUCKET, ZERO_STAGES, AlignConfig
 from pipelines.train.strategies.loading import Owned, empty_model, fill
 from pipelines.train.strategies.zero_layout import check_layouts, flat_layouts
 from pipelines.train.strategies.zero_loading import load_into_engine
@@ -39,8 +39,8 @@ class ZeroStrategy:
 
         self.config = config
         _join(device)
-        settings = engine_settings(config)
         model = empty_model(config.model)
+        settings = engine_settings(config, sum(p.numel() for p in model.parameters()))
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parameter_names = frozenset(name for name, _ in model.named_parameters())
@@ -126,11 +126,16 @@ class ZeroStrategy:
         load_weights(saved, self._engine)
 
 
-def engine_settings(config: AlignConfig) -> dict[str, Any]:
-    """DeepSpeed's config."""
+def engine_settings(config: AlignConfig, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's config for a model of so many parameters."""
     share = config.global_batch_size // config.num_workers
     micro = config.micro_batch_size or share
-    zero: dict[str, Any] = {"stage": ZERO_STAGES[config.strategy], "overlap_comm": False}
+    zero: dict[str, Any] = {
+        "stage": ZERO_STAGES[config.strategy],
+        "overlap_comm": False,
+        # DeepSpeed takes memory for a whole bucket, and by itself one of 500 million elements.
+        "reduce_bucket_size": min(num_parameters, ZERO_BUCKET),
+    }
     if config.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu"}
         if config.strategy == "zero3":

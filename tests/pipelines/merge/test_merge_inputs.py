@@ -146,8 +146,11 @@ def test_overflow_of_float16(own_family: Family, tmp_path: Path) -> None:
         ("merge_method: ties", "density: required, not given; allowed: above 0 and at most 1"),
         ("merge_method: linear\nparameters: {wieght: 1}", "wieght: unknown parameter; allowed: "),
         ("merge_method: linear\nparameters: {weight: high}", "weight: found 'high'; allowed: "),
-        ("merge_method: linear\nnum_workers: 0", "num_workers: found 0: "),
-        ("merge_method: linear\nout_dtype: int8", "out_dtype: found 'int8': "),
+        (
+            "merge_method: linear\nnum_workers: 0",
+            "num_workers: found 0; allowed: greater than or equal to 1",
+        ),
+        ("merge_method: linear\nout_dtype: int8", "out_dtype: found 'int8'; allowed: 'float32'"),
     ],
 )
 def test_config_mistakes(family: Family, tmp_path: Path, text: str, message: str) -> None:

@@ -36,9 +36,9 @@ def change(content, path, value) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema", 2, "schema: found 2: Input should be 1"),
+        ("schema", 2, "schema: found 2; allowed: 1"),
         ("schema", ..., "schema: required, not given"),
-        ("split", "development", "split: found 'development': Input should be 'test'"),
+        ("split", "development", "split: found 'development'; allowed: 'test'"),
         ("models|sft|honesty", ..., "models.sft.honesty: required, not given"),
         ("models|sft|honesty|value", 101.0, "models.sft.honesty.value: found 101.0"),
         ("models|sft|honesty|value", "60", "models.sft.honesty.value: found '60'"),

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -88,6 +89,40 @@ def run_on_given_gradients(config: AlignConfig, folder: Path, num_steps: int) ->
             parts.setdefault(name, []).append((start, values))
     ordered = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
     return {name: torch.cat([values for _, values in found]) for name, found in ordered.items()}
+
+
+def memory_of_loading(config: AlignConfig, folder: Path) -> list[int]:
+    """Bytes that each worker came to hold at most, beyond what it held before, while it got its
+    share of the weights under zero3.
+    """
+    folder.mkdir(parents=True)
+    arguments = (config.num_workers, _free_port(), config.model_dump_json(), folder)
+    mp.spawn(_loading_worker, arguments, config.num_workers)
+    return [int((folder / str(rank)).read_text()) for rank in range(config.num_workers)]
+
+
+def _loading_worker(rank: int, world: int, port: int, config_text: str, folder: Path) -> None:
+    _environment(rank, world, port)
+    import deepspeed
+
+    from pipelines.checkpoints import Checkpoint
+    from pipelines.train.strategies.loading import empty_model
+    from pipelines.train.strategies.zero import engine_settings
+    from pipelines.train.strategies.zero_loading import load_into_engine
+
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    config = AlignConfig.model_validate_json(config_text)
+    model = empty_model(config.model)
+    settings = engine_settings(config, sum(p.numel() for p in model.parameters()))
+    deepspeed.zero.Init(module=torch.nn.Linear(2, 2), config_dict_or_path=settings)  # imports
+    before = psutil.Process().memory_info().rss
+    load_into_engine(model, Checkpoint.open(config.model), settings, torch.device("cpu"))
+    # Not the kernel's ru_maxrss, which begins with what the parent held.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (most,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    (folder / str(rank)).write_text(str(most - before))
+    dist.destroy_process_group()
 
 
 def given_gradient(step: int, name: str, shape: tuple[int, ...]) -> Tensor:

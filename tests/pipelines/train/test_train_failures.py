@@ -123,11 +123,11 @@ def test_an_unfinished_run_of_another_config(
         align(align_config(tiny_llama, preferences), tmp_path / "there")
 
 
+@pytest.mark.ray
 def test_activation_offload_without_a_gpu(
-    tiny_llama: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
     """They are in CPU memory already; nothing is written."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = align_config(tiny_llama, preferences, activation_offload=True)
     with pytest.raises(InputError, match="activation_offload: has no effect without a GPU"):
         align(config, tmp_path / "out")

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from processes import given_gradient, run_on_given_gradients, run_workers
+from processes import given_gradient, memory_of_loading, run_on_given_gradients, run_workers
 from safetensors.torch import load_file
 from training_files import align_config, metrics, run_here, seeded_metrics
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipelines.train import AlignConfig
 from pipelines.train.checkpoints import saved_steps
@@ -110,6 +110,23 @@ def test_options_of_sharding(
     for one, other in zip(metrics(alone), metrics(run), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=0.03)
     assert load_file(run / WEIGHTS)["model.norm.weight"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_no_worker_of_zero3_ever_holds_a_whole_model(
+    preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of four workers comes to hold its quarter, and at most a tensor or two beside it."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")  # what is freed goes back at once
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=640, intermediate_size=1720, num_hidden_layers=12
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    size = sum(4 * p.numel() for p in model.parameters())
+    run = align_config(tmp_path / "model", preferences, strategy="zero3", num_workers=4)
+    held = memory_of_loading(run, tmp_path / "run")
+    assert 0.2 * size < max(held) < 0.5 * size
 
 
 @pytest.mark.slow
