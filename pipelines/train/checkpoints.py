@@ -17,6 +17,8 @@ from pipelines.train.strategies import Strategy, first_rank, wait_for_all
 
 CHECKPOINTS = "checkpoints"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What torch's own writer says of a write that was cut short, and on closing a file after one.
+CUT_SHORT = ("PytorchStreamWriter failed writing", "inline_container.cc")
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -33,7 +35,7 @@ def _is_full_disk(error: OSError | RuntimeError) -> bool:
     """Whether a write failed for want of room; torch's own writer says so in words alone."""
     if isinstance(error, OSError):
         return error.errno in FULL
-    return "PytorchStreamWriter failed writing" in str(error)
+    return any(words in str(error) for words in CUT_SHORT)
 
 
 class CheckpointWriter:
@@ -95,8 +97,9 @@ class CheckpointWriter:
                 raise
             last = max(saved_steps(self._folder), default=0)
             kept = f"step {last} is the last good one" if last else "there is none before it"
+            reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"{final}: no room for this checkpoint ({error}); {kept}; make room and run the "
+                f"{final}: no room for this checkpoint ({reason}); {kept}; make room and run the "
                 "same command again to go on"
             ) from error
         wait_for_all(self._group)

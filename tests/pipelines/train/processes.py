@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import time
@@ -21,15 +22,22 @@ from pipelines.train.run import worker_settings
 PRELOADED = ["pipelines.train.loop", "transformers.models.llama.modeling_llama", "deepspeed"]
 
 
-def run_workers(config: AlignConfig, folder: Path, *, kill_after: int | None = None) -> Path:
+def run_workers(
+    config: AlignConfig,
+    folder: Path,
+    *,
+    kill_after: int | None = None,
+    max_file_bytes: int | None = None,
+) -> Path:
     """Train with the config's number of workers; returns the folder of the unfinished run.
 
     With `kill_after` one worker is killed once so many steps are done; the others are lost too.
+    With `max_file_bytes` the system refuses to write more into any file, as on a full disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     cache = folder.parent / "cache"
     settings = worker_settings(config, plan_alignment(config, cache), folder, cache)
-    arguments = (config.num_workers, _free_port(), settings)
+    arguments = (config.num_workers, _free_port(), settings, max_file_bytes)
     multiprocessing.set_forkserver_preload(PRELOADED)
     context = mp.start_processes(
         _worker, arguments, config.num_workers, join=False, start_method="forkserver"
@@ -64,8 +72,12 @@ def _environment(rank: int, world: int, port: int) -> None:
     }
 
 
-def _worker(rank: int, world: int, port: int, settings: dict[str, Any]) -> None:
+def _worker(
+    rank: int, world: int, port: int, settings: dict[str, Any], max_file_bytes: int | None
+) -> None:
     _environment(rank, world, port)
+    if max_file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     from pipelines.train.loop import train_worker
 
     dist.init_process_group("gloo", rank=rank, world_size=world)

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_workers
 from pydantic import ValidationError
+from torch.multiprocessing import ProcessRaisedException
 from training_files import align_config, metrics, preference_rows, run_here, write_rows
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipelines.errors import InputError
 from pipelines.train import align, plan_alignment
@@ -94,10 +97,10 @@ def test_a_reference_of_another_vocabulary(
         plan_alignment(align_config(tiny_llama, preferences, reference_model=path))
 
 
-def test_a_reference_delta_of_another_shape(
+def test_a_reference_delta_that_does_not_fit(
     tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
-    """Tensor, found and needed shape."""
+    """A model that is not there; one of other widths: the tensor, found and needed shape."""
     optimizer: dict[str, Any] = {
         "name": "ondare",
         "learning_rate": 1e-3,
@@ -106,6 +109,21 @@ def test_a_reference_delta_of_another_shape(
         "reference": {"base": tmp_path / "none", "tuned": tiny_llama},
     }
     with pytest.raises(InputError, match=r"model .*none: no such directory"):
+        plan_alignment(align_config(tiny_llama, preferences, optimizer=optimizer))
+    wide = LlamaConfig(
+        vocab_size=47,
+        hidden_size=16,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    LlamaForCausalLM(wide).save_pretrained(tmp_path / "wide")
+    optimizer["reference"] = {"base": tmp_path / "wide", "tuned": tmp_path / "wide"}
+    message = re.escape(
+        "optimizer.reference: 'lm_head.weight' has shape (47, 16); the parameter's is (47, 32); or "
+        "choose optimizer.missing_delta"
+    )
+    with pytest.raises(InputError, match=f"^{message}$"):
         plan_alignment(align_config(tiny_llama, preferences, optimizer=optimizer))
 
 
@@ -239,6 +257,36 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     monkeypatch.setattr(native, "_write", real)
     (tmp_path / "run" / "failure.json").unlink()
     assert len(metrics(run_here(config, tmp_path / "run"))) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_a_full_disk_under_every_strategy(
+    strategy: str, tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """For real: the system refuses to write on. One line says so, the checkpoint before stays, and
+    with room again the run ends with the bytes of one that had it all along.
+    """
+    fields = {"strategy": strategy, "num_workers": 2, "num_steps": 6, "micro_batch_size": 2}
+    config = align_config(tiny_llama, preferences, **fields)
+    whole = run_workers(config, tmp_path / "whole")
+    folder = run_workers(config, tmp_path / "run", kill_after=3)
+    (last,) = saved_steps(folder)
+    with pytest.raises(ProcessRaisedException):
+        run_workers(config, folder, max_file_bytes=20_000)
+    with pytest.raises(InputError) as error:
+        raise_failure(folder)
+    place = folder / "checkpoints" / f"step-{last + 2}"
+    said = re.escape(f"{place}: no room for this checkpoint (") + r"[^\n]*"
+    ending = re.escape(
+        f"); step {last} is the last good one; make room and run the same command again to go on"
+    )
+    assert re.fullmatch(said + ending, str(error.value))
+    assert saved_steps(folder) == [last]
+    (folder / "failure.json").unlink()
+    run_workers(config, folder)
+    weights = "model/model.safetensors"
+    assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_os_error(
