@@ -4,12 +4,14 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from pipelines.errors import InputError
 
+POLL_S = 0.5
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 # Nothing phones home, and nothing waits for a network that may not be there.
@@ -82,9 +84,38 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
             configure_logging=False,
         )
     try:
-        yield
+        with nullcontext() if joins else _loss_of_ray_told():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _loss_of_ray_told() -> Iterator[None]:
+    """Say so where one of the processes that Ray has started here dies in the block: seconds later
+    Ray ends this process, with status 1 and without a word that says what to do.
+    """
+    import ray
+
+    ended, node = threading.Event(), ray._private.worker._global_node
+
+    def watch() -> None:
+        while not ended.wait(POLL_S):
+            for name, process in node.dead_processes():
+                print(
+                    f"poise: Ray's own process {name} (pid {process.pid}) has died; if this "
+                    "command ends, the same command again goes on",
+                    file=sys.stderr,
+                )
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def check_head(address: str) -> None:

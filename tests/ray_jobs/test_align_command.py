@@ -1,18 +1,24 @@
 """`poise align` from the command line: what is printed, exit statuses, and kills of everything."""
 
+import contextlib
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from pipelines.train import AlignConfig
 from ray_jobs.cli import main
 from tests.pipelines.train.training_files import align_config, preference_rows, write_rows
 from tests.tiny_models import save_tiny_llama
@@ -46,46 +52,208 @@ def assert_ends_as_undisturbed(config: Path, project_root: Path) -> None:
     assert not (folder / ".out.partial").exists()
 
 
+def spoil_model(folder: Path, **values: object) -> None:
+    """Other values in the model's config."""
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+BAD_INPUT: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
+    "no data": (
+        lambda folder: (folder / "rows.jsonl").unlink(),
+        [],
+        "data: {folder}/rows.jsonl: no such file",
+    ),
+    "empty data": (
+        lambda folder: write_rows(folder / "rows.jsonl", []),
+        [],
+        "data: {folder}/rows.jsonl: holds no rows",
+    ),
+    "other columns": (
+        lambda folder: write_rows(folder / "rows.jsonl", [{"question": "a", "answer": "b"}]),
+        [],
+        "data: {folder}/rows.jsonl row 1: has no column 'chosen'; found: question, answer; needed: "
+        "prompt, chosen, rejected (or chosen, rejected that begin with the prompt)",
+    ),
+    "too long": (
+        lambda folder: write_rows(folder / "rows.jsonl", preference_rows(1)),
+        ["max_length=4"],
+        "data: {folder}/rows.jsonl row 1: found 13 tokens; allowed: max_length 4 (a response is "
+        "never cut; too_long: cut_prompt or drop says what to do with such rows)",
+    ),
+    "no chat template": (
+        lambda folder: (folder / "model" / "chat_template.jinja").unlink(),
+        ["max_bad_share=0.5"],
+        "data: {folder}/rows.jsonl row 1: holds messages, but the tokenizer has no chat template "
+        "(40 of 40 rows are bad; allowed: a share of 0.5, max_bad_share)",
+    ),
+    "no model": (
+        lambda folder: shutil.rmtree(folder / "model"),
+        [],
+        "model {folder}/model: no such directory",
+    ),
+    "another architecture": (
+        lambda folder: spoil_model(folder, model_type="gpt2"),
+        [],
+        "model {folder}/model: has no tensor 'transformer.wte.weight', which its architecture "
+        "needs",
+    ),
+    "another reference": (
+        lambda folder: (
+            shutil.copytree(folder / "model", folder / "other" / "model"),
+            spoil_model(folder / "other", vocab_size=99),
+        ),
+        ["reference_model={folder}/other/model"],
+        "reference_model: {folder}/other/model: found a vocabulary of 99 tokens; the model's has "
+        "47",
+    ),
+    "batch": (
+        lambda folder: None,
+        ["global_batch_size=7"],
+        "{folder}/config.yaml: global_batch_size: found 7; allowed: a multiple of num_workers (2)",
+    ),
+    "objective": (
+        lambda folder: None,
+        ["objective.name=ppo"],
+        "{folder}/config.yaml: objective.name: found 'ppo'; allowed: 'sft', 'dpo', 'ipo', 'hinge', "
+        "'kto', 'simpo' or 'orpo'",
+    ),
+    "field": (
+        lambda folder: None,
+        ["learning_rate=1"],
+        "{folder}/config.yaml: learning_rate: unknown field; allowed: "
+        + ", ".join(sorted(AlignConfig.model_fields)),
+    ),
+    "another run": (
+        lambda folder: (
+            (folder / ".out.partial").mkdir(),
+            (folder / ".out.partial" / "run.json").write_text('{"fingerprint": "x"}'),
+        ),
+        [],
+        "{folder}/.out.partial: holds an unfinished run of another config or other inputs; remove "
+        "it, choose another output, or --force to begin anew",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_ends_with_status_2_and_one_line(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    case: str,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The file, the field, what was found, what is allowed."""
-    cases = {
-        "data=missing.jsonl": "poise: data: missing.jsonl: no such file\n",
-        "objective.name=ppo": "objective.name: found 'ppo'",
-        "global_batch_size=7": "allowed: a multiple of num_workers (2)",
-        "learning_rate=1": "learning_rate: unknown field",
-        "max_length=4": "allowed: max_length 4",
-    }
-    for override, expected in cases.items():
-        monkeypatch.setattr(sys, "argv", ["poise", "align", str(config), override, "--plan"])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        found = capsys.readouterr()
-        assert stop.value.code == 2, found.err
-        assert expected in found.err and found.err.count("\n") == 1 and not found.out
+    """The file, the field, what was found, what is allowed; and nothing is written."""
+    spoil, overrides, expected = BAD_INPUT[case]
+    spoil(config.parent)
+    overrides = [override.format(folder=config.parent) for override in overrides]
+    before = sorted(config.parent.rglob("*"))
+    monkeypatch.setattr("ray_jobs.align.ray_session", contextlib.nullcontext)
+    monkeypatch.setattr("pipelines.train.run.check_cluster", lambda config: None)
+    out = str(config.parent / "out")
+    monkeypatch.setattr(sys, "argv", ["poise", "align", str(config), *overrides, "--out", out])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    found = capsys.readouterr()
+    assert found.err == f"poise: {expected.format(folder=config.parent)}\n"
+    assert stop.value.code == 2 and not found.out
+    cache = config.parent / ".poise-cache"  # of tokens, which any later run may use
+    after = sorted(config.parent.rglob("*"))
+    assert [path for path in after if path != cache and cache not in path.parents] == before
+
+
+class Started:
+    """An alignment that is under way, in a session of its own, to be killed in parts or whole."""
+
+    def __init__(self, config: Path, project_root: Path) -> None:
+        self._lines = config.parent / ".out.partial" / "metrics.jsonl"
+        self.process = subprocess.Popen(
+            command(config, "--out", config.parent / "out"),
+            cwd=project_root,
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        """Return as soon as so many steps are done, if possible within the next one."""
+        deadline = time.monotonic() + 240
+        while not self._lines.is_file() or self._lines.read_bytes().count(b"\n") < step:
+            assert self.process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+
+    def pid_of(self, name: str) -> int:
+        """A process that Ray has started, by a part of its command line; any of several."""
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if name in " ".join(child.cmdline()):
+                        return child.pid
+            time.sleep(0.05)
+        raise AssertionError(f"no process {name}")
+
+    def end(self) -> str:
+        """What it says on leaving by itself, or after a kill."""
+        _, error = self.process.communicate(timeout=240)
+        return error
+
+    def kill_everything(self) -> None:
+        """Driver, Ray and workers at once."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.end()
 
 
 @pytest.mark.slow
-def test_a_run_survives_the_death_of_everything(config: Path, project_root: Path) -> None:
-    """Driver, Ray and workers are killed at two moments; the third start ends with the bytes of an
-    undisturbed run.
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_a_killed_run_ends_with_the_same_bytes(
+    strategy: str, config: Path, project_root: Path
+) -> None:
+    """A worker is killed, which Ray replaces; then the driver alone, whose workers may outlive it;
+    and in the second start everything. The third start ends as a run that nobody touched.
     """
-    folder = config.parent
+    folder, draw = config.parent, random.Random(strategy)
+    num_workers = 1 if strategy == "single" else 2
+    fields = {"strategy": strategy, "num_workers": num_workers, "num_steps": 100}
+    values = yaml.safe_load(config.read_text()) | fields | {"checkpoint_every": 10}
+    config.write_text(yaml.safe_dump(values))
     subprocess.run(
         command(config, "--out", folder / "whole"), cwd=project_root, check=True, timeout=600
     )
-    lines = folder / ".out.partial" / "metrics.jsonl"
-    for after in (3, 17):
-        run = subprocess.Popen(
-            command(config, "--out", folder / "out"), cwd=project_root, start_new_session=True
-        )
-        deadline = time.monotonic() + 240
-        while not lines.is_file() or len(lines.read_text().splitlines()) < after:
-            assert run.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+    run = Started(config, project_root)
+    worker = run.pid_of("RayTrainWorker")
+    run.wait_for_step(draw.randrange(1, 20))
+    os.kill(worker, signal.SIGKILL)
+    run.wait_for_step(draw.randrange(35, 60))
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.end()
+    run = Started(config, project_root)
+    run.wait_for_step(draw.randrange(65, 95))
+    run.kill_everything()
+    assert not (folder / "out").exists()
+    assert_ends_as_undisturbed(config, project_root)
+
+
+@pytest.mark.slow
+def test_the_death_of_the_node_is_told_in_one_line(config: Path, project_root: Path) -> None:
+    """Ray's own process of the machine is killed: the driver says so, does not wait for ever, and
+    the next start ends as a run that nobody touched.
+    """
+    values = yaml.safe_load(config.read_text()) | {"num_steps": 800, "checkpoint_every": 40}
+    config.write_text(yaml.safe_dump(values))
+    subprocess.run(
+        command(config, "--out", config.parent / "whole"),
+        cwd=project_root,
+        check=True,
+        timeout=600,
+    )
+    run = Started(config, project_root)
+    raylet = run.pid_of("raylet/raylet")
+    run.wait_for_step(9)
+    os.kill(raylet, signal.SIGKILL)
+    said = run.end()
+    assert run.process.returncode == 1
+    assert f"poise: Ray's own process raylet (pid {raylet}) has died" in said
     assert_ends_as_undisturbed(config, project_root)
 
 
