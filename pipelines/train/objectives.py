@@ -1,7 +1,9 @@
 """The loss of one micro-batch and the sums that its metrics are made of."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +49,25 @@ class Responses:
 
     log_probability: Tensor  # (sequences,) float32
     num_tokens: Tensor  # (sequences,) int64
-    per_token: Tensor  # (sequences, length - 1) float32; entry t belongs to token t + 1
+    per_token: Tensor  # (sequences, scored length - 1) float32; entry t is the next token's
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Run the model: (sequences, length, vocabulary)."""
-    return model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+    """Run the model: (sequences, scored length, vocabulary).
+
+    Prompts that all sequences share in length get no logits: with long vocabularies these take more
+    memory than anything else, and of a single pair's prompt none is needed.
+    """
+    keep = batch.ids.shape[1] - batch.first_scored
+    bare = getattr(model, "module", model)  # without DDP or DeepSpeed around it
+    keeping = {"logits_to_keep": keep} if _can_keep(type(bare).forward) else {}
+    return model(input_ids=batch.ids, use_cache=False, **keeping).logits[:, -keep:]
+
+
+@cache
+def _can_keep(forward: Callable[..., object]) -> bool:
+    """Whether an architecture can leave out logits by itself."""
+    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def score_responses(model: nn.Module, batch: Batch) -> Responses:
@@ -62,8 +77,8 @@ def score_responses(model: nn.Module, batch: Batch) -> Responses:
 
 def responses_under(logits: Tensor, batch: Batch) -> Responses:
     """Log-probabilities of learned tokens under a batch's logits."""
-    marks = batch.response[:, 1:]
-    values = token_log_probabilities(logits, batch.ids)
+    marks = batch.scored_response[:, 1:]
+    values = token_log_probabilities(logits, batch.scored_ids)
     return Responses((values * marks).sum(-1), marks.sum(-1), values)
 
 
@@ -72,10 +87,10 @@ def kl_sum(policy: Tensor, reference: Tensor, batch: Batch) -> Tensor:
     """KL(policy || reference) of the next token, summed over a batch's learned tokens.
 
     Args:
-        policy, reference: (sequences, length, vocabulary) logits; taken one sequence at a time, so
-            that float32 copies of all are never there together.
+        policy, reference: (sequences, scored length, vocabulary) logits; taken one sequence at a
+            time, so that float32 copies of all are never there together.
     """
-    learned = batch.response[:, 1:].bool()
+    learned = batch.scored_response[:, 1:].bool()
     sums = [
         kl_divergences(now[:-1][marks], before[:-1][marks]).sum()
         for now, before, marks in zip(policy, reference, learned, strict=True)
@@ -95,7 +110,7 @@ class DrawnTokens:
 def draw_tokens(logits: Tensor, batch: Batch, seed: int) -> DrawnTokens:
     """Let a model, from its logits, draw a token at each learned position."""
     generator = torch.Generator(logits.device).manual_seed(seed)
-    learned = batch.response[:, 1:].bool()
+    learned = batch.scored_response[:, 1:].bool()
     drawn = [
         draw_next_tokens(one[:-1][marks], generator)
         for one, marks in zip(logits, learned, strict=True)
@@ -108,17 +123,16 @@ def drawn_kl_sum(logits: Tensor, responses: Responses, batch: Batch, drawn: Draw
     """An unbiased estimate of `kl_sum`, without the reference's logits.
 
     Args:
-        logits: of the policy; (sequences, length, vocabulary).
+        logits: of the policy; (sequences, scored length, vocabulary).
         responses: what they say of the batch, whose normalisation serves again.
         drawn: by the reference.
     """
-    learned = batch.response.bool()
-    ids = torch.zeros_like(batch.ids)
-    before = torch.zeros(batch.ids.shape, device=logits.device)
+    own, learned = batch.scored_ids, batch.scored_response.bool()
+    ids, before = torch.zeros_like(own), torch.zeros(own.shape, device=logits.device)
     ids[learned], before[learned] = drawn.ids, drawn.log_probability
     drawn_logits, own_logits = (
         logits[:, :-1].gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1).float()
-        for tokens in (ids, batch.ids)
+        for tokens in (ids, own)
     )
     now = responses.per_token + (drawn_logits - own_logits)
     return kl_estimates(now - before[:, 1:])[learned[:, 1:]].sum()

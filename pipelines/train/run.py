@@ -117,8 +117,6 @@ def align_in_turn(
         InputError, TrainingError: as `align`; or the configs want different workers.
     """
     _check_workers([config for config, _ in runs])
-    for config, _ in runs:
-        check_cluster(config)
     outs, jobs = [Path(out).absolute() for _, out in runs], []
     with ExitStack() as stack:
         for (config, _), out in zip(runs, outs, strict=True):
@@ -127,6 +125,7 @@ def align_in_turn(
             if _finished(out, plan.fingerprint) and not force:
                 continue
             refuse_existing(out, force=force)
+            check_cluster(config)
             if remarks := plan.table.counts.remarks():
                 print(f"  {remarks}", file=sys.stderr)
             folder = partial_path(out)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipelines.train.data.table import TokenTable
 
-PAD = 0  # padding is masked out, so any id serves
+PAD = 0  # nothing looks at padding, so any id serves
 
 
 def num_steps_of(num_epochs: float, num_rows: int, global_batch_size: int) -> int:
@@ -45,12 +45,23 @@ def deal(rows: list[int], lengths: np.ndarray, rank: int, world: int) -> list[in
 class Batch:
     """Sequences padded on the right: all rows' first sequences, then all their second ones.
 
-    ids and mask are (sequences, length) int64, and so is `response`, which marks learned tokens.
+    `ids` is (sequences, length) int64, and so is `response`, which marks learned tokens. Padding
+    needs no mask: it is never learned, and what comes before it does not see it.
     """
 
     ids: Tensor
-    mask: Tensor
     response: Tensor
+    first_scored: int  # the first position whose logits predict a learned token of any sequence
+
+    @property
+    def scored_ids(self) -> Tensor:
+        """The ids from that position on: (sequences, scored length)."""
+        return self.ids[:, self.first_scored :]
+
+    @property
+    def scored_response(self) -> Tensor:
+        """Their marks."""
+        return self.response[:, self.first_scored :]
 
 
 def collate(table: TokenTable, rows: list[int], pad: int, device: torch.device | str) -> Batch:
@@ -72,10 +83,10 @@ def pad_together(
     """Sequences of ids and marks, padded on the right to one length."""
     sequences = list(sequences)
     shape = (len(sequences), max(len(ids) for ids, _ in sequences))
-    ids = np.full(shape, pad, np.int64)
-    mask, response = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    ids, response = np.full(shape, pad, np.int64), np.zeros(shape, np.int64)
     for i, (values, marks) in enumerate(sequences):
         ids[i, : len(values)] = values
-        mask[i, : len(values)] = 1
         response[i, : len(values)] = marks
-    return Batch(*(torch.from_numpy(x).to(device) for x in (ids, mask, response)))
+    first_learned = int(response.any(axis=0).argmax())
+    tensors = (torch.from_numpy(x).to(device) for x in (ids, response))
+    return Batch(*tensors, first_scored=max(0, first_learned - 1))

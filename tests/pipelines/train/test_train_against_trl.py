@@ -202,6 +202,14 @@ def mean_log_probabilities(table: TokenTable, model: Any) -> tuple[torch.Tensor,
     return (found.log_probability / found.num_tokens).chunk(2)
 
 
+def mask_of(table: TokenTable, rows: list[int]) -> torch.Tensor:
+    """1 for tokens and 0 for padding, of all rows' first sequences and then all their second ones:
+    our own passes do without.
+    """
+    lengths = torch.from_numpy(table.lengths[rows].T.reshape(-1))
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+
+
 def test_simpo(dpo: Any, tables: Callable[[str], TokenTable]) -> None:
     """SimPO is CPO's loss of TRL without its likelihood term."""
     from trl.experimental.cpo import CPOTrainer
@@ -231,7 +239,7 @@ def test_orpo(dpo: Any, tables: Callable[[str], TokenTable]) -> None:
     with torch.no_grad():
         likelihood = dpo.model(
             input_ids=batch.ids[: len(ROWS)],
-            attention_mask=batch.mask[: len(ROWS)],
+            attention_mask=mask_of(table, ROWS)[: len(ROWS)],
             labels=labels,
         ).loss.item()
     ours = our_pair_loss(table, dpo.model, dpo.ref_model, name="orpo", beta=0.3)
@@ -262,7 +270,7 @@ def test_sft(tiny_llama: Path, tmp_path: Path) -> None:
         theirs = trainer.compute_loss(model, next(iter(trainer.get_train_dataloader()))).item()
         shares = shares_of(table, ROWS, config.definition)
         ours = text_loss(config, score_responses(model, batch), shares).loss.item()
-        logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits.double()
+        logits = model(input_ids=batch.ids, attention_mask=mask_of(table, ROWS)).logits.double()
     chances = logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None]).squeeze(-1)
     by_hand = -chances[batch.response[:, 1:].bool()].mean().item()
     assert ours == pytest.approx(by_hand, rel=TOLERANCE)

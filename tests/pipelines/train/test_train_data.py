@@ -358,14 +358,16 @@ def test_global_batches(num_rows: int, size: int, seed: int, world: int) -> None
     assert sorted(row for share in shares for row in share) == sorted(batches[0])
 
 
-def test_padding_is_on_the_right_and_masked() -> None:
-    """Shapes, and zeros wherever there is no token."""
+def test_padding_is_on_the_right_and_never_learned() -> None:
+    """Shapes, and no mark wherever there is no token; scored from before the first mark on."""
     one = (np.array([5, 6, 7], np.int32), np.array([0, 1, 1], np.uint8))
     two = (np.array([8], np.int32), np.array([0], np.uint8))
     batch = pad_together([one, two], 9, "cpu")
     assert batch.ids.tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.first_scored == 0
     assert batch.response.tolist() == [[0, 1, 1], [0, 0, 0]]
+    late = (np.array([5, 6, 7], np.int32), np.array([0, 0, 1], np.uint8))
+    assert pad_together([late, two], 9, "cpu").scored_ids.tolist() == [[6, 7], [9, 9]]
 
 
 def test_a_mismatched_prompt_is_cut_to_the_longest_row(tiny_llama: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from operators.losses import OBJECTIVES
 from pipelines.errors import InputError
 from pipelines.train import plan_alignment
+from pipelines.train.data.batches import pad_together
+from pipelines.train.objectives import logits_of
 from tests.tiny_models import save_tiny_llama
 
 EXTRA: dict[str, dict[str, Any]] = {
@@ -61,7 +64,7 @@ def test_first_steps_have_known_losses(tiny_llama: Path, any_rows: Path, tmp_pat
         config = align_config(tiny_llama, any_rows, objective={"name": name}, num_steps=1)
         (line,) = metrics(run_here(config, tmp_path / name))
         assert line["loss"] == pytest.approx(value, rel=1e-6), name
-    assert line["kl"] == 0
+    assert line["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_reference_is_computed_once(
@@ -182,3 +185,31 @@ def test_another_reference_model(tiny_llama: Path, any_rows: Path, tmp_path: Pat
         sums.append(values[:, 0] - values[:, 1])
     expected = -torch.nn.functional.logsigmoid(0.1 * (sums[0] - sums[1])).mean().item()
     assert metrics(ran)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_logits_are_those_of_a_whole_masked_pass(tiny_llama: Path, any_rows: Path) -> None:
+    """Without a mask for the padding, and without the logits of prompts: the same, for Llama and
+    for an architecture that cannot leave logits out.
+    """
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    prompt, lengths = np.full(9, 5, np.int32), (4, 1, 7)
+    rows = []
+    for length in lengths:
+        ids = np.concatenate([prompt, np.arange(6, 6 + length, dtype=np.int32)])
+        rows.append((ids, (np.arange(len(ids)) >= 9).astype(np.uint8)))
+    batch = pad_together(rows, 0, "cpu")
+    mask = torch.stack([torch.arange(16) < 9 + length for length in lengths]).long()
+
+    class Whole(torch.nn.Module):
+        """Always gives all logits."""
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+            return model(input_ids=input_ids, use_cache=use_cache)
+
+    with torch.no_grad():
+        expected = model(input_ids=batch.ids, attention_mask=mask).logits[:, 8:]
+        found, other = logits_of(model, batch), logits_of(Whole(), batch)
+    assert found.shape == other.shape == expected.shape
+    tokens = mask[:, 8:].bool()
+    assert torch.allclose(found[tokens], expected[tokens], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(other[tokens], expected[tokens], rtol=1e-5, atol=1e-6)
