@@ -107,13 +107,17 @@ class DrawnTokens:
 
 
 @torch.no_grad()
-def draw_tokens(logits: Tensor, batch: Batch, seed: int) -> DrawnTokens:
-    """Let a model, from its logits, draw a token at each learned position."""
-    generator = torch.Generator(logits.device).manual_seed(seed)
+def draw_tokens(logits: Tensor, batch: Batch, seeds: list[int]) -> DrawnTokens:
+    """Let a model, from its logits, draw a token at each learned position.
+
+    Args:
+        seeds: one for each sequence, so that its tokens do not depend on the batch that it is in.
+    """
+    generator = torch.Generator(logits.device)
     learned = batch.scored_response[:, 1:].bool()
     drawn = [
-        draw_next_tokens(one[:-1][marks], generator)
-        for one, marks in zip(logits, learned, strict=True)
+        draw_next_tokens(one[:-1][marks], generator.manual_seed(seed))
+        for one, marks, seed in zip(logits, learned, seeds, strict=True)
     ]
     return DrawnTokens(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
 

@@ -1,6 +1,5 @@
 """What the reference model says of all rows, computed once and kept for every later run."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +62,8 @@ def compute_reference(
     policy is estimated later.
 
     Batches are cut from the rows ordered by length, the same whatever the workers, which take
-    turns; sharded passes are collective, so all make equally many. A batch's number is the seed of
-    its draws.
+    turns; sharded passes are collective, so all make equally many. A sequence's number is the seed
+    of its draws.
 
     Args:
         folder: that all workers can reach.
@@ -73,11 +72,14 @@ def compute_reference(
     """
     count = table.sequences_per_row
     found = _Found.nothing(table, count + int(mismatched))
-    for number, rows in _my_batches(table, min(rows_per_batch, MAX_ROWS_PER_BATCH)):
+    for rows in _my_batches(table, min(rows_per_batch, MAX_ROWS_PER_BATCH)):
         batch = collate(table, rows, PAD, device)
         with strategy.forward_context():
             logits = logits_of(strategy.model, batch)
-        responses, drawn = responses_under(logits, batch), draw_tokens(logits, batch, number)
+        responses, drawn = (
+            responses_under(logits, batch),
+            draw_tokens(logits, batch, table.numbers(rows)),
+        )
         found.values[rows, :count] = responses.log_probability.view(count, -1).T.cpu()
         places = table.learned_places(rows)
         found.ids[places] = drawn.ids.int().cpu()
@@ -93,14 +95,14 @@ def compute_reference(
     wait_for_all()
 
 
-def _my_batches(table: TokenTable, size: int) -> Iterator[tuple[int, list[int]]]:
-    """This rank's batches of rows of like lengths, with their numbers."""
+def _my_batches(table: TokenTable, size: int) -> list[list[int]]:
+    """This rank's batches of rows of like lengths."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     longest = table.lengths.max(axis=1)
     order = sorted(range(len(longest)), key=lambda row: (int(longest[row]), row))
-    batches = list(enumerate(order[i : i + size] for i in range(0, len(order), size)))
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
     batches += batches[-1:] * (-len(batches) % world)
-    return iter(batches[rank::world])
+    return batches[rank::world]
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pipelines.train import plan_alignment
 from pipelines.train.data import global_batch
+from pipelines.train.reference_store import read_drawn, read_log_probabilities
 from tests.tiny_models import save_tiny_llama
 
 WEIGHTS = "model/model.safetensors"
@@ -68,6 +69,24 @@ def test_estimated_kl_is_unbiased(tiny_llama: Path, tmp_path: Path) -> None:
     standard_error = stdev(errors) / len(errors) ** 0.5
     assert abs(fmean(errors)) < 3 * standard_error
     assert standard_error < 0.1 * metrics(live)[0]["kl_per_token"]
+
+
+def test_drawn_tokens_do_not_depend_on_the_batches(
+    tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """Scored two rows at a time or sixteen: the same tokens."""
+    fields: dict[str, Any] = {"num_steps": 1, "global_batch_size": 16}
+    found = []
+    for size in (2, 16):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        config = align_config(tiny_llama, preferences, **fields, micro_batch_size=size)
+        run_here(config, folder / "run")
+        (reference,) = (folder / "cache").glob("reference-*")
+        found.append((*read_drawn(reference), read_log_probabilities(reference)))
+    assert found[0][0].tolist() == found[1][0].tolist()
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-5)
+    assert torch.allclose(found[0][2], found[1][2], atol=1e-5)
 
 
 def test_kl_per_token_by_hand(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
