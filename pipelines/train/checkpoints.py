@@ -84,14 +84,8 @@ class CheckpointWriter:
 
         Those before go only after the new one stands, so a full disk leaves the last good one.
         """
-        final = step_folder(self._folder, step)
-        partial = partial_path(final)
-        if first_rank():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        wait_for_all(self._group)
         try:
-            write(partial)
+            self._write_and_commit(step_folder(self._folder, step), write)
         except (OSError, RuntimeError) as error:  # torch.save's own writer raises the latter
             if not _is_full_disk(error):
                 raise
@@ -99,9 +93,17 @@ class CheckpointWriter:
             kept = f"step {last} is the last good one" if last else "there is none before it"
             reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"{final}: no room for this checkpoint ({reason}); {kept}; make room and run the "
-                "same command again to go on"
+                f"{step_folder(self._folder, step)}: no room for this checkpoint ({reason}); "
+                f"{kept}; make room and run the same command again to go on"
             ) from error
+
+    def _write_and_commit(self, final: Path, write: Callable[[Path], None]) -> None:
+        partial = partial_path(final)
+        if first_rank():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        wait_for_all(self._group)
+        write(partial)
         wait_for_all(self._group)
         if first_rank():
             shutil.rmtree(final, ignore_errors=True)

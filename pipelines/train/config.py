@@ -124,8 +124,10 @@ class AlignConfig(Config):
         description="of all rows, computed before the first step and kept in the cache; or of each "
         "micro-batch when it comes (objectives with a reference)",
     )
-    data: Path = Field(description="rows as JSONL or Parquet: a file, or a folder of them")
-    split: str | None = Field(None, description="only files of the folder that begin with this")
+    data: Path = Field(description="rows as JSON lines, Parquet or Arrow: a file, or a folder")
+    split: str | None = Field(
+        None, description="only the folder's files whose names or paths begin with this"
+    )
     max_length: int = Field(1024, ge=2, description="tokens of prompt and response together")
     too_long: Literal["error", "cut_prompt", "drop"] = Field(
         "error", description="rows above max_length; a response is never cut"

@@ -1,7 +1,7 @@
 """The aligned model as an ordinary checkpoint: every rank writes what it owns in place."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +31,7 @@ class Owner(Protocol):
     """Whoever holds the weights: a strategy, or a checkpoint."""
 
     parameter_names: frozenset[str]
+    tied_names: Mapping[str, list[str]]  # of a parameter: its first name, and others
 
     def owned(self) -> Iterable[tuple[ShardLayout, Tensor]]:
         """Flat ranges of parameters; all ranks together have each element once."""
@@ -40,8 +41,8 @@ class Owner(Protocol):
 def export_model(owner: Owner, source: Path, folder: Path) -> None:
     """Write the policy with the names, dtypes and other files of `source`.
 
-    Parameters are rounded once, from the master weights; tensors that are no parameters are
-    copied. Every rank must call.
+    Parameters are rounded once, from the master weights, under each name that `source` has for
+    them; tensors that are no parameters are copied. Every rank must call.
 
     Raises:
         InputError: a value that the source's dtype cannot hold.
@@ -58,11 +59,13 @@ def export_model(owner: Owner, source: Path, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
     wait_for_all()
     for part, values in owner.owned():
-        if part.name in checkpoint.tensors:
-            dtype = checkpoint.tensors[part.name].dtype
-            layout.write(folder, part.name, part.start, _rounded(part.name, values, dtype))
+        for name in (part.name, *owner.tied_names.get(part.name, ())):
+            if name in checkpoint.tensors:
+                dtype = checkpoint.tensors[name].dtype
+                layout.write(folder, name, part.start, _rounded(name, values, dtype))
     if first_rank():
-        for name in checkpoint.tensors.keys() - owner.parameter_names:
+        tied = {other for others in owner.tied_names.values() for other in others}
+        for name in checkpoint.tensors.keys() - owner.parameter_names - tied:
             layout.write(folder, name, 0, checkpoint.read(name))
     wait_for_all()
     layout.sync(folder)

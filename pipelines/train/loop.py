@@ -144,14 +144,7 @@ class Run:
             if self.config.reference_model is not None:
                 strategy = build_reference(self.config, self.device)
             strategy.model.eval()
-            compute_reference(
-                strategy,
-                self.table,
-                place,
-                self.device,
-                rows_per_batch=self.micro_batch,
-                mismatched=self._has_point,
-            )
+            compute_reference(strategy, self.table, place, self.device, mismatched=self._has_point)
         return StoredReference(place, self.table, self.device)
 
     def _resume(self) -> int:

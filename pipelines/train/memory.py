@@ -8,7 +8,8 @@ tokens in a micro-batch, L layers of width h and inner width i, and a vocabulary
                   anchor (step-K): divided by W unless the strategy is single or ddp. With adapters
                   of A elements 4 N + 12 A, and A in the place of N for gradients
     weights       b N more, where the passes use other weights than the masters
-    gradients     4 N (b N for zero1; divided by W for fsdp2, zero2, zero3); twice that for ddp
+    gradients     4 N (divided by W for fsdp2, zero2, zero3); twice that for ddp; b N + 4 N / W for
+                  zero1
     gathered      fsdp2: b times the largest block, twice, and all outside the blocks; and b + 4
                   times the larger of both, its gradient and the copy that is reduced.
                   zero3: b times as much, or 10^9 elements, which DeepSpeed keeps, or N.
@@ -17,7 +18,7 @@ tokens in a micro-batch, L layers of width h and inner width i, and a vocabulary
                   with activation offload one layer whole alone (the rest in the machine's memory)
     logits        T v (b + 12), and 4 T v more in bf16 for their float32 copy
     reference     on the fly: 4 N of its weights, divided by W unless the strategy is single or ddp,
-                  which hold 2 N more in bf16 (nothing with adapters, whose base it is), and b T v
+                  which hold 2 N more in bf16 (nothing where it is the base of adapters), and b T v
                   of its logits
     host          in the machine's memory beside a GPU: state and gradients with CPU offload, tau
                   where it is kept there, activations with their offload

@@ -16,7 +16,7 @@ from pipelines.train.objectives import draw_tokens, logits_of, responses_under, 
 from pipelines.train.strategies import Strategy, first_rank, wait_for_all
 
 VALUES_FILE, DRAWN_FILE = "log_probabilities.parquet", "drawn_tokens.arrow"
-MAX_ROWS_PER_BATCH = 16
+MAX_ROWS, MAX_TOKENS = 16, 4096  # of one pass, with padding; a row may be longer
 PIECE = 1 << 24  # elements that go to other workers at once
 
 
@@ -54,25 +54,23 @@ def compute_reference(
     folder: Path,
     device: torch.device,
     *,
-    rows_per_batch: int,
     mismatched: bool,
 ) -> None:
     """Write what the strategy's model says of all rows: log-probabilities of the responses, summed
     over their tokens; and a token that it draws at each of their positions, from which the KL of a
     policy is estimated later.
 
-    Batches are cut from the rows ordered by length, the same whatever the workers, which take
-    turns; sharded passes are collective, so all make equally many. A sequence's number is the seed
-    of its draws.
+    Batches are cut from the rows ordered by length, the same whatever the micro-batches and the
+    workers, which take turns; sharded passes are collective, so all make equally many. A sequence's
+    number is the seed of its draws.
 
     Args:
         folder: that all workers can reach.
-        rows_per_batch: of one pass; more than 16 are not taken.
         mismatched: also take each row's prompt with another row's response (KTO).
     """
     count = table.sequences_per_row
     found = _Found.nothing(table, count + int(mismatched))
-    for rows in _my_batches(table, min(rows_per_batch, MAX_ROWS_PER_BATCH)):
+    for rows in _my_batches(table):
         batch = collate(table, rows, PAD, device)
         with strategy.forward_context():
             logits = logits_of(strategy.model, batch)
@@ -95,12 +93,17 @@ def compute_reference(
     wait_for_all()
 
 
-def _my_batches(table: TokenTable, size: int) -> list[list[int]]:
+def _my_batches(table: TokenTable) -> list[list[int]]:
     """This rank's batches of rows of like lengths."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     longest = table.lengths.max(axis=1)
     order = sorted(range(len(longest)), key=lambda row: (int(longest[row]), row))
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    batches: list[list[int]] = [[]]
+    for row in order:
+        num_tokens = (len(batches[-1]) + 1) * int(longest[row]) * table.sequences_per_row
+        if batches[-1] and (len(batches[-1]) == MAX_ROWS or num_tokens > MAX_TOKENS):
+            batches.append([])
+        batches[-1].append(row)
     batches += batches[-1:] * (-len(batches) % world)
     return batches[rank::world]
 

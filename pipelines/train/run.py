@@ -33,7 +33,7 @@ from pipelines.train.files import (
     PROVENANCE_FILE,
     TENSORBOARD_FOLDER,
 )
-from pipelines.train.strategies.loading import empty_model
+from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.trackers import check_trackers
 from pipelines.train.workers import Job, check_cluster, run_workers
 from pipelines.versions import versions
@@ -121,6 +121,8 @@ def align_in_turn(
     with ExitStack() as stack:
         for (config, _), out in zip(runs, outs, strict=True):
             cache = (config.cache or out.parent / CACHE_FOLDER).absolute()
+            if not out.exists():
+                check_cluster(config)  # at once, and not after all data have been read
             plan = plan_alignment(config, cache)
             if _finished(out, plan.fingerprint) and not force:
                 continue
@@ -221,7 +223,7 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     check_trackers(config.trackers)
     checkpoint = Checkpoint.open(config.model)
     source_files(config.data, config.split)
-    empty_model(config.model)
+    check_tied(empty_model(config.model), checkpoint)
     if config.reference_model is not None:
         _check_reference(checkpoint, Checkpoint.open(config.reference_model))
     if config.optimizer.reference is not None:

@@ -111,7 +111,7 @@ def _resources(on_gpu: bool) -> dict[str, float]:
 
 
 def check_cluster(config: AlignConfig) -> None:
-    """Look at the Ray that is up, before anything is written.
+    """Look at the Ray that is up, before a run begins.
 
     A cluster may grow, so one that is too small is told and waited for.
 

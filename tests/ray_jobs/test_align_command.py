@@ -18,10 +18,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from pipelines.config import load_config
 from pipelines.train import AlignConfig
 from ray_jobs.cli import main
+from ray_jobs.session import worker_environment
+from tests.pipelines.train.processes import run_workers
 from tests.pipelines.train.training_files import align_config, preference_rows, write_rows
 from tests.tiny_models import save_tiny_llama
+
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture
@@ -42,14 +47,21 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "ray_jobs.cli", "align", *map(str, arguments)]
 
 
-def assert_ends_as_undisturbed(config: Path, project_root: Path) -> None:
-    """The last start of `out` ends with the bytes of `whole`, and leaves nothing beside it."""
-    folder, name = config.parent, "model.safetensors"
-    subprocess.run(
-        command(config, "--out", folder / "out"), cwd=project_root, check=True, timeout=600
-    )
-    assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+def assert_as_undisturbed(config: Path) -> None:
+    """`out` has the bytes of a run of plain processes that nobody touched, and nothing is left
+    beside it.
+    """
+    folder = config.parent
+    plain = run_workers(load_config(config, AlignConfig), folder / "plain" / "run")
+    expected = (plain / "model" / WEIGHTS).read_bytes()
+    assert (folder / "out" / WEIGHTS).read_bytes() == expected
     assert not (folder / ".out.partial").exists()
+
+
+def start_to_the_end(config: Path, project_root: Path) -> None:
+    """A start that nobody disturbs."""
+    place = command(config, "--out", config.parent / "out")
+    subprocess.run(place, cwd=project_root, check=True, timeout=600)
 
 
 def spoil_model(folder: Path, **values: object) -> None:
@@ -165,11 +177,12 @@ def test_bad_input_ends_with_status_2_and_one_line(
 class Started:
     """An alignment that is under way, in a session of its own, to be killed in parts or whole."""
 
-    def __init__(self, config: Path, project_root: Path) -> None:
+    def __init__(self, config: Path, project_root: Path, **environment: str) -> None:
         self._lines = config.parent / ".out.partial" / "metrics.jsonl"
         self.process = subprocess.Popen(
             command(config, "--out", config.parent / "out"),
             cwd=project_root,
+            env=os.environ | environment,
             start_new_session=True,
             stderr=subprocess.PIPE,
             text=True,
@@ -217,9 +230,6 @@ def test_a_killed_run_ends_with_the_same_bytes(
     fields = {"strategy": strategy, "num_workers": num_workers, "num_steps": 100}
     values = yaml.safe_load(config.read_text()) | fields | {"checkpoint_every": 10}
     config.write_text(yaml.safe_dump(values))
-    subprocess.run(
-        command(config, "--out", folder / "whole"), cwd=project_root, check=True, timeout=600
-    )
     run = Started(config, project_root)
     worker = run.pid_of("RayTrainWorker")
     run.wait_for_step(draw.randrange(1, 20))
@@ -231,7 +241,8 @@ def test_a_killed_run_ends_with_the_same_bytes(
     run.wait_for_step(draw.randrange(65, 95))
     run.kill_everything()
     assert not (folder / "out").exists()
-    assert_ends_as_undisturbed(config, project_root)
+    start_to_the_end(config, project_root)
+    assert_as_undisturbed(config)
 
 
 @pytest.mark.slow
@@ -241,12 +252,6 @@ def test_the_death_of_the_node_is_told_in_one_line(config: Path, project_root: P
     """
     values = yaml.safe_load(config.read_text()) | {"num_steps": 800, "checkpoint_every": 40}
     config.write_text(yaml.safe_dump(values))
-    subprocess.run(
-        command(config, "--out", config.parent / "whole"),
-        cwd=project_root,
-        check=True,
-        timeout=600,
-    )
     run = Started(config, project_root)
     raylet = run.pid_of("raylet/raylet")
     run.wait_for_step(9)
@@ -254,7 +259,35 @@ def test_the_death_of_the_node_is_told_in_one_line(config: Path, project_root: P
     said = run.end()
     assert run.process.returncode == 1
     assert f"poise: Ray's own process raylet (pid {raylet}) has died" in said
-    assert_ends_as_undisturbed(config, project_root)
+    start_to_the_end(config, project_root)
+    assert_as_undisturbed(config)
+
+
+@pytest.mark.slow
+def test_a_lost_node_of_a_cluster_is_replaced(config: Path, project_root: Path) -> None:
+    """Two nodes with a worker each; one dies with all that it runs, another comes. The same command
+    goes on by itself, and ends with the bytes of a run on one machine.
+    """
+    from ray.cluster_utils import Cluster
+
+    values = yaml.safe_load(config.read_text()) | {"num_steps": 400, "checkpoint_every": 20}
+    config.write_text(yaml.safe_dump(values))
+    environment = worker_environment() | {"OMP_NUM_THREADS": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        try:
+            node = cluster.add_node(num_cpus=1)
+            run = Started(config, project_root, RAY_ADDRESS=cluster.address)
+            run.wait_for_step(30)
+            cluster.remove_node(node, allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+            said = run.end()
+        finally:
+            cluster.shutdown()
+    assert run.process.returncode == 0, said
+    assert_as_undisturbed(config)
 
 
 @pytest.mark.slow
@@ -264,10 +297,10 @@ def test_a_run_survives_kills_at_any_moment(config: Path, project_root: Path) ->
     """
     folder, draw = config.parent, random.Random(0)
     begin = time.monotonic()
-    subprocess.run(
-        command(config, "--out", folder / "whole"), cwd=project_root, check=True, timeout=600
-    )
+    start_to_the_end(config, project_root)
     usual = time.monotonic() - begin
+    shutil.rmtree(folder / "out")
+    shutil.rmtree(folder / ".poise-cache")
     for _ in range(4):
         run = subprocess.Popen(
             command(config, "--out", folder / "out"), cwd=project_root, start_new_session=True
@@ -277,7 +310,8 @@ def test_a_run_survives_kills_at_any_moment(config: Path, project_root: Path) ->
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
-    assert_ends_as_undisturbed(config, project_root)
+    start_to_the_end(config, project_root)
+    assert_as_undisturbed(config)
 
 
 SETTINGS = {

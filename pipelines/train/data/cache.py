@@ -171,10 +171,10 @@ class _Tokenizing:
         path = str(_part_path(self.folder, number))
         with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for row_number, row in read_part(part):
-                counts.rows += 1
                 try:
                     rows += self._tokenize(row, counts)
                 except InputError as error:
+                    counts.rows += 1
                     counts.bad += 1
                     where = f"data: {part.file} row {row_number}"
                     counts.first_bad = [*counts.first_bad, f"{where}: {error}"][:3]
@@ -188,15 +188,16 @@ class _Tokenizing:
     def _tokenize(self, row: Any, counts: Counts) -> list[TokenRow]:
         """All of a row's examples, or none where one is bad."""
         fitted, cut, shortened = [], 0, 0
-        for example in read_example(row, self.settings.kind):
+        examples = read_example(row, self.settings.kind)
+        for example in examples:
             tokens = tokenize(example, self.tokenizer)
             shortened += tokens.prompt_shortened
             kept, was_cut = fit(tokens, self.settings.max_length, self.settings.too_long)
             cut += was_cut
-            if kept is None:
-                counts.dropped += 1
-            else:
+            if kept is not None:
                 fitted.append(kept)
+        counts.rows += len(examples)
+        counts.dropped += len(examples) - len(fitted)
         counts.prompts_cut += cut
         counts.prompts_shortened += shortened
         return fitted

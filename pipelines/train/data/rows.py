@@ -1,5 +1,6 @@
 """Rows of JSON, Parquet and Arrow files, in parts that can be read alone."""
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +13,9 @@ from pipelines.errors import InputError
 PART_BYTES = 16_000_000
 # What a hub data set or `save_to_disk` has beside its rows.
 DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
-SPLIT = re.compile(r"(train|test|valid|validation|val|dev|eval)(?![a-z])\w*", re.IGNORECASE)
+SPLIT = re.compile(
+    r"(?<![a-z])(train|test|valid|validation|val|dev|eval)(?![a-z])\w*", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,13 @@ def source_files(path: str | Path, split: str | None = None) -> list[Path]:
     path = Path(path)
     allowed = ", ".join(_FORMATS)
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if _holds_rows(file.relative_to(path))]
+        found = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [file for file in found if _holds_rows(file.relative_to(path))]
         if split is not None:
             files = [file for file in files if _is_of_split(file.relative_to(path), split)]
         if not files:
-            found = f" of split {split!r}" if split else ""
-            raise InputError(f"data: {path}: holds no file{found} that ends in {allowed}")
+            wanted = f" of split {split!r}" if split else ""
+            raise InputError(f"data: {path}: holds no file{wanted} that ends in {allowed}")
         if split is None:
             _check_one_split(path, files)
         return files
@@ -77,7 +81,7 @@ def _check_one_split(folder: Path, files: list[Path]) -> None:
     for training.
     """
     parts = {part for file in files for part in file.relative_to(folder).parts}
-    found = {match[0].rstrip("_0123456789") for part in parts if (match := SPLIT.match(part))}
+    found = {match[0].rstrip("_0123456789") for part in parts if (match := SPLIT.search(part))}
     if len(found) > 1:
         raise InputError(
             f"data: {folder}: holds {', '.join(sorted(found))}; choose by split, which takes all "
@@ -131,7 +135,7 @@ def _numbered(lines: Iterator[bytes] | list[bytes], first: int) -> Iterator[tupl
             continue
         try:
             yield number, json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             yield number, InputError("not JSON")
 
 
@@ -239,6 +243,6 @@ def _format_of(file: Path) -> _Format:
     assert suffix is not None, file
     if suffix == ".json":
         with file.open("rb") as content:
-            if content.read(64).lstrip().startswith(b"["):
+            if content.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                 return _LIST
     return _FORMATS[suffix]

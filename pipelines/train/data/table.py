@@ -24,7 +24,9 @@ SCHEMA = pa.schema(
 
 @dataclass(slots=True)
 class Counts:
-    """What tokenising did to the rows; `first_bad` shows the first ones that were left out."""
+    """What tokenising did to the rows; `first_bad` shows the first ones that were left out. A pair
+    that serves as two labelled responses counts as two rows.
+    """
 
     rows: int = 0
     bad: int = 0

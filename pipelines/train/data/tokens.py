@@ -50,8 +50,8 @@ def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> TokenRow
         wholes = [_render(tokenizer, example.prompt + r, ask=False) for r in example.responses]
     else:
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        prompt = list(tokenizer(example.prompt)["input_ids"])
-        wholes = [list(tokenizer(example.prompt + r)["input_ids"]) for r in example.responses]
+        prompt = _encode(tokenizer, example.prompt)
+        wholes = [_encode(tokenizer, example.prompt + r) for r in example.responses]
         # A tokenizer may end every text with an end token of its own: the prompt must not.
         if end and prompt[-1:] == end:
             prompt = prompt[:-1]
@@ -73,7 +73,17 @@ def _render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, ask: bo
     except Exception as error:  # the template's own complaints, such as roles out of order
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"the chat template refuses the messages: {first}") from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _encode(tokenizer, text, add_special_tokens=False)
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) -> list[int]:
+    """A text's tokens."""
+    try:
+        return list(tokenizer(text, **options)["input_ids"])
+    except (TypeError, UnicodeError):
+        raise InputError(
+            "holds text that cannot be encoded, such as half of a surrogate pair"
+        ) from None
 
 
 def _conversation(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> Sequence:

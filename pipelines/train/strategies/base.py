@@ -1,6 +1,6 @@
 """What a strategy does: lay model and optimizer out over the workers, and step them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ class Strategy(Protocol):
     model: nn.Module
     optimizer: Optimizer
     parameter_names: frozenset[str]
+    tied_names: Mapping[str, list[str]]
 
     def owned(self) -> Iterable[tuple[ShardLayout, Tensor]]:
         """Master weights that this rank alone answers for: together, all ranks have each once."""

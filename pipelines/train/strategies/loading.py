@@ -14,6 +14,7 @@ from pipelines.errors import InputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+PIECE = 1 << 24  # elements that are compared at once
 Owned = tuple[ShardLayout, Tensor]  # where a flat range of a parameter lies, and its values
 
 
@@ -68,22 +69,54 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raise InputError unless the checkpoint has each parameter under its name and shape."""
-    for name, parameter in model.named_parameters():
+    """Raise InputError unless the checkpoint has each parameter, and each buffer that checkpoints
+    hold, under its name and shape.
+    """
+    others = {other for names in tied_names(model).values() for other in names}
+    for name, tensor in model.state_dict().items():
+        if name in others:
+            continue
         stored = checkpoint.find(name)
         if stored is None:
             raise InputError(
                 f"model {checkpoint.path}: has no tensor {name!r}, which its architecture needs"
             )
-        if stored.shape != tuple(parameter.shape):
+        if stored.shape != tuple(tensor.shape):
             raise InputError(
                 f"model {checkpoint.path}: {name}: found shape {list(stored.shape)}; its "
-                f"architecture's is {list(parameter.shape)}"
+                f"architecture's is {list(tensor.shape)}"
             )
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
-    """Give a model on the meta device memory: parameters unset, computed buffers as they must be.
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """Of each parameter that goes by several names its first name and the others."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {first: others for first, *others in names.values() if others}
+
+
+def check_tied(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise InputError where the checkpoint has a tied parameter twice, with different values: it
+    could not be said which ones are meant.
+    """
+    for first, others in tied_names(model).items():
+        stored = checkpoint.tensors.get(first)
+        for other in others:
+            if stored is None or other not in checkpoint.tensors:
+                continue
+            for start in range(0, stored.num_elements, PIECE):
+                stop = min(start + PIECE, stored.num_elements)
+                one, two = (checkpoint.read(name, start, stop) for name in (first, other))
+                if not torch.equal(one, two):
+                    raise InputError(
+                        f"model {checkpoint.path}: {first} and {other} differ, but its config ties "
+                        "them; allowed: equal values, or tie_word_embeddings false"
+                    )
+
+
+def materialize(model: nn.Module, device: torch.device, checkpoint: Checkpoint) -> None:
+    """Give a model on the meta device memory: parameters unset, buffers as they must be.
 
     Parameters that several modules share stay shared.
     """
@@ -92,7 +125,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     for (owner, name), *others in shared.values():
         for module, other in others:
             module._parameters[other] = owner._parameters[name]
-    compute_buffers(model)
+    set_buffers(model, checkpoint)
 
 
 def places_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
@@ -105,12 +138,20 @@ def places_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.M
     return places
 
 
-def compute_buffers(model: nn.Module) -> None:
-    """Set the buffers that no checkpoint holds, such as the frequencies of rotary embeddings."""
-    for module in model.modules():
+@torch.no_grad()
+def set_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Set the buffers: those that checkpoints hold are read, others computed, such as the
+    frequencies of rotary embeddings.
+
+    Computing may set the parameters of a module too, so it comes before these are filled.
+    """
+    for prefix, module in model.named_modules():
         if module._non_persistent_buffers_set:
-            root = model if hasattr(model, "_init_weights") else model.module
-            root._init_weights(module)
+            model._init_weights(module)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                stored = checkpoint.read(f"{prefix}.{name}" if prefix else name)
+                buffer.copy_(stored.view(buffer.shape))
 
 
 @torch.no_grad()

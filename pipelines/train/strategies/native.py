@@ -22,7 +22,14 @@ from operators.optim.layout import layout_of, local
 from pipelines.checkpoints import Checkpoint
 from pipelines.train.config import AlignConfig
 from pipelines.train.strategies.base import first_rank
-from pipelines.train.strategies.loading import Owned, blocks_of, empty_model, fill, materialize
+from pipelines.train.strategies.loading import (
+    Owned,
+    blocks_of,
+    empty_model,
+    fill,
+    materialize,
+    tied_names,
+)
 from pipelines.train.strategies.lora import (
     add_adapters,
     base_name,
@@ -43,17 +50,19 @@ class NativeStrategy:
     ) -> None:
         self.config, self.device = config, device
         model = empty_model(config.model)
+        self.tied_names = tied_names(model)
         if config.lora is not None:
             add_adapters(model, config.lora)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.strategy == "fsdp2":
             self._shard(model)
-        materialize(model, torch.device("cpu") if config.cpu_offload else device)
+        checkpoint = Checkpoint.open(config.model)
+        materialize(model, torch.device("cpu") if config.cpu_offload else device, checkpoint)
         self.bare = model
         names = [name for name, _ in model.named_parameters() if not is_adapter(name)]
         self.parameter_names = frozenset(map(base_name, names))
-        fill(local_parameters(model), Checkpoint.open(config.model))
+        fill(local_parameters(model), checkpoint)
         begin_adapters(model, config.seed)
         self.model: nn.Module = model
         if config.strategy == "ddp":

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from pipelines.checkpoints import Checkpoint
 from pipelines.train.config import ZERO_BUCKET, ZERO_STAGES, AlignConfig
-from pipelines.train.strategies.loading import Owned, empty_model, fill
+from pipelines.train.strategies.loading import Owned, empty_model, fill, tied_names
 from pipelines.train.strategies.zero_layout import check_layouts, flat_layouts
 from pipelines.train.strategies.zero_loading import load_into_engine
 from pipelines.train.strategies.zero_resume import (
@@ -40,6 +40,7 @@ class ZeroStrategy:
         self.config = config
         _join(device)
         model = empty_model(config.model)
+        self.tied_names = tied_names(model)
         settings = engine_settings(config, sum(p.numel() for p in model.parameters()))
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -8,10 +8,10 @@ from torch import nn
 
 from pipelines.checkpoints import Checkpoint
 from pipelines.train.strategies.loading import (
-    compute_buffers,
     fill,
     materialize,
     places_of_parameters,
+    set_buffers,
 )
 from pipelines.train.strategies.native import local_parameters
 
@@ -30,15 +30,15 @@ def load_into_engine(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     if settings["zero_optimization"]["stage"] < 3:
-        materialize(model, device)
+        materialize(model, device, checkpoint)
         fill(local_parameters(model), checkpoint)
         return
-    _load_partitioned(model, checkpoint, settings, device)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
-    compute_buffers(model)
+    set_buffers(model, checkpoint)
+    _load_partitioned(model, checkpoint, settings, device)
 
 
 def _load_partitioned(

@@ -1,9 +1,10 @@
-"""Objectives against TRL's trainers, on the same model and the same batch."""
+"""Objectives against TRL and against float64, on the same model and the same batch."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -244,6 +245,60 @@ def test_orpo(dpo: Any, tables: Callable[[str], TokenTable]) -> None:
         ).loss.item()
     ours = our_pair_loss(table, dpo.model, dpo.ref_model, name="orpo", beta=0.3)
     assert ours == pytest.approx(odds + likelihood, rel=TOLERANCE)
+
+
+def summed_in_float64(table: TokenTable, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pairs, 2): log-probabilities of both responses, and their tokens; in float64, one sequence
+    at a time, by the definition.
+    """
+    exact, sums, counts = AutoModelForCausalLM.from_pretrained(path).double(), [], []
+    for row in ROWS:
+        for ids, marks in table.sequences(row):
+            tokens = torch.tensor(ids.tolist())
+            with torch.no_grad():
+                logits = exact(input_ids=tokens[None]).logits[0]
+            chances = logits.log_softmax(-1)[torch.arange(len(ids) - 1), tokens[1:]]
+            learned = torch.tensor(marks[1:].tolist()).bool()
+            sums.append(chances[learned].sum())
+            counts.append(learned.sum())
+    return torch.stack(sums).view(-1, 2), torch.stack(counts).view(-1, 2)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge", "simpo", "orpo"])
+def test_pairs_in_float64(
+    name: str,
+    dpo: Any,
+    tables: Callable[[str], TokenTable],
+    tiny_llama: Path,
+    reference_path: Path,
+) -> None:
+    """The whole loss, likelihood terms and smoothing among it, written out from the papers."""
+    table, beta = tables("pairs"), 0.3
+    now, counts = summed_in_float64(table, tiny_llama)
+    before, _ = summed_in_float64(table, reference_path)
+    margin = ((now - before) @ torch.tensor([1.0, -1.0]).double()).numpy()
+    means = now / counts
+    likelihood = -now[:, 0].sum() / counts[:, 0].sum()
+    more: dict[str, float] = {}
+    if name == "dpo":
+        more = {"label_smoothing": 0.2, "rpo_alpha": 0.7}
+        sigmoid = 1 / (1 + np.exp(-beta * margin))
+        expected = np.mean(-0.8 * np.log(sigmoid) - 0.2 * np.log(1 - sigmoid)) + 0.7 * likelihood
+    elif name == "ipo":
+        ratio = (now - before) / counts
+        expected = ((ratio[:, 0] - ratio[:, 1] - 1 / (2 * beta)) ** 2).mean()
+    elif name == "hinge":
+        expected = np.maximum(0, 1 - beta * margin).mean()
+    elif name == "simpo":
+        more = {"simpo_gamma": 0.5}
+        difference = beta * (means[:, 0] - means[:, 1]) - 0.5
+        expected = -(1 / (1 + (-difference).exp())).log().mean()
+    else:
+        odds = means.exp() / (1 - means.exp())
+        ratio = odds[:, 0] / odds[:, 1]
+        expected = likelihood - beta * (ratio / (1 + ratio)).log().mean()
+    ours = our_pair_loss(table, dpo.model, dpo.ref_model, name=name, beta=beta, **more)
+    assert ours == pytest.approx(float(expected), rel=TOLERANCE)
 
 
 def test_sft(tiny_llama: Path, tmp_path: Path) -> None:

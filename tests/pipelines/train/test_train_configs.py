@@ -200,10 +200,8 @@ def test_memory_of_online_merging(
     "name",
     [
         "gradient checkpointing",
-        "adapters of rank 16",
         "ondare, merge_every 2",
         "fsdp2, ondare, bf16",
-        "zero1",
         "zero3, onties, bf16",
     ],
 )

@@ -215,6 +215,27 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
         table_of(preference_rows(1), "pairs", path, tmp_path)
 
 
+def test_text_that_cannot_be_encoded_is_a_bad_row(tiny_llama: Path, tmp_path: Path) -> None:
+    """Half of a surrogate pair, a number that Python will not read: counted like any other."""
+    lines = [json.dumps(row) for row in preference_rows(8)]
+    lines += [r'{"prompt": "a", "chosen": " \ud83d yes", "rejected": " no"}', "9" * 5000]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    settings_ = TokenSettings(str(tiny_llama), "pairs", 64, "error")
+    arguments = (tmp_path / "rows.jsonl", None, settings_, tmp_path / "cache")
+    table, _ = token_table(*arguments, max_bad_share=0.2)
+    assert (table.num_rows, table.counts.rows, table.counts.bad) == (8, 10, 2)
+    with pytest.raises(InputError, match=r"rows\.jsonl row 9: holds text that cannot be encoded"):
+        token_table(*arguments)
+
+
+def test_a_pair_counts_as_two_labelled_rows(tiny_llama: Path, tmp_path: Path) -> None:
+    """Read, kept and dropped are counted in one unit."""
+    rows = preference_rows(6)
+    rows[0]["chosen"][0]["content"] += " a" * 40
+    table = table_of(rows, "labelled", tiny_llama, tmp_path, too_long="drop")
+    assert (table.num_rows, table.counts.rows, table.counts.dropped) == (11, 12, 1)
+
+
 def test_a_folder_of_parquet_files(tiny_llama: Path, tmp_path: Path) -> None:
     """As a hub data set's local copy: files of a split, in the order of their names."""
     rows = [{k: json.loads(json.dumps(v)) for k, v in row.items()} for row in preference_rows(6)]
@@ -254,6 +275,13 @@ def write_as(path: Path, rows: list[Any]) -> Path:
 
 FILES = ["a.jsonl", "a.json", "list.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.jsonl.bz2"]
 FILES += ["a.parquet", "a.arrow", "file.arrow"]
+
+
+def test_a_list_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """As some editors write it."""
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([{"n": 1}]).encode())
+    assert [row for part in parts_of([path]) for row in read_part(part)] == [(1, {"n": 1})]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -298,9 +326,13 @@ def test_splits_by_their_names(tmp_path: Path) -> None:
     assert len(source_files(tmp_path)) == 3
     assert source_files(tmp_path, "b/train") == [tmp_path / "b" / "train.jsonl.gz"]
     assert source_files(tmp_path, "b") == [tmp_path / "b" / "train.jsonl.gz"]
-    (tmp_path / "a" / "test.jsonl").touch()
+    (tmp_path / "a" / "my_test.jsonl").touch()
     with pytest.raises(InputError, match=r"holds test, train; choose by split"):
         source_files(tmp_path)
+    inside = tmp_path / "c" / "latest.parquet" / "part-0.parquet"
+    inside.parent.mkdir(parents=True)
+    inside.touch()
+    assert source_files(tmp_path / "c") == [inside]
 
 
 def test_parts_hold_every_row_once(tmp_path: Path) -> None:

@@ -11,9 +11,14 @@ from safetensors.torch import load_file
 from training_files import align_config, metrics, preference_rows, run_here, write_rows
 from transformers import AutoModelForCausalLM
 
-from pipelines.train import plan_alignment
+from pipelines.train import AlignConfig, plan_alignment
 from pipelines.train.data import global_batch
-from pipelines.train.reference_store import read_drawn, read_log_probabilities
+from pipelines.train.reference_store import (
+    DRAWN_FILE,
+    VALUES_FILE,
+    read_drawn,
+    read_log_probabilities,
+)
 from tests.tiny_models import save_tiny_llama
 
 WEIGHTS = "model/model.safetensors"
@@ -71,22 +76,35 @@ def test_estimated_kl_is_unbiased(tiny_llama: Path, tmp_path: Path) -> None:
     assert standard_error < 0.1 * metrics(live)[0]["kl_per_token"]
 
 
-def test_drawn_tokens_do_not_depend_on_the_batches(
-    tiny_llama: Path, preferences: Path, tmp_path: Path
+def reference_of(config: AlignConfig, folder: Path) -> Path:
+    """What a run with a cache of its own keeps of its reference."""
+    folder.mkdir()
+    run_here(config, folder / "run")
+    (reference,) = (folder / "cache").glob("reference-*")
+    return reference
+
+
+def test_what_is_kept_does_not_depend_on_the_batches(
+    tiny_llama: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scored two rows at a time or sixteen: the same tokens."""
+    """The same bytes whatever the micro-batches; and in other passes the same tokens are drawn."""
     fields: dict[str, Any] = {"num_steps": 1, "global_batch_size": 16}
-    found = []
-    for size in (2, 16):
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        config = align_config(tiny_llama, preferences, **fields, micro_batch_size=size)
-        run_here(config, folder / "run")
-        (reference,) = (folder / "cache").glob("reference-*")
-        found.append((*read_drawn(reference), read_log_probabilities(reference)))
-    assert found[0][0].tolist() == found[1][0].tolist()
-    assert found[0][1] == pytest.approx(found[1][1], abs=1e-5)
-    assert torch.allclose(found[0][2], found[1][2], atol=1e-5)
+    small, large = (
+        reference_of(
+            align_config(tiny_llama, preferences, **fields, micro_batch_size=size),
+            tmp_path / str(size),
+        )
+        for size in (2, 16)
+    )
+    for name in (VALUES_FILE, DRAWN_FILE):
+        assert (small / name).read_bytes() == (large / name).read_bytes()
+    monkeypatch.setattr("pipelines.train.reference_store.MAX_TOKENS", 50)
+    other = reference_of(align_config(tiny_llama, preferences, **fields), tmp_path / "other")
+    (ids, log_probability), (other_ids, other_probability) = map(read_drawn, (small, other))
+    assert ids.tolist() == other_ids.tolist()
+    assert log_probability == pytest.approx(other_probability, abs=1e-5)
+    values = map(read_log_probabilities, (small, other))
+    assert torch.allclose(*values, atol=1e-5)
 
 
 def test_kl_per_token_by_hand(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:

@@ -90,7 +90,22 @@ def test_a_killed_worker_of_zero3_changes_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_kto_on_two_workers(
+    strategy: str, models: tuple[Path, Path], preferences: Path, tmp_path: Path
+) -> None:
+    """Its reference point is that of the global batch, whoever has which rows."""
+    fields = {"objective": {"name": "kto"}, "optimizer": {"learning_rate": 1e-3}, "num_steps": 6}
+    alone = run_here(config_of("single", models, preferences, **fields), tmp_path / "single")
+    run = run_workers(config_of(strategy, models, preferences, **fields), tmp_path / "run")
+    for one, other in zip(metrics(alone), metrics(run), strict=True):
+        for name in ("loss", "kl", "gradient_norm", "margin", "kl_per_token"):
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+    assert max(line["kl"] for line in metrics(alone)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero1", "zero2", "zero3"])
 def test_options_of_sharding(
     strategy: str, models: tuple[Path, Path], preferences: Path, tmp_path: Path
 ) -> None:
