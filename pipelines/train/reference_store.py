@@ -74,10 +74,8 @@ def compute_reference(
         batch = collate(table, rows, PAD, device)
         with strategy.forward_context():
             logits = logits_of(strategy.model, batch)
-        responses, drawn = (
-            responses_under(logits, batch),
-            draw_tokens(logits, batch, table.numbers(rows)),
-        )
+        responses = responses_under(logits, batch)
+        drawn = draw_tokens(logits, batch, table.numbers(rows))
         found.values[rows, :count] = responses.log_probability.view(count, -1).T.cpu()
         places = table.learned_places(rows)
         found.ids[places] = drawn.ids.int().cpu()

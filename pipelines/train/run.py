@@ -121,13 +121,15 @@ def align_in_turn(
     with ExitStack() as stack:
         for (config, _), out in zip(runs, outs, strict=True):
             cache = (config.cache or out.parent / CACHE_FOLDER).absolute()
-            if not out.exists():
+            is_new = not out.exists()
+            if is_new:
                 check_cluster(config)  # at once, and not after all data have been read
             plan = plan_alignment(config, cache)
             if _finished(out, plan.fingerprint) and not force:
                 continue
             refuse_existing(out, force=force)
-            check_cluster(config)
+            if not is_new:
+                check_cluster(config)
             if remarks := plan.table.counts.remarks():
                 print(f"  {remarks}", file=sys.stderr)
             folder = partial_path(out)
@@ -214,7 +216,8 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
 
 
 def check_inputs(config: AlignConfig) -> Checkpoint:
-    """Look at what can be judged at once, without reading weights or rows; returns the model.
+    """Look at what can be judged at once, without reading rows or weights (but for a tied parameter
+    that is stored twice); returns the model.
 
     Raises:
         InputError: packages, models or files that are missing or do not fit.

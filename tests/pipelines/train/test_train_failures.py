@@ -147,11 +147,11 @@ def test_an_unfinished_run_of_another_config(
 def test_activation_offload_without_a_gpu(
     ray_cluster: None, tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
-    """They are in CPU memory already; no run begins."""
+    """They are in CPU memory already; nothing is written."""
     config = align_config(tiny_llama, preferences, activation_offload=True)
     with pytest.raises(InputError, match="activation_offload: has no effect without a GPU"):
         align(config, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == [".poise-cache"]  # of tokens
+    assert not list(tmp_path.iterdir())
 
 
 def test_divergence_stops_with_advice(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from training_files import align_config, metrics, run_here, seeded_metrics
 
+from pipelines.checkpoints import Checkpoint
 from pipelines.errors import InputError
 from pipelines.train.config import LoraSettings
 from pipelines.train.strategies.loading import empty_model, materialize
@@ -72,7 +73,7 @@ def test_adapters_begin_as_in_peft(tiny_llama: Path) -> None:
     for seed in (0, 0, 1):
         model = empty_model(tiny_llama)
         add_adapters(model, LoraSettings(rank=16))
-        materialize(model, torch.device("cpu"))
+        materialize(model, torch.device("cpu"), Checkpoint.open(tiny_llama))
         begin_adapters(model, seed)
         weights.append(model.model.layers[0].mlp.down_proj)
     one, same, other = (layer.lora_A["default"].weight for layer in weights)
