@@ -8,6 +8,7 @@ from processes import run_workers
 from safetensors.torch import load_file, save_file
 from training_files import align_config, metrics, run_here
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -85,6 +86,40 @@ def test_sharded_models_have_their_buffers(
     run = run_workers(config, tmp_path / "run")
     for one, other in zip(metrics(alone), metrics(run), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+LLAMA_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+ARCHITECTURES: dict[str, dict[str, int]] = {
+    "qwen2": LLAMA_LIKE,
+    "mistral": LLAMA_LIKE,
+    "mixtral": LLAMA_LIKE | {"num_local_experts": 4},
+    "gemma3_text": LLAMA_LIKE | {"head_dim": 16},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "gpt_neox": LLAMA_LIKE,
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_padding_on_the_right_needs_no_mask(name: str) -> None:
+    """Attention of several kinds, experts, a state space: nothing sees the padding after it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, vocab_size=60, **ARCHITECTURES[name])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    lengths = torch.tensor([12, 7, 4])
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    ids = torch.randint(1, 60, (3, 12)) * mask
+    with torch.no_grad():
+        masked = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        plain = model(input_ids=ids, use_cache=False).logits
+    assert torch.allclose(plain[mask.bool()], masked[mask.bool()], rtol=1e-5, atol=1e-6)
 
 
 def with_a_stored_head(path: Path) -> dict[str, torch.Tensor]:
