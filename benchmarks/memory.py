@@ -114,6 +114,7 @@ def _worker(rank: int, world: int, port: int, settings: dict[str, Any], folder: 
     import transformers.models.llama.modeling_llama
 
     from pipelines.train.loop import train_worker
+    from pipelines.train.metrics import peak_memory
 
     assert deepspeed and peft and transformers  # what they take is no part of the run
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -121,10 +122,7 @@ def _worker(rank: int, world: int, port: int, settings: dict[str, Any], folder: 
     dist.init_process_group("gloo", rank=rank, world_size=world)
     before = psutil.Process().memory_info().rss
     train_worker({"runs": [settings]})
-    # Not the kernel's ru_maxrss, which begins with what the parent held.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (most,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    (folder / f"held-{rank}").write_text(str(most - before))
+    (folder / f"held-{rank}").write_text(str(peak_memory() - before))
     dist.destroy_process_group()
 
 

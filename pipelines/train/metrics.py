@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import time
 from pathlib import Path
 from statistics import fmean
@@ -169,7 +168,9 @@ def peak_memory() -> int:
     """The most bytes held so far: on the GPU where there is one, else by this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not the kernel's ru_maxrss, which begins with what the parent process held.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 @torch.no_grad()

@@ -118,6 +118,7 @@ def _loading_worker(rank: int, world: int, port: int, config_text: str, folder: 
     import deepspeed
 
     from pipelines.checkpoints import Checkpoint
+    from pipelines.train.metrics import peak_memory
     from pipelines.train.strategies.loading import empty_model
     from pipelines.train.strategies.zero import engine_settings
     from pipelines.train.strategies.zero_loading import load_into_engine
@@ -130,10 +131,7 @@ def _loading_worker(rank: int, world: int, port: int, config_text: str, folder: 
     deepspeed.zero.Init(module=torch.nn.Linear(2, 2), config_dict_or_path=settings)  # imports
     before = psutil.Process().memory_info().rss
     load_into_engine(model, Checkpoint.open(config.model), settings, torch.device("cpu"))
-    # Not the kernel's ru_maxrss, which begins with what the parent held.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (most,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    (folder / str(rank)).write_text(str(most - before))
+    (folder / str(rank)).write_text(str(peak_memory() - before))
     dist.destroy_process_group()
 
 

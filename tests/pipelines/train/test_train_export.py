@@ -27,6 +27,18 @@ def unfinished(config: AlignConfig, out: Path) -> Path:
     return folder
 
 
+def merging_optimizer(name: str, base: Path, tuned: Path, *, merge_every: int) -> dict[str, Any]:
+    """The config of step-K."""
+    return {
+        "name": name,
+        "learning_rate": 1e-3,
+        "density": 0.5,
+        "alpha": 1e-2,
+        "merge_every": merge_every,
+        "reference": {"base": base, "tuned": tuned},
+    }
+
+
 def test_export_gives_what_the_run_would(
     tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
@@ -50,14 +62,7 @@ def test_export_gives_what_the_run_would(
 def test_export_merges_what_is_pending(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
     """Between two merges of step-K the export is what a run that ended there would give."""
     base = save_tiny_llama(tmp_path / "base", seed=9)
-    optimizer: dict[str, Any] = {
-        "name": "ondare",
-        "learning_rate": 1e-3,
-        "density": 0.5,
-        "alpha": 1e-2,
-        "merge_every": 4,
-        "reference": {"base": base, "tuned": tiny_llama},
-    }
+    optimizer = merging_optimizer("ondare", base, tiny_llama, merge_every=4)
     fields: dict[str, Any] = {"optimizer": optimizer, "schedule": "constant"}
     unfinished(align_config(tiny_llama, preferences, **fields), tmp_path / "long")
     short = align_config(tiny_llama, preferences, **fields, num_steps=6)
@@ -77,14 +82,7 @@ def test_export_of_zero(
     merges of step-K.
     """
     base = save_tiny_llama(tmp_path / "base", seed=9)
-    optimizer: dict[str, Any] = {
-        "name": "onties",
-        "learning_rate": 1e-3,
-        "density": 0.5,
-        "alpha": 1e-2,
-        "merge_every": merge_every,
-        "reference": {"base": base, "tuned": tiny_llama},
-    }
+    optimizer = merging_optimizer("onties", base, tiny_llama, merge_every=merge_every)
     fields: dict[str, Any] = {"precision": "bf16", "optimizer": optimizer}
     config = align_config(tiny_llama, preferences, strategy=strategy, num_workers=2, **fields)
     folder = tmp_path / ".run.partial"
