@@ -19,7 +19,7 @@ demo: setup ## the whole story on the tiny world
 	@$(BIN)/poise demo $(ARGS)
 
 test: setup ## the tests, without the slow ones (at most 15 minutes)
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" --timeout 240 $(ARGS)
 
 test-slow: setup ## the slow tests alone
 	@$(PYTEST) -m slow $(ARGS) || [ $$? -eq 5 ]

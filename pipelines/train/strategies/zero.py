@@ -38,7 +38,7 @@ class ZeroStrategy:
         import deepspeed
 
         self.config = config
-        _join(device)
+        join_deepspeed(device)
         model = empty_model(config.model)
         self.tied_names = tied_names(model)
         settings = engine_settings(config, sum(p.numel() for p in model.parameters()))
@@ -153,10 +153,13 @@ def engine_settings(config: AlignConfig, num_parameters: int) -> dict[str, Any]:
     }
 
 
-def _join(device: torch.device) -> None:
+def join_deepspeed(device: torch.device) -> None:
     """Let DeepSpeed use the process group of the workers."""
     import deepspeed
 
     assert dist.is_initialized()
+    # On a CPU DeepSpeed would compile a kernel that only its inference uses, and a worker killed
+    # meanwhile leaves a lock for which every later run waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -1,5 +1,6 @@
 """Training workers as plain processes: as under Ray Train, but started in a second."""
 
+import faulthandler
 import multiprocessing
 import os
 import resource
@@ -20,6 +21,7 @@ from pipelines.train.run import worker_settings
 
 # Workers are forked from a process that has imported this once: ten seconds less for each.
 PRELOADED = ["pipelines.train.loop", "transformers.models.llama.modeling_llama", "deepspeed"]
+DEADLINE_S = 300  # of a worker, which then ends with its stack
 
 
 def run_workers(
@@ -62,20 +64,23 @@ def _free_port() -> int:
         return place.getsockname()[1]
 
 
-def _environment(rank: int, world: int, port: int) -> None:
+def _begin(rank: int, world: int, port: int) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # Nobody may compile an extension: one killed meanwhile leaves a lock that others wait for.
+        "TORCH_EXTENSIONS_DIR": f"{os.devnull}/none",
     }
+    faulthandler.dump_traceback_later(DEADLINE_S, exit=True)
 
 
 def _worker(
     rank: int, world: int, port: int, settings: dict[str, Any], max_file_bytes: int | None
 ) -> None:
-    _environment(rank, world, port)
+    _begin(rank, world, port)
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     from pipelines.train.loop import train_worker
@@ -114,17 +119,17 @@ def memory_of_loading(config: AlignConfig, folder: Path) -> list[int]:
 
 
 def _loading_worker(rank: int, world: int, port: int, config_text: str, folder: Path) -> None:
-    _environment(rank, world, port)
+    _begin(rank, world, port)
     import deepspeed
 
     from pipelines.checkpoints import Checkpoint
     from pipelines.train.metrics import peak_memory
     from pipelines.train.strategies.loading import empty_model
-    from pipelines.train.strategies.zero import engine_settings
+    from pipelines.train.strategies.zero import engine_settings, join_deepspeed
     from pipelines.train.strategies.zero_loading import load_into_engine
 
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    join_deepspeed(torch.device("cpu"))
     config = AlignConfig.model_validate_json(config_text)
     model = empty_model(config.model)
     settings = engine_settings(config, sum(p.numel() for p in model.parameters()))
@@ -144,7 +149,7 @@ def given_gradient(step: int, name: str, shape: tuple[int, ...]) -> Tensor:
 def _given_worker(
     rank: int, world: int, port: int, config_text: str, folder: Path, num_steps: int
 ) -> None:
-    _environment(rank, world, port)
+    _begin(rank, world, port)
     from pipelines.train.strategies import build_strategy
 
     dist.init_process_group("gloo", rank=rank, world_size=world)
