@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from pipelines.train.run import worker_settings
 
 # Workers are forked from a process that has imported this once: ten seconds less for each.
 PRELOADED = ["pipelines.train.loop", "transformers.models.llama.modeling_llama", "deepspeed"]
-DEADLINE_S = 300  # of a worker, which then ends with its stack
+DEADLINE_S = 200  # of a worker, which then ends with its stack, before pytest gives up on it
 
 
 def run_workers(
@@ -47,7 +46,7 @@ def run_workers(
     if kill_after is not None:
         path = folder / "metrics.jsonl"
         while not path.is_file() or len(path.read_text().splitlines()) < kill_after:
-            time.sleep(0.002)
+            assert not context.join(0.002), "the run ended before it could be killed"
         os.kill(context.pids()[-1], signal.SIGKILL)
     try:
         while not context.join():
