@@ -64,6 +64,7 @@ def _free_port() -> int:
 
 
 def _begin(rank: int, world: int, port: int) -> None:
+    """What each worker starts with: its place among the others, and a deadline."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

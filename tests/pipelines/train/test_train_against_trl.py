@@ -204,18 +204,23 @@ def mask_of(table: TokenTable, rows: list[int]) -> torch.Tensor:
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
-def loss_and_numbers(trainer: Any, dpo: Any, table: TokenTable) -> tuple[float, dict[str, float]]:
-    """Of one of TRL's experimental trainers, with its own forward pass over our rows."""
-    trainer.accelerator = dpo.accelerator
-    trainer.is_encoder_decoder = trainer.aux_loss_enabled = False
+def batch_of_trl(table: TokenTable) -> dict[str, torch.Tensor]:
+    """The rows as TRL's experimental trainers take them."""
     both, masks = collate(table, ROWS, 0, "cpu"), mask_of(table, ROWS)
     batch = {}
     for name, rows in (("chosen", slice(len(ROWS))), ("rejected", slice(len(ROWS), None))):
         batch[f"{name}_input_ids"] = both.ids[rows]
         batch[f"{name}_attention_mask"] = masks[rows]
         batch[f"{name}_labels"] = both.ids[rows].masked_fill(both.response[rows] == 0, -100)
+    return batch
+
+
+def loss_and_numbers(trainer: Any, dpo: Any, table: TokenTable) -> tuple[float, dict[str, float]]:
+    """Of one of TRL's experimental trainers, with its own forward pass."""
+    trainer.accelerator = dpo.accelerator
+    trainer.is_encoder_decoder = trainer.aux_loss_enabled = False
     with torch.no_grad():
-        loss, numbers = trainer.get_batch_loss_metrics(dpo.model, batch)
+        loss, numbers = trainer.get_batch_loss_metrics(dpo.model, batch_of_trl(table))
     return loss.item(), numbers
 
 
@@ -245,14 +250,10 @@ def test_orpo(dpo: Any, tables: Callable[[str], TokenTable]) -> None:
     trainer = object.__new__(ORPOTrainer)  # which would tokenise for itself
     trainer.beta, trainer.padding_value = 0.3, 0
     theirs, numbers = loss_and_numbers(trainer, dpo, table)
-    batch = collate(table, ROWS, 0, "cpu")
-    labels = batch.ids.masked_fill(batch.response == 0, -100)[: len(ROWS)]
+    batch = batch_of_trl(table)
+    chosen = {name: batch[f"chosen_{name}"] for name in ("input_ids", "attention_mask", "labels")}
     with torch.no_grad():
-        likelihood = dpo.model(
-            input_ids=batch.ids[: len(ROWS)],
-            attention_mask=mask_of(table, ROWS)[: len(ROWS)],
-            labels=labels,
-        ).loss.item()
+        likelihood = dpo.model(**chosen).loss.item()
     ours = our_pair_loss(table, dpo.model, dpo.ref_model, name="orpo", beta=0.3)
     assert ours == pytest.approx(theirs - numbers["nll_loss"] + likelihood, rel=TOLERANCE)
 
