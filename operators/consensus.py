@@ -1,16 +1,28 @@
-"""Consensus ⊕: one delta from several sparse ones, shared by offline and online merging."""
+"""Consensus ⊕: one delta from several sparse ones, shared by offline and online merging.
 
-from collections.abc import Sequence
+`CONSENSUS` is the table that both read: a new entry is a function and a line.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from operators.passes import passes_for
+from operators.kernels.merging import MergingKernels
+from operators.parameters import Parameter
 
 SMALLEST_SUM = 1e-8
 
 
-def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+def weighted_sum(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    normalize: bool,
+    kernels: MergingKernels | None = None,
+) -> Tensor:
     """`sum_i w_i d_i`, divided by `sum_i w_i` with `normalize`.
 
     Raises:
@@ -19,9 +31,8 @@ def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float], *, normaliz
     divisor = sum(weights) if normalize else 1.0
     if abs(divisor) < SMALLEST_SUM:
         raise ValueError(f"weight: the weights sum to {divisor}; cannot normalize by it")
-    passes = passes_for(*deltas)
-    if passes is not None:
-        return passes.weighted_sum(deltas, weights, divisor)
+    if kernels is not None and kernels.fit(*deltas):
+        return kernels.weighted_sum(deltas, weights, divisor)
     merged = deltas[0] * weights[0]
     for delta, weight in zip(deltas[1:], weights[1:], strict=True):
         merged.add_(delta, alpha=weight)
@@ -34,6 +45,7 @@ def sign_elect(
     *,
     normalize: bool,
     like_mergekit: bool = False,
+    kernels: MergingKernels | None = None,
 ) -> Tensor:
     """TIES's election (Yadav et al. 2023, section 4): per element, the sign of the weighted sum
     wins, and the weighted deltas of that sign are summed; with `normalize` divided by their
@@ -43,9 +55,8 @@ def sign_elect(
         like_mergekit: a sum of 0 elects plus, and `normalize` divides by the agreeing weights with
             their signs, by 1 where these sum to 0.
     """
-    passes = passes_for(*deltas)
-    if passes is not None and not like_mergekit:
-        return passes.sign_elect(deltas, weights, normalize=normalize)
+    if kernels is not None and kernels.fit(*deltas) and not like_mergekit:
+        return kernels.sign_elect(deltas, weights, normalize=normalize)
     elected = torch.sign(weighted_sum(deltas, weights, normalize=False))
     if like_mergekit:
         elected = torch.where(elected < 0, -1.0, 1.0)
@@ -75,3 +86,93 @@ def sign_consensus(a: Tensor, b: Tensor) -> Tensor:
 def mixup(a: Tensor, b: Tensor, share: float) -> Tensor:
     """`share * a + (1 - share) * b` (M3)."""
     return (a * share).add_(b, alpha=1 - share)
+
+
+Merge = Callable[
+    [Sequence[Tensor], Sequence[float], Mapping[str, Any], MergingKernels | None], Tensor
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Consensus:
+    """An entry of the table.
+
+    Attributes:
+        merge: ⊕: sparse deltas (n,), one weight each, parameters, compiled passes -> (n,).
+        parameters: by name; online, where two deltas are merged, they have their defaults.
+        num_deltas: the fewest and the most (None: any number).
+        needs: an `element`; or what is drawn once a `merge`, which an optimizer does not have.
+    """
+
+    merge: Merge
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    num_deltas: tuple[int, int | None] = (1, None)
+    needs: Literal["element", "merge"] = "element"
+
+
+FIDELITY = Parameter("whose definition, where they differ", "paper", choices=("paper", "mergekit"))
+MIXUP_PARAMETERS = {
+    "mixup_alpha": Parameter(
+        "of Beta(alpha, alpha), from which lam is drawn", None, 0, above_low=True
+    ),
+    "mixup_lambda": Parameter("lam, instead of drawing it", None, low=0, high=1),
+}
+
+
+def add(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    parameters: Mapping[str, Any],
+    kernels: MergingKernels | None,
+) -> Tensor:
+    """⊕ as a weighted sum."""
+    return weighted_sum(deltas, weights, normalize=parameters["normalize"], kernels=kernels)
+
+
+def elect(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    parameters: Mapping[str, Any],
+    kernels: MergingKernels | None,
+) -> Tensor:
+    """⊕ by TIES's election of signs."""
+    return sign_elect(
+        deltas,
+        weights,
+        normalize=parameters["normalize"],
+        like_mergekit=parameters["fidelity"] == "mergekit",
+        kernels=kernels,
+    )
+
+
+def agree(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    parameters: Mapping[str, Any],
+    kernels: MergingKernels | None,
+) -> Tensor:
+    """⊕ of two deltas by eq. 7."""
+    first, second = (delta * weight for delta, weight in zip(deltas, weights, strict=True))
+    return sign_consensus(first, second)
+
+
+def mix(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    parameters: Mapping[str, Any],
+    kernels: MergingKernels | None,
+) -> Tensor:
+    """⊕ of two deltas by the `share` that was drawn for the merge (M3)."""
+    first, second = deltas
+    return mixup(first, second, parameters["share"])
+
+
+CONSENSUS: dict[str, Consensus] = {
+    "sum": Consensus(add, {"normalize": Parameter("divide by the sum of the weights", False)}),
+    "sign_elect": Consensus(
+        elect,
+        {"normalize": Parameter("divide by the agreeing weights", False), "fidelity": FIDELITY},
+    ),
+    "sign": Consensus(agree, num_deltas=(2, 2)),
+    "mixup": Consensus(mix, MIXUP_PARAMETERS, num_deltas=(2, 2), needs="merge"),
+}

@@ -9,22 +9,25 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from operators.passes import passes_for
+if TYPE_CHECKING:
+    from operators.kernels.merging import MergingKernels
 
 WORDS = 1 << 32
-CHUNK = 1 << 15  # elements worked on at once: buffers of this size stay in a core's cache
-_GOLDEN = 0x9E3779B9
+GOLDEN = 0x9E3779B9  # by which the upper half of an index is multiplied
+_IN_CACHE = 1 << 14  # words made at once: buffers of this size stay in a core's cache
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
 )
 _PEFT_PREFIX = "base_model.model."
+Integers = Any  # an array of unsigned 32-bit integers, or a tensor of int64
 
 
 def canonical_name(name: str) -> str:
@@ -53,31 +56,16 @@ def counter_words(
     """The words of the elements [start, start + count): int64 (count,), each in [0, 2^32)."""
     if torch.device(device or "cpu").type != "cpu":
         return counter_words_at(key, torch.arange(start, start + count, device=device))
-    words = np.empty(count, dtype=np.int64)
-    for first, chunk in _chunks(key, start, count):
-        words[first : first + len(chunk)] = chunk
-    return torch.from_numpy(words)
+    return torch.from_numpy(unsigned_words(key, start, count).astype(np.int64))
 
 
 def counter_words_at(key: tuple[int, int], indices: Tensor) -> Tensor:
     """The words of the elements with the given global indices: int64, shape of `indices`."""
     if indices.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.from_numpy(_words_at(key, indices.numpy()).astype(np.int64))
-    low = _mix((indices & (WORDS - 1)) ^ key[0])
-    high = (indices >> 32) * _GOLDEN & (WORDS - 1)
-    return _mix(low ^ key[1] ^ high)
-
-
-def _words_at(key: tuple[int, int], indices: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """The words of elements in numpy's unsigned integers, which wrap around by themselves."""
-    words = indices.astype(np.uint32)
-    scratch = np.empty_like(words)
-    np.bitwise_xor(words, np.uint32(key[0]), out=words)
-    _mix_in_place(words, scratch)
-    np.bitwise_xor(words, np.uint32(key[1]), out=words)
-    high = (indices >> 32).astype(np.uint32)
-    np.bitwise_xor(words, high * np.uint32(_GOLDEN), out=words)
-    _mix_in_place(words, scratch)
+        places = indices.numpy()
+        upper = (places >> 32).astype(np.uint32)
+        return torch.from_numpy(_words(key, places.astype(np.uint32), upper).astype(np.int64))
+    words: Tensor = _words(key, indices & (WORDS - 1), indices >> 32)
     return words
 
 
@@ -95,6 +83,7 @@ def keep_mask(
     start: int,
     count: int,
     device: torch.device | str | None = None,
+    kernels: "MergingKernels | None" = None,
 ) -> Tensor:
     """Which of the elements [start, start + count) a Bernoulli mask keeps: bool (count,).
 
@@ -106,9 +95,8 @@ def keep_mask(
         return torch.ones(count, dtype=torch.bool, device=device)
     if torch.device(device or "cpu").type != "cpu":
         return counter_words(key, start, count, device) < limit
-    passes = passes_for()
-    if passes is not None:
-        return passes.keep_mask(key, limit, start, count)
+    if kernels is not None:
+        return kernels.keep_mask(key, limit, start, count)
     mask = np.empty(count, dtype=np.bool_)
     for first, chunk in _chunks(key, start, count):
         np.less(chunk, np.uint32(limit), out=mask[first : first + len(chunk)])
@@ -118,44 +106,33 @@ def keep_mask(
 def _chunks(
     key: tuple[int, int], start: int, count: int
 ) -> Iterator[tuple[int, NDArray[np.uint32]]]:
-    """Chunks of words on the CPU, with each chunk's offset; the buffer is used again.
-
-    numpy's unsigned integers wrap around and shift logically by themselves, which makes this twice
-    as fast as torch's signed ones.
-    """
-    size = min(CHUNK, max(count, 1))
-    ramp = np.arange(size, dtype=np.uint32)
-    words, scratch = np.empty_like(ramp), np.empty_like(ramp)
-    done = 0
+    """Words on the CPU in chunks that stay in a cache, each with its offset."""
+    ramp, done = np.arange(min(_IN_CACHE, count), dtype=np.uint32), 0
     while done < count:
-        index = start + done
-        low, high = index & (WORDS - 1), index >> 32
-        length = min(size, count - done, WORDS - low)  # the high half is one number in a chunk
-        x, shifted = words[:length], scratch[:length]
-        np.add(ramp[:length], np.uint32(low), out=x)
-        np.bitwise_xor(x, np.uint32(key[0]), out=x)
-        _mix_in_place(x, shifted)
-        np.bitwise_xor(x, np.uint32(key[1] ^ (high * _GOLDEN & (WORDS - 1))), out=x)
-        _mix_in_place(x, shifted)
-        yield done, x
+        upper, low = divmod(start + done, WORDS)
+        length = min(_IN_CACHE, count - done, WORDS - low)  # the upper half is one number
+        yield (
+            done,
+            _words(key, ramp[:length] + np.uint32(low), np.array(upper % WORDS, dtype=np.uint32)),
+        )
         done += length
 
 
-def _mix_in_place(x: NDArray[np.uint32], scratch: NDArray[np.uint32]) -> None:
-    """The mixing function on unsigned 32-bit integers."""
-    for shift, multiplier in zip((16, 15), _MULTIPLIERS, strict=True):
-        np.right_shift(x, np.uint32(shift), out=scratch)
-        np.bitwise_xor(x, scratch, out=x)
-        np.multiply(x, np.uint32(multiplier), out=x)
-    np.right_shift(x, np.uint32(16), out=scratch)
-    np.bitwise_xor(x, scratch, out=x)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The mixing function on int64 values in [0, 2^32).
-
-    A product's upper bits may wrap around; its lower 32, which alone are kept, do not.
+def _words(key: tuple[int, int], low: Integers, upper: Integers) -> Integers:
+    """The hash of indices given by their halves, on unsigned 32-bit integers or on int64 ones in
+    [0, 2^32), of whose products the lower 32 bits alone are kept.
     """
-    for shift, multiplier in zip((16, 15), _MULTIPLIERS, strict=True):
-        x = ((x ^ (x >> shift)) * multiplier) & (WORDS - 1)
-    return x ^ (x >> 16)
+    folded = (upper * GOLDEN & (WORDS - 1)) ^ key[1]
+    words = _mix(low ^ key[0])
+    words ^= folded
+    return _mix(words)
+
+
+def _mix(x: Integers) -> Integers:
+    """The mixing function, in place."""
+    for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x ^= x >> shift
+        x *= multiplier
+        x &= WORDS - 1
+    x ^= x >> 16
+    return x

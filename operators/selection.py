@@ -1,229 +1,434 @@
-"""The exact k-th largest of integer keys, found by counting and not by sorting.
+"""The one search for the k largest magnitudes of many numbers: found by counting, not by sorting.
 
-Magnitudes of float32 numbers order like their bit patterns without the sign. A sample bounds the
-k-th largest by a bracket; one pass counts what is above the bracket and what is in it, and the few
-keys in it decide. A bracket that missed is widened, so the result is always exact. Counts add up
-over chunks and over ranks: the result depends on the elements alone.
+Every element has a key: its magnitude's bits (float32 bit patterns order like magnitudes), followed
+by what decides between equal magnitudes. Of those the ones with the smallest words of the counter
+hash stay, which is unbiased and the same for any sharding; or, where parity asks for it, the ones
+with the smallest indices. So no two keys are equal, and exactly k elements stay.
 
-`kth_largest` works on tensors that are at hand, also spread over ranks; `KeySearch` is the same
-search for keys that come by in chunks, a pass at a time.
+A `Search` holds a bracket in which the k-th largest key lies. Whoever has the elements looks at
+them, in any chunks, on any ranks: how many keys are above the bracket, and how those inside spread
+over its parts (a `Seen`, which adds up). That narrows the bracket, until one key is left. A first
+bracket comes from a sample, or from a step before. A bracket that missed is moved, so the result is
+always exact: a function of the elements alone.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, width) of the digits of a 32-bit key
-_SAMPLE = 1 << 15  # keys sampled of each tensor by `kth_largest`
+from operators.counter_random import WORDS, counter_words_at
+
+Keys = NDArray[np.int64]
+TOP_MAGNITUDE = 0x7FFFFFFF
+WORD_BITS = 32
+MANY_BUCKETS = 1 << 20  # where counts stay in this process
+FEW_BUCKETS = 1 << 11  # where ranks add them up
 _MARGIN = 6.0  # a bracket's half width, in standard deviations of a sample's quantile
-_BUCKETS = 1 << 20  # of a search's histogram
-Reduce = Callable[[Tensor], Tensor]
+_TIE_MARGIN = 8.0  # the same for counter words, which are uniform
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """The k-th largest key, how many keys are above it, and how many equal it."""
+class TopCut:
+    """Where a search has cut: magnitude keys above `key` stay, and of those equal to it the ones
+    whose counter word (`by_index`: whose global index) is at most `word` (None: all). Counter words
+    repeat every 2^32 elements: where there are more, `high_bits` of the index's upper half follow.
+    """
 
     key: int
-    num_above: int
-    num_equal: int
+    word: int | None
+    by_index: bool = False
+    high_bits: int = 0
+
+    @property
+    def by_words(self) -> bool:
+        """Whether counter words alone decide between equal magnitudes, if anything has to."""
+        return self.word is None or not (self.by_index or self.high_bits)
+
+    def order(self, places: Tensor, key: tuple[int, int]) -> Tensor:
+        """What decides between equal magnitudes at global indices: int64, the smallest stay."""
+        if self.by_index:
+            return places
+        words = counter_words_at(key, places)
+        return words << self.high_bits | places >> WORD_BITS if self.high_bits else words
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What looks have seen.
+
+    Attributes:
+        above: keys above the bracket.
+        inside: how many keys are in each part of the bracket, (buckets,) int64; of a search that
+            collects the keys themselves, less the bracket's lower end.
+        kept: the keys inside, where the look was asked to keep them and they were not too many.
+            They stay where they were found, and are not added up over ranks.
+    """
+
+    above: int
+    inside: Keys
+    kept: Keys | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The search for the `count`-th largest key of `total` elements. Immutable, can be pickled.
+
+    Attributes:
+        low, high: the bracket, both ends in it: whole magnitudes, or a part of one magnitude.
+        by_index: the first of equal magnitudes stay, instead of those with the smallest words.
+        tied: the bracket is a part of one magnitude, known to hold the key.
+        collect: the keys in the bracket are few, and are looked for instead of their numbers.
+        may_collect: everything that is seen comes together in one process.
+    """
+
+    count: int
+    total: int
+    low: int
+    high: int
+    by_index: bool = False
+    tied: bool = False
+    collect: bool = False
+    may_collect: bool = True
+
+    @property
+    def bits(self) -> int:
+        """Bits of a key below its magnitude."""
+        if self.by_index:
+            return max(1, (self.total - 1).bit_length())
+        return WORD_BITS + self.high_bits
+
+    @property
+    def high_bits(self) -> int:
+        """Bits of an index's upper half that follow its word."""
+        return 0 if self.by_index else ((self.total - 1) >> WORD_BITS).bit_length()
+
+    @property
+    def magnitudes(self) -> tuple[int, int]:
+        """The first and last magnitude of the bracket."""
+        return self.low >> self.bits, self.high >> self.bits
+
+    @property
+    def shift(self) -> int:
+        """Bits of a key that a bucket leaves open: all below the magnitude, in whole magnitudes."""
+        most = MANY_BUCKETS if self.may_collect else FEW_BUCKETS
+        shift = max(0, ((self.high - self.low) // most).bit_length())
+        return shift if self.tied else max(shift, self.bits)
+
+    @property
+    def num_buckets(self) -> int:
+        """Parts of the bracket."""
+        return 1 + ((self.high - self.low) >> self.shift)
+
+    @property
+    def _mask(self) -> int:
+        return (1 << self.bits) - 1
+
+    def between(self, low: int, high: int, *, collect: bool = False) -> "Search":
+        """The search in a bracket of whole magnitudes.
+
+        0 is never in it: where fewer elements than are to stay have a larger one, all stay, which
+        changes nothing, so that zeros need not be counted.
+        """
+        low = max(low, 1)
+        ends = low << self.bits, (max(low, high) + 1 << self.bits) - 1
+        return replace(self, low=ends[0], high=ends[1], collect=collect)
+
+    def cut(self, magnitude: int, word: int | None) -> TopCut:
+        """A cut with this search's rule for equal magnitudes."""
+        return TopCut(magnitude, word, self.by_index, self.high_bits if word is not None else 0)
+
+    def order(self, places: NDArray[np.int64], key: tuple[int, int]) -> Keys:
+        """A key's bits below the magnitude: what stays first is largest."""
+        order = TopCut(0, 0, self.by_index, self.high_bits).order(torch.from_numpy(places), key)
+        return self._mask - order.numpy()
+
+    def nothing(self) -> Seen:
+        """What is seen of no elements."""
+        none = np.zeros(0, dtype=np.int64)
+        return Seen(0, none if self.collect else np.zeros(self.num_buckets, dtype=np.int64), none)
+
+    def seen(self, above: int, inside: Keys, *, keep: int = 0) -> Seen:
+        """An observation.
+
+        Args:
+            inside: keys in the bracket, less its lower end.
+            keep: how many of them may be kept.
+        """
+        if self.collect:
+            return Seen(above, inside)
+        counts = np.bincount(inside >> self.shift, minlength=self.num_buckets)
+        return Seen(above, counts, inside if len(inside) <= keep else None)
+
+    def add(self, parts: Sequence[Seen]) -> Seen:
+        """Several observations of this bracket together."""
+        if not parts:
+            return self.nothing()
+        above = sum(part.above for part in parts)
+        if self.collect:
+            return Seen(above, np.concatenate([part.inside for part in parts]))
+        inside = parts[0].inside if len(parts) == 1 else sum(part.inside for part in parts)
+        kept = [part.kept for part in parts if part.kept is not None]
+        complete = len(kept) == len(parts)
+        return Seen(above, np.asarray(inside), np.concatenate(kept) if complete else None)
+
+    def advance(self, seen: Seen) -> "Search | TopCut":
+        """The cut; or the next bracket, which is a part of this one, or beside it if it missed."""
+        num_inside = len(seen.inside) if self.collect else int(seen.inside.sum())
+        left = self.count - seen.above
+        if left <= 0 or left > num_inside:
+            return self._beside(above=left <= 0)
+        return self._choose(seen.inside, left) if self.collect else self._narrow(seen.inside, left)
+
+    def _beside(self, *, above: bool) -> "Search | TopCut":
+        """The rest above or below a bracket that missed."""
+        if not above and not self.tied and self.magnitudes[0] == 1:
+            return self.cut(0, None)
+        first = self.low & ~self._mask if self.tied else 1 << self.bits
+        last = first + self._mask if self.tied else (TOP_MAGNITUDE + 1 << self.bits) - 1
+        ends = (self.high + 1, last) if above else (first, self.low - 1)
+        return replace(self, low=ends[0], high=ends[1], collect=False)
+
+    def _choose(self, keys: Keys, left: int) -> TopCut:
+        """The cut at the `left`-th largest of the keys in the bracket."""
+        place = len(keys) - left
+        key = int(np.partition(keys, place)[place]) + self.low
+        magnitude = key >> self.bits
+        if left == np.count_nonzero(keys >= (magnitude << self.bits) - self.low):
+            return self.cut(magnitude, None)
+        return self.cut(magnitude, self._mask - (key & self._mask))
+
+    def _narrow(self, counts: Keys, left: int) -> "Search | TopCut":
+        """The cut, or the bracket of the part that holds it."""
+        at_least = counts[::-1].cumsum()
+        place = int(np.searchsorted(at_least, left))
+        bucket = len(counts) - 1 - place
+        in_bucket = int(counts[bucket])
+        left -= int(at_least[place]) - in_bucket
+        low = self.low + (bucket << self.shift)
+        if not self.tied and self.shift == self.bits:
+            return self._among_equals(low >> self.bits, left, in_bucket)
+        if self.shift == 0:
+            return self.cut(low >> self.bits, self._mask - (low & self._mask))
+        return replace(self, low=low, high=min(low + (1 << self.shift) - 1, self.high))
+
+    def _among_equals(self, magnitude: int, left: int, tied: int) -> "Search | TopCut":
+        """The cut at a magnitude of which all stay; else where in it the `left`-th of them lies."""
+        if left == tied:
+            return self.cut(magnitude, None)
+        first = magnitude << self.bits
+        if self.by_index:
+            return replace(self, low=first, high=first + self._mask, tied=True)
+        # Counter words are uniform, so that the one that is looked for is near its expectation.
+        margin = _TIE_MARGIN * math.sqrt(left * (tied - left) / tied) + _TIE_MARGIN
+        low = math.floor((1 - (left + margin) / tied) * WORDS)
+        high = math.ceil((1 - (left - margin) / tied) * WORDS)
+        low, high = max(low, 0) << self.high_bits, (high + 1 << self.high_bits) - 1
+        ends = first + low, first + min(high, self._mask)
+        return replace(self, low=ends[0], high=ends[1], tied=True, collect=self.may_collect)
+
+
+def begin_search(
+    count: int, total: int, *, by_index: bool = False, may_collect: bool = True
+) -> Search | TopCut:
+    """The search before anything is seen; the cut where everything stays.
+
+    Args:
+        count: elements that stay, at least 1.
+        total: elements over all chunks and ranks.
+    """
+    search = Search(count, total, 0, 0, by_index, may_collect=may_collect)
+    return search.cut(0, None) if count >= total else search.between(1, TOP_MAGNITUDE)
+
+
+def settle(
+    searches: Mapping[K, Search],
+    look: Callable[[Mapping[K, Search]], Mapping[K, Seen]],
+    add_up: Callable[[Keys], Keys] | None = None,
+) -> dict[K, TopCut]:
+    """Carry searches to their ends.
+
+    Args:
+        look: looks at this rank's elements for all open searches.
+        add_up: adds int64 numbers up over the ranks that share the elements. Each rank must call
+            with the same searches in the same order, none of which may collect.
+    """
+    found: dict[K, TopCut] = {}
+    open_ones = dict(searches)
+    while open_ones:
+        seen = look(open_ones)
+        if add_up is not None:
+            parts = [np.append(seen[name].inside, seen[name].above) for name in open_ones]
+            sums = np.split(add_up(np.concatenate(parts)), np.cumsum([len(p) for p in parts])[:-1])
+            seen = {
+                name: Seen(int(row[-1]), row[:-1])
+                for name, row in zip(open_ones, sums, strict=True)
+            }
+        states = {name: search.advance(seen[name]) for name, search in open_ones.items()}
+        found |= {name: state for name, state in states.items() if isinstance(state, TopCut)}
+        open_ones = {name: state for name, state in states.items() if isinstance(state, Search)}
+    return found
+
+
+class Tally:
+    """Looks for a search at flat ranges of elements, one after the other.
+
+    Args:
+        key: the counter hash's, which decides between equal magnitudes.
+        keep: how many keys inside the bracket may be kept.
+    """
+
+    def __init__(self, search: Search, key: tuple[int, int], keep: int = 0) -> None:
+        low, high = search.magnitudes
+        self.search, self._key = search, key
+        self._keep = keep if (high - low).bit_length() + search.bits < 64 else -1
+        self._above = self._num_inside = 0
+        self._keys: list[Keys] = []
+        self._buckets = search.nothing().inside
+        self._pending: list[NDArray[Any]] = []  # numbers of buckets that are still to be counted
+
+    def look(self, x: Tensor, start: int) -> None:
+        """Look at x, (n,) of any floating dtype on any device; `start` is x[0]'s global index."""
+        search = self.search
+        low, high = search.magnitudes
+        above, inside, places = _inside(x, low, high)
+        self._above += above
+        self._num_inside += len(inside)
+        if search.tied or search.collect or self._num_inside <= self._keep:
+            order = search.order(places() + start, self._key)
+            keys = (inside.astype(np.int64) << search.bits | order) - (
+                search.low - (low << search.bits)
+            )
+            too_large = keys > search.high - search.low
+            self._above += int(np.count_nonzero(too_large))
+            keys = keys[~too_large & (keys >= 0)]
+            self._keys.append(keys)
+            self._pending.append(keys >> search.shift)
+        elif search.shift - search.bits < WORD_BITS - 1:
+            self._pending.append(inside >> search.shift - search.bits)
+        else:
+            self._pending.append(np.zeros_like(inside))
+        if not search.collect and sum(map(len, self._pending)) > MANY_BUCKETS:
+            self._count()
+
+    def seen(self) -> Seen:
+        """What all looks have seen."""
+        keys = np.concatenate([np.zeros(0, np.int64), *self._keys])
+        if self.search.collect:
+            return Seen(self._above, keys)
+        self._count()
+        return Seen(self._above, self._buckets, keys if self._num_inside <= self._keep else None)
+
+    def _count(self) -> None:
+        for pending in self._pending:
+            if len(pending) > 0:
+                self._buckets += np.bincount(pending, minlength=len(self._buckets))
+        self._pending.clear()
+
+
+def _inside(
+    x: Tensor, low: int, high: int
+) -> tuple[int, NDArray[np.int32], Callable[[], NDArray[np.int64]]]:
+    """How many magnitudes are above a bracket; those inside, less its lower end; where they are."""
+    keys = magnitude_keys(x)
+    if x.device.type != "cpu":
+        found = ((keys >= low) & (keys <= high)).nonzero().squeeze(1)
+        inside = (keys[found] - low).cpu().numpy()
+        return int((keys > high).sum()), inside, lambda: found.cpu().numpy()
+    own = keys.numpy()  # numpy compares and searches several times as fast as torch
+    mask = (own - np.int32(low)).view(np.uint32) <= np.uint32(high - low)
+    inside = own[mask] - np.int32(low)
+    return int(np.count_nonzero(own > high)), inside, lambda: np.flatnonzero(mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What one look has kept, which answers every look inside its bracket."""
+
+    search: Search
+    seen: Seen
+
+    def covers(self, search: Search) -> bool:
+        """Whether a search's bracket is that of the look, or lies inside and all of it was kept."""
+        if search == self.search:
+            return True
+        within = self.search.low <= search.low and search.high <= self.search.high
+        return self.seen.kept is not None and within
+
+    def look(self, search: Search) -> Seen:
+        """What a look at the elements would see in the bracket, or in a part of it."""
+        if search == self.search:
+            return self.seen
+        assert self.seen.kept is not None
+        keys = self.seen.kept - (search.low - self.search.low)
+        too_large = keys > search.high - search.low
+        above = self.seen.above + int(np.count_nonzero(too_large))
+        return search.seen(above, keys[~too_large & (keys >= 0)])
+
+
+def top_cut(
+    chunks: Callable[[], Iterator[tuple[int, Tensor]]], count: int, total: int, key: tuple[int, int]
+) -> TopCut:
+    """The cut of a tensor that this process has alone.
+
+    Args:
+        chunks: yields, each time it is called, its elements as (first global index, values).
+    """
+    search = begin_search(count, total)
+    if isinstance(search, TopCut):
+        return search
+
+    def look(searches: Mapping[int, Search]) -> dict[int, Seen]:
+        tally = Tally(searches[0], key)
+        for start, x in chunks():
+            tally.look(x, start)
+        return {0: tally.seen()}
+
+    return settle({0: search}, look)[0]
+
+
+def sample_stride(total: int, num_runs: int, run: int) -> int:
+    """From where to where the runs of neighbours begin that a sample of `total` elements is."""
+    return (total - run) // max(1, num_runs - 1)
+
+
+def sampled_bracket(
+    keys: NDArray[Any], run: int, count: int, total: int, *, everything: bool = False
+) -> tuple[int, int, float]:
+    """Two magnitudes between which the `count`-th largest almost certainly lies, and what share of
+    all elements is expected between them.
+
+    Args:
+        keys: magnitudes of a sample of `total` elements, run after run of `run` neighbours.
+        everything: the sample is all there is: the bracket is the one magnitude.
+    """
+    ordered, size = np.sort(keys), len(keys)
+    if everything:
+        magnitude = int(ordered[size - count])
+        return magnitude, magnitude, 0.0
+    middle = min(max(round(count / total * size), 1), size)
+    above = (keys > ordered[size - middle]).reshape(-1, run).mean(axis=1)
+    # Neighbours are alike, so a run is one draw and not as many as it has elements.
+    share = count / total
+    spread = max(float(above.std()) * math.sqrt(run), math.sqrt(share * (1 - share)))
+    margin = _MARGIN * spread * math.sqrt(size) + 2
+    first, last = math.floor(share * size - margin), math.ceil(share * size + margin)
+    low = int(ordered[size - min(last, size)]) if last <= size else 0
+    high = int(ordered[size - max(first, 1)]) if first >= 1 else TOP_MAGNITUDE
+    return low, high, (last - first) / size
 
 
 def magnitude_keys(x: Tensor) -> Tensor:
     """Integers that order like |x|: float32 bit patterns without the sign; int32, shape of x."""
-    return x.float().view(torch.int32) & 0x7FFFFFFF
+    return x.detach().float().view(torch.int32) & TOP_MAGNITUDE
 
 
 def magnitude_of(key: int) -> float:
     """The magnitude that a key stands for."""
     return torch.tensor(key, dtype=torch.int32).view(torch.float32).item()
-
-
-def kth_largest(
-    keys: Sequence[Tensor], ks: Sequence[int], reduce: Reduce | None = None
-) -> list[Cut]:
-    """For each tensor of keys, the cut at its k-th largest.
-
-    Args:
-        keys: integer tensors of any shapes with values in [0, 2^32); an empty one is allowed where
-            other ranks hold the elements.
-        ks: for each tensor, k in [1, its number of elements over all ranks].
-        reduce: sums an int64 tensor over the ranks that share the tensors (an all-reduce); the
-            counts of all tensors travel together, so a call takes a dozen of them at most.
-    """
-    if not keys:
-        return []
-    flat = [part.reshape(-1) for part in keys]
-    if reduce is None and max(part.numel() for part in flat) <= _SAMPLE:
-        return _by_digits(flat, ks, None)
-    brackets = _brackets(flat, ks, reduce)
-    inside = [
-        part[(part >= low) & (part <= high)]
-        for part, (low, high) in zip(flat, brackets, strict=True)
-    ]
-    counts = torch.tensor(
-        [
-            [int((part > high).sum()), kept.numel()]
-            for part, kept, (_, high) in zip(flat, inside, brackets, strict=True)
-        ],
-        device=flat[0].device,
-    )
-    above = (counts if reduce is None else reduce(counts)).tolist()
-    for i, ((num_above, num_inside), k) in enumerate(zip(above, ks, strict=True)):
-        if not num_above < k <= num_above + num_inside:  # the sample misled: look at everything
-            inside[i], above[i] = flat[i], [0, 0]
-    cuts = _by_digits(
-        inside, [k - before for (before, _), k in zip(above, ks, strict=True)], reduce
-    )
-    return [
-        Cut(cut.key, cut.num_above + before, cut.num_equal)
-        for cut, (before, _) in zip(cuts, above, strict=True)
-    ]
-
-
-def _brackets(
-    keys: list[Tensor], ks: Sequence[int], reduce: Reduce | None
-) -> list[tuple[int, int]]:
-    """For each tensor, two keys between which its k-th largest almost certainly lies."""
-    sizes = torch.tensor([part.numel() for part in keys], device=keys[0].device)
-    totals = (sizes if reduce is None else reduce(sizes.clone())).tolist()
-    # The same stride on every rank: each element is as likely to be in the sample.
-    samples = [part[:: max(1, total // _SAMPLE)] for part, total in zip(keys, totals, strict=True)]
-    drawn = torch.tensor([sample.numel() for sample in samples], device=keys[0].device)
-    drawn = drawn if reduce is None else reduce(drawn)
-    places = [
-        sample_places(k, total, size)
-        for k, total, size in zip(ks, totals, drawn.tolist(), strict=True)
-    ]
-    found = _by_digits(
-        [*samples, *samples],
-        [max(first, 1) for first, _ in places]
-        + [min(last, size) for (_, last), size in zip(places, drawn.tolist(), strict=True)],
-        reduce,
-    )
-    highs, lows = found[: len(keys)], found[len(keys) :]
-    return [
-        (
-            low.key if last <= size else 0,
-            high.key if first >= 1 else torch.iinfo(part.dtype).max,
-        )
-        for part, low, high, (first, last), size in zip(
-            keys, lows, highs, places, drawn.tolist(), strict=True
-        )
-    ]
-
-
-def sample_places(k: int, count: int, size: int, spread: float = 0.5) -> tuple[int, int]:
-    """Ranks (from 1, the largest) in a sample between which the k-th of `count` should lie.
-
-    Args:
-        size: of the sample.
-        spread: standard deviation of one draw: whether an element is above the threshold.
-    """
-    middle, margin = k / count * size, _MARGIN * spread * math.sqrt(size) + 2
-    return math.floor(middle - margin), math.ceil(middle + margin)
-
-
-def _by_digits(keys: list[Tensor], ks: Sequence[int], reduce: Reduce | None) -> list[Cut]:
-    """The cuts, digit by digit: count the values of the top digit, go on inside the k-th's."""
-    cuts = [Cut(0, 0, 0)] * len(keys)
-    left = [part.to(torch.int64) for part in keys]
-    for shift, width in _DIGITS:
-        counts = torch.stack([torch.bincount(part >> shift, minlength=1 << width) for part in left])
-        if reduce is not None:
-            counts = reduce(counts)
-        for i, (cut, k) in enumerate(zip(cuts, ks, strict=True)):
-            # Keys in a bucket or above it, from the top: the first to reach k holds the k-th.
-            at_least = counts[i].flip(0).cumsum(0) + cut.num_above
-            place = int(torch.searchsorted(at_least, k))
-            digit = (1 << width) - 1 - place
-            in_digit = int(counts[i, digit])
-            above = int(at_least[place]) - in_digit
-            cuts[i] = Cut(cut.key | digit << shift, above, in_digit)
-            inside = left[i] >> shift == digit
-            left[i] = left[i][inside] & ((1 << shift) - 1)
-    return cuts
-
-
-@dataclass(frozen=True, slots=True)
-class KeyCounts:
-    """What a pass saw: how many keys above the bracket, and those in it: numbers for each bucket,
-    or the keys themselves.
-    """
-
-    above: int
-    inside: NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class KeySearch:
-    """The search for the k-th largest among keys that come by in chunks, a pass at a time.
-
-    Attributes:
-        k: counted from the largest, from 1.
-        low, high: the bracket, both ends in it.
-        top: the largest possible key; 0 is the smallest.
-        collect: keep the keys in the bracket, which are few, instead of counts for its buckets.
-    """
-
-    k: int
-    low: int
-    high: int
-    top: int
-    collect: bool = False
-
-    @property
-    def shift(self) -> int:
-        """Bits of a key that a bucket leaves open."""
-        return max(0, ((self.high - self.low) // _BUCKETS).bit_length())
-
-    def count(self, inside: Sequence[NDArray[Any]], above: int) -> KeyCounts:
-        """Chunks' keys in the bracket, and the number above it, as an observation."""
-        keys = np.concatenate([*inside, np.empty(0, dtype=np.int64)]).astype(np.int64, copy=False)
-        if self.collect:
-            return KeyCounts(above, keys)
-        buckets = len(self.no_buckets())
-        return KeyCounts(above, np.bincount((keys - self.low) >> self.shift, minlength=buckets))
-
-    def no_buckets(self) -> NDArray[np.int64]:
-        """A count of 0 for each bucket of the bracket."""
-        return np.zeros(1 + ((self.high - self.low) >> self.shift), dtype=np.int64)
-
-    def add(self, one: KeyCounts, other: KeyCounts) -> KeyCounts:
-        """Two observations of this pass together."""
-        if self.collect:
-            inside = np.concatenate([one.inside, other.inside])
-        else:
-            inside = one.inside + other.inside
-        return KeyCounts(one.above + other.above, inside)
-
-    def advance(self, counts: KeyCounts) -> "KeySearch | Cut":
-        """The cut, or the next pass: inside a bucket, or beside a bracket that missed."""
-        num_inside = len(counts.inside) if self.collect else int(counts.inside.sum())
-        if counts.above >= self.k:
-            return KeySearch(self.k, self.high + 1, self.top, self.top)
-        if counts.above + num_inside < self.k:
-            return KeySearch(self.k, 0, self.low - 1, self.top)
-        if self.collect:
-            cut = cut_of(counts.inside, self.k - counts.above)
-            return Cut(cut.key, counts.above + cut.num_above, cut.num_equal)
-        at_least = counts.above + counts.inside[::-1].cumsum()
-        place = int(np.searchsorted(at_least, self.k))
-        bucket = len(at_least) - 1 - place
-        in_bucket = int(counts.inside[bucket])
-        low = self.low + (bucket << self.shift)
-        if self.shift == 0:
-            return Cut(low, int(at_least[place]) - in_bucket, in_bucket)
-        return KeySearch(self.k, low, min(low + (1 << self.shift) - 1, self.high), self.top)
-
-
-def cut_of(keys: NDArray[Any], k: int) -> Cut:
-    """The cut at the k-th largest of keys that are at hand."""
-    key = int(np.partition(keys, len(keys) - k)[len(keys) - k])
-    return Cut(key, int(np.count_nonzero(keys > key)), int(np.count_nonzero(keys == key)))

@@ -3,24 +3,30 @@
 The same functions serve offline merging, where they see a task vector, and online merging, where
 they see an optimizer's update. Each works on a flat range of a tensor and knows the range's first
 global index, so chunks and shards give what the whole gives.
+
+`SPARSIFIERS` is the table that both read: a new entry is a function and a line, and works with
+every consensus, offline (`merge_method: composed`) and online (`sparsifier=`).
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from operators.counter_random import WORDS, counter_words_at, keep_mask, unsigned_words
-from operators.passes import passes_for
-from operators.selection import Cut, Reduce, kth_largest, magnitude_keys
+from operators.counter_random import WORDS, keep_mask, unsigned_words
+from operators.kernels.merging import MergingKernels
+from operators.parameters import REQUIRED, Parameter
+from operators.selection import TopCut, magnitude_keys
 
 Rescale = Literal["none", "inverse_density"]
 Ties = Literal["hash", "index"]
+Needs = Literal["element", "threshold", "row"]
+Key = tuple[int, int]
 
 
 def kept_count(density: float, count: int) -> int:
@@ -44,21 +50,25 @@ def check_density(density: float) -> None:
         raise ValueError(f"density: found {density}; allowed: above 0 and at most 1")
 
 
-def masked(x: Tensor, mask: Tensor) -> Tensor:
+def masked(x: Tensor, mask: Tensor, kernels: MergingKernels | None = None) -> Tensor:
     """x where the bool mask is true, else exactly 0.
 
     On float32 the mask multiplies the bits, several times as fast as `torch.where` on a CPU.
     """
     if x.dtype != torch.float32:
         return torch.where(mask, x, 0.0)
-    passes = passes_for(x)
-    if passes is not None and mask.is_contiguous():
-        return passes.masked(x, mask)
+    if kernels is not None and kernels.fit(x) and mask.is_contiguous():
+        return kernels.masked(x, mask)
     return (x.view(torch.int32) * mask).view(torch.float32)
 
 
 def bernoulli(
-    x: Tensor, density: float, key: tuple[int, int], start: int, rescale: Rescale
+    x: Tensor,
+    density: float,
+    key: Key,
+    start: int,
+    rescale: Rescale,
+    kernels: MergingKernels | None = None,
 ) -> Tensor:
     """Keep each element with probability `density`, by the counter hash (DARE, eq. 2 and 3).
 
@@ -69,74 +79,12 @@ def bernoulli(
         rescale: `inverse_density` divides what is kept by `density` (offline), `none` does not
             (online).
     """
-    kept = masked(x, keep_mask(key, density, start, x.numel(), x.device))
+    mask = keep_mask(key, density, start, x.numel(), x.device, kernels)
+    kept = masked(x, mask, kernels)
     return kept / density if rescale == "inverse_density" else kept
 
 
-@dataclass(frozen=True, slots=True)
-class TopCut:
-    """Where top-p cuts a tensor: magnitude keys above `key` stay, and of those equal to it the ones
-    whose counter word (`by_index`: whose global index) is at most `word` (None: all). Counter words
-    repeat every 2^32 elements: where there are more, `high_bits` of the index's upper half follow.
-    """
-
-    key: int
-    word: int | None
-    by_index: bool = False
-    high_bits: int = 0
-
-    @property
-    def by_words(self) -> bool:
-        """Whether counter words alone decide between equal magnitudes, if anything has to."""
-        return self.word is None or not (self.by_index or self.high_bits)
-
-    def order(self, places: Tensor, key: tuple[int, int]) -> Tensor:
-        """What decides between equal magnitudes at global indices: int64, the smallest stay."""
-        if self.by_index:
-            return places
-        words = counter_words_at(key, places)
-        return words << self.high_bits | places >> 32 if self.high_bits else words
-
-
-def top_cuts(
-    parts: Sequence[tuple[Tensor, int]],
-    counts: Sequence[int],
-    keys: Sequence[tuple[int, int]],
-    reduce: Reduce | None = None,
-) -> list[TopCut]:
-    """Where to cut tensors so that exactly `counts[i]` elements of the i-th stay.
-
-    Equal magnitudes, the normal case in bf16, are decided by the counter hash of the global index:
-    unbiased, and the same for any sharding. At magnitude 0 all stay, which changes nothing.
-
-    Args:
-        parts: this rank's flat range of each tensor, and its first global index.
-        counts: elements to keep of each tensor, over all ranks.
-        keys: of the counter hash, for each tensor.
-        reduce: sums counts over ranks; every rank must call with the same tensors in one order.
-    """
-    magnitudes = [magnitude_keys(x) for x, _ in parts]
-    cuts = kth_largest(magnitudes, counts, reduce)
-    tied = [i for i, cut in enumerate(cuts) if _needs_word(cut, counts[i])]
-    words = []
-    for i in tied:
-        places = (magnitudes[i] == cuts[i].key).nonzero().squeeze(1) + parts[i][1]
-        # The smallest words stay, so the order is turned round for `kth_largest`.
-        words.append((1 << 32) - 1 - counter_words_at(keys[i], places))
-    ks = [counts[i] - cuts[i].num_above for i in tied]
-    found = dict(zip(tied, kth_largest(words, ks, reduce) if tied else [], strict=True))
-    return [
-        TopCut(cut.key, (1 << 32) - 1 - found[i].key if i in found else None)
-        for i, cut in enumerate(cuts)
-    ]
-
-
-def _needs_word(cut: Cut, count: int) -> bool:
-    """Whether only some of the elements at the threshold stay."""
-    return cut.key > 0 and cut.num_above + cut.num_equal > count
-
-
-def top_mask(x: Tensor, cut: TopCut, key: tuple[int, int], start: int) -> Tensor:
+def top_mask(x: Tensor, cut: TopCut, key: Key, start: int) -> Tensor:
     """Which elements of a flat range are above the cut: bool, shape of x."""
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return torch.from_numpy(_top_mask_by_numpy(x, cut, key, start))
@@ -150,22 +98,25 @@ def top_mask(x: Tensor, cut: TopCut, key: tuple[int, int], start: int) -> Tensor
 
 
 def kept_between(
-    x: Tensor, outer: TopCut, inner: TopCut | None, key: tuple[int, int], start: int
+    x: Tensor,
+    outer: TopCut,
+    inner: TopCut | None,
+    key: Key,
+    start: int,
+    kernels: MergingKernels | None = None,
 ) -> Tensor:
     """x where it is above the cut `outer` and not above `inner`, else exactly 0: a flat range."""
-    passes, cuts = passes_for(x), [outer] if inner is None else [outer, inner]
-    if passes is not None and all(cut.by_words for cut in cuts):
+    cuts = [outer] if inner is None else [outer, inner]
+    if kernels is not None and kernels.fit(x) and all(cut.by_words for cut in cuts):
         ends = [(cut.key, cut.word) for cut in cuts]
-        return passes.kept_between(x, ends[0], None if inner is None else ends[1], key, start)
+        return kernels.kept_between(x, ends[0], None if inner is None else ends[1], key, start)
     mask = top_mask(x, outer, key, start)
     if inner is not None:
         mask &= ~top_mask(x, inner, key, start)
-    return masked(x, mask)
+    return masked(x, mask, kernels)
 
 
-def _top_mask_by_numpy(
-    x: Tensor, cut: TopCut, key: tuple[int, int], start: int
-) -> NDArray[np.bool_]:
+def _top_mask_by_numpy(x: Tensor, cut: TopCut, key: Key, start: int) -> NDArray[np.bool_]:
     """The mask on a CPU, where numpy compares and searches several times as fast as torch."""
     magnitudes = x.detach().numpy().view(np.int32) & np.int32(0x7FFFFFFF)
     mask: NDArray[np.bool_] = magnitudes >= cut.key
@@ -175,15 +126,7 @@ def _top_mask_by_numpy(
     return mask
 
 
-def top(x: Tensor, density: float, key: tuple[int, int]) -> Tensor:
-    """Keep the `max(1, floor(density * n))` largest magnitudes of a whole flat tensor (TIES)."""
-    [cut] = top_cuts([(x, 0)], [kept_count(density, x.numel())], [key])
-    return masked(x, top_mask(x, cut, key, 0))
-
-
-def row_top_mask(
-    rows: Tensor, count: int, key: tuple[int, int], start: int, ties: Ties = "hash"
-) -> Tensor:
+def row_top_mask(rows: Tensor, count: int, key: Key, start: int, ties: Ties = "hash") -> Tensor:
     """Which elements are among the `count` largest magnitudes of their row.
 
     Args:
@@ -195,63 +138,39 @@ def row_top_mask(
         bool, shape of rows, with exactly `min(count, width)` in each row.
     """
     width = rows.shape[1]
-    if count >= width:
-        return torch.ones_like(rows, dtype=torch.bool)
-    if count <= 0:
-        return torch.zeros_like(rows, dtype=torch.bool)
-    keys = magnitude_keys(rows)
-    ordered = np.partition(keys.numpy(), width - count, axis=1)
-    threshold = torch.from_numpy(ordered[:, width - count : width - count + 1].copy())
-    mask = keys > threshold
-    missing = count - mask.sum(dim=1)
-    equal = (keys == threshold) & ((keys == threshold).sum(dim=1) > missing)[:, None]
-    mask |= (keys == threshold) & ~equal
-    return _decide_ties(mask, equal, missing, key, start, ties)
-
-
-def _decide_ties(
-    mask: Tensor, equal: Tensor, missing: Tensor, key: tuple[int, int], start: int, ties: Ties
-) -> Tensor:
-    """`mask` with the first `missing[i]` of the equal elements of each row i put in."""
-    places = equal.reshape(-1).nonzero().squeeze(1)
-    if places.numel() == 0:
-        return mask
-    row = places // mask.shape[1]
-    order = places if ties == "index" else counter_words_at(key, places + start)
-    by_row = (row << 32 | (order & 0xFFFFFFFF)).argsort()
-    row = row[by_row]
-    rank = torch.arange(len(row)) - torch.searchsorted(row, row)
-    mask.view(-1)[places[by_row][rank < missing[row]]] = True
-    return mask
-
-
-def magprune_probabilities(rows: Tensor, density: float, epsilon: float) -> Tensor:
-    """DELLA's keep probabilities (Deep et al. 2024): larger magnitudes are kept more often.
-
-    `p_r = (p - eps) + 2 eps (rank - 1) / (width - 1)`, rank 1 = smallest magnitude of its row;
-    equal magnitudes get their mid-rank, a row of width 1 has p_r = p. eps is the half width of the
-    window; the paper's is the full width.
-
-    Args:
-        rows: whole rows, (r, width).
-
-    Returns:
-        float64, shape of rows.
-    """
-    chances = _chance_of_rank(rows.shape[1], density, epsilon)
-    return torch.from_numpy(chances[_doubled_ranks(rows)])
+    if count >= width or count <= 0:
+        return torch.full_like(rows, count > 0, dtype=torch.bool)
+    keys = magnitude_keys(rows).numpy()
+    threshold = np.partition(keys, width - count, axis=1)[:, width - count, None]
+    mask, equal = keys >= threshold, keys == threshold
+    missing = count - (keys > threshold).sum(axis=1)
+    tied = np.flatnonzero(equal.sum(axis=1) > missing)  # rows in which not all of them stay
+    if len(tied):
+        row, column = np.nonzero(equal[tied])
+        places = torch.from_numpy(tied[row] * width + column + start)
+        order = np.full((len(tied), width), np.iinfo(np.int64).max)
+        order[row, column] = TopCut(0, 0, by_index=ties == "index").order(places, key).numpy()
+        last = np.sort(order, axis=1)[np.arange(len(tied)), missing[tied] - 1]
+        mask[tied] = (keys[tied] > threshold[tied]) | (order <= last[:, None])
+    return torch.from_numpy(mask)
 
 
 def magprune(
     rows: Tensor,
     density: float,
     epsilon: float,
-    key: tuple[int, int],
+    key: Key,
     start: int,
     *,
     rescale: bool = True,
+    kernels: MergingKernels | None = None,
 ) -> Tensor:
-    """Keep each element with its own probability p_r (DELLA), divided by it with `rescale`.
+    """Keep each element with its own probability p_r, divided by it with `rescale` (DELLA, Deep et
+    al. 2024): larger magnitudes are kept more often.
+
+    `p_r = (p - eps) + 2 eps (rank - 1) / (width - 1)`, rank 1 = smallest magnitude of its row;
+    equal magnitudes get their mid-rank, a row of width 1 has p_r = p. eps is the half width of the
+    window; the paper's is the full width.
 
     Args:
         rows: whole rows, (r, width), float32.
@@ -263,12 +182,11 @@ def magprune(
     chances = _chance_of_rank(rows.shape[1], density, epsilon)
     limits = np.floor(chances * WORDS).astype(np.uint32)
     divisors = chances.astype(np.float32) if rescale else np.ones(len(chances), dtype=np.float32)
-    passes = passes_for(rows)
-    if passes is not None:
-        return passes.magprune(rows, limits, divisors, key, start)
+    if kernels is not None and kernels.fit(rows):
+        return kernels.magprune(rows, limits, divisors, key, start)
     ranks = _doubled_ranks(rows)
     words = unsigned_words(key, start, rows.numel()).reshape(rows.shape)
-    kept = masked(rows, torch.from_numpy(words < limits.take(ranks)))
+    kept = masked(rows, torch.from_numpy(words < limits.take(ranks)), kernels)
     return kept.div_(torch.from_numpy(divisors.take(ranks))) if rescale else kept
 
 
@@ -299,3 +217,185 @@ def _doubled_ranks(rows: Tensor) -> NDArray[np.int32]:
     ranks = np.empty(count, dtype=np.int32)
     ranks[places] = middle
     return ranks.reshape(rows.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a flat range of a delta lies, and what is known of the whole.
+
+    Attributes:
+        key: of the counter hash: seed, name, stream (the model, offline) and step.
+        start: global index of the range's first element.
+        width: elements of a row: of the tensor's last dimension, or of all of a vector.
+        cuts: where the delta is cut, one for each of the sparsifier's `counts`.
+        cut_key, cut_start: the hash's key and the range's first index in what the cuts run over,
+            which with `scope: model` are all tensors of a merge.
+        kernels: compiled passes.
+    """
+
+    key: Key
+    start: int
+    width: int
+    cuts: tuple[TopCut, ...] = ()
+    cut_key: Key | None = None
+    cut_start: int | None = None
+    kernels: MergingKernels | None = None
+
+
+Keep = Callable[[Tensor, Place, Mapping[str, Any]], Tensor]
+Counts = Callable[[Mapping[str, Any], int], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsifier:
+    """An entry of the table.
+
+    Attributes:
+        keep: F: a float32 range (n,), its place, this delta's parameters -> the kept elements, the
+            others exactly 0.
+        parameters: by name; `density`, where there is one, is online an option of every group.
+        needs: what F must see at once: an `element`; an element and a `threshold` over the whole
+            tensor (`counts`); or whole rows (`row`).
+        counts: of the parameters and the number of elements: how many stay above each cut.
+        check: raises ValueError for parameters that do not fit together.
+    """
+
+    keep: Keep
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    needs: Needs = "element"
+    counts: Counts | None = None
+    check: Callable[[Mapping[str, Any]], None] | None = None
+
+    def needs_with(self, parameters: Mapping[str, Any]) -> Needs:
+        """What F needs with these parameters."""
+        return "row" if parameters.get("scope") == "row" else self.needs
+
+
+DENSITY = Parameter(
+    "fraction kept", REQUIRED, low=0, high=1, above_low=True, per_model=True, mergekit=1.0
+)
+EPSILON = Parameter("half width of the window of keep probabilities", 0.15, 0, 0.5, per_model=True)
+GAMMA = Parameter("fraction of the largest that is dropped", 0.01, 0, 1, per_model=True)
+SCOPE = Parameter("what a threshold runs over", "tensor", choices=("tensor", "row", "model"))
+TIES = Parameter(
+    "which of equal magnitudes stay", "hash", choices=("hash", "index"), mergekit="index"
+)
+KEPT_AS_IT_IS = Parameter(
+    "factor of what is kept", "none", choices=("none", "inverse_density", "l1")
+)
+DIVIDED_BY_DENSITY = replace(KEPT_AS_IT_IS, default="inverse_density", mergekit="l1")
+
+
+def keep_all(x: Tensor, at: Place, parameters: Mapping[str, Any]) -> Tensor:
+    """F of task arithmetic (Ilharco et al. 2023): the identity."""
+    return x
+
+
+def keep_top(x: Tensor, at: Place, parameters: Mapping[str, Any]) -> Tensor:
+    """F of TIES (Yadav et al. 2023): the largest magnitudes of the tensor, row or model."""
+    if parameters["scope"] != "row":
+        return _rescaled(_above_cuts(x, at), parameters)
+    mask = _row_mask(x, at, parameters, kept_count(parameters["density"], at.width))
+    return _rescaled(masked(x, mask, at.kernels), parameters)
+
+
+def keep_middle(x: Tensor, at: Place, parameters: Mapping[str, Any]) -> Tensor:
+    """F of breadcrumbs (Davari and Belilovsky 2024): without the largest and the smallest."""
+    if parameters["scope"] != "row":
+        return _rescaled(_above_cuts(x, at), parameters)
+    outer, *inner = middle_counts(parameters, at.width)
+    mask = _row_mask(x, at, parameters, outer)
+    for dropped in inner:
+        mask &= ~_row_mask(x, at, parameters, dropped)
+    return _rescaled(masked(x, mask, at.kernels), parameters)
+
+
+def keep_at_random(x: Tensor, at: Place, parameters: Mapping[str, Any]) -> Tensor:
+    """F of DARE (Yu et al. 2024): each element with probability `density`, divided by it."""
+    kept = bernoulli(x, parameters["density"], at.key, at.start, "none", at.kernels)
+    return _rescaled(kept, parameters)
+
+
+def keep_by_magnitude(x: Tensor, at: Place, parameters: Mapping[str, Any]) -> Tensor:
+    """F of DELLA (Deep et al. 2024): kept with a probability that grows with the rank in the row,
+    divided by that probability.
+    """
+    rescale = parameters["rescale"] == "inverse_density"
+    density, epsilon = parameters["density"], parameters["epsilon"]
+    rows = x.view(-1, at.width)
+    kept = magprune(rows, density, epsilon, at.key, at.start, rescale=rescale, kernels=at.kernels)
+    return kept.view(-1)
+
+
+def top_counts(parameters: Mapping[str, Any], count: int) -> list[int]:
+    """TIES's cut: how many of `count` elements stay."""
+    return [kept_count(parameters["density"], count)] if count else []
+
+
+def middle_counts(parameters: Mapping[str, Any], count: int) -> list[int]:
+    """Breadcrumbs' cuts: what stays and what is too large; of these, what is too large."""
+    density = parameters["density"]
+    dropped = dropped_count(density, parameters["gamma"], count)
+    kept = kept_count(density, count)
+    return [kept + dropped, dropped] if dropped > 0 else [kept]
+
+
+def check_window(parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError where a density's window of keep probabilities leaves (0, 1)."""
+    density, epsilon = parameters["density"], parameters["epsilon"]
+    if density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
+        raise ValueError(
+            f"epsilon: found {epsilon} with density {density}; "
+            "allowed: density - epsilon above 0 and density + epsilon below 1"
+        )
+
+
+def _above_cuts(x: Tensor, at: Place) -> Tensor:
+    """The elements of a range above the first cut and not above the second."""
+    outer, *inner = at.cuts
+    key = at.key if at.cut_key is None else at.cut_key
+    start = at.start if at.cut_start is None else at.cut_start
+    return kept_between(x, outer, inner[0] if inner else None, key, start, at.kernels)
+
+
+def _row_mask(x: Tensor, at: Place, parameters: Mapping[str, Any], count: int) -> Tensor:
+    """Which elements of a range of rows are among the `count` largest of their row."""
+    rows = x.view(-1, at.width)
+    return row_top_mask(rows, count, at.key, at.start, parameters["ties"]).view(-1)
+
+
+def _rescaled(kept: Tensor, parameters: Mapping[str, Any]) -> Tensor:
+    """What was kept, divided by the density where the parameters say so."""
+    if parameters["rescale"] == "inverse_density":
+        return kept.div_(parameters["density"])
+    return kept
+
+
+SPARSIFIERS: dict[str, Sparsifier] = {
+    "identity": Sparsifier(keep_all),
+    "top": Sparsifier(
+        keep_top,
+        {"density": DENSITY, "scope": SCOPE, "ties": TIES, "rescale": KEPT_AS_IT_IS},
+        needs="threshold",
+        counts=top_counts,
+    ),
+    "bernoulli": Sparsifier(keep_at_random, {"density": DENSITY, "rescale": DIVIDED_BY_DENSITY}),
+    "magprune": Sparsifier(
+        keep_by_magnitude,
+        {"density": DENSITY, "epsilon": EPSILON, "rescale": DIVIDED_BY_DENSITY},
+        needs="row",
+        check=check_window,
+    ),
+    "breadcrumbs": Sparsifier(
+        keep_middle,
+        {
+            "density": DENSITY,
+            "gamma": GAMMA,
+            "scope": SCOPE,
+            "ties": TIES,
+            "rescale": KEPT_AS_IT_IS,
+        },
+        needs="threshold",
+        counts=middle_counts,
+    ),
+}

@@ -1,11 +1,11 @@
 """Offline merge methods: pure functions on tensors, and the table of them."""
 
+from operators.merging.entry import merge_range, merge_tensor
 from operators.merging.gathering import Gathering, begin_gathering
-from operators.merging.merge import merge_range, merge_tensor
 from operators.merging.method import MergeContext, MergeInput, Method
 from operators.merging.mixup import mixup_lambda
-from operators.merging.parameters import Parameter
 from operators.merging.table import METHODS
+from operators.parameters import Parameter
 
 __all__ = [
     "METHODS",

@@ -19,7 +19,12 @@ _SINGULAR = 1e-6  # mergekit keeps the base where the denominator of t is smalle
 def linear(work: MergeInput) -> Tensor:
     """Model soup (Wortsman et al. 2022): `sum_i w_i W_i`, divided by `sum_i w_i` with normalize."""
     parameters = work.parameters
-    return weighted_sum(work.weights(), parameters["weight"], normalize=parameters["normalize"])
+    return weighted_sum(
+        work.weights(),
+        parameters["weight"],
+        normalize=parameters["normalize"],
+        kernels=work.kernels,
+    )
 
 
 def passthrough(work: MergeInput) -> Tensor:
@@ -30,7 +35,9 @@ def passthrough(work: MergeInput) -> Tensor:
 
 def rewarded_soup(work: MergeInput) -> Tensor:
     """Rewarded soups (Rame et al. 2023): `sum_i w_i W_i`, w on the simplex of preferences."""
-    return weighted_sum(work.weights(), work.parameters["weight"], normalize=False)
+    return weighted_sum(
+        work.weights(), work.parameters["weight"], normalize=False, kernels=work.kernels
+    )
 
 
 def check_simplex(parameters: Mapping[str, Any]) -> None:
@@ -48,7 +55,7 @@ def model_stock(work: MergeInput) -> Tensor:
     """
     deltas = work.deltas()
     clip = work.parameters["fidelity"] == "paper"
-    mean = weighted_sum(deltas, [1.0] * len(deltas), normalize=True)
+    mean = weighted_sum(deltas, [1.0] * len(deltas), normalize=True, kernels=work.kernels)
     if work.parameters["scope"] == "row":
         rows = [delta.view(-1, work.width) for delta in deltas]
         ratios = torch.from_numpy(stock_ratio(gram_matrix(rows), clip=clip)).float()

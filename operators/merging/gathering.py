@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from operators.kernels.merging import MergingKernels
 from operators.merging.method import MergeContext, MergeInput, Scope, Statistic
 from operators.merging.mixup import mixup_lambda
 from operators.merging.table import METHODS
@@ -41,13 +42,19 @@ class Gathering:
         return [(first - offset, last - offset) for first, last in ranges]
 
     def observe(
-        self, name: str, models: Sequence[Tensor], base: Tensor | None = None, start: int = 0
+        self,
+        name: str,
+        models: Sequence[Tensor],
+        base: Tensor | None = None,
+        start: int = 0,
+        kernels: MergingKernels | None = None,
     ) -> Any:
         """What a range of a tensor adds to this pass.
 
         Args:
             models: the range of each model, of any shape and floating dtype, in row-major order.
             start: global index of the range's first element, a multiple of the method's grain.
+            kernels: compiled passes, which give the same bits; None: eager.
         """
         assert self.current is not None
         work = MergeInput(
@@ -59,6 +66,7 @@ class Gathering:
             start=start,
             parameters=self.scope.parameters,
             context=self.context(name),
+            kernels=kernels,
         )
         return self.current.observe(work, self.scope.offset(name))
 
@@ -122,5 +130,6 @@ def gather(method: str, work: MergeInput) -> MergeContext:
         parameters=work.parameters,
     )
     while not gathering.done:
-        gathering = gathering.advance(gathering.observe(work.name, work.models, work.base))
+        seen = gathering.observe(work.name, work.models, work.base, kernels=work.kernels)
+        gathering = gathering.advance(seen)
     return gathering.context(work.name)

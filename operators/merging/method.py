@@ -38,13 +38,15 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from operators.merging.parameters import Parameter, complete_parameters
-from operators.passes import passes_for
-from operators.sparsify import TopCut
+from operators.counter_random import counter_key
+from operators.kernels.merging import MergingKernels
+from operators.parameters import Parameter, complete_parameters
+from operators.selection import TopCut
+from operators.sparsify import Place
 
 Unit = Literal["element", "row", "tensor"]
+CHOOSING = ("sparsifier", "consensus")  # parameters that name another method
 BLOCK = 1 << 20  # elements of a block of a sum: partial sums do not depend on chunks
-CHUNK = 1 << 18  # elements worked on at once: few enough for a cache, enough to hide Python
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,8 @@ class MergeInput:
     """One flat range of one tensor of all models, and all that a method may need to know of it.
 
     models and base are (n,) of any floating dtype; element 0 is element `start` of the tensor of
-    global `shape`. `parameters` are complete; the per-model ones are lists.
+    global `shape`. `parameters` are complete; the per-model ones are lists. `kernels` are compiled
+    passes; None: the eager way, with the same bits.
     """
 
     models: Sequence[Tensor]
@@ -82,6 +85,7 @@ class MergeInput:
     start: int
     parameters: Mapping[str, Any]
     context: MergeContext = field(default_factory=MergeContext)
+    kernels: MergingKernels | None = None
 
     @property
     def count(self) -> int:
@@ -95,24 +99,50 @@ class MergeInput:
 
     def weights(self) -> list[Tensor]:
         """The models' values in float32; may be the models themselves: not to be changed."""
-        return [widened(model) for model in self.models]
+        return [self._widened(model) for model in self.models]
 
     def origin(self) -> Tensor:
         """`W_0` in float32, which may be the base itself: not to be changed in place."""
         assert self.base is not None
-        return widened(self.base)
+        return self._widened(self.base)
 
     def deltas(self) -> list[Tensor]:
         """The task vectors `W_i - W_0` in float32: bf16 would lose most of their bits."""
         assert self.base is not None
-        passes = passes_for(*self.models, self.base, dtype=torch.bfloat16)
-        if passes is not None:
-            return passes.widened_deltas(self.models, self.base)
+        tensors = (*self.models, self.base)
+        if self.kernels is not None and self.kernels.fit(*tensors, dtype=torch.bfloat16):
+            return self.kernels.widened_deltas(self.models, self.base)
         origin = self.origin()
         return [
             model - origin if model.dtype == torch.float32 else model.float().sub_(origin)
             for model in self.models
         ]
+
+    def _widened(self, x: Tensor) -> Tensor:
+        """x in float32; x itself where it is."""
+        if self.kernels is not None and self.kernels.fit(x, dtype=torch.bfloat16):
+            return self.kernels.widened(x)
+        return x.to(torch.float32)
+
+    def place(self, position: int) -> Place:
+        """Where a model's delta lies; the counter hash's stream is its position."""
+        key = counter_key(self.seed, self.name, position, 0)
+        if not self.context.cuts:
+            return Place(key, self.start, self.width, kernels=self.kernels)
+        over_model = self.parameters.get("scope") == "model"
+        return Place(
+            key,
+            self.start,
+            self.width,
+            cuts=self.context.cuts[position],
+            cut_key=counter_key(self.seed, "", position, 0) if over_model else key,
+            cut_start=self.context.cut_offset + self.start,
+            kernels=self.kernels,
+        )
+
+    def parameters_of(self, position: int) -> dict[str, Any]:
+        """The parameters, with one model's values of those that are per model."""
+        return of_model(self.parameters, position)
 
     def part(self, first: int, last: int) -> "MergeInput":
         """The elements [first, last) of the range."""
@@ -129,10 +159,12 @@ class MergeInput:
             yield first, self.part(first, min(first + size, self.count))
 
 
-def widened(x: Tensor) -> Tensor:
-    """x in float32; x itself where it is."""
-    passes = passes_for(x, dtype=torch.bfloat16)
-    return x.to(torch.float32) if passes is None else passes.widened(x)
+def of_model(parameters: Mapping[str, Any], position: int) -> dict[str, Any]:
+    """A merge's complete parameters, with one model's values of those that are per model."""
+    return {
+        name: value[position] if isinstance(value, list) else value
+        for name, value in parameters.items()
+    }
 
 
 def rows_of_block(width: int) -> int:
@@ -211,6 +243,7 @@ class Method:
         num_models: the fewest and the most models (None: any number).
         statistics: what must be gathered with these parameters, in this order.
         check: raises ValueError for combinations of parameters that cannot be.
+        chosen: the method that parameters name, where that is how one is chosen.
     """
 
     merge: MergeFunction
@@ -222,9 +255,12 @@ class Method:
     num_models: tuple[int, int | None] = (1, None)
     statistics: Callable[[Mapping[str, Any]], tuple[StatisticFactory, ...]] = no_statistics
     check: Callable[[Mapping[str, Any]], None] | None = None
+    chosen: "Callable[[Mapping[str, Any]], Method] | None" = None
 
     def unit_of(self, parameters: Mapping[str, Any]) -> Unit:
         """The smallest part that can be merged alone, given these parameters and a context."""
+        if self.chosen is not None:
+            return self.chosen(parameters).unit_of(parameters)
         return "row" if parameters.get("scope") == "row" else self.streamed_unit
 
     def grain(self, shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int:
@@ -244,6 +280,10 @@ class Method:
             ValueError: an unknown or missing parameter, a value out of its range, or a combination
                 that cannot be.
         """
+        if self.chosen is not None:
+            names = {name: given[name] for name in CHOOSING if name in given}
+            rest = {name: value for name, value in given.items() if name not in CHOOSING}
+            return names | self.chosen(names).complete(rest, num_models)
         values = complete_parameters(self.parameters, self._translated(given), num_models)
         if values.get("filter_wise"):
             if given.get("scope", "row") != "row":
@@ -274,6 +314,8 @@ class Method:
         Args:
             parameters: complete ones; without them, what depends on them is not checked.
         """
+        if self.chosen is not None and parameters is not None:
+            self.chosen(parameters).check_models(num_models, has_base=has_base)
         fewest, most = self.num_models
         if num_models < fewest or (most is not None and num_models > most):
             allowed = f"{fewest} or more" if most is None else f"{fewest} to {most}"

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from operators.consensus import mixup
 from operators.counter_random import counter_key
-from operators.merging.cuts import search_cuts
+from operators.merging.cuts import thresholds
 from operators.merging.method import MergeInput, StatisticFactory
-from operators.merging.task_vectors import model_key, top_counts, trim
-from operators.sparsify import bernoulli, masked
+from operators.sparsify import SPARSIFIERS, bernoulli, keep_top, masked
 
 
 def draw_mixup_lambda(alpha: float, seed: int) -> float:
@@ -48,7 +47,7 @@ def m3_average(work: MergeInput) -> Tensor:
     if work.parameters["dare_density"] is not None:
         return work.origin().add(_mixed(work))
     first, second = work.weights()
-    return mixup(first, second, _lambda(work))
+    return mixup(first, second, mixup_share(work))
 
 
 def m3_task_arithmetic(work: MergeInput) -> Tensor:
@@ -58,11 +57,14 @@ def m3_task_arithmetic(work: MergeInput) -> Tensor:
 
 def m3_ties(work: MergeInput) -> Tensor:
     """TIES with mixup where both deltas survive trim and election; else the survivor unchanged."""
-    trimmed = [trim(delta, work, i) for i, delta in enumerate(dared(work))]
+    trimmed = [
+        keep_top(delta, work.place(i), {**work.parameters_of(i), "rescale": "none"})
+        for i, delta in enumerate(dared(work))
+    ]
     elected = torch.sign(trimmed[0] + trimmed[1])
-    first, second = (masked(delta, torch.sign(delta) == elected) for delta in trimmed)
+    first, second = (masked(delta, torch.sign(delta) == elected, work.kernels) for delta in trimmed)
     both = (first != 0) & (second != 0)
-    merged = torch.where(both, mixup(first, second, _lambda(work)), first + second)
+    merged = torch.where(both, mixup(first, second, mixup_share(work)), first + second)
     return work.origin().add(merged, alpha=work.parameters["lambda"])
 
 
@@ -72,22 +74,22 @@ def dared(work: MergeInput) -> list[Tensor]:
     if density is None:
         return deltas
     return [
-        bernoulli(delta, density, model_key(work, i), work.start, "inverse_density")
+        bernoulli(delta, density, work.place(i).key, work.start, "inverse_density", work.kernels)
         for i, delta in enumerate(deltas)
     ]
 
 
 def mixup_ties_statistics(parameters: Mapping[str, Any]) -> tuple[StatisticFactory, ...]:
     """The cuts through the deltas, after DARE."""
-    return () if parameters["scope"] == "row" else (search_cuts(top_counts, dared),)
+    return () if parameters["scope"] == "row" else (thresholds(SPARSIFIERS["top"], dared),)
 
 
 def _mixed(work: MergeInput) -> Tensor:
     first, second = dared(work)
-    return mixup(first, second, _lambda(work))
+    return mixup(first, second, mixup_share(work))
 
 
-def _lambda(work: MergeInput) -> float:
+def mixup_share(work: MergeInput) -> float:
     """The merge's lam: the context's, or what the seed draws, which is the same."""
     known = work.context.mixup_lambda
     return mixup_lambda(work.parameters, work.seed) if known is None else known

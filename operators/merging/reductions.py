@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from operators.kernels import CHUNK
 from operators.merging.method import (
     BLOCK,
-    CHUNK,
     MergeContext,
     MergeInput,
     Scope,

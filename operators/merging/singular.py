@@ -207,7 +207,7 @@ def adapted_rank(matrices: Sequence[Tensor], full: int, coupling: float, epsilon
 
 def _mean(work: MergeInput, deltas: Sequence[Tensor]) -> Tensor:
     """The base plus lambda times the mean of the deltas."""
-    mean = weighted_sum(deltas, [1.0] * len(deltas), normalize=True)
+    mean = weighted_sum(deltas, [1.0] * len(deltas), normalize=True, kernels=work.kernels)
     return work.origin().add(mean, alpha=work.parameters["lambda"])
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from operators.consensus import FIDELITY, MIXUP_PARAMETERS
 from operators.merging.average import (
     check_simplex,
     linear,
@@ -12,8 +13,9 @@ from operators.merging.average import (
     rewarded_soup,
     stock_statistics,
 )
+from operators.merging.composed import COMPOSED
 from operators.merging.interpolation import expo, slerp, slerp_statistics
-from operators.merging.method import Method, Unit
+from operators.merging.method import Method
 from operators.merging.mixup import (
     check_mixup,
     m3_average,
@@ -21,104 +23,24 @@ from operators.merging.mixup import (
     m3_ties,
     mixup_ties_statistics,
 )
-from operators.merging.parameters import REQUIRED, Parameter
 from operators.merging.singular import r_tsvm, tsvm
-from operators.merging.task_vectors import (
-    Consensus,
-    Sparsifier,
-    add,
-    composed,
-    drop_at_random,
-    drop_by_magnitude,
-    elect,
-    keep_all,
-    keep_middle,
-    keep_top,
-    statistics_of,
-)
+from operators.merging.task_vectors import LAMBDA, WEIGHT, check_scope, composition
+from operators.parameters import REQUIRED, Parameter
+from operators.sparsify import DENSITY, SCOPE, TIES
 
-WEIGHT = Parameter("merge weight", 1.0, per_model=True)
-DENSITY = Parameter(
-    "fraction kept", REQUIRED, low=0, high=1, above_low=True, per_model=True, mergekit=1.0
-)
-LAMBDA = Parameter("factor of the merged delta", 1.0)
-EPSILON = Parameter("half width of the window of keep probabilities", 0.15, 0, 0.5, per_model=True)
-GAMMA = Parameter("fraction of the largest that is dropped", 0.01, 0, 1, per_model=True)
-FIDELITY = Parameter("whose definition, where they differ", "paper", choices=("paper", "mergekit"))
-SCOPE = Parameter("what a threshold runs over", "tensor", choices=("tensor", "row", "model"))
-TIES = Parameter(
-    "which of equal magnitudes stay", "hash", choices=("hash", "index"), mergekit="index"
-)
-SUM = Parameter("divide by the sum of the weights", False)
 MEAN = Parameter("divide by the sum of the weights", True)
 EMBEDDINGS = Parameter("by singular vectors or by the mean", "svd", choices=("svd", "mean"))
 SPARSITY_EPSILON = Parameter("what counts as zero, in standard deviations", 0.1, 0)
-RESCALES = ("none", "inverse_density", "l1")
 MIXUP = {
-    "mixup_alpha": Parameter(
-        "of Beta(alpha, alpha), from which lam is drawn", None, 0, above_low=True
-    ),
-    "mixup_lambda": Parameter("lam, instead of drawing it", None, low=0, high=1),
+    **MIXUP_PARAMETERS,
     "dare_density": Parameter("fraction that DARE keeps; open: no DARE", None, 0, 1, True),
 }
-
-
-def _composition(
-    sparsifier: Sparsifier, consensus: Consensus, summary: str, *, normalize: bool = False
-) -> Method:
-    """The entry of a method that is a sparsifier and a consensus."""
-    random = sparsifier in (drop_at_random, drop_by_magnitude)
-    rescale = "inverse_density" if random else "none"
-    parameters = {"weight": WEIGHT}
-    if sparsifier is not keep_all:
-        parameters["density"] = DENSITY
-    if sparsifier is keep_middle:
-        parameters["gamma"] = GAMMA
-    if sparsifier is drop_by_magnitude:
-        parameters["epsilon"] = EPSILON
-    divisor = "agreeing weights" if consensus is elect else "sum of the weights"
-    parameters["lambda"] = LAMBDA
-    parameters["normalize"] = Parameter(f"divide by the {divisor}", normalize)
-    if sparsifier in (keep_top, keep_middle):
-        parameters |= {"scope": SCOPE, "ties": TIES}
-    if sparsifier is not keep_all:
-        parameters["rescale"] = Parameter(
-            "factor of what is kept", rescale, choices=RESCALES, mergekit="l1" if random else None
-        )
-    if sparsifier is not keep_all or consensus is elect:
-        parameters["fidelity"] = FIDELITY
-    unit: Unit = "row" if sparsifier is drop_by_magnitude else "element"
-    whole = sparsifier in (keep_top, keep_middle)
-    return Method(
-        composed(sparsifier, consensus),
-        summary,
-        parameters,
-        unit="tensor" if whole else unit,
-        streamed_unit=unit,
-        statistics=statistics_of(sparsifier),
-        check=check_thresholds,
-    )
-
-
-def check_thresholds(parameters: Mapping[str, Any]) -> None:
-    """Raise ValueError for densities that do not fit with epsilon or with one common threshold."""
-    densities = parameters.get("density", [])
-    if parameters.get("scope") == "model" and len(set(densities)) > 1:
-        raise ValueError(
-            f"density: found {densities} with scope: model; allowed: one density for all models"
-        )
-    for density, epsilon in zip(densities, parameters.get("epsilon", []), strict=False):
-        if density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
-            raise ValueError(
-                f"epsilon: found {epsilon} with density {density}; "
-                "allowed: density - epsilon above 0 and density + epsilon below 1"
-            )
 
 
 def check_mixup_ties(parameters: Mapping[str, Any]) -> None:
     """Raise ValueError for what neither mixup nor a threshold allows."""
     check_mixup(parameters)
-    check_thresholds(parameters)
+    check_scope(parameters)
 
 
 def check_sparsity(parameters: Mapping[str, Any]) -> None:
@@ -149,42 +71,43 @@ METHODS: dict[str, Method] = {
         needs_base=False,
         check=check_simplex,
     ),
-    "task_arithmetic": _composition(keep_all, add, "base plus the sum of the task vectors"),
-    "ties": _composition(
-        keep_top,
-        elect,
+    "task_arithmetic": composition("identity", "sum", "base plus the sum of the task vectors"),
+    "ties": composition(
+        "top",
+        "sign_elect",
         "largest part of each task vector, signs elected, agreeing values averaged",
         normalize=True,
     ),
-    "dare_linear": _composition(
-        drop_at_random, add, "random part of each task vector, rescaled, summed"
+    "dare_linear": composition(
+        "bernoulli", "sum", "random part of each task vector, rescaled, summed"
     ),
-    "dare_ties": _composition(
-        drop_at_random,
-        elect,
+    "dare_ties": composition(
+        "bernoulli",
+        "sign_elect",
         "random part of each task vector, rescaled, signs elected, agreeing values summed",
     ),
-    "della_linear": _composition(
-        drop_by_magnitude,
-        add,
+    "della_linear": composition(
+        "magprune",
+        "sum",
         "random part of each task vector, large values kept more often, rescaled, summed",
     ),
-    "della": _composition(
-        drop_by_magnitude,
-        elect,
+    "della": composition(
+        "magprune",
+        "sign_elect",
         "random part of each task vector, large values kept more often, rescaled, signs elected, "
         "agreeing values averaged",
         normalize=True,
     ),
-    "breadcrumbs": _composition(
-        keep_middle, add, "each task vector without its largest and smallest values, summed"
+    "breadcrumbs": composition(
+        "breadcrumbs", "sum", "each task vector without its largest and smallest values, summed"
     ),
-    "breadcrumbs_ties": _composition(
-        keep_middle,
-        elect,
+    "breadcrumbs_ties": composition(
+        "breadcrumbs",
+        "sign_elect",
         "each task vector without its largest and smallest values, signs elected, "
         "agreeing values summed",
     ),
+    "composed": COMPOSED,
     "model_stock": Method(
         model_stock,
         "between the base and the models' mean, the nearer to the mean the more they agree",

@@ -1,4 +1,4 @@
-"""What online merging optimizers share: options, reference, guards, the tail of step-K."""
+"""What online merging optimizers share: options, tau, guards, the tail of step-K."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from operators.optim.binding import Bindings, first_not_finite
-from operators.optim.delta import DeltaSource
+from operators.kernels.optimizer import first_not_finite
+from operators.optim.binding import Bindings
 from operators.optim.layout import ShardLayout, local, local_gradient
-from operators.optim.merge import Merger, Update
-from operators.optim.options import check_choice, check_merging, names_of
-from operators.optim.reference import DeltaPlacement, MissingDelta, ReferenceDelta
+from operators.optim.merger import Merger, Update
+from operators.optim.options import MergeOptions, check_choice, names_of
+from operators.optim.tau import DeltaPlacement, DeltaSource, MissingDelta, Tau
 
 Nonfinite = Literal["raise", "skip"]
-Reference = Mapping[str, Tensor] | DeltaSource | None
+AnyTau = Mapping[str, Tensor] | DeltaSource | None
+Stepped = list[tuple[Tensor, dict[str, Any]]]  # parameters with their groups
 
 
 class OnlineMergingBase(Optimizer):
@@ -26,10 +27,11 @@ class OnlineMergingBase(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # a GradScaler leaves unscaling and skipping to `step`
+    _prefix = ""  # of the options' keys in a group
 
     def _prepare(
         self,
-        reference_delta: Reference,
+        tau: AnyTau,
         missing_delta: MissingDelta,
         delta_placement: DeltaPlacement,
         delta_dtype: torch.dtype,
@@ -38,11 +40,9 @@ class OnlineMergingBase(Optimizer):
         """Set what `add_param_group` needs, which torch's constructor calls."""
         check_choice("nonfinite", nonfinite, ("raise", "skip"))
         self._nonfinite = nonfinite
-        self._reference = ReferenceDelta(
-            reference_delta, missing_delta, delta_placement, delta_dtype
-        )
-        self._bindings = Bindings(self._reference)
-        self._merger = Merger(self._reference)
+        self._tau = Tau(tau, missing_delta, delta_placement, delta_dtype)
+        self._bindings = Bindings(self._tau)
+        self._merger = Merger(self._tau)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of named parameters, with options of its own where it has some.
@@ -57,12 +57,12 @@ class OnlineMergingBase(Optimizer):
         self._check_group(group)
         self._bindings.add(names, group["params"], self._options(group))
 
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group's options of merging."""
-        return group
+    def _options(self, group: dict[str, Any]) -> MergeOptions:
+        """A group's options of merging, as they are now."""
+        return MergeOptions.of(group, self._prefix)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_merging(self._options(group), has_reference=self._reference.source is not None)
+        self._options(group).check(has_tau=self._tau.source is not None)
 
     def bind(self, layouts: Mapping[Tensor, Sequence[ShardLayout]]) -> None:
         """Say which parameters lie in tensors that have taken the parameters' place, such as
@@ -92,7 +92,7 @@ class OnlineMergingBase(Optimizer):
 
     def reference_bytes(self) -> int:
         """Bytes that tau takes on this rank, on the device or the host."""
-        return self._reference.num_bytes()
+        return self._tau.num_bytes()
 
     @torch.no_grad()
     def merge_pending(self) -> None:
@@ -101,11 +101,11 @@ class OnlineMergingBase(Optimizer):
         """
         updates = []
         for group in self.param_groups:
-            every = self._options(group)["merge_every"]
+            options = self._options(group)
             for parameter in group["params"]:
                 state = self.state.get(parameter, {})
-                if "anchor" in state and self._steps_of(state) % every:
-                    updates.append(self._since_anchor(parameter, group))
+                if "anchor" in state and self._steps_of(state) % options.merge_every:
+                    updates.append(self._since_anchor(parameter, options))
         if updates and self._any_moved(updates):
             self._merger.forget_counts()
             self._merge_from_anchors(updates)
@@ -134,7 +134,7 @@ class OnlineMergingBase(Optimizer):
         """Steps that a parameter has taken."""
         return int(state["step"])
 
-    def _since_anchor(self, parameter: Tensor, group: dict[str, Any]) -> Update:
+    def _since_anchor(self, parameter: Tensor, options: MergeOptions) -> Update:
         """All that plain steps have added since the last merge, as one update."""
         state = self.state[parameter]
         theta, anchor = local(parameter), local(state["anchor"])
@@ -142,18 +142,17 @@ class OnlineMergingBase(Optimizer):
         def delta(place: slice) -> Tensor:
             return theta[place] - anchor[place]
 
-        return self._update(parameter, group, delta, anchor)
+        return self._update(parameter, options, delta, anchor)
 
     def _update(
         self,
         parameter: Tensor,
-        group: dict[str, Any],
+        options: MergeOptions,
         delta: Callable[[slice], Tensor],
         anchor: Tensor | None = None,
         decay: float = 1.0,
     ) -> Update:
         """An update of a parameter, to be added to its anchor or else to itself."""
-        options = self._options(group)
         layouts, merged = self._bindings.of(parameter, options)
         step = self._steps_of(self.state[parameter])
         theta = local(parameter)
@@ -166,7 +165,7 @@ class OnlineMergingBase(Optimizer):
         for update in updates:
             update.base.copy_(update.theta)
 
-    def _gradients(self) -> list[tuple[Tensor, dict[str, Any]]]:
+    def _gradients(self) -> Stepped:
         """Parameters that have a gradient, with their groups.
 
         Raises:
@@ -186,7 +185,7 @@ class OnlineMergingBase(Optimizer):
                 found.append((parameter, group))
         return found
 
-    def _is_rehearsal(self, parameters: list[tuple[Tensor, dict[str, Any]]]) -> bool:
+    def _is_rehearsal(self, parameters: Stepped) -> bool:
         """Whether a first step is one at learning rate 0 on gradients of zero, by which
         torch.distributed.checkpoint makes an optimizer's state: it must not move along tau.
         """
@@ -200,7 +199,7 @@ class OnlineMergingBase(Optimizer):
         """Position of the first gradient with Inf or NaN."""
         return first_not_finite(gradients)
 
-    def _is_skipped(self, parameters: list[tuple[Tensor, dict[str, Any]]]) -> bool:
+    def _is_skipped(self, parameters: Stepped) -> bool:
         """Whether a gradient with Inf or NaN, on any rank, forbids this step.
 
         Raises:

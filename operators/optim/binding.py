@@ -1,14 +1,13 @@
 """Which parameters an optimizer's tensors hold, and the checks that need all of its ranks."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from operators.optim.layout import ShardLayout, layout_of, local, sum_over
-from operators.optim.options import check_dtype
-from operators.optim.reference import ReferenceDelta
+from operators.optim.options import MergeOptions, check_dtype
+from operators.optim.tau import Tau
 
 Bound = tuple[list[ShardLayout], list[bool]]
 
@@ -16,20 +15,20 @@ Bound = tuple[list[ShardLayout], list[bool]]
 class Bindings:
     """For each tensor that is stepped, the ranges of parameters in it; built at first sight."""
 
-    def __init__(self, reference: ReferenceDelta) -> None:
-        self._reference = reference
+    def __init__(self, tau: Tau) -> None:
+        self._tau = tau
         self._names: dict[Tensor, str] = {}
         self._layouts: dict[Tensor, list[ShardLayout]] = {}
         self._bound: dict[Tensor, Bound] = {}
 
     def add(
-        self, names: Iterable[str], parameters: Iterable[Tensor], group: dict[str, Any]
+        self, names: Iterable[str], parameters: Iterable[Tensor], options: MergeOptions
     ) -> None:
         """Note the names of a group's parameters and check those that will be trained."""
         for name, parameter in zip(names, parameters, strict=True):
             self._names[parameter] = name
             if parameter.requires_grad:
-                self.of(parameter, group)
+                self.of(parameter, options)
 
     def replace(self, layouts: Mapping[Tensor, Sequence[ShardLayout]]) -> None:
         """Bind flat tensors that now stand for the parameters.
@@ -51,12 +50,13 @@ class Bindings:
         self._bound.clear()
         self._layouts = {tensor: list(parts) for tensor, parts in layouts.items()}
 
-    def of(self, tensor: Tensor, group: dict[str, Any]) -> Bound:
+    def of(self, tensor: Tensor, options: MergeOptions) -> Bound:
         """A tensor's ranges of parameters, and for each whether it is merged.
 
         Raises:
             ValueError: an unknown tensor, one whose dtype does not go with the group's rounding,
-                or a parameter without a fitting tau.
+                a parameter without a fitting tau,
+                or one cut inside a row where the sparsifier needs whole ones.
         """
         if tensor not in self._bound:
             if tensor in self._names:
@@ -72,8 +72,9 @@ class Bindings:
                     f"parameter {self.name(tensor)}: found one that is not contiguous; "
                     "allowed: row-major tensors"
                 )
-            check_dtype(layouts[0].name if layouts else "", tensor, group["rounding"])
-            merged = [group["merge"] and self._reference.covers(layout) for layout in layouts]
+            check_dtype(layouts[0].name if layouts else "", tensor, options.rounding)
+            merged = [options.merge and self._tau.covers(layout) for layout in layouts]
+            _check_rows(layouts, options)
             self._bound[tensor] = layouts, merged
         return self._bound[tensor]
 
@@ -105,18 +106,15 @@ class Bindings:
         return flags
 
 
-def first_not_finite(gradients: Sequence[Tensor]) -> int | None:
-    """Position of the first gradient with Inf or NaN; None if there is none."""
-    if not gradients:
-        return None
-    # One pass each and one transfer for all; a sum that overflows is looked into below.
-    sums = torch.stack([gradient.sum(dtype=_wide(gradient)).double() for gradient in gradients])
-    for i in (~torch.isfinite(sums)).nonzero().flatten().tolist():
-        if not torch.isfinite(gradients[i]).all():
-            return int(i)
-    return None
-
-
-def _wide(gradient: Tensor) -> torch.dtype:
-    """The dtype of sums over a gradient."""
-    return torch.float64 if gradient.dtype == torch.float64 else torch.float32
+def _check_rows(layouts: Sequence[ShardLayout], options: MergeOptions) -> None:
+    """Raise ValueError where a sparsifier needs whole rows and a rank has parts of them."""
+    if options.needs != "row" or not options.merge:
+        return
+    for layout in layouts:
+        if not layout.has_whole_rows:
+            raise ValueError(
+                f"sparsifier: found {options.names[0]!r}, which needs whole rows, on parameter "
+                f"{layout.name!r}, of which this rank has the elements [{layout.start}, "
+                f"{layout.start + layout.count}) of rows of {layout.width}; allowed: a sharding by "
+                "rows, or a sparsifier on elements"
+            )

@@ -1,120 +1,46 @@
-"""The fast paths: one fused pass a step for OnDARE, two for OnTIES.
+"""The fast ways: one fused pass a step for OnDARE, two for OnTIES.
 
-The passes are those of `kernels.c` on a CPU and Triton's on a GPU, with the same arithmetic. OnTIES
-guesses its cut from the last step's and looks exactly at what is close to it; where the guess
-misses, updates are counted digit by digit as on the reference path. So both are exact.
+The passes are those of `optimizer.c` on a CPU and Triton's on a GPU, with the same arithmetic. The
+first pass of OnTIES advances the moments and looks for the cut in a bracket (operators.optim.
+update_cuts); almost always that decides it, else the search looks again. So cuts are exact.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from operators.counter_random import WORDS
+from operators.kernels.optimizer import (
+    Asked,
+    Counts,
+    Draws,
+    OptimizerKernels,
+    SparseTau,
+    StepRange,
+    Ties,
+    step_numbers,
+)
 from operators.optim.adamw import AdamWStep
-from operators.optim.cut_search import CutSearch, Ends, Found, most_inside
 from operators.optim.layout import ShardLayout
-from operators.optim.merge import (
+from operators.optim.merger import (
     TAU_STREAM,
     UPDATE_STREAM,
-    Cuts,
+    CutName,
     Merger,
     Update,
+    adding_up,
+    by_group,
+    open_searches,
     selected_parameters,
 )
-from operators.optim.reference import SparseTau
-from operators.selection import magnitude_of
-from operators.sparsify import TopCut
+from operators.optim.update_cuts import SampledRuns, UpdateCuts
+from operators.selection import Kept, Search, Seen, TopCut, settle
 
 COUNT_EVERY = 16  # steps between those in which merges without effect are counted
-_ROOMY = 2  # a chunk may find so many times its share of what is gathered of a parameter
-Counts = tuple[Tensor, Tensor] | None
-T = TypeVar("T")
-
-
-class Kernels(Protocol):
-    """The passes over a chunk: flat tensors of one length, float32 but for tau, which may be
-    bfloat16. `numbers` and `words` are as `FastUpdate` makes them.
-
-    Attributes:
-        chunk: elements of a call at most, a multiple of `layout.CHUNK`.
-        takes_sparse: whether `ties_step` takes a SparseTau.
-    """
-
-    chunk: int
-    takes_sparse: bool
-
-    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """Results of calls that touch different elements, in any order or at the same time."""
-
-    def first_not_finite(self, gradients: Sequence[Tensor]) -> int | None:
-        """Position of the first gradient, of any dtype, with Inf or NaN; None if there is none."""
-
-    def plain_step(
-        self, theta: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, numbers: Tensor
-    ) -> None:
-        """AdamW."""
-
-    def dare_step(
-        self,
-        theta: Tensor,
-        gradient: Tensor,
-        mean: Tensor,
-        square: Tensor,
-        tau: Tensor | None,
-        start: int,
-        words: Tensor,
-        numbers: Tensor,
-        counting: bool,
-    ) -> Counts:
-        """OnDARE around AdamW, in one pass; without tau (alpha 0) dropout of the update.
-
-        `start` is the first global index. With `counting`, how many elements rounding left where
-        they were, and how many were to move.
-        """
-
-    def ties_advance(
-        self,
-        gradient: Tensor,
-        mean: Tensor,
-        square: Tensor,
-        numbers: Tensor,
-        ends: Ends,
-        room: int,
-    ) -> Found:
-        """OnTIES' first pass: advance the moments, and look for the update's magnitudes from one
-        end of a bracket to the other, of which all are returned if there are at most `room`, or
-        else none.
-        """
-
-    def ties_look(
-        self, mean: Tensor, square: Tensor, numbers: Tensor, ends: Ends, room: int
-    ) -> Found:
-        """The same look once the moments are advanced."""
-
-    def equal_places(
-        self, mean: Tensor, square: Tensor, numbers: Tensor, magnitude: float
-    ) -> Tensor:
-        """Where the update of advanced moments has a magnitude, of which there are few: int64, in
-        order.
-        """
-
-    def note_update(self, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor) -> None:
-        """Write the update of moments that are advanced already, with the first pass' bits."""
-
-    def ties_step(
-        self,
-        theta: Tensor,
-        mean: Tensor,
-        square: Tensor,
-        tau: Tensor | SparseTau | None,
-        numbers: Tensor,
-        counting: bool,
-    ) -> Counts:
-        """OnTIES' second pass: eq. 7 of the updates at or above the cut, and top_p(tau)."""
+LARGEST_SHARE = 16  # of a range's elements, one in so many may be kept by a look; of few, more
+_FEW = 1 << 14
 
 
 @dataclass(slots=True)
@@ -127,14 +53,15 @@ class FastUpdate:
     mean: Tensor
     square: Tensor
 
-    def at(self, place: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """A chunk of gradient and moments."""
-        return self.gradient[place], self.mean[place], self.square[place]
+    def part(self, start: int, at: slice) -> StepRange:
+        """A chunk, with its first element's global index."""
+        theta = self.update.theta[at]
+        return StepRange(start, theta, self.gradient[at], self.mean[at], self.square[at])
 
-    def numbers_on_device(self, cut: float = 0.0, *, merged: bool = True) -> Tensor:
-        """The step's numbers, in the order of `Numbers` in kernels.c: (10,) float32."""
-        step, alpha = self.numbers, self.update.alpha() if merged else 0.0
-        values = [
+    def numbers_on_device(self, cut: TopCut | None = None, *, merged: bool = True) -> Tensor:
+        """The step's numbers, as passes want them."""
+        step, alpha = self.numbers, self.update.options.current_alpha if merged else 0.0
+        values = (
             1 - step.beta1,
             step.beta2,
             1 - step.beta2,
@@ -144,21 +71,14 @@ class FastUpdate:
             step.decay,
             1 - alpha,
             alpha,
-            cut,
-        ]
-        return torch.tensor(values, dtype=torch.float32, device=self.mean.device)
+        )
+        return step_numbers(values, self.mean.device, cut)
 
-    def words_on_device(self, layout: ShardLayout, start: int) -> Tensor:
-        """For the update's mask and tau's: the key's halves, the upper half of a chunk's index
-        folded in, and the largest word that is kept: (6,) int32 with the bits of unsigned words.
-        """
-        largest = int(self.update.group["density"] * WORDS) - 1
-        upper = (start >> 32) * 0x9E3779B9 % WORDS
-        values = []
-        for stream in (UPDATE_STREAM, TAU_STREAM):
-            low, high = self.update.key(layout, stream)
-            values += [_signed(word) for word in (low, high ^ upper, largest)]
-        return torch.tensor(values, dtype=torch.int32, device=self.mean.device)
+    def draws(self, layout: ShardLayout) -> Draws:
+        """The masks of OnDARE."""
+        update = self.update
+        of_update, of_tau = update.key(layout, UPDATE_STREAM), update.key(layout, TAU_STREAM)
+        return Draws(of_update, of_tau, update.options.density)
 
     @property
     def counting(self) -> bool:
@@ -167,16 +87,21 @@ class FastUpdate:
 
 
 class FastPath:
-    """Steps tensors with fused passes; what those cannot decide, `Merger` does."""
+    """Steps tensors with fused passes."""
 
-    def __init__(self, kernels: Kernels, merger: Merger) -> None:
+    def __init__(self, kernels: OptimizerKernels, merger: Merger) -> None:
         self._kernels, self._merger = kernels, merger
-        self._search = CutSearch(merger.cuts)
+        self._by_id: dict[int, FastUpdate] = {}
+        self._cuts = UpdateCuts(self._preview)
         self.first_not_finite = kernels.first_not_finite
 
     def step(self, updates: Sequence[FastUpdate]) -> None:
         """One step; every rank of a group calls with the same tensors in the same order."""
-        selecting = [fast for fast in updates if fast.update.selects() and any(fast.update.merged)]
+        selecting = [
+            fast
+            for fast in updates
+            if fast.update.options.sparsify.counts is not None and any(fast.update.merged)
+        ]
         chosen = {id(fast) for fast in selecting}
         others = (fast for fast in updates if id(fast) not in chosen)
         self._run(call for fast in others for call in self._one_pass(fast))
@@ -192,173 +117,157 @@ class FastPath:
                 self._merger.num_unchanged = self._merger.num_unchanged + counts[0].long()
                 self._merger.num_merged = self._merger.num_merged + counts[1].long()
 
-    def _chunks(self, layout: ShardLayout) -> Iterator[tuple[int, slice]]:
+    def _parts(self, fast: FastUpdate, layout: ShardLayout) -> Iterator[StepRange]:
         """A layout in the chunks of a call."""
-        return layout.chunks(self._kernels.chunk)
+        for start, at in layout.chunks(self._kernels.chunk):
+            yield fast.part(start, at)
 
     def _one_pass(self, fast: FastUpdate) -> Iterator[Callable[[], Counts]]:
         """OnDARE, and parameters that are let through."""
-        numbers, alpha = fast.numbers_on_device(), fast.update.alpha()
+        numbers, device = fast.numbers_on_device(), fast.mean.device
         for layout, merged in zip(fast.update.layouts, fast.update.merged, strict=True):
-            if merged and alpha:
-                self._merger.reference.prepare(layout, fast.mean.device)
-            for start, place in self._chunks(layout):
+            with_tau = merged and fast.update.options.current_alpha != 0
+            if with_tau:
+                self._merger.tau.prepare(layout, device)
+            draws = fast.draws(layout)
+            for part in self._parts(fast, layout):
                 if merged:
-                    yield partial(self._dare_chunk, fast, layout, start, place, numbers)
+                    tau = layout if with_tau else None
+                    yield partial(self._dare_part, part, tau, draws, numbers, fast.counting)
                 else:
-                    theta = fast.update.theta[place]
-                    yield partial(self._kernels.plain_step, theta, *fast.at(place), numbers)
+                    yield partial(self._kernels.plain_step, part, numbers)
 
-    def _dare_chunk(
-        self, fast: FastUpdate, layout: ShardLayout, start: int, place: slice, numbers: Tensor
+    def _dare_part(
+        self,
+        part: StepRange,
+        layout: ShardLayout | None,
+        draws: Draws,
+        numbers: Tensor,
+        counting: bool,
     ) -> Counts:
-        """OnDARE's step of a chunk."""
-        theta, tau = fast.update.theta[place], None
-        if fast.update.alpha():
-            device = fast.mean.device
-            tau = self._merger.reference.chunk(layout, start, theta.numel(), device)
-        words = fast.words_on_device(layout, start)
-        return self._kernels.dare_step(
-            theta, *fast.at(place), tau, start, words, numbers, fast.counting
-        )
+        """OnDARE's step of a chunk, with the layout's tau if there is one."""
+        tau = None
+        if layout is not None:
+            tau = self._merger.tau.chunk(layout, part.start, part.mean.numel(), part.mean.device)
+        return self._kernels.dare_step(part, tau, draws, numbers, counting=counting)
 
     def _two_passes(self, updates: list[FastUpdate]) -> None:
         """OnTIES."""
         selected = selected_parameters([fast.update for fast in updates])
-        self._merger.keep_top_taus(selected)
-        for fast in updates:
-            fast.update.delta = partial(self._delta, fast)
-        by_id = {id(fast.update): fast for fast in updates}
-        first = self._first_pass(updates)
-        cuts = self._search.cuts(
-            selected,
-            [first[id(update), layouts[0].name] for update, layouts in selected],
-            lambda update, layouts, ends: self._look(by_id[id(update)], layouts, ends),
-            lambda update, layouts, key: self._equal(by_id[id(update)], layouts, key),
-        )
+        self._merger.keep_taus(selected)
+        self._by_id = {id(fast.update): fast for fast in updates}
+        searches: dict[CutName, Search] = {}
+        cuts: dict[CutName, TopCut] = {}
+        device = updates[0].mean.device
+        for group, chosen in by_group(selected):
+            own, known = open_searches(chosen)
+            searches |= self._cuts.bracketed(own, chosen, adding_up(group, device))
+            cuts |= known
+        kept = self._first_pass(updates, searches)
+        for group, chosen in by_group(selected):
+            own = {name: searches[name] for name in open_searches(chosen)[0]}
+            look = partial(self._look, kept)
+            found = settle(own, look, adding_up(group, device))
+            self._cuts.learn(found)
+            cuts |= found
+        self._by_id = {}
         self._run(call for fast in updates for call in self._second_pass(fast, cuts))
 
-    def _delta(self, fast: FastUpdate, place: slice) -> Tensor:
-        """A chunk of the update with the bits that the second pass will see."""
-        _, mean, square = fast.at(place)
-        delta = torch.empty_like(mean)
-        self._kernels.note_update(mean, square, delta, fast.numbers_on_device())
-        return delta
+    def _preview(self, update: Update, runs: SampledRuns) -> Tensor:
+        """A sample of an update, of moments as they will be."""
+        fast = self._by_id[id(update)]
+        gradient, mean, square = (runs.of(x) for x in (fast.gradient, fast.mean, fast.square))
+        part, numbers = StepRange(0, mean, gradient, mean, square), fast.numbers_on_device()
+        self._kernels.advance(part, numbers, None)
+        return self._kernels.updates(part, numbers)
 
-    def _first_pass(self, updates: Sequence[FastUpdate]) -> dict[tuple[int, str], Found]:
-        """Advance the moments and find, by update and parameter, what is near its cut."""
-        found: dict[tuple[int, str], Found] = {}
-        keys, calls = [], []
+    def _first_pass(
+        self, updates: Sequence[FastUpdate], searches: Mapping[CutName, Search]
+    ) -> dict[CutName, Kept]:
+        """Advance the moments, and look for the cuts."""
+        names, calls = [], []
         for fast in updates:
             numbers = fast.numbers_on_device()
             for layout in fast.update.layouts:
-                key, ends = (id(fast.update), layout.name), self._search.ends(layout.name)
-                found[key] = Found()
-                for _, place in self._chunks(layout):
-                    inputs = (*fast.at(place), numbers, ends, _room(layout, place))
-                    keys.append(key)
-                    calls.append(partial(self._kernels.ties_advance, *inputs))
-        for key, part in zip(keys, self._kernels.together(calls), strict=True):
-            found[key] += part
-        return found
+                name = (id(fast.update), layout.name, 0)
+                search = searches.get(name)
+                for part in self._parts(fast, layout):
+                    asked = None if search is None else _asked(fast, layout, search, part)
+                    names.append(name)
+                    calls.append(partial(self._kernels.advance, part, numbers, asked))
+        return _gathered(searches, names, self._kernels.together(calls))
 
-    def _look(self, fast: FastUpdate, layouts: Sequence[ShardLayout], ends: Ends) -> Found:
-        """Find what is near a parameter's cut, once the moments are advanced."""
-        numbers, calls = fast.numbers_on_device(), []
-        for layout in layouts:
-            for _, place in self._chunks(layout):
-                _, mean, square = fast.at(place)
-                inputs = (mean, square, numbers, ends, _room(layout, place))
-                calls.append(partial(self._kernels.ties_look, *inputs))
-        return sum(self._kernels.together(calls), Found())
+    def _look(
+        self, kept: dict[CutName, Kept], searches: Mapping[CutName, Search]
+    ) -> dict[CutName, Seen]:
+        """Look through what was kept, or where that is not enough through the updates again."""
+        names, calls = [], []
+        missing = {name: one for name, one in searches.items() if not kept[name].covers(one)}
+        for name, search in missing.items():
+            fast = self._by_id[name[0]]
+            numbers = fast.numbers_on_device()
+            for layout in fast.update.layouts:
+                if layout.name == name[1]:
+                    for part in self._parts(fast, layout):
+                        names.append(name)
+                        asked = _asked(fast, layout, search, part)
+                        calls.append(partial(self._kernels.look, part, numbers, asked))
+        kept |= _gathered(missing, names, self._kernels.together(calls))
+        return {name: kept[name].look(search) for name, search in searches.items()}
 
-    def _equal(self, fast: FastUpdate, layouts: Sequence[ShardLayout], key: int) -> Tensor:
-        """The global indices of a parameter's updates of one magnitude, on this rank."""
-        numbers, starts, calls = fast.numbers_on_device(), [], []
-        for layout in layouts:
-            for start, place in self._chunks(layout):
-                _, mean, square = fast.at(place)
-                starts.append(start)
-                calls.append(
-                    partial(self._kernels.equal_places, mean, square, numbers, magnitude_of(key))
-                )
-        found = zip(self._kernels.together(calls), starts, strict=True)
-        none = torch.zeros(0, dtype=torch.int64, device=fast.mean.device)
-        return torch.cat([none, *(places + start for places, start in found)])
-
-    def _second_pass(self, fast: FastUpdate, cuts: Cuts) -> Iterator[Callable[[], Counts]]:
-        """Merge what is at or above the cut with top_p(tau)."""
+    def _second_pass(
+        self, fast: FastUpdate, cuts: Mapping[CutName, TopCut]
+    ) -> Iterator[Callable[[], Counts]]:
+        """Merge what the cut leaves with top_p(tau)."""
         through = fast.numbers_on_device(merged=False)
         for layout, merged in zip(fast.update.layouts, fast.update.merged, strict=True):
-            cut = cuts[id(fast.update), layout.name] if merged and layout.num_elements else None
+            cut = cuts[id(fast.update), layout.name, 0] if merged and layout.count else None
             # A cut of 0 keeps all of a parameter that is let through.
-            numbers = through if cut is None else fast.numbers_on_device(magnitude_of(cut.key))
-            for start, place in self._chunks(layout):
-                yield partial(self._ties_chunk, fast, layout, start, place, cut, numbers)
+            numbers = through if cut is None else fast.numbers_on_device(cut)
+            for part in self._parts(fast, layout):
+                yield partial(self._ties_part, fast, layout, part, cut, numbers)
 
-    def _ties_chunk(
+    def _ties_part(
         self,
         fast: FastUpdate,
         layout: ShardLayout,
-        start: int,
-        place: slice,
+        part: StepRange,
         cut: TopCut | None,
         numbers: Tensor,
     ) -> Counts:
         """OnTIES' step of a chunk, or with no cut AdamW's, of which nothing is counted."""
-        theta, (_, mean, square) = fast.update.theta[place], fast.at(place)
         if cut is None:
-            self._kernels.ties_step(theta, mean, square, None, numbers, False)
+            self._kernels.ties_step(part, None, numbers, None, counting=False)
             return None
-        tau = self._top_tau(fast, layout, start, theta) if fast.update.alpha() else None
-        if cut.word is None:
-            return self._kernels.ties_step(theta, mean, square, tau, numbers, fast.counting)
-        dropped = self._dropped(fast, layout, start, place, cut, numbers)
-        before = theta[dropped]
-        counts = self._kernels.ties_step(theta, mean, square, tau, numbers, fast.counting)
-        after = before.mul_(fast.numbers.decay)
-        if tau is not None:
-            drift = tau.at(dropped) if isinstance(tau, SparseTau) else tau[dropped].float()
-            after.add_(drift * fast.update.alpha())
-        theta[dropped] = after
-        return counts
+        tau, ties = None, None
+        if fast.update.options.current_alpha:
+            tau = self._top_tau(layout, part)
+        if cut.word is not None:
+            ties = Ties(fast.update.key(layout, UPDATE_STREAM), cut.word >> cut.high_bits)
+        return self._kernels.ties_step(part, tau, numbers, ties, counting=fast.counting)
 
-    def _top_tau(
-        self, fast: FastUpdate, layout: ShardLayout, start: int, theta: Tensor
-    ) -> Tensor | SparseTau:
+    def _top_tau(self, layout: ShardLayout, part: StepRange) -> Tensor | SparseTau:
         """top_p(tau) of a chunk, as it is kept if the kernels take it so."""
-        reference, size = self._merger.reference, theta.numel()
-        sparse = reference.top_sparse(layout, start, size) if self._kernels.takes_sparse else None
+        tau, size = self._merger.tau, part.mean.numel()
+        sparse = tau.kept_sparse(layout, part.start, size) if self._kernels.takes_sparse else None
         if sparse is not None:
             return sparse
-        key = fast.update.key(layout, TAU_STREAM)
-        return reference.top_chunk(layout, key, start, torch.empty(size, device=theta.device))
-
-    def _dropped(
-        self,
-        fast: FastUpdate,
-        layout: ShardLayout,
-        start: int,
-        place: slice,
-        cut: TopCut,
-        numbers: Tensor,
-    ) -> Tensor:
-        """Places in a chunk whose magnitude is the cut's, but whose word is too large to stay."""
-        assert cut.word is not None
-        _, mean, square = fast.at(place)
-        places = self._kernels.equal_places(mean, square, numbers, magnitude_of(cut.key))
-        key = fast.update.key(layout, UPDATE_STREAM)
-        return places[cut.order(places + start, key) > cut.word]
+        return tau.kept_chunk(layout, part.start, torch.empty(size, device=part.theta.device))
 
 
-def _room(layout: ShardLayout, place: slice) -> int:
-    """How many elements a look through one chunk of a layout may gather."""
-    count: int = place.stop - place.start
-    if count == layout.count:
-        return most_inside(layout)
-    return _ROOMY * most_inside(layout) * count // layout.count
+def _asked(fast: FastUpdate, layout: ShardLayout, search: Search, part: StepRange) -> Asked:
+    """The look at a chunk for a search; a bracket of one magnitude needs nothing kept."""
+    count = part.mean.numel()
+    keep = max(count // LARGEST_SHARE, min(count, _FEW)) if search.num_buckets > 1 else 0
+    return Asked(search, fast.update.key(layout, UPDATE_STREAM), keep)
 
 
-def _signed(word: int) -> int:
-    """A 32-bit word as the signed number of the same bits."""
-    return word - WORDS if word >= WORDS // 2 else word
+def _gathered(
+    searches: Mapping[CutName, Search], names: Sequence[CutName], seen: Sequence[Seen | None]
+) -> dict[CutName, Kept]:
+    """What chunks have seen, by the search that it was for; nothing where this rank has none."""
+    parts: dict[CutName, list[Seen]] = {name: [] for name in searches}
+    for name, part in zip(names, seen, strict=True):
+        if part is not None:
+            parts[name].append(part)
+    return {name: Kept(one, one.add(parts[name])) for name, one in searches.items()}

@@ -10,8 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from operators.counter_random import WORDS, canonical_name
-
-CHUNK = 1 << 18  # elements worked on at once: it bounds temporaries, and 1 MB stays in a cache
+from operators.kernels import CHUNK
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +35,24 @@ class ShardLayout:
     def num_elements(self) -> int:
         """Elements of the whole parameter."""
         return prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Elements of a row: of the last dimension, or of all of a vector."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def has_whole_rows(self) -> bool:
+        """Whether the range cuts no row in two."""
+        width = max(1, self.width)
+        return self.start % width == 0 and self.count % width == 0
+
+    def row_chunks(self) -> Iterator[tuple[int, slice]]:
+        """The range in chunks of whole rows, as `chunks`."""
+        size = max(1, CHUNK // max(1, self.width)) * self.width
+        for done in range(0, self.count, max(1, size)):
+            last = min(done + size, self.count)
+            yield self.start + done, slice(self.offset + done, self.offset + last)
 
     def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, slice]]:
         """The range in chunks: the first global index of each, and its place in the tensor. None

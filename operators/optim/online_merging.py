@@ -1,75 +1,99 @@
-"""OnDARE and OnTIES around AdamW (Lu et al. 2024); the equations are in `operators.optim.merge`."""
+"""OnDARE and OnTIES around AdamW (Lu et al. 2024); the equations are in operators.optim.merger."""
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from operators.kernels.choice import IMPLEMENTATIONS, Implementation, optimizer_kernels
 from operators.optim.adamw import AdamWStep, moments, new_state
-from operators.optim.base import Nonfinite, OnlineMergingBase, Reference
+from operators.optim.base import AnyTau, Nonfinite, OnlineMergingBase, Stepped
 from operators.optim.fast import FastPath, FastUpdate
 from operators.optim.layout import ShardLayout, local, local_gradient
-from operators.optim.merge import GRADIENT_STREAM, Update
+from operators.optim.merger import GRADIENT_STREAM, Update
 from operators.optim.options import (
+    NAMED_PAIRS,
     AlphaSchedule,
-    Consensus,
+    MergeOptions,
     Rounding,
     check_adamw,
     check_choice,
 )
-from operators.optim.path import IMPLEMENTATIONS, Implementation, choose_path
-from operators.optim.reference import DeltaPlacement, MissingDelta
+from operators.optim.tau import DeltaPlacement, MissingDelta
 from operators.sparsify import Rescale, bernoulli
 
 NamedParameters = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+_OLD_NAMES = {"reference": "eager"}  # of implementations
+_LOG = logging.getLogger(__name__)
 
 
 class OnlineMergingAdamW(OnlineMergingBase):
-    """AdamW whose updates are merged, step by step, with a reference delta.
+    """AdamW whose updates are merged, step by step, with the reference delta
+    `tau = theta_ref - theta_base`: what fine-tuning had changed before this training began. A
+    little of it, added at each step, keeps the model near where it had learned to be useful.
+
+        from operators.optim import OnlineMergingAdamW
+        from pipelines.checkpoints import CheckpointDelta
+
+        tau = CheckpointDelta("base", "sft")  # two checkpoints, read by slice
+        optimizer = OnlineMergingAdamW(
+            model.named_parameters(), tau, lr=1e-6, consensus="ties", density=0.5, alpha=1e-4
+        )
 
     Args:
         named_parameters: `model.named_parameters()`, or groups of them (`{"params": [(name,
             tensor), ...], ...}`), as torch's optimizers take them. Plain tensors, or DTensors
             sharded by rows. A group may have its own value of every option up to `seed`, and
             `"merge": False`, which makes it plain AdamW.
-        reference_delta: tau by parameter name, or a `DeltaSource`; None where alpha is 0.
+        reference_delta: tau by parameter name, or a `DeltaSource` such as
+            `pipelines.checkpoints.CheckpointDelta`; None where alpha is 0.
         lr, betas, eps, weight_decay: as `torch.optim.AdamW`.
-        consensus: `dare` (random masks, sum) or `ties` (largest magnitudes, sign consensus).
+        consensus: `dare` (random masks, sum) or `ties` (largest magnitudes, sign consensus); with
+            `sparsifier`, a name of `operators.consensus.CONSENSUS`.
         density: p in (0, 1], the fraction kept of update and tau.
         alpha: a in [0, 1), the weight of tau.
         merge_every: K >= 1, merge once in K steps (step-K); call `merge_pending()` at the end.
-        rescale: divide what `dare` keeps by the density (the paper does not).
+        rescale: divide what is kept by chance by the density (the paper does not).
         rounding: how parameters are written. `stochastic` keeps small updates on average;
             bfloat16 and float16 parameters need it.
         alpha_schedule: `constant`, or alpha in proportion to the learning rate (`lr`).
         gradient_density, gradient_rescale: ChildTuning-F: keep this share of the gradient, by
             chance, before the moments see it, and divide it by the share.
         seed: of the masks and of the rounding.
-        missing_delta, delta_placement, delta_dtype: see `ReferenceDelta`.
+        missing_delta: `error`, `zero_rows` or `exclude`: what to do without a tau of the
+            parameter's shape; `zero_rows` takes rows that tau lacks as zero, `exclude` lets the
+            parameter's updates through.
+        delta_placement: keep tau on the parameter's `device`, on the `host`, or read it from its
+            `source` at every use.
+        delta_dtype: of the tau that is kept: bfloat16 or float32.
         nonfinite: a gradient with Inf or NaN is an error (`raise`), or its step is left out on
             all ranks (`skip`); either way nothing has changed.
-        implementation: the arithmetic's path: `reference`, `compiled` (C) or `triton`;
-            `auto` takes what size and machine are worth, says so once, and keeps it on resumption.
+        implementation: the arithmetic's way: `eager`, `compiled` (C) or `triton`; `auto` takes
+            what size and machine are worth, says so once, and keeps it on resumption.
+        sparsifier, sparsifier_parameters: a name of `operators.sparsify.SPARSIFIERS`, and what it
+            takes beside density and rescale. Pairs other than the two named ones go the eager way.
 
     With density 1 and alpha 0 it is torch's AdamW (`foreach=False, fused=False`) bit for bit. Masks
     and thresholds follow the global index, so they are the same under any sharding.
 
     Raises:
         ValueError: a value out of range or without effect, an unnamed parameter, one of a dtype
-            that `rounding` does not go with, one whose tau is missing or of another shape.
+            that `rounding` does not go with, one whose tau is missing or of another shape, one cut
+            inside a row where the sparsifier needs whole ones.
     """
 
     def __init__(
         self,
         named_parameters: NamedParameters,
-        reference_delta: Reference,
+        reference_delta: AnyTau,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
-        consensus: Consensus = "dare",
+        consensus: str = "dare",
         density: float = 1.0,
         alpha: float = 1e-7,
         merge_every: int = 1,
@@ -84,27 +108,33 @@ class OnlineMergingAdamW(OnlineMergingBase):
         delta_dtype: torch.dtype = torch.bfloat16,
         nonfinite: Nonfinite = "raise",
         implementation: Implementation = "auto",
+        sparsifier: str | None = None,
+        sparsifier_parameters: Mapping[str, Any] | None = None,
     ) -> None:
+        options = MergeOptions(
+            consensus=consensus,
+            sparsifier=sparsifier,
+            sparsifier_parameters=dict(sparsifier_parameters or {}),
+            density=density,
+            alpha=alpha,
+            merge_every=merge_every,
+            rescale=rescale,
+            rounding=rounding,
+            alpha_schedule=alpha_schedule,
+            seed=seed,
+        )
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
-            "consensus": consensus,
-            "density": density,
-            "alpha": alpha,
-            "merge_every": merge_every,
-            "rescale": rescale,
-            "rounding": rounding,
-            "alpha_schedule": alpha_schedule,
+            **options.in_group(),
             "gradient_density": gradient_density,
             "gradient_rescale": gradient_rescale,
-            "seed": seed,
-            "merge": True,
             "path": None,
         }
-        check_choice("implementation", implementation, IMPLEMENTATIONS)
-        self._wanted: Implementation = implementation
+        self._wanted = _renamed(implementation)
+        check_choice("implementation", self._wanted, IMPLEMENTATIONS)
         self._path: str | None = None
         self._fast: FastPath | None = None
         self._prepare(reference_delta, missing_delta, delta_placement, delta_dtype, nonfinite)
@@ -112,7 +142,7 @@ class OnlineMergingAdamW(OnlineMergingBase):
 
     @property
     def path(self) -> str | None:
-        """The path taken: reference, compiled or triton; None before the first step."""
+        """The way taken: eager, compiled or triton; None before the first step."""
         return self._path
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -133,22 +163,33 @@ class OnlineMergingAdamW(OnlineMergingBase):
         parameters = self._gradients()
         if self._is_skipped(parameters):
             return loss
+        options = {id(group): self._options(group) for group in self.param_groups}
         if self._is_rehearsal(parameters):
             for parameter, group in parameters:
-                self.state[parameter].update(new_state(parameter, anchored=_is_anchored(group)))
+                anchored = options[id(group)].is_anchored
+                self.state[parameter].update(new_state(parameter, anchored=anchored))
             return loss
         fast = self._fast_path(parameters)
-        quick = [(p, g) for p, g in parameters if fast is not None and self._goes_fast(p, g)]
-        steps = [self._begin(parameter, group) for parameter, group in quick]
-        chosen = {id(parameter) for parameter, _ in quick}
-        updates = [self._advance(p, group) for p, group in parameters if id(p) not in chosen]
-        due = [(p, group) for p, group in parameters if self._is_due(p, group)]
-        if due or updates or any(step.counting for step in steps):
+        begun = [self._begin(p, group, options[id(group)]) for p, group in parameters]
+        quick = [
+            one
+            for one, (p, group) in zip(begun, parameters, strict=True)
+            if fast is not None and self._goes_fast(p, group, options[id(group)])
+        ]
+        chosen = {id(one) for one in quick}
+        updates = [
+            self._advance(one, group)
+            for one, (_, group) in zip(begun, parameters, strict=True)
+            if id(one) not in chosen
+        ]
+        due = [(p, options[id(group)]) for p, group in parameters]
+        due = [(p, own) for p, own in due if self._is_due(p, own)]
+        if due or updates or any(one.counting for one in quick):
             self._merger.forget_counts()
         if fast is not None:
-            fast.step(steps)
+            fast.step(quick)
         self._merger.merge(updates)
-        self._merge_from_anchors([self._since_anchor(p, group) for p, group in due])
+        self._merge_from_anchors([self._since_anchor(p, own) for p, own in due])
         return loss
 
     def _first_not_finite(self, gradients: list[Tensor]) -> int | None:
@@ -157,95 +198,116 @@ class OnlineMergingAdamW(OnlineMergingBase):
             return super()._first_not_finite(gradients)
         return self._fast.first_not_finite(gradients)
 
-    def _is_due(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+    def _is_due(self, parameter: Tensor, options: MergeOptions) -> bool:
         """Whether step-K merges after this step."""
         steps = self._steps_of(self.state[parameter])
-        return _is_anchored(group) and steps % int(group["merge_every"]) == 0
+        return options.is_anchored and steps % int(options.merge_every) == 0
 
-    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> FastUpdate:
+    def _begin(self, parameter: Tensor, group: dict[str, Any], options: MergeOptions) -> FastUpdate:
         """Count a parameter's step and make its update, of moments that are not yet advanced.
 
         With step-K it is not to be merged: a plain step moves theta.
         """
-        state, anchored = self.state[parameter], _is_anchored(group)
+        state, anchored = self.state[parameter], options.is_anchored
         if not state:
             state.update(new_state(parameter, anchored=anchored))
         state["step"] += 1
         numbers = AdamWStep.of(group, self._steps_of(state))
         mean, square = moments(state)
 
-        def delta(place: slice) -> Tensor:
-            return numbers.delta(mean[place], square[place])
+        def delta(at: slice) -> Tensor:
+            return numbers.delta(mean[at], square[at])
 
-        update = self._update(parameter, group, delta)
+        update = self._update(parameter, options, delta)
         if anchored:
             local(state["anchor"]).mul_(numbers.decay)
             update.merged = [False] * len(update.layouts)
         return FastUpdate(update, numbers, local_gradient(parameter), mean, square)
 
-    def _advance(self, parameter: Tensor, group: dict[str, Any]) -> Update:
+    def _advance(self, begun: FastUpdate, group: dict[str, Any]) -> Update:
         """Advance the moments, apply the decay, and return what AdamW would add."""
-        begun = self._begin(parameter, group)
         update, numbers = begun.update, begun.numbers
-        stochastic = group["rounding"] == "stochastic"
+        stochastic = update.options.rounding == "stochastic"
         if stochastic:
             update.decay = numbers.decay
         for layout in update.layouts:
-            for start, place in layout.chunks():
-                gradient = self._gradient(begun, layout, start, place)
-                numbers.advance(begun.mean[place], begun.square[place], gradient)
+            for start, at in layout.chunks():
+                gradient = self._gradient(begun, group, layout, start, at)
+                numbers.advance(begun.mean[at], begun.square[at], gradient)
                 if not stochastic:
-                    update.theta[place].mul_(numbers.decay)
+                    update.theta[at].mul_(numbers.decay)
         return update
 
-    def _gradient(self, begun: FastUpdate, layout: ShardLayout, start: int, place: slice) -> Tensor:
+    def _gradient(
+        self,
+        begun: FastUpdate,
+        group: dict[str, Any],
+        layout: ShardLayout,
+        start: int,
+        at: slice,
+    ) -> Tensor:
         """A chunk of the gradient, unscaled and after gradient dropout: in the moments' dtype."""
-        gradient, group = begun.gradient[place].to(begun.mean.dtype), begun.update.group
+        gradient, density = begun.gradient[at].to(begun.mean.dtype), group["gradient_density"]
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             gradient = gradient / scale.to(gradient.device)
-        if group["gradient_density"] < 1:
+        if density < 1:
             rescale: Rescale = "inverse_density" if group["gradient_rescale"] else "none"
             key = begun.update.key(layout, GRADIENT_STREAM)
-            gradient = bernoulli(gradient, group["gradient_density"], key, start, rescale)
+            gradient = bernoulli(gradient, density, key, start, rescale)
         return gradient
 
-    def _goes_fast(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+    def _goes_fast(self, parameter: Tensor, group: dict[str, Any], options: MergeOptions) -> bool:
         """Whether the fused passes can do a parameter's step; the same on every rank."""
         assert parameter.grad is not None
         return (
             parameter.dtype == parameter.grad.dtype == torch.float32
-            and group["rounding"] == "nearest"
-            and not group["rescale"]
+            and options.rounding == "nearest"
+            and options.has_fused_passes
             and group["gradient_density"] == 1
-            and (group["consensus"] == "dare" or group["density"] < 1)
             and getattr(self, "grad_scale", None) is None
         )
 
-    def _fast_path(self, parameters: list[tuple[Tensor, dict[str, Any]]]) -> FastPath | None:
-        """The fused passes, once they are chosen; None on the reference path."""
+    def _fast_path(self, parameters: Stepped) -> FastPath | None:
+        """The fused passes, once they are chosen; None on the eager way."""
         if self._path is None and parameters:
-            wanted = self.param_groups[0]["path"] if self._wanted == "auto" else self._wanted
+            saved = self.param_groups[0]["path"]
+            wanted = self._wanted
+            if wanted == "auto" and saved is not None:
+                wanted = _OLD_NAMES.get(saved, saved)
             device = parameters[0][0].device
             size = self._bindings.num_elements(torch.float32)
             try:
-                path, kernels = choose_path(wanted or "auto", device, size)
+                path, kernels = optimizer_kernels(wanted, device, size)
             except ValueError:
                 if self._wanted != "auto":
                     raise
-                # A state from a machine that could take a path which this one cannot.
-                path, kernels = choose_path("auto", device, size)
+                # A state from a machine that could take a way which this one cannot.
+                path, kernels = optimizer_kernels("auto", device, size)
             # One rank without a compiler keeps all from it: they count updates together.
             alone = torch.tensor([kernels is None], dtype=torch.int64, device=device)
             if self._bindings.flags_anywhere(alone).item():
-                path, kernels = "reference", None
+                path, kernels = "eager", None
             self._path = path
             self._fast = FastPath(kernels, self._merger) if kernels is not None else None
             for group in self.param_groups:
                 group["path"] = path
+            self._say_eager_pairs()
         return self._fast
 
+    def _say_eager_pairs(self) -> None:
+        """Log which pairs have no fused passes, where there are any to have."""
+        if self._fast is None:
+            return
+        for names in sorted({self._options(group).names for group in self.param_groups}):
+            if names not in NAMED_PAIRS.values():
+                _LOG.info("online merging: %s with %s goes the eager way", *names)
 
-def _is_anchored(group: dict[str, Any]) -> bool:
-    """Whether a group merges only once in several steps."""
-    return bool(group["merge"] and group["merge_every"] > 1)
+
+def _renamed(implementation: str) -> str:
+    """An implementation's present name, told where the old one was given."""
+    if implementation in _OLD_NAMES:
+        new = _OLD_NAMES[implementation]
+        _LOG.warning("implementation: %r is called %r now", implementation, new)
+        return new
+    return implementation

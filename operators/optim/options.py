@@ -1,49 +1,191 @@
-"""The options of online merging that a parameter group may have of its own, and their ranges."""
+"""The options of online merging, which a parameter group may have of its own, and their ranges."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from operators.sparsify import check_density
+from operators.consensus import CONSENSUS, Consensus
+from operators.parameters import complete_parameters
+from operators.sparsify import SPARSIFIERS, Needs, Sparsifier, check_density
 
-Consensus = Literal["dare", "ties"]
 Rounding = Literal["nearest", "stochastic"]
 AlphaSchedule = Literal["constant", "lr"]
-
-CHOICES = {
-    "consensus": ("dare", "ties"),
-    "rounding": ("nearest", "stochastic"),
-    "alpha_schedule": ("constant", "lr"),
-}
+# OnDARE and OnTIES by their names, which have fused passes.
+NAMED_PAIRS = {"dare": ("bernoulli", "sum"), "ties": ("top", "sign")}
+_OWN = ("density", "rescale")  # parameters of sparsifiers that are options by themselves
 
 
-def check_merging(group: dict[str, Any], *, has_reference: bool) -> None:
-    """Raise ValueError for a group's merging options out of range, or without effect."""
-    for name, allowed in CHOICES.items():
-        check_choice(name, group[name], allowed)
-    check_density(group["density"])
-    if not 0 <= group["alpha"] < 1:
-        raise ValueError(f"alpha: found {group['alpha']}; allowed: at least 0 and below 1")
-    if group["alpha"] > 0 and group["merge"] and not has_reference:
-        raise ValueError(
-            f"alpha: found {group['alpha']} without a reference_delta; allowed: 0, or give one"
-        )
-    if group["merge_every"] < 1:
-        raise ValueError(f"merge_every: found {group['merge_every']}; allowed: 1 or more")
-    if group["merge_every"] != int(group["merge_every"]):
-        raise ValueError(f"merge_every: found {group['merge_every']}; allowed: whole numbers")
-    if group["rescale"] and group["consensus"] != "dare":
-        raise ValueError("rescale: has no effect with consensus 'ties'; allowed with 'dare'")
-    if group["alpha_schedule"] == "lr" and not group["first_lr"] > 0:
-        raise ValueError(
-            f"alpha_schedule: 'lr' divides by the first learning rate, found {group['first_lr']}; "
-            "allowed: an lr above 0"
-        )
+@dataclass(frozen=True)
+class MergeOptions:
+    """A group's options of merging, and the learning rates that its alpha may follow.
+
+    Attributes:
+        sparsifier, consensus: names of their tables; without a sparsifier, `consensus` names a
+            pair: `dare` or `ties`.
+        sparsifier_parameters: what the sparsifier takes beside density and rescale.
+        merge: whether the group's updates are merged, or let through.
+
+    The others are those of `OnlineMergingAdamW`.
+    """
+
+    consensus: str = "dare"
+    sparsifier: str | None = None
+    sparsifier_parameters: Mapping[str, Any] = field(default_factory=dict)
+    density: float = 1.0
+    alpha: float = 1e-7
+    merge_every: int = 1
+    rescale: bool = False
+    rounding: Rounding = "nearest"
+    alpha_schedule: AlphaSchedule = "constant"
+    seed: int = 0
+    merge: bool = True
+    lr: float = 0.0
+    first_lr: float = 0.0
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], prefix: str = "") -> "MergeOptions":
+        """The options in a parameter group, whose keys but the learning rates have a prefix."""
+        keys = {one.name: prefix + one.name for one in fields(cls)}
+        keys |= {"lr": "lr", "first_lr": "first_lr"}
+        return cls(**{name: group[key] for name, key in keys.items() if key in group})
+
+    def in_group(self, prefix: str = "") -> dict[str, Any]:
+        """The options as a group holds them; learning rates are not among them, nor is a sparsifier
+        where the consensus names the pair, as states of earlier versions have it.
+        """
+        left_out = {"lr", "first_lr"}
+        if self.sparsifier is None and not self.sparsifier_parameters:
+            left_out |= {"sparsifier", "sparsifier_parameters"}
+        names = [one.name for one in fields(self) if one.name not in left_out]
+        return {prefix + name: getattr(self, name) for name in names}
+
+    @cached_property
+    def names(self) -> tuple[str, str]:
+        """Sparsifier and consensus by their names in the tables."""
+        if self.sparsifier is None:
+            return NAMED_PAIRS[self.consensus]
+        return self.sparsifier, self.consensus
+
+    @cached_property
+    def sparsify(self) -> Sparsifier:
+        """F, for the update and for tau."""
+        return SPARSIFIERS[self.names[0]]
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the sparsifier must see at once."""
+        return self.sparsify.needs_with(self.keep_parameters)
+
+    @cached_property
+    def agree(self) -> Consensus:
+        """⊕ of the two."""
+        return CONSENSUS[self.names[1]]
+
+    @cached_property
+    def keep_parameters(self) -> dict[str, Any]:
+        """Complete parameters of the sparsifier."""
+        entry = self.sparsify
+        given = dict(self.sparsifier_parameters)
+        if "density" in entry.parameters:
+            given["density"] = self.density
+        if "rescale" in entry.parameters:
+            given["rescale"] = "inverse_density" if self.rescale else "none"
+        found = complete_parameters(entry.parameters, given, 1)
+        return {n: v[0] if isinstance(v, list) else v for n, v in found.items()}
+
+    @cached_property
+    def merge_parameters(self) -> dict[str, Any]:
+        """Parameters of the consensus, which have their defaults."""
+        return {name: each.default for name, each in self.agree.parameters.items()}
+
+    @property
+    def current_alpha(self) -> float:
+        """a of this step: constant, or as the learning rate over its first value."""
+        if self.alpha_schedule == "lr":
+            return float(self.alpha * self.lr / self.first_lr)
+        return float(self.alpha)
+
+    @property
+    def has_fused_passes(self) -> bool:
+        """Whether the pair is one of the two that kernels know, as they know it."""
+        pair = self.names in NAMED_PAIRS.values()
+        selects = self.names[0] != "top" or self.density < 1
+        return pair and selects and not (self.rescale or self.sparsifier_parameters)
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the group merges only once in several steps."""
+        return bool(self.merge and self.merge_every > 1)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether updates come through a merge as they are."""
+        whole = self.density == 1 and (self.sparsifier is None or self.sparsifier == "identity")
+        return not self.merge or (whole and self.alpha == 0)
+
+    def check(self, *, has_tau: bool) -> None:
+        """Raise ValueError for options out of range, or without effect."""
+        self._check_pair()
+        check_choice("rounding", self.rounding, ("nearest", "stochastic"))
+        check_choice("alpha_schedule", self.alpha_schedule, ("constant", "lr"))
+        check_density(self.density)
+        if not 0 <= self.alpha < 1:
+            raise ValueError(f"alpha: found {self.alpha}; allowed: at least 0 and below 1")
+        if self.alpha > 0 and self.merge and not has_tau:
+            raise ValueError(
+                f"alpha: found {self.alpha} without a reference_delta; allowed: 0, or give one"
+            )
+        if self.merge_every < 1:
+            raise ValueError(f"merge_every: found {self.merge_every}; allowed: 1 or more")
+        if self.merge_every != int(self.merge_every):
+            raise ValueError(f"merge_every: found {self.merge_every}; allowed: whole numbers")
+        if self.alpha_schedule == "lr" and not self.first_lr > 0:
+            raise ValueError(
+                f"alpha_schedule: 'lr' divides by the first learning rate, found {self.first_lr}; "
+                "allowed: an lr above 0"
+            )
+        self._check_sparsifier()
+
+    def _check_pair(self) -> None:
+        """Raise ValueError unless the names are of an online pair."""
+        if self.sparsifier is None:
+            check_choice("consensus", self.consensus, (*NAMED_PAIRS,))
+            return
+        check_choice("sparsifier", self.sparsifier, (*SPARSIFIERS,))
+        online = tuple(name for name, each in CONSENSUS.items() if each.needs == "element")
+        if self.consensus in CONSENSUS and self.consensus not in online:
+            raise ValueError(
+                f"consensus: found {self.consensus!r}, which draws once a merge; "
+                f"allowed: {', '.join(map(repr, online))}"
+            )
+        check_choice("consensus", self.consensus, online)
+
+    def _check_sparsifier(self) -> None:
+        """Raise ValueError for parameters that the sparsifier does not take or cannot have."""
+        name, entry = self.names[0], self.sparsify
+        rescaled = entry.parameters.get("rescale")
+        if self.rescale and self.sparsifier is None and self.consensus == "ties":
+            raise ValueError("rescale: has no effect with consensus 'ties'; allowed with 'dare'")
+        if self.rescale and (rescaled is None or rescaled.default == "none"):
+            raise ValueError(f"rescale: has no effect with sparsifier {name!r}; allowed: false")
+        if "density" not in entry.parameters and self.density != 1:
+            raise ValueError(f"density: has no effect with sparsifier {name!r}; allowed: 1")
+        for own in _OWN:
+            if own in self.sparsifier_parameters:
+                raise ValueError(f"sparsifier_parameters: {own}: give it as the option {own!r}")
+        parameters = self.keep_parameters
+        if parameters.get("scope") == "model":
+            raise ValueError("scope: found 'model'; allowed in an optimizer: tensor, row")
+        if entry.check is not None:
+            entry.check(parameters)
 
 
-def check_adamw(group: dict[str, Any]) -> None:
+def check_adamw(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a group's AdamW options out of range."""
     for name in ("lr", "eps", "weight_decay"):
         if not 0 <= float(group[name]) < math.inf:

@@ -1,6 +1,6 @@
 """Online merging around any torch optimizer: the method needs nothing but its updates."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Adafactor, Muon, Optimizer
 
-from operators.optim.base import Nonfinite, OnlineMergingBase, Reference
+from operators.optim.base import AnyTau, Nonfinite, OnlineMergingBase, Stepped
 from operators.optim.layout import local
-from operators.optim.merge import Update
-from operators.optim.options import AlphaSchedule, Consensus, Rounding
-from operators.optim.reference import DeltaPlacement, MissingDelta
+from operators.optim.merger import Update
+from operators.optim.options import AlphaSchedule, MergeOptions, Rounding
+from operators.optim.tau import DeltaPlacement, MissingDelta
 
 # Names, since libraries have their own: their update of an element depends on other elements.
-_PREFIX = "merging_"
 _NOT_ELEMENTWISE = {"Adafactor", "Muon", "Shampoo", "SOAP"}
 
 
@@ -38,12 +37,14 @@ class OnlineMerging(OnlineMergingBase):
             own updates; LBFGS; a base that is not element-wise on sharded parameters.
     """
 
+    _prefix = "merging_"
+
     def __init__(
         self,
         base_optimizer: Optimizer,
-        reference_delta: Reference,
+        reference_delta: AnyTau,
         *,
-        consensus: Consensus = "dare",
+        consensus: str = "dare",
         density: float = 1.0,
         alpha: float = 1e-7,
         merge_every: int = 1,
@@ -55,28 +56,31 @@ class OnlineMerging(OnlineMergingBase):
         delta_placement: DeltaPlacement = "device",
         delta_dtype: torch.dtype = torch.bfloat16,
         nonfinite: Nonfinite = "raise",
+        sparsifier: str | None = None,
+        sparsifier_parameters: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(base_optimizer, LBFGS):
             raise ValueError(
                 "base_optimizer: found LBFGS, which takes several steps in one; "
                 "allowed: optimizers that make one update a step"
             )
-        options = {
-            "consensus": consensus,
-            "density": density,
-            "alpha": alpha,
-            "merge_every": merge_every,
-            "rescale": rescale,
-            "rounding": rounding,
-            "alpha_schedule": alpha_schedule,
-            "seed": seed,
-            "merge": True,
-        }
+        options = MergeOptions(
+            consensus=consensus,
+            sparsifier=sparsifier,
+            sparsifier_parameters=dict(sparsifier_parameters or {}),
+            density=density,
+            alpha=alpha,
+            merge_every=merge_every,
+            rescale=rescale,
+            rounding=rounding,
+            alpha_schedule=alpha_schedule,
+            seed=seed,
+        )
         self.base_optimizer = base_optimizer
         self._prepare(reference_delta, missing_delta, delta_placement, delta_dtype, nonfinite)
         super().__init__(
             base_optimizer.param_groups,
-            {**base_optimizer.defaults, **{_PREFIX + name: options[name] for name in options}},
+            {**base_optimizer.defaults, **options.in_group(self._prefix)},
         )
         self._share(base_optimizer.state, base_optimizer.param_groups)
 
@@ -85,18 +89,9 @@ class OnlineMerging(OnlineMergingBase):
         self.state = self.base_optimizer.state = state
         self.param_groups = self.base_optimizer.param_groups = groups
 
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        options = {
-            name.removeprefix(_PREFIX): value
-            for name, value in group.items()
-            if name.startswith(_PREFIX)
-        }
-        return {**options, "lr": group["lr"], "first_lr": group["first_lr"]}
-
     def _passes_through(self, group: dict[str, Any]) -> bool:
         """Whether merging would change nothing: the base alone steps these parameters."""
-        options = self._options(group)
-        return not options["merge"] or (options["density"] == 1 and options["alpha"] == 0)
+        return self._options(group).changes_nothing
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the base optimizer gets the group too."""
@@ -154,7 +149,7 @@ class OnlineMerging(OnlineMergingBase):
         self._merge_from_anchors(due)
         return loss
 
-    def _unscale(self, parameters: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def _unscale(self, parameters: Stepped) -> None:
         """Divide gradients by a GradScaler's scale, where it left that to the optimizer."""
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
@@ -177,22 +172,23 @@ class OnlineMerging(OnlineMergingBase):
         if "merging_step" not in state:
             self._new_state(parameter, group, anchor)
         state["merging_step"] += 1
-        return self._steps_of(state) % int(self._options(group)["merge_every"]) == 0
+        return self._steps_of(state) % int(self._options(group).merge_every) == 0
 
     def _new_state(self, parameter: Tensor, group: dict[str, Any], anchor: Tensor) -> None:
         """Add to the base's state of a parameter, which the base has made by now."""
         state = self.state[parameter]
         state["merging_step"] = torch.tensor(0.0)
-        if self._options(group)["merge_every"] > 1:
+        if self._options(group).merge_every > 1:
             state["anchor"] = torch.empty_like(parameter)
             local(state["anchor"]).copy_(anchor)
 
     def _difference(self, parameter: Tensor, group: dict[str, Any], anchor: Tensor) -> Update:
         """The update that is merged: since the anchor of step-K, or since before this step."""
         if "anchor" in self.state[parameter]:
-            return self._since_anchor(parameter, group)
+            return self._since_anchor(parameter, self._options(group))
         theta = local(parameter)
-        return self._update(parameter, group, lambda place: theta[place] - anchor[place], anchor)
+        options = self._options(group)
+        return self._update(parameter, options, lambda at: theta[at] - anchor[at], anchor)
 
     def _steps_of(self, state: dict[str, Any]) -> int:
         return int(state["merging_step"])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from operators.counter_random import (
-    CHUNK,
+    _IN_CACHE,
     canonical_name,
     counter_key,
     counter_words,
@@ -59,11 +59,11 @@ def test_words_equal_the_definition(key: tuple[int, int], start: int, count: int
     assert counter_words_at(key, torch.arange(start, start + count)).tolist() == expected
 
 
-@pytest.mark.parametrize("start", [0, (1 << 32) - CHUNK - 5])
+@pytest.mark.parametrize("start", [0, (1 << 32) - _IN_CACHE - 5])
 def test_chunks_of_odd_sizes_equal_the_whole(start: int) -> None:
-    key, count = counter_key(0, "w", 0, 0), 3 * CHUNK + 17
+    key, count = counter_key(0, "w", 0, 0), 3 * _IN_CACHE + 17
     whole = keep_mask(key, 0.3, start, count)
-    cuts = [0, 1, 77, CHUNK - 1, 2 * CHUNK + 3, count]
+    cuts = [0, 1, 77, _IN_CACHE - 1, 2 * _IN_CACHE + 3, count]
     parts = [keep_mask(key, 0.3, start + a, b - a) for a, b in itertools.pairwise(cuts)]
     assert torch.equal(torch.cat(parts), whole)
     assert torch.equal(counter_words(key, start, count) < int(0.3 * 2**32), whole)

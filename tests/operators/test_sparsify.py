@@ -1,4 +1,4 @@
-"""Sparsifiers: closed forms, brute force in float64, exact counts."""
+"""Sparsifiers, beside closed forms, brute force in float64 and exact counts."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from operators.counter_random import counter_words
-from operators.selection import Cut, KeySearch, cut_of
 from operators.sparsify import (
+    _chance_of_rank,
+    _doubled_ranks,
     dropped_count,
     kept_count,
     magprune,
-    magprune_probabilities,
     row_top_mask,
 )
 from tests.operators.merging import brute
@@ -22,6 +22,12 @@ floats = st.floats(-100, 100, width=16)
 matrices = st.integers(1, 12).flatmap(
     lambda width: st.lists(st.lists(floats, min_size=width, max_size=width), min_size=1, max_size=8)
 )
+
+
+def magprune_probabilities(rows: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
+    """Each element's chance, float64."""
+    chances = _chance_of_rank(rows.shape[1], density, epsilon)
+    return torch.from_numpy(chances[_doubled_ranks(rows)])
 
 
 @settings(deadline=None)
@@ -71,32 +77,3 @@ def test_counts(density: float, gamma: float, count: int, kept: int, dropped: in
     """0.29 * 100 is 28.999... in IEEE doubles: 28."""
     assert kept_count(density, count) == kept
     assert dropped_count(density, gamma, count) == dropped
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 9), min_size=1, max_size=300),
-    st.data(),
-)
-def test_key_search_finds_the_cut_from_any_bracket(keys: list[int], data) -> None:
-    """Also from brackets that miss, in chunks, with buckets and with collected keys."""
-    top = 2**31 - 1
-    k = data.draw(st.integers(1, len(keys)))
-    low, high = sorted(data.draw(st.tuples(*[st.integers(0, top)] * 2)))
-    place = data.draw(st.integers(0, len(keys)))
-    state = KeySearch(k, low, high, top, collect=data.draw(st.booleans()))
-    parts = [np.array(part, dtype=np.int64) for part in (keys[:place], keys[place:])]
-    passes = 0
-    while isinstance(state, KeySearch):
-        counts = [
-            state.count(
-                [part[(part >= state.low) & (part <= state.high)]], int((part > state.high).sum())
-            )
-            for part in parts
-        ]
-        state = state.advance(state.add(*counts))
-        passes += 1
-    assert passes <= 4
-    key = sorted(keys, reverse=True)[k - 1]
-    assert state == Cut(key, sum(x > key for x in keys), keys.count(key))
-    assert state == cut_of(np.array(keys), k)

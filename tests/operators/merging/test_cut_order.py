@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from operators.merging.cuts import CutSearch, Target, tie_key
-from operators.merging.method import MergeInput, Scope
-from operators.selection import Cut
-from operators.sparsify import TopCut, top_mask
+from operators.merging.cuts import tie_key
+from operators.merging.method import Scope
+from operators.selection import Search, TopCut
+from operators.sparsify import top_mask
 
 COUNT = 5 << 32  # never held: only some of its elements are looked at
 STARTS = [(high << 32) + 7_000 * high for high in range(5)]
 PLACES = torch.cat([torch.arange(start, start + 100) for start in STARTS])
+SCOPE = Scope({"x": (COUNT,)}, 1, 0, {"scope": "model"})
 
 
-def search_of(ties: str) -> CutSearch:
-    scope = Scope({"x": (COUNT,)}, 1, 0, {"ties": ties, "scope": "model"})
-    return CutSearch(scope, MergeInput.deltas, ())
+def search_of(ties: str) -> Search:
+    return Search(50, COUNT, 0, 0, by_index=ties == "index")
 
 
 def test_the_upper_half_follows_the_word() -> None:
@@ -28,20 +28,19 @@ def test_the_upper_half_follows_the_word() -> None:
 
 @pytest.mark.parametrize("ties", ["hash", "index"])
 def test_exactly_as_many_stay_as_the_order_says(ties: str) -> None:
-    search = search_of(ties)
-    order = search._order(0, PLACES.numpy())
+    search, key = search_of(ties), tie_key(SCOPE, 0)
+    order = search.order(PLACES.numpy(), key)
     assert order.min() >= 0
-    assert order.max() <= search._top_order
-    last = search._top_order - int(np.sort(order)[::-1][122])  # the 123rd that stays
-    cut = TopCut(5, last, by_index=ties == "index", high_bits=search._high_bits)
+    assert order.max() < 1 << search.bits
+    last = (1 << search.bits) - 1 - int(np.sort(order)[::-1][122])  # the 123rd that stays
+    cut = search.cut(5, last)
     fives = torch.full((100,), 5, dtype=torch.int32).view(torch.float32)
-    key = tie_key(search.scope, 0)
     assert sum(int(top_mask(fives, cut, key, start).sum()) for start in STARTS) == 123
 
 
 def test_a_tied_bracket_holds_the_order_it_looks_for() -> None:
     search = search_of("hash")
-    settled = search._settle(Target(0, 50), Cut(5, 0, 100))
-    assert settled.search is not None
-    middle = search._top_order // 2
-    assert settled.search.low <= middle <= settled.search.high <= search._top_order
+    settled = search._among_equals(5, 50, 100)
+    assert isinstance(settled, Search)
+    middle = (5 << search.bits) + (1 << search.bits) // 2
+    assert 5 << search.bits <= settled.low <= middle <= settled.high < 6 << search.bits

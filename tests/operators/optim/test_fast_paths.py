@@ -1,4 +1,4 @@
-"""The compiled and the Triton path: the reference's masks and cuts, its weights to rounding."""
+"""The compiled and the Triton way, beside the eager one: masks, cuts, and weights to rounding."""
 
 import os
 import subprocess
@@ -9,13 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from operators.counter_random import counter_key, keep_mask
-from operators.native import CompilerError
+from operators.counter_random import counter_key, counter_words, keep_mask
+from operators.kernels import CHUNK
+from operators.kernels.compiler import CompilerError
+from operators.kernels.optimizer import (
+    Asked,
+    CompiledOptimizer,
+    Draws,
+    StepRange,
+    _library,
+)
 from operators.optim import OnlineMergingAdamW
-from operators.optim.fast import FastPath, _signed
-from operators.optim.layout import CHUNK
-from operators.optim.native import NativeKernels, _library
-from operators.optim.reference import SparseTau
+from operators.optim.fast import FastPath
+from operators.selection import begin_search
 from tests.operators.optim.helpers import make_parameters, make_tau, merging, set_gradients
 
 CASES = {
@@ -33,7 +39,7 @@ CASES = {
 def steps(kernels, options, num_steps: int = 6, shapes=None):
     """Parameters after steps on a path; None for the reference."""
     parameters = make_parameters()
-    optimizer = merging(eps=0.5, implementation="reference", **options)(parameters)
+    optimizer = merging(eps=0.5, implementation="eager", **options)(parameters)
     if kernels is not None:
         optimizer._path, optimizer._fast = "test", FastPath(kernels, optimizer._merger)
     for step in range(num_steps):
@@ -67,7 +73,7 @@ def by_triton(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("name", CASES)
 def test_the_fused_passes_move_weights_as_the_reference_does(by_triton, name: str) -> None:
     expected, reference = steps(None, CASES[name])
-    found, fast = steps(NativeKernels(), CASES[name])
+    found, fast = steps(CompiledOptimizer(), CASES[name])
     assert_close(found, expected)
     assert fast.reference_bytes() == reference.reference_bytes()
     assert_close(by_triton[name], expected, apart=2 if name.startswith("ties") else 0)
@@ -75,7 +81,7 @@ def test_the_fused_passes_move_weights_as_the_reference_does(by_triton, name: st
 
 def test_moments_have_the_reference_paths_bits() -> None:
     moments = []
-    for implementation in ("reference", "compiled"):
+    for implementation in ("eager", "compiled"):
         generator = torch.Generator().manual_seed(5)
         parameter = nn.Parameter(torch.randn(10_001, generator=generator))
         optimizer = OnlineMergingAdamW(
@@ -97,7 +103,7 @@ def test_the_reference_is_followed_over_many_steps_in_float64() -> None:
     for step in range(200):
         set_gradients(doubles, step)
         optimizer.step()
-    for kernels in (None, NativeKernels()):
+    for kernels in (None, CompiledOptimizer()):
         found, _ = steps(kernels, options, 200)
         for name, parameter in found.items():
             error = (parameter.double() - doubles[name]).norm() / doubles[name].norm()
@@ -110,19 +116,13 @@ def masks(kernels) -> list[torch.Tensor]:
     for start, key in MASKS:
         count = min(1000, (1 << 32) - start % (1 << 32))
         theta, gradient, mean, square = torch.zeros(4, count)
-        upper = (start >> 32) * 0x9E3779B9 % (1 << 32)
-        words = [0, 0, 0, key[0], key[1] ^ upper, int(0.3 * (1 << 32)) - 1]
         numbers = torch.tensor([0.1, 0.999, 0.001, 1.0, -1e-3, 1.0, 1.0, 0.0, 1.0, 0.0])
         kernels.dare_step(
-            theta,
-            gradient,
-            mean,
-            square,
+            StepRange(start, theta, gradient, mean, square),
             torch.ones(count, dtype=torch.bfloat16),
-            start,
-            torch.tensor([_signed(word) for word in words], dtype=torch.int32),
+            Draws((0, 0), key, 0.3),
             numbers,
-            False,
+            counting=False,
         )
         found.append(theta)
     return found
@@ -135,7 +135,7 @@ MASKS = [
 
 
 def test_masks_are_the_pinned_ones_at_any_index(by_triton) -> None:
-    for found in (masks(NativeKernels()), by_triton["masks"]):
+    for found in (masks(CompiledOptimizer()), by_triton["masks"]):
         for (start, key), theta in zip(MASKS, found, strict=True):
             assert torch.equal(theta, keep_mask(key, 0.3, start, theta.numel()).float())
 
@@ -155,7 +155,7 @@ def test_bits_do_not_depend_on_chunks_and_threads(density: float, monkeypatch) -
     size, results = 3 * CHUNK + 12_345, []
     for num_threads, chunk in ((1, 4 * CHUNK), (2, CHUNK), (3, CHUNK), (2, 2 * CHUNK)):
         torch.set_num_threads(num_threads)
-        monkeypatch.setattr(NativeKernels, "chunk", chunk)
+        monkeypatch.setattr(CompiledOptimizer, "chunk", chunk)
         generator = torch.Generator().manual_seed(3)
         parameter = nn.Parameter(torch.randn(size, generator=generator))
         tau = {"w": torch.randn(size, generator=generator)}
@@ -179,34 +179,29 @@ def test_bits_do_not_depend_on_chunks_and_threads(density: float, monkeypatch) -
         assert torch.equal(results[0], result)
 
 
-def test_a_sparse_tau_is_found_at_any_place() -> None:
-    dense = torch.zeros(50)
-    dense[[3, 4, 30]] = torch.tensor([1.0, 2.0, 3.0])
-    places = dense.nonzero().squeeze(1)
-    tau = SparseTau(places.int(), dense[places])
-    assert torch.equal(tau.at(torch.arange(50)), dense)
-    none = SparseTau(places[:0].int(), dense[:0])
-    assert torch.equal(none.at(torch.arange(50)), torch.zeros(50))
-
-
 def updates(kernels) -> list[torch.Tensor]:
-    """The update as the first pass makes it, and as it is made again of its moments."""
+    """The update as the first pass sees it, and as it is made again of its moments."""
     generator = torch.Generator().manual_seed(3)
     gradient = torch.randn(5000, generator=generator)
-    mean, square, second = torch.zeros(3, 5000)
+    mean, square = torch.zeros(2, 5000)
     numbers = torch.tensor([0.1, 0.999, 0.001, 1e-8, -3e-4, 0.0316, 1.0, 1.0, 0.0, 0.0])
-    first = kernels.ties_advance(gradient, mean, square, numbers, (0.0, 1e9), 5000)
-    again = kernels.ties_look(mean, square, numbers, (0.0, 1e9), 5000)
-    assert torch.equal(torch.cat(again.inside), torch.cat(first.inside))
-    assert (first.num_above, first.num_inside) == (0, 5000)
-    kernels.note_update(mean, square, second, numbers)
-    return [mean, square, torch.cat(first.inside), second]
+    part = StepRange(0, torch.zeros(5000), gradient, mean, square)
+    asked = Asked(begin_search(2500, 5000, may_collect=False), (1, 2), 5000)
+    first = kernels.advance(part, numbers, asked)
+    again = kernels.look(part, numbers, asked)
+    assert torch.equal(torch.from_numpy(again.kept), torch.from_numpy(first.kept))
+    assert first.inside.tolist() == again.inside.tolist()
+    assert (first.above, first.inside.sum()) == (0, 5000)
+    return [mean, square, torch.from_numpy(first.kept), kernels.updates(part, numbers)]
 
 
 def test_an_update_has_the_same_bits_in_every_pass(by_triton) -> None:
-    """A cut that one pass finds is applied by another."""
-    for mean, square, first, second in (updates(NativeKernels()), by_triton["updates"]):
-        assert torch.equal(first, second.abs())
+    """A cut that one pass finds is applied by another: keys hold magnitudes above words."""
+    for mean, square, keys, second in (updates(CompiledOptimizer()), by_triton["updates"]):
+        keys = keys + (1 << 32)  # the bracket began at the magnitude 1
+        assert torch.equal(keys >> 32, second.abs().view(torch.int32).long())
+        words = counter_words((1, 2), 0, 5000)
+        assert torch.equal(keys & 0xFFFFFFFF, 0xFFFFFFFF - words)
         by_hand = mean.double() * -3e-4 / (square.double().sqrt() / 0.0316 + 1e-8)
         assert torch.allclose(second.double(), by_hand, rtol=1e-6)
 
@@ -214,7 +209,7 @@ def test_an_update_has_the_same_bits_in_every_pass(by_triton) -> None:
 def test_a_guess_that_misses_is_made_good() -> None:
     """Gradients that grow and shrink a thousandfold move the cut out of every bracket."""
     results = []
-    for kernels in (None, NativeKernels()):
+    for kernels in (None, CompiledOptimizer()):
         parameter = nn.Parameter(torch.zeros(5000))
         optimizer = OnlineMergingAdamW(
             [("w", parameter)],
@@ -225,7 +220,7 @@ def test_a_guess_that_misses_is_made_good() -> None:
             consensus="ties",
             density=0.1,
             alpha=0.0,
-            implementation="reference",
+            implementation="eager",
         )
         if kernels is not None:
             optimizer._path, optimizer._fast = "test", FastPath(kernels, optimizer._merger)
@@ -243,7 +238,7 @@ def test_a_guess_that_misses_is_made_good() -> None:
 def test_equal_magnitudes_are_decided_as_on_the_reference_path() -> None:
     tau = {"w": torch.ones(1000)}
     results = []
-    for kernels in (None, NativeKernels()):
+    for kernels in (None, CompiledOptimizer()):
         parameter = nn.Parameter(torch.zeros(1000))
         optimizer = OnlineMergingAdamW(
             [("w", parameter)],
@@ -252,7 +247,7 @@ def test_equal_magnitudes_are_decided_as_on_the_reference_path() -> None:
             consensus="ties",
             density=0.3,
             alpha=0.5,
-            implementation="reference",
+            implementation="eager",
         )
         if kernels is not None:
             optimizer._path, optimizer._fast = "test", FastPath(kernels, optimizer._merger)
@@ -267,7 +262,7 @@ def test_groups_and_excluded_parameters_go_fast_too() -> None:
     tau = make_tau()
     del tau["embed"]
     results = []
-    for kernels in (None, NativeKernels()):
+    for kernels in (None, CompiledOptimizer()):
         parameters = make_parameters()
         named = list(parameters.items())
         optimizer = OnlineMergingAdamW(
@@ -279,7 +274,7 @@ def test_groups_and_excluded_parameters_go_fast_too() -> None:
             tau,
             eps=0.5,
             missing_delta="exclude",
-            implementation="reference",
+            implementation="eager",
         )
         if kernels is not None:
             optimizer._path, optimizer._fast = "test", FastPath(kernels, optimizer._merger)
@@ -294,7 +289,7 @@ TINY = {"density": 0.4, "alpha": 1e-8, "lr": 1e-7}
 
 
 def test_merges_without_effect_are_counted_on_every_path(by_triton) -> None:
-    shares = [steps(k, TINY, 1)[1].unchanged_share() for k in (None, NativeKernels())]
+    shares = [steps(k, TINY, 1)[1].unchanged_share() for k in (None, CompiledOptimizer())]
     assert 0 < shares[0] < 1
     assert [*shares, by_triton["unchanged"]] == pytest.approx([shares[0]] * 3, abs=0.03)
 
@@ -308,18 +303,18 @@ def test_the_path_is_chosen_by_size_said_once_and_kept(monkeypatch, caplog) -> N
             set_gradients(parameters, step)
             optimizer.step()
     assert [r.message for r in caplog.records] == [
-        "online merging: reference path, 145 float32 elements are too few to compile for"
+        "online merging: eager path, 145 float32 elements are too few to compile for"
     ]
-    assert optimizer.path == "reference"
+    assert optimizer.path == "eager"
     saved = optimizer.state_dict()
-    assert saved["param_groups"][0]["path"] == "reference"
+    assert saved["param_groups"][0]["path"] == "eager"
     # A resumed run keeps its path, whatever `auto` would take there.
-    monkeypatch.setattr("operators.optim.path.WORTH_COMPILING", 1)
+    monkeypatch.setattr("operators.kernels.choice.WORTH_COMPILING", 1)
     resumed = merging(alpha=0.1)(parameters)
     resumed.load_state_dict(saved)
     set_gradients(parameters, 2)
     resumed.step()
-    assert resumed.path == "reference"
+    assert resumed.path == "eager"
 
 
 def test_a_state_from_a_machine_with_another_path_goes_on() -> None:
@@ -333,22 +328,22 @@ def test_a_state_from_a_machine_with_another_path_goes_on() -> None:
     resumed.load_state_dict(saved)
     set_gradients(parameters, 1)
     resumed.step()
-    assert resumed.path == "reference"
+    assert resumed.path == "eager"
 
 
 def test_auto_does_without_a_compiler_and_compiled_says_what_is_missing(monkeypatch) -> None:
-    monkeypatch.setattr("operators.optim.path.WORTH_COMPILING", 1)
-    monkeypatch.setattr("operators.native.COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr("operators.kernels.choice.WORTH_COMPILING", 1)
+    monkeypatch.setattr("operators.kernels.compiler.COMPILERS", ("no-such-compiler",))
     _library.cache_clear()
     parameters = make_parameters()
     set_gradients(parameters, 0)
     optimizer = merging(alpha=0.1)(parameters)
     optimizer.step()
-    assert optimizer.path == "reference"
+    assert optimizer.path == "eager"
     optimizer = merging(alpha=0.1, implementation="compiled")(parameters)
     with pytest.raises(ValueError, match=r"'compiled' does not work here \(no C compiler found"):
         optimizer.step()
-    with pytest.raises(ValueError, match="implementation: found 'fused'; allowed: 'auto', 'ref"):
+    with pytest.raises(ValueError, match="implementation: found 'fused'; allowed: 'auto', 'eag"):
         merging(implementation="fused")(parameters)
 
 
@@ -356,10 +351,10 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path) -> None:
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho 'cannot find math.h' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    monkeypatch.setattr("operators.native.COMPILERS", (str(compiler),))
+    monkeypatch.setattr("operators.kernels.compiler.COMPILERS", (str(compiler),))
     _library.cache_clear()
     with pytest.raises(CompilerError, match=r"^cannot find math\.h$"):
-        NativeKernels()
+        CompiledOptimizer()
 
 
 def test_triton_needs_a_gpu() -> None:

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from operators.kernels import CHUNK
+from operators.kernels.optimizer import CompiledOptimizer
 from operators.optim import OnlineMergingAdamW
 from operators.optim.fast import FastPath
-from operators.optim.layout import CHUNK
-from operators.optim.native import NativeKernels
 
 SIZE = 9 * CHUNK + 123
 
@@ -36,10 +36,10 @@ def stepped(options, *, fast: bool = False):
     """A parameter of several chunks, its optimizer after two steps, and its tau."""
     parameter, tau = nn.Parameter(torch.zeros(SIZE)), torch.full((SIZE,), 1e-3)
     optimizer = OnlineMergingAdamW(
-        [("w", parameter)], {"w": tau}, implementation="reference", **options
+        [("w", parameter)], {"w": tau}, implementation="eager", **options
     )
     if fast:
-        optimizer._path, optimizer._fast = "test", FastPath(NativeKernels(), optimizer._merger)
+        optimizer._path, optimizer._fast = "test", FastPath(CompiledOptimizer(), optimizer._merger)
     for step in range(2):
         parameter.grad = torch.randn(SIZE, generator=torch.Generator().manual_seed(step))
         optimizer.step()
@@ -59,15 +59,15 @@ def stepped(options, *, fast: bool = False):
 )
 def test_temporaries_are_bounded_by_a_chunk(options, fast: bool, monkeypatch) -> None:
     parameter, optimizer, tau = stepped(options, fast=fast)
-    monkeypatch.setattr(NativeKernels, "chunk", CHUNK)
+    monkeypatch.setattr(CompiledOptimizer, "chunk", CHUNK)
     state = [t for t in optimizer.state[parameter].values() if isinstance(t, Tensor)]
-    kept = list(optimizer._reference._dense.values())
-    for top in optimizer._reference._top.values():
+    kept = list(optimizer._tau._dense.values())
+    for top in optimizer._tau._kept.values():
         kept += [top] if isinstance(top, Tensor) else [top.indices, top.values]
     with LargestTensor([parameter, parameter.grad, tau, *state, *kept]) as largest:
         for _ in range(2):
             optimizer.step()
-    # A chunk in float64 or int64; NativeKernels makes temporaries that a fused pass has not.
+    # A chunk in float64 or int64; CompiledOptimizer makes temporaries that a fused pass has not.
     assert 0 < largest.num_bytes <= (16 if fast else 8) * CHUNK
 
 
@@ -105,7 +105,7 @@ def test_the_first_step_makes_no_more_than_what_is_kept(density: float) -> None:
         {"w": tau},
         density=density,
         consensus="ties",
-        implementation="reference",
+        implementation="eager",
     )
     parameter.grad = torch.randn(SIZE)
     with LargestTensor([parameter, parameter.grad, tau]) as largest:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from operators.kernels.optimizer import CompiledOptimizer
 from operators.optim import OnlineMerging, OnlineMergingAdamW, ShardLayout
 from operators.optim.fast import FastPath
-from operators.optim.native import NativeKernels
 
 SHAPES = {"weight": (7, 5), "norm": (11,), "embed": (33, 3), "few_rows": (2, 3), "scalar": (1,)}
 NUM_STEPS = 4
@@ -55,7 +55,7 @@ def make(parameters: dict[str, nn.Parameter], options, *, wrap: bool = False):
         parameters.items(), tau(), lr=1e-2, eps=0.5, implementation="reference", **options
     )
     if fast:
-        optimizer._path, optimizer._fast = "test", FastPath(NativeKernels(), optimizer._merger)
+        optimizer._path, optimizer._fast = "test", FastPath(CompiledOptimizer(), optimizer._merger)
     return optimizer
 
 

@@ -4,19 +4,19 @@ import sys
 
 import torch
 
-from operators.optim.triton_kernels import TritonKernels
+from operators.kernels.triton_optimizer import TritonOptimizer
 from tests.operators.optim.test_fast_paths import CASES, TINY, masks, steps, updates
 
 
 def main(path: str) -> None:
     """Save parameters after each case, an update with its moments, and a share."""
     results = {
-        name: {n: p.detach() for n, p in steps(TritonKernels(), options)[0].items()}
+        name: {n: p.detach() for n, p in steps(TritonOptimizer(), options)[0].items()}
         for name, options in CASES.items()
     }
-    results["masks"] = masks(TritonKernels())
-    results["updates"] = updates(TritonKernels())
-    results["unchanged"] = steps(TritonKernels(), TINY, 1)[1].unchanged_share()
+    results["masks"] = masks(TritonOptimizer())
+    results["updates"] = updates(TritonOptimizer())
+    results["unchanged"] = steps(TritonOptimizer(), TINY, 1)[1].unchanged_share()
     torch.save(results, path)
 
 

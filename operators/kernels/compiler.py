@@ -1,4 +1,4 @@
-"""Loops in C, compiled for this machine when they are first wanted."""
+"""Building C for this machine, when it is first wanted."""
 
 import ctypes
 import shutil

@@ -1,40 +1,51 @@
-"""The reference delta of an optimizer: which parameters have one, and where it lives.
+"""tau, the reference delta `theta_ref - theta_base`: where it comes from, and where it lives.
 
 Dense (OnDARE) it takes 2 bytes for each element of this rank's shards in bfloat16; of top_p(tau)
 (OnTIES), which is constant, only indices and values are kept where those are smaller.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from operators.optim.delta import DeltaSource, MappingDelta
+from operators.kernels.optimizer import SparseTau
 from operators.optim.layout import ShardLayout
 from operators.optim.options import check_choice
-from operators.sparsify import TopCut, top_mask
 
 MissingDelta = Literal["error", "zero_rows", "exclude"]
 DeltaPlacement = Literal["device", "host", "source"]
+Keep = Callable[[Tensor, int], Tensor]  # of a float32 chunk on the host, and its first global index
 _Place = tuple[str, int]  # a layout's name and first index
 
 
-@dataclass(frozen=True, slots=True)
-class SparseTau:
-    """What is kept of a range of top_p(tau): ascending places in the range, and their values."""
+class DeltaSource(Protocol):
+    """Gives any flat range of any parameter's tau, so that a rank reads only what it owns."""
 
-    places: Tensor  # (kept,) int32
-    values: Tensor  # (kept,)
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Global shape of a parameter's tau; None if the source has none for it."""
+        ...
 
-    def at(self, places: Tensor) -> Tensor:
-        """The values at int64 places, 0 where nothing is kept: float32."""
-        found = torch.searchsorted(self.places, places.int())
-        found.clamp_(max=max(0, len(self.places) - 1))
-        if len(self.places) == 0:
-            return torch.zeros(len(places), device=places.device)
-        return torch.where(self.places[found] == places, self.values[found].float(), 0.0)
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a parameter's tau, row-major: (stop - start,) float32."""
+        ...
+
+
+class MappingDelta:
+    """A `DeltaSource` around a mapping of parameter names to whole tensors."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of the tensor of that name; None if there is none."""
+        return tuple(self._tensors[name].shape) if name in self._tensors else None
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """A flat range of the tensor of that name."""
+        return self._tensors[name].detach().reshape(-1)[start:stop].to(torch.float32)
 
 
 @dataclass(slots=True)
@@ -60,8 +71,8 @@ class _Sparse:
         return dense.zero_().scatter_(0, places, part.values.to(dense.device).float())
 
 
-class ReferenceDelta:
-    """tau as the optimizer uses it: checked, padded, rounded to `dtype`, by chunk.
+class Tau:
+    """tau as an optimizer uses it: checked, padded, rounded to `dtype`, by chunk.
 
     Args:
         source: tensors by name, a `DeltaSource`, or None where no group has an alpha above 0.
@@ -89,7 +100,7 @@ class ReferenceDelta:
         self.source = MappingDelta(source) if isinstance(source, Mapping) else source
         self._missing, self._placement, self._dtype = missing, placement, dtype
         self._dense: dict[_Place, Tensor] = {}
-        self._top: dict[_Place, Tensor | _Sparse | TopCut] = {}
+        self._kept: dict[_Place, Tensor | _Sparse | Keep] = {}
 
     def covers(self, layout: ShardLayout) -> bool:
         """Whether a parameter takes part in merging.
@@ -145,74 +156,74 @@ class ReferenceDelta:
             self._dense[place] = kept
         return self._dense[place]
 
-    def has_top(self, layout: ShardLayout) -> bool:
-        """Whether `keep_top` was called for this layout."""
-        return (layout.name, layout.start) in self._top
+    def has_kept(self, layout: ShardLayout) -> bool:
+        """Whether `keep` was called for this layout."""
+        return (layout.name, layout.start) in self._kept
 
-    def keep_top(
-        self,
-        layout: ShardLayout,
-        cut: TopCut,
-        key: tuple[int, int],
-        density: float,
-        device: torch.device,
-    ) -> None:
-        """Keep top_p(tau) of a layout, whose place in its parameter's order `cut` says."""
+    def keep(self, layout: ShardLayout, keep: Keep, density: float, device: torch.device) -> None:
+        """Keep what a sparsifier leaves of a layout's tau, where that never changes.
+
+        Args:
+            keep: makes it of a chunk.
+            density: the share of elements that it leaves.
+        """
         place = (layout.name, layout.start)
         if self._placement == "source":
-            self._top[place] = cut
+            self._kept[place] = keep
             return
-        width, sparse = self._dtype.itemsize, layout.count < 1 << 31  # int32 numbers the rest
-        if not sparse or density * (4 + width) >= width:
-            dense = self._empty(layout.count, device)
-            for start, tau, mask in self._masked_chunks(layout, cut, key):
-                done = start - layout.start
-                dense[done : done + tau.numel()] = torch.where(mask, tau, 0.0)
-            self._top[place] = dense
+        width, small = self._dtype.itemsize, layout.count < 1 << 31  # int32 numbers the rest
+        parts = self._kept_chunks(layout, keep)
+        if small and density * (4 + width) < width:
+            self._kept[place] = self._sparse(parts, device)
             return
-        chunks, num_kept = {}, 0
-        for start, _, mask in self._masked_chunks(layout, cut, key):
-            chunks[start - layout.start] = slice(num_kept, num_kept + int(mask.sum()))
-            num_kept = chunks[start - layout.start].stop
-        found = _Sparse(
+        dense = self._empty(layout.count, device)
+        for done, values in parts:
+            dense[done : done + values.numel()] = values
+        self._kept[place] = dense
+
+    def _sparse(self, parts: Iterator[tuple[int, Tensor]], device: torch.device) -> _Sparse:
+        """What is kept of chunks, by its indices."""
+        indices, found, chunks, num_kept = [], [], {}, 0
+        for done, values in parts:
+            places = values.nonzero().squeeze(1)
+            indices.append((places + done).int())
+            found.append(values[places].to(self._dtype))
+            chunks[done] = slice(num_kept, num_kept + len(places))
+            num_kept = chunks[done].stop
+        sparse = _Sparse(
             self._empty(num_kept, device, torch.int32), self._empty(num_kept, device), chunks
         )
-        for start, tau, mask in self._masked_chunks(layout, cut, key):
-            done = start - layout.start
-            places = mask.nonzero().squeeze(1)
-            found.indices[chunks[done]] = (places + done).int().to(found.indices.device)
-            found.values[chunks[done]] = tau[places].to(self._dtype).to(found.values.device)
-        self._top[place] = found
+        for own, part, values in zip(chunks.values(), indices, found, strict=True):
+            sparse.indices[own], sparse.values[own] = part, values
+        return sparse
 
-    def _masked_chunks(
-        self, layout: ShardLayout, cut: TopCut, key: tuple[int, int]
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """A layout in chunks: first index, tau (float32 on the host), and what of it stays."""
+    def _kept_chunks(self, layout: ShardLayout, keep: Keep) -> Iterator[tuple[int, Tensor]]:
+        """What is kept of a layout in chunks, float32 on the host, each with its first index."""
         for start, at in layout.chunks():
-            tau = self.read(layout, start, at.stop - at.start)
-            yield start, tau, top_mask(tau, cut, key, start)
+            yield start - layout.start, keep(self.read(layout, start, at.stop - at.start), start)
 
-    def top_chunk(
-        self, layout: ShardLayout, key: tuple[int, int], start: int, room: Tensor
-    ) -> Tensor:
-        """top_p(tau)'s elements from `start` on, whole chunks of the layout, as many as `room` has:
-        on its device, zero where dropped; written into `room`, which is float32, unless they stand
+    def kept_chunk(self, layout: ShardLayout, start: int, room: Tensor) -> Tensor:
+        """The kept elements from `start` on, whole chunks of the layout, as many as `room` has: on
+        its device, zero where dropped; written into `room`, which is float32, unless they stand
         there already as they are wanted.
         """
-        kept, done, count = self._top[layout.name, layout.start], start - layout.start, room.numel()
+        kept, done, count = (
+            self._kept[layout.name, layout.start],
+            start - layout.start,
+            room.numel(),
+        )
         if isinstance(kept, _Sparse):
             return kept.write(done, room)
         if isinstance(kept, Tensor):
             return kept[done : done + count].to(room.device)
-        tau = self.read(layout, start, count)
-        tau = torch.where(top_mask(tau, kept, key, start), tau, 0.0)
+        tau = kept(self.read(layout, start, count), start)
         return room.copy_(tau.to(self._dtype))
 
-    def top_sparse(self, layout: ShardLayout, start: int, count: int) -> SparseTau | None:
-        """top_p(tau)'s elements [start, start + count), whole chunks of the layout, as they are
-        kept; None where they are not kept so.
+    def kept_sparse(self, layout: ShardLayout, start: int, count: int) -> SparseTau | None:
+        """The kept elements [start, start + count), whole chunks of the layout, as they are kept;
+        None where they are not kept by their indices.
         """
-        kept = self._top[layout.name, layout.start]
+        kept = self._kept[layout.name, layout.start]
         return kept.part(start - layout.start, count) if isinstance(kept, _Sparse) else None
 
     def prepare(self, layout: ShardLayout, device: torch.device) -> None:
@@ -223,7 +234,7 @@ class ReferenceDelta:
     def num_bytes(self) -> int:
         """Bytes that are kept on this rank, wherever they live."""
         tensors = list(self._dense.values())
-        for kept in self._top.values():
+        for kept in self._kept.values():
             if isinstance(kept, _Sparse):
                 tensors += [kept.indices, kept.values]
             elif isinstance(kept, Tensor):

@@ -1,4 +1,4 @@
-"""The fast path's passes on a GPU, as Triton kernels: the same arithmetic as `kernels.c`."""
+"""The optimizers' passes on a GPU, as Triton kernels: the same arithmetic as `optimizer.c`."""
 # Triton's decorator is untyped, and what kernels take are no Python types.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
@@ -10,11 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from operators.optim.binding import first_not_finite
-from operators.optim.cut_search import Ends, Found
-from operators.optim.fast import Counts
-from operators.optim.layout import CHUNK
-from operators.optim.reference import SparseTau
+from operators.counter_random import GOLDEN, WORDS
+from operators.kernels import CHUNK
+from operators.kernels.optimizer import (
+    Asked,
+    Counts,
+    Draws,
+    Key,
+    SparseTau,
+    StepRange,
+    Ties,
+    first_not_finite,
+)
+from operators.selection import Seen, Tally
 
 BLOCK = 1024  # elements of a program
 T = TypeVar("T")
@@ -34,12 +42,17 @@ def _mix(x):
 
 
 @triton.jit
-def _kept(index, words, first: tl.constexpr):
-    """The Bernoulli mask of elements, by key and largest kept word at `words + first`."""
+def _word(index, words, first: tl.constexpr):
+    """The counter hash's words of elements, by the prepared key at `words + first`."""
     low = tl.load(words + first).to(tl.uint32, bitcast=True)
     high = tl.load(words + first + 1).to(tl.uint32, bitcast=True)
-    largest = tl.load(words + first + 2).to(tl.uint32, bitcast=True)
-    return _mix(_mix(index ^ low) ^ high) <= largest
+    return _mix(_mix(index ^ low) ^ high)
+
+
+@triton.jit
+def _kept(index, words, first: tl.constexpr):
+    """Whether elements' words are at most the one that follows the key at `words + first`."""
+    return _word(index, words, first) <= tl.load(words + first + 2).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -120,7 +133,7 @@ def _dare_kernel(
 
 
 @triton.jit
-def _ties_advance_kernel(
+def _advance_kernel(
     gradient_ptr, mean_ptr, square_ptr, delta_ptr, numbers, size, block: tl.constexpr
 ):
     """OnTIES' first pass."""
@@ -151,20 +164,28 @@ def _ties_kernel(
     mean_ptr,
     square_ptr,
     tau_ptr,
+    start,
+    words,
     numbers,
     counts,
     size,
     has_tau: tl.constexpr,
+    has_ties: tl.constexpr,
     counting: tl.constexpr,
     block: tl.constexpr,
 ):
-    """OnTIES' second pass: eq. 7 of the updates at or above the cut, and top_p(tau)."""
+    """OnTIES' second pass: eq. 7 of the updates that top-p keeps, and top_p(tau)."""
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < size
     mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
     square = tl.load(square_ptr + at, mask=inside, other=0.0)
     delta = _delta(mean, square, numbers)
-    change = tl.where(tl.abs(delta) >= tl.load(numbers + 9), delta, 0.0) * tl.load(numbers + 7)
+    cut = tl.load(numbers + 9)
+    keeps = tl.abs(delta) >= cut
+    if has_ties:
+        index = start.to(tl.uint32) + at.to(tl.uint32)
+        keeps = keeps & ((tl.abs(delta) > cut) | _kept(index, words, 0))
+    change = tl.where(keeps, delta, 0.0) * tl.load(numbers + 7)
     if has_tau:
         tau = tl.load(tau_ptr + at, mask=inside, other=0.0).to(tl.float32)
         drift = tau * tl.load(numbers + 8)
@@ -175,8 +196,8 @@ def _ties_kernel(
     _write(theta_ptr, at, inside, change, numbers, counts, counting)
 
 
-class TritonKernels:
-    """`operators.optim.fast.Kernels` on a GPU, or on a CPU in Triton's interpreter."""
+class TritonOptimizer:
+    """`OptimizerKernels` on a GPU, or on a CPU in Triton's interpreter."""
 
     chunk = 4 * CHUNK
     takes_sparse = False
@@ -189,36 +210,27 @@ class TritonKernels:
         """Position of the first gradient with Inf or NaN."""
         return first_not_finite(gradients)
 
-    def plain_step(
-        self, theta: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, numbers: Tensor
-    ) -> None:
+    def plain_step(self, part: StepRange, numbers: Tensor) -> None:
         """AdamW."""
-        _launch(_plain_kernel, theta.numel(), theta, gradient, mean, square, numbers)
+        tensors = (part.theta, part.gradient, part.mean, part.square)
+        _launch(_plain_kernel, part.mean.numel(), *tensors, numbers)
 
     def dare_step(
-        self,
-        theta: Tensor,
-        gradient: Tensor,
-        mean: Tensor,
-        square: Tensor,
-        tau: Tensor | None,
-        start: int,
-        words: Tensor,
-        numbers: Tensor,
-        counting: bool,
+        self, part: StepRange, tau: Tensor | None, draws: Draws, numbers: Tensor, *, counting: bool
     ) -> Counts:
         """OnDARE around AdamW."""
-        counts = torch.zeros(2, dtype=torch.int32, device=theta.device)
+        counts = torch.zeros(2, dtype=torch.int32, device=part.theta.device)
+        largest = draws.largest_word
         _launch(
             _dare_kernel,
-            theta.numel(),
-            theta,
-            gradient,
-            mean,
-            square,
-            theta if tau is None else tau,
-            start % (1 << 32),
-            words,
+            part.mean.numel(),
+            part.theta,
+            part.gradient,
+            part.mean,
+            part.square,
+            part.theta if tau is None else tau,
+            part.start % WORDS,
+            _words(part, (draws.update, largest), (draws.tau, largest)),
             numbers,
             counts,
             has_tau=tau is not None,
@@ -226,73 +238,69 @@ class TritonKernels:
         )
         return (counts[0], counts[1]) if counting else None
 
-    def ties_advance(
-        self,
-        gradient: Tensor,
-        mean: Tensor,
-        square: Tensor,
-        numbers: Tensor,
-        ends: Ends,
-        room: int,
-    ) -> Found:
+    def advance(self, part: StepRange, numbers: Tensor, asked: Asked | None) -> Seen | None:
         """OnTIES' first pass."""
-        delta = torch.empty_like(mean)
-        _launch(_ties_advance_kernel, delta.numel(), gradient, mean, square, delta, numbers)
-        return _look(delta, ends, room)
+        delta = torch.empty_like(part.mean)
+        tensors = (part.gradient, part.mean, part.square)
+        _launch(_advance_kernel, delta.numel(), *tensors, delta, numbers)
+        return None if asked is None else _looked(delta, part, asked)
 
-    def ties_look(
-        self, mean: Tensor, square: Tensor, numbers: Tensor, ends: Ends, room: int
-    ) -> Found:
+    def look(self, part: StepRange, numbers: Tensor, asked: Asked) -> Seen:
         """The same look once the moments are advanced."""
-        delta = torch.empty_like(mean)
-        self.note_update(mean, square, delta, numbers)
-        return _look(delta, ends, room)
+        return _looked(self.updates(part, numbers), part, asked)
 
-    def equal_places(
-        self, mean: Tensor, square: Tensor, numbers: Tensor, magnitude: float
-    ) -> Tensor:
-        """Where the update has a magnitude."""
-        delta = torch.empty_like(mean)
-        self.note_update(mean, square, delta, numbers)
-        return (delta.abs_() == magnitude).nonzero().squeeze(1)
-
-    def note_update(self, mean: Tensor, square: Tensor, delta: Tensor, numbers: Tensor) -> None:
-        """The update of moments that are advanced already."""
-        _launch(_update_kernel, delta.numel(), mean, square, delta, numbers)
+    def updates(self, part: StepRange, numbers: Tensor) -> Tensor:
+        """What AdamW adds, of moments that are advanced."""
+        delta = torch.empty_like(part.mean)
+        _launch(_update_kernel, delta.numel(), part.mean, part.square, delta, numbers)
+        return delta
 
     def ties_step(
         self,
-        theta: Tensor,
-        mean: Tensor,
-        square: Tensor,
+        part: StepRange,
         tau: Tensor | SparseTau | None,
         numbers: Tensor,
+        ties: Ties | None,
+        *,
         counting: bool,
     ) -> Counts:
         """OnTIES' second pass."""
         assert not isinstance(tau, SparseTau)
-        counts = torch.zeros(2, dtype=torch.int32, device=theta.device)
+        counts = torch.zeros(2, dtype=torch.int32, device=part.theta.device)
+        chosen = ((0, 0), 0) if ties is None else (ties.key, ties.last_word)
         _launch(
             _ties_kernel,
-            theta.numel(),
-            theta,
-            mean,
-            square,
-            theta if tau is None else tau,
+            part.mean.numel(),
+            part.theta,
+            part.mean,
+            part.square,
+            part.theta if tau is None else tau,
+            part.start % WORDS,
+            _words(part, chosen),
             numbers,
             counts,
             has_tau=tau is not None,
+            has_ties=ties is not None,
             counting=counting,
         )
         return (counts[0], counts[1]) if counting else None
 
 
-def _look(delta: Tensor, ends: Ends, room: int) -> Found:
-    """What is near a cut of updates, which are spoilt."""
-    (low, high), size = ends, delta.abs_()
-    inside = size[(size >= low) & (size <= high)]
-    found = [inside] if inside.numel() <= room else []
-    return Found(int((size > high).sum()), inside.numel(), found)
+def _words(part: StepRange, *chosen: tuple[Key, int]) -> Tensor:
+    """Keys, with the upper half of a range's indices folded in, and the largest words that stay:
+    int32 with the bits of unsigned words.
+    """
+    upper = (part.start >> 32) * GOLDEN % WORDS
+    words = [word for (low, high), last in chosen for word in (low, high ^ upper, last)]
+    signed = [word - WORDS if word >= WORDS // 2 else word for word in words]
+    return torch.tensor(signed, dtype=torch.int32, device=part.theta.device)
+
+
+def _looked(delta: Tensor, part: StepRange, asked: Asked) -> Seen:
+    """What a look sees of updates."""
+    tally = Tally(asked.search, asked.key, asked.keep)
+    tally.look(delta, part.start)
+    return tally.seen()
 
 
 def _launch(kernel: Any, size: int, *arguments: Any, **constants: Any) -> None:

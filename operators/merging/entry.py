@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from operators.kernels import CHUNK
+from operators.kernels.merging import MergingKernels
 from operators.merging.gathering import gather
-from operators.merging.method import CHUNK, MergeContext, MergeInput, Method
+from operators.merging.method import MergeContext, MergeInput, Method
 from operators.merging.table import METHODS
 
 
@@ -23,6 +25,7 @@ def merge_tensor(
     start: int = 0,
     shape: tuple[int, ...] | None = None,
     context: MergeContext | None = None,
+    kernels: MergingKernels | None = None,
     **parameters: Any,
 ) -> Tensor:
     """Merge one tensor, or the flat range of it that begins at element `start`.
@@ -37,6 +40,7 @@ def merge_tensor(
         shape: global shape of the tensor that the range is from; default the models' own.
         context: what a gathering found of the whole (operators.merging.method); without one it is
             found here, for which the whole tensor is needed.
+        kernels: compiled passes (operators.kernels.choice), which give the same bits; None: eager.
         **parameters: the method's parameters; `lambda_` is `lambda`; per-model ones may be lists.
 
     Returns:
@@ -64,6 +68,7 @@ def merge_tensor(
         seed=seed,
         start=start,
         parameters=complete,
+        kernels=kernels,
     )
     return merge_range(method, work, context).view(own)
 

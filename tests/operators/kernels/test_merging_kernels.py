@@ -1,43 +1,35 @@
-"""The compiled passes give the plain ones' bits, whatever the numbers."""
+"""The compiled passes beside the eager ones: the same bits, whatever the numbers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from operators import passes
 from operators.consensus import sign_elect, weighted_sum
 from operators.counter_random import keep_mask
+from operators.kernels import merging
+from operators.kernels.choice import WORTH_COMPILING, merging_kernels
+from operators.kernels.merging import MergingKernels
 from operators.merging import merge_tensor
 from operators.merging.method import MergeInput
-from operators.sparsify import TopCut, kept_between, magprune, masked, top_mask
+from operators.selection import TopCut
+from operators.sparsify import kept_between, magprune, masked, top_mask
 
 KEY = (0x12345678, 0x9ABCDEF0)
 BEFORE_2_32 = (1 << 32) - 700  # the upper half of the index changes inside a block
 
 
-@pytest.fixture(autouse=True)
-def unloaded() -> Iterator[None]:
-    passes.unload()
-    yield
-    passes.unload()
+COMPILED = MergingKernels()
+Run = Callable[[MergingKernels | None], Tensor]
 
 
-def both(run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """A result by the plain and by the compiled passes."""
-    passes.unload()
-    plain = run()
-    assert passes.load()
-    return plain, run()
-
-
-def assert_same_bits(run: Callable[[], Tensor]) -> None:
-    plain, compiled = both(run)
-    assert plain.dtype == compiled.dtype
-    kind = torch.int32 if plain.dtype == torch.float32 else plain.dtype
-    assert torch.equal(plain.view(kind), compiled.view(kind))
+def assert_same_bits(run: Run) -> None:
+    eager, compiled = run(None), run(COMPILED)
+    assert eager.dtype == compiled.dtype
+    kind = torch.int32 if eager.dtype == torch.float32 else eager.dtype
+    assert torch.equal(eager.view(kind), compiled.view(kind))
 
 
 def values(kind: str, *shape: int) -> Tensor:
@@ -65,7 +57,7 @@ KINDS = ("normal", "tied", "outliers", "octaves", "zeros", "tiny", "not finite")
 
 @pytest.mark.parametrize("start", [0, 12345, BEFORE_2_32])
 def test_masks_at_random(start: int) -> None:
-    assert_same_bits(lambda: keep_mask(KEY, 0.37, start, 3001))
+    assert_same_bits(lambda kernels: keep_mask(KEY, 0.37, start, 3001, kernels=kernels))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,9 +68,11 @@ def test_masks_by_a_cut(kind: str, word: int | None) -> None:
     cut = TopCut(int(keys[2000]), word)
     inner = TopCut(int(keys[2500]), None if word is None else 1 << 31)
     for other in (None, inner):
-        assert_same_bits(lambda other=other: kept_between(x, cut, other, KEY, BEFORE_2_32))
+        assert_same_bits(
+            lambda kernels, other=other: kept_between(x, cut, other, KEY, BEFORE_2_32, kernels)
+        )
     mask = top_mask(x, cut, KEY, 0)
-    assert_same_bits(lambda: masked(x, mask))
+    assert_same_bits(lambda kernels: masked(x, mask, kernels))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,7 +80,11 @@ def test_masks_by_a_cut(kind: str, word: int | None) -> None:
 @pytest.mark.parametrize("rescale", [True, False])
 def test_magprune(kind: str, width: int, rescale: bool) -> None:
     rows = values(kind, 5, max(width, 8))[:, :width].contiguous()
-    assert_same_bits(lambda: magprune(rows, 0.5, 0.15, KEY, BEFORE_2_32, rescale=rescale))
+    assert_same_bits(
+        lambda kernels: magprune(
+            rows, 0.5, 0.15, KEY, BEFORE_2_32, rescale=rescale, kernels=kernels
+        )
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,39 +92,42 @@ def test_magprune(kind: str, width: int, rescale: bool) -> None:
 def test_weighted_sums(kind: str, normalize: bool) -> None:
     deltas = [values(kind, 3001).roll(i) for i in range(3)]
     assert_same_bits(
-        lambda: weighted_sum(deltas, [0.5, -0.3, 1.7], normalize=normalize).nan_to_num(7.0)
+        lambda kernels: weighted_sum(
+            deltas, [0.5, -0.3, 1.7], normalize=normalize, kernels=kernels
+        ).nan_to_num(7.0)
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_differences_of_bfloat16(kind: str) -> None:
     base, *models = (values(kind, 3001).roll(i).bfloat16() for i in range(3))
-    work = MergeInput(models, base, "x", (3001,), 0, 0, {})
-    for of_models in (MergeInput.deltas, MergeInput.weights):
-        assert_same_bits(lambda run=of_models: torch.stack(list(run(work))).nan_to_num(7.0))
-    assert_same_bits(lambda: work.origin().nan_to_num(7.0))
+
+    def work(kernels: MergingKernels | None) -> MergeInput:
+        return MergeInput(models, base, "x", (3001,), 0, 0, {}, kernels=kernels)
+
+    for run in (MergeInput.deltas, MergeInput.weights):
+        assert_same_bits(lambda k, run=run: torch.stack(list(run(work(k)))).nan_to_num(7.0))
+    assert_same_bits(lambda kernels: work(kernels).origin().nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_finite(dtype: torch.dtype) -> None:
-    assert passes.load()
-    loaded = passes.passes_for()
-    assert loaded is not None
     largest = torch.finfo(dtype).max
     for value in (0.0, -largest, largest, torch.nan, torch.inf, -torch.inf):
         x = torch.ones(77, dtype=dtype)
         x[76] = value
-        assert loaded.all_finite(x) == bool(torch.isfinite(x).all())
+        assert COMPILED.all_finite(x) == bool(torch.isfinite(x).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_sign_election(kind: str, normalize: bool) -> None:
     deltas = [values(kind, 3001).roll(i) for i in range(3)]
-    plain, compiled = both(
-        lambda: sign_elect(deltas, [0.5, -0.3, 1.7], normalize=normalize).nan_to_num(7.0)
+    eager, compiled = (
+        sign_elect(deltas, [0.5, -0.3, 1.7], normalize=normalize, kernels=kernels).nan_to_num(7.0)
+        for kernels in (None, COMPILED)
     )
-    assert torch.equal(plain, compiled)
+    assert torch.equal(eager, compiled)
 
 
 @pytest.mark.parametrize("kind", ["normal", "tied", "octaves", "zeros"])
@@ -138,8 +139,8 @@ def test_thresholds(kind: str, ties: str, count: int) -> None:
     base = torch.zeros_like(models[0])
     for method in ("ties", "breadcrumbs"):
         assert_same_bits(
-            lambda method=method: merge_tensor(
-                method, models, base, name="x", density=[0.3, 0.017], ties=ties
+            lambda kernels, method=method: merge_tensor(
+                method, models, base, name="x", density=[0.3, 0.017], ties=ties, kernels=kernels
             )
         )
 
@@ -155,25 +156,32 @@ def test_a_sample_that_misled() -> None:
     zeros = torch.zeros(count)
     for misleading in (torch.where(sampled, x, x + 1), torch.where(sampled, x + 1, x)):
         run_it = partial(merge_tensor, "ties", [misleading], zeros, name="x", density=0.5)
-        assert_same_bits(run_it)
+        assert_same_bits(lambda kernels, run_it=run_it: run_it(kernels=kernels))
         kept = misleading[run_it() != 0]
         assert len(kept) == count // 2
         assert kept.min() >= misleading.kthvalue(count // 2).values
 
 
-def test_they_are_used_only_where_they_are_loaded_and_fit() -> None:
+def test_they_are_used_only_where_they_fit() -> None:
     x = torch.zeros(8)
-    assert passes.passes_for(x) is None
-    assert passes.load() and passes.load()
-    assert passes.passes_for(x) is not None
-    assert passes.passes_for(x.double()) is None
-    assert passes.passes_for(x, x[::2]) is None
+    assert COMPILED.fit(x)
+    assert not COMPILED.fit(x.double())
+    assert not COMPILED.fit(x, x[::2])
+
+
+def test_they_are_compiled_where_it_is_worth_it_and_said(caplog) -> None:
+    with caplog.at_level("INFO"):
+        assert merging_kernels(WORTH_COMPILING - 1) is None
+        assert merging_kernels(WORTH_COMPILING) is not None
+    assert [record.message for record in caplog.records] == [
+        "merging: eager path, 1,048,575 float32 elements are too few to compile for",
+        "merging: compiled path, 1,048,576 float32 elements on a CPU",
+    ]
 
 
 def test_without_a_compiler_all_goes_on(monkeypatch) -> None:
-    monkeypatch.setattr("operators.native.COMPILERS", ("no-such-compiler",))
-    passes._library.cache_clear()
-    assert not passes.load()
-    assert passes.passes_for(torch.zeros(8)) is None
+    monkeypatch.setattr("operators.kernels.compiler.COMPILERS", ("no-such-compiler",))
+    merging._library.cache_clear()
+    assert merging_kernels(1 << 30) is None
     merged = merge_tensor("ties", [torch.ones(4)], torch.zeros(4), name="x", density=1.0)
     assert torch.equal(merged, torch.ones(4))

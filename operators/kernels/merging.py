@@ -1,22 +1,22 @@
-"""The merge methods' passes in C (`passes.c`): the bits of the plain ones, several times as fast.
+"""The merge methods' passes in C (`merging.c`): the bits of the eager ones, several times as fast.
 
-`load` compiles them, which takes a second; from then on the functions of operators.sparsify,
-consensus and counter_random and the search of cuts take them for float32 on a CPU. Whoever has
-much to merge calls it once in each process; without a C compiler all goes on as before.
+Functions of operators.sparsify, consensus and counter_random take `MergingKernels` as `kernels`;
+None is the eager way. `operators.kernels.choice` says when they are worth compiling.
 """
 
 import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from operators.native import CompilerError, compile_library
+from operators.kernels.compiler import compile_library
+from operators.kernels.looking import LookBuffer, is_compiled
+from operators.selection import Keys, Search, Seen, Tally
 
 Key = tuple[int, int]  # of the counter hash
 _POINTER, _LONG, _INDEX = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
@@ -31,49 +31,20 @@ _ARGUMENTS = {
     "weighted_sum": [_LONG, _INT, _POINTER, _POINTER, _FLOAT, _POINTER],
     "keep_between": [_LONG, _POINTER, _POINTER, _INDEX, _POINTER, _POINTER],
     "masked": [_LONG, _POINTER, _POINTER, _POINTER],
-    "count_magnitudes": [_LONG, _POINTER, _WORD, _WORD, _INT, _POINTER, _POINTER],
-    "collect_magnitudes": [_LONG, _POINTER, _WORD, _WORD, _INDEX, *[_POINTER] * 3],
+    "look": [_LONG, _POINTER, _POINTER],
     "magprune": [_LONG, _LONG, _POINTER, _INDEX, *[_POINTER] * 5],
     "sign_elect": [_LONG, _INT, _POINTER, _POINTER, _INT, _POINTER],
 }
-EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
-_lock = Lock()
-_loaded: "Passes | None" = None
-
-
-def load() -> bool:
-    """Compile the passes, once in a process; whether they are there."""
-    global _loaded
-    with _lock:
-        if _loaded is None:
-            try:
-                _loaded = Passes()
-            except CompilerError:
-                return False
-    return True
-
-
-def unload() -> None:
-    """Go back to the plain passes."""
-    global _loaded
-    with _lock:
-        _loaded = None
-
-
-def passes_for(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> "Passes | None":
-    """The passes, if they are loaded and can work on all of these, which must be of a dtype."""
-    if _loaded is None or torch.compiler.is_compiling():
-        return None
-    fits = all(x.dtype == dtype and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
-    return _loaded if fits else None
+_EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+_NUM_LOOKED_AT = 1 << 18  # elements of one call, whose keys may all be collected
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    return compile_library(Path(__file__).with_name("passes.c"), _ARGUMENTS)
+    return compile_library(Path(__file__).with_name("merging.c"), _ARGUMENTS)
 
 
-class Passes:
+class MergingKernels:
     """The compiled passes. Tensors are contiguous, float32, on the CPU; results are new.
 
     Raises:
@@ -82,6 +53,12 @@ class Passes:
 
     def __init__(self) -> None:
         self._library = _library()
+
+    def fit(self, *tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+        """Whether the passes can work on all of these, which must be of a dtype."""
+        return all(
+            x.dtype == dtype and x.device.type == "cpu" and x.is_contiguous() for x in tensors
+        )
 
     def keep_mask(self, key: Key, limit: int, start: int, count: int) -> Tensor:
         """Which words of [start, start + count) are below `limit`, in [0, 2^32)."""
@@ -104,10 +81,10 @@ class Passes:
         return list(deltas)
 
     def all_finite(self, x: Tensor) -> bool:
-        """Whether no number, of a dtype in EXPONENTS, is NaN or Inf."""
+        """Whether no number of a float32, bfloat16 or float16 tensor is NaN or Inf."""
         is_half, finite = x.element_size() == 2, ctypes.c_uint8()
         check = self._library.all_finite_16 if is_half else self._library.all_finite_32
-        check(x.numel(), x.data_ptr(), EXPONENTS[x.dtype], ctypes.byref(finite))
+        check(x.numel(), x.data_ptr(), _EXPONENTS[x.dtype], ctypes.byref(finite))
         return bool(finite.value)
 
     def weighted_sum(
@@ -152,34 +129,9 @@ class Passes:
         self._library.masked(x.numel(), x.data_ptr(), mask.data_ptr(), kept.data_ptr())
         return kept
 
-    def count_magnitudes(
-        self, x: Tensor, bracket: tuple[int, int], shift: int, buckets: NDArray[np.int64]
-    ) -> int:
-        """How many magnitudes are above the bracket; those in it are added to the buckets."""
-        above = np.zeros(1, dtype=np.int64)
-        self._library.count_magnitudes(
-            x.numel(), x.data_ptr(), *bracket, shift, buckets.ctypes.data, above.ctypes.data
-        )
-        return int(above[0])
-
-    def collect_magnitudes(
-        self, x: Tensor, bracket: tuple[int, int], key: Key, start: int
-    ) -> tuple[int, NDArray[np.int64]]:
-        """How many magnitudes are above the bracket; of those in it, with each one's word,
-        `magnitude << 32 | 2^32 - 1 - word`.
-        """
-        found, counts = np.empty(x.numel(), dtype=np.int64), np.zeros(2, dtype=np.int64)
-        self._library.collect_magnitudes(
-            x.numel(),
-            x.data_ptr(),
-            *bracket,
-            start,
-            _words(key),
-            found.ctypes.data,
-            counts.ctypes.data,
-        )
-        num_above, num_inside = counts.tolist()
-        return num_above, found[:num_inside].copy()
+    def look(self, x: Tensor, buffer: LookBuffer) -> None:
+        """Look at x for a search."""
+        self._library.look(x.numel(), x.data_ptr(), buffer.address)
 
     def magprune(
         self,
@@ -220,6 +172,36 @@ class Passes:
             merged.data_ptr(),
         )
         return merged
+
+
+class CompiledTally:
+    """`Tally` through the compiled look, for searches that it can serve."""
+
+    def __init__(self, kernels: MergingKernels, search: Search, key: Key) -> None:
+        self._kernels, self._search = kernels, search
+        self._buffer = LookBuffer(search, key, 0, _NUM_LOOKED_AT if search.collect else 0)
+        self._keys: list[Keys] = []
+
+    def look(self, x: Tensor, start: int) -> None:
+        """Look at x, (n,); `start` is x[0]'s global index."""
+        for first in range(0, x.numel(), _NUM_LOOKED_AT):
+            self._buffer.begin(start + first)
+            self._kernels.look(x[first : first + _NUM_LOOKED_AT], self._buffer)
+            if self._search.collect:
+                self._keys.append(self._buffer.take())
+
+    def seen(self) -> Seen:
+        """What all looks have seen."""
+        if not self._search.collect:
+            return self._buffer.seen()
+        return Seen(self._buffer.struct.above, np.concatenate([np.zeros(0, np.int64), *self._keys]))
+
+
+def tally_of(search: Search, key: Key, kernels: MergingKernels | None) -> Tally | CompiledTally:
+    """What looks at float32 tensors for a search."""
+    if kernels is not None and is_compiled(search):
+        return CompiledTally(kernels, search, key)
+    return Tally(search, key)
 
 
 def _places(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:

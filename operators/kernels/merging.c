@@ -1,37 +1,17 @@
 /* Passes of the merge methods over a range, for loops that the compiler turns into vector
- * instructions. The arithmetic is that of operators/sparsify.py, consensus.py, counter_random.py
- * and selection.py, to the last bit: no operation is contracted but where it says so. `key` is the
- * counter hash's, `start` the global index of a range's first element. */
+ * instructions. The arithmetic is that of operators/sparsify.py, consensus.py and selection.py, to
+ * the last bit: no operation is contracted but where it says so. `key` is the counter hash's,
+ * `start` the global index of a range's first element. */
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
-enum { BLOCK = 1024, FEW = 32 }; /* elements that stay in the first cache; of which few match */
-
-static inline uint32_t mix(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    return x ^ (x >> 16);
-}
-
-/* Words of up to BLOCK elements, or until the upper half of the index changes; how many. */
-static inline int words_of(uint64_t index, int64_t size, const uint32_t *key, uint32_t *words) {
-    const uint32_t low = (uint32_t)index, high = key[1] ^ (uint32_t)(index >> 32) * 0x9e3779b9u;
-    const uint64_t left = ((uint64_t)1 << 32) - low;
-    int length = size < BLOCK ? (int)size : BLOCK;
-    if (left < (uint64_t)length) length = (int)left;
-    for (int i = 0; i < length; i++) words[i] = mix(mix((low + (uint32_t)i) ^ key[0]) ^ high);
-    return length;
-}
-
-static inline uint32_t magnitude(uint32_t bits) { return bits & 0x7fffffffu; }
+#include "selection.h"
 
 /* A Bernoulli mask: which words are below the limit. */
 void keep_mask(int64_t size, uint64_t start, const uint32_t *key, uint32_t limit, uint8_t *mask) {
     uint32_t words[BLOCK];
     for (int64_t done = 0; done < size;) {
-        int length = words_of(start + (uint64_t)done, size - done, key, words);
+        int length = hash_words(start + (uint64_t)done, size - done < BLOCK ? (int)(size - done) : BLOCK, key, words);
         for (int i = 0; i < length; i++) mask[done + i] = words[i] < limit;
         done += length;
     }
@@ -102,14 +82,6 @@ void masked(int64_t size, const uint32_t *restrict x, const uint8_t *restrict ma
     for (int64_t i = 0; i < size; i++) kept[i] = x[i] & (0u - (uint32_t)mask[i]);
 }
 
-/* Where a threshold cuts: larger magnitudes are above it, and of those equal to it the ones whose
- * word is at most `last`. */
-typedef struct { uint32_t magnitude, last; } Cut;
-
-static inline int is_above(uint32_t own, uint32_t word, Cut cut) {
-    return (own > cut.magnitude) | ((own == cut.magnitude) & (word <= cut.last));
-}
-
 #define PART static inline __attribute__((always_inline))
 
 /* Runs `part(first, length)` over a range, FEW elements at a time: for all but the last the compiler
@@ -126,12 +98,12 @@ PART void keep_part(int64_t first, int length, const uint32_t *restrict x, Cut o
                     uint64_t start, const uint32_t *key, uint32_t *restrict kept) {
     uint32_t tied = 0;
     for (int i = 0; i < length; i++) {
-        uint32_t own = magnitude(x[first + i]);
+        uint32_t own = magnitude_of(x[first + i]);
         tied |= (own == outer.magnitude) | (own == inner.magnitude);
     }
     if (!tied) {
         for (int i = 0; i < length; i++) {
-            uint32_t bits = x[first + i], own = magnitude(bits);
+            uint32_t bits = x[first + i], own = magnitude_of(bits);
             int keeps = (own > outer.magnitude) & (own <= inner.magnitude);
             kept[first + i] = bits & (0u - (uint32_t)keeps);
         }
@@ -139,9 +111,9 @@ PART void keep_part(int64_t first, int length, const uint32_t *restrict x, Cut o
     }
     uint32_t words[FEW];
     for (int done = 0; done < length;)
-        done += words_of(start + (uint64_t)(first + done), length - done, key, words + done);
+        done += hash_words(start + (uint64_t)(first + done), length - done, key, words + done);
     for (int i = 0; i < length; i++) {
-        uint32_t bits = x[first + i], own = magnitude(bits);
+        uint32_t bits = x[first + i], own = magnitude_of(bits);
         int keeps = is_above(own, words[i], outer) & !is_above(own, words[i], inner);
         kept[first + i] = bits & (0u - (uint32_t)keeps);
     }
@@ -153,95 +125,16 @@ void keep_between(int64_t size, const uint32_t *x, const Cut *cuts, uint64_t sta
     OVER_PARTS(keep_part, x, cuts[0], cuts[1], start, key, kept);
 }
 
-/* How many of a few magnitudes are above a bracket; whether any is inside. */
-PART int count_above(const uint32_t *x, int length, uint32_t low, uint32_t high, int *any_inside) {
-    int above = 0, at_least = 0;
-    for (int i = 0; i < length; i++) {
-        uint32_t own = magnitude(x[i]);
-        above += own > high;
-        at_least += own >= low;
+/* Looks at the magnitudes of a range. */
+void look(int64_t size, const uint32_t *x, Look *look) {
+    Look own = *look;
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        const int length = size - first < BLOCK ? (int)(size - first) : BLOCK;
+        uint32_t magnitude[BLOCK];
+        for (int i = 0; i < length; i++) magnitude[i] = magnitude_of(x[first + i]);
+        look_at(magnitude, length, first, &own);
     }
-    *any_inside = at_least > above;
-    return above;
-}
-
-/* Which of a few magnitudes are inside a bracket, in order; how many. */
-PART int list_inside(const uint32_t *x, int length, uint32_t low, uint32_t high, int *inside) {
-    uint8_t flags[FEW] = {0};
-    int num = 0;
-    for (int i = 0; i < length; i++) flags[i] = magnitude(x[i]) - low <= high - low;
-    for (int first = 0; first < FEW; first += 8) {
-        uint64_t eight; /* the flags of eight elements, most of which are 0 */
-        memcpy(&eight, flags + first, 8);
-        if (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) eight = __builtin_bswap64(eight);
-        for (; eight; eight &= eight - 1) inside[num++] = first + (__builtin_ctzll(eight) >> 3);
-    }
-    return num;
-}
-
-PART void count_part(int64_t first, int length, const uint32_t *x, uint32_t low, uint32_t high,
-                     int shift, int64_t *buckets, int64_t *num_above) {
-    int any_inside, inside[FEW];
-    *num_above += count_above(x + first, length, low, high, &any_inside);
-    if (!any_inside) return;
-    const int num = list_inside(x + first, length, low, high, inside);
-    for (int i = 0; i < num; i++) buckets[(magnitude(x[first + inside[i]]) - low) >> shift]++;
-}
-
-/* Adds the magnitudes in [low, high] to buckets of 2^shift, and to *num_above how many are above. */
-void count_magnitudes(int64_t size, const uint32_t *x, uint32_t low, uint32_t high, int shift,
-                      int64_t *buckets, int64_t *num_above) {
-    OVER_PARTS(count_part, x, low, high, shift, buckets, num_above);
-}
-
-/* Elements that are found and wait for their words: where they are. */
-typedef struct {
-    int64_t places[BLOCK + FEW];
-    int num;
-} Places;
-
-PART void collect_part(int64_t first, int length, const uint32_t *x, uint32_t low, uint32_t high,
-                       Places *waiting, int64_t *num_above) {
-    int any_inside, inside[FEW];
-    *num_above += count_above(x + first, length, low, high, &any_inside);
-    if (!any_inside) return;
-    const int num = list_inside(x + first, length, low, high, inside);
-    for (int i = 0; i < num; i++) waiting->places[waiting->num++] = first + inside[i];
-}
-
-/* Writes magnitude << 32 | the word turned round, of the elements that wait. */
-static void write_joint(const uint32_t *x, Places *waiting, uint64_t start, const uint32_t *key,
-                        uint64_t *found) {
-    for (int i = 0; i < waiting->num; i++) {
-        const uint64_t index = start + (uint64_t)waiting->places[i];
-        const uint32_t high = key[1] ^ (uint32_t)(index >> 32) * 0x9e3779b9u;
-        const uint32_t word = mix(mix((uint32_t)index ^ key[0]) ^ high);
-        found[i] = (uint64_t)magnitude(x[waiting->places[i]]) << 32 | (uint32_t)~word;
-    }
-    waiting->num = 0;
-}
-
-PART void collect_and_write(int64_t first, int length, const uint32_t *x, uint32_t low,
-                            uint32_t high, uint64_t start, const uint32_t *key, Places *waiting,
-                            uint64_t *found, int64_t *counts) {
-    collect_part(first, length, x, low, high, waiting, counts);
-    if (waiting->num < BLOCK) return;
-    const int num = waiting->num;
-    write_joint(x, waiting, start, key, found + counts[1]);
-    counts[1] += num;
-}
-
-/* Collects magnitude << 32 | the word turned round, of the magnitudes in [low, high]; counts[0] is
- * how many are above, counts[1] how many are in it. */
-void collect_magnitudes(int64_t size, const uint32_t *x, uint32_t low, uint32_t high,
-                        uint64_t start, const uint32_t *key, uint64_t *found, int64_t *counts) {
-    Places waiting;
-    waiting.num = 0;
-    counts[0] = counts[1] = 0;
-    OVER_PARTS(collect_and_write, x, low, high, start, key, &waiting, found, counts);
-    const int num = waiting.num;
-    write_joint(x, &waiting, start, key, found + counts[1]);
-    counts[1] += num;
+    *look = own;
 }
 
 /* What a row is sorted with; `sorted` and `other` hold magnitude << 32 | column. */
@@ -255,7 +148,7 @@ typedef struct {
 static void sort_by_digits(Row *row, const uint32_t *x, int64_t width) {
     enum { DIGITS = 3, BITS = 11, VALUES = 1 << BITS };
     uint64_t *from = row->sorted, *to = row->other;
-    for (int64_t i = 0; i < width; i++) from[i] = (uint64_t)magnitude(x[i]) << 32 | (uint64_t)i;
+    for (int64_t i = 0; i < width; i++) from[i] = (uint64_t)magnitude_of(x[i]) << 32 | (uint64_t)i;
     for (int digit = 0; digit < DIGITS; digit++) {
         uint32_t counts[VALUES] = {0}, total = 0;
         const int shift = 32 + BITS * digit;
@@ -279,13 +172,13 @@ static void sort_by_digits(Row *row, const uint32_t *x, int64_t width) {
  * Returns 0 where that moves more than a few places on average: too many share an interval. */
 static int sort_by_intervals(Row *row, const uint32_t *x, int64_t width) {
     uint32_t top = 0, total = 0;
-    for (int64_t i = 0; i < width; i++) top = magnitude(x[i]) > top ? magnitude(x[i]) : top;
+    for (int64_t i = 0; i < width; i++) top = magnitude_of(x[i]) > top ? magnitude_of(x[i]) : top;
     float largest;
     memcpy(&largest, &top, sizeof largest);
     const float scale = (float)(2 * width - 1) / largest;
     if (!isfinite(largest) || !isfinite(scale)) return 0;
     for (int64_t i = 0; i < width; i++) {
-        uint32_t bits = magnitude(x[i]);
+        uint32_t bits = magnitude_of(x[i]);
         float size;
         memcpy(&size, &bits, sizeof size);
         row->place[i] = (uint32_t)(int32_t)(size * scale);
@@ -300,7 +193,7 @@ static int sort_by_intervals(Row *row, const uint32_t *x, int64_t width) {
     uint64_t *sorted = row->sorted;
     int64_t moves_left = 8 * width;
     for (int64_t i = 0; i < width; i++)
-        sorted[row->counts[row->place[i]]++] = (uint64_t)magnitude(x[i]) << 32 | (uint64_t)i;
+        sorted[row->counts[row->place[i]]++] = (uint64_t)magnitude_of(x[i]) << 32 | (uint64_t)i;
     for (int64_t i = 1; i < width; i++) {
         uint64_t own = sorted[i];
         int64_t to = i;
@@ -339,7 +232,8 @@ void magprune(int64_t num_rows, int64_t width, const uint32_t *x, uint64_t start
         if (!sort_by_intervals(&row, x, width)) sort_by_digits(&row, x, width);
         find_odds(&row, width, limits, chances);
         for (int64_t done = 0; done < width;) {
-            int length = words_of(start, width - done, key, words);
+            int length = width - done < BLOCK ? (int)(width - done) : BLOCK;
+            length = hash_words(start, length, key, words);
             for (int i = 0; i < length; i++) {
                 uint32_t bits = x[done + i] & (0u - (uint32_t)(words[i] < row.odds[done + i].limit));
                 float value;

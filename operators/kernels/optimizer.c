@@ -1,0 +1,277 @@
+/* The optimizers' passes on a CPU, for loops that the compiler turns into vector instructions.
+ *
+ * The arithmetic is that of operators/optim/adamw.py and eager.py. Every operation is correctly
+ * rounded and none is contracted but where it says so, so that the bits of an element depend
+ * neither on the machine's vectors nor on where a range is cut. `numbers` are a step's, in the order
+ * of `Numbers`. */
+
+#include <math.h>
+
+#include "selection.h"
+
+typedef struct {
+    float take;          /* 1 - beta1 */
+    float keep_square;   /* beta2 */
+    float take_square;   /* 1 - beta2 */
+    float eps;
+    float scale;         /* minus the step size */
+    float root;          /* root of the second moment's bias correction */
+    float decay;
+    float update_weight; /* 1 - a */
+    float tau_weight;    /* a */
+    float cut;           /* the smallest magnitude that top-p keeps */
+} Numbers;
+
+/* A flat range of a parameter: `size` elements from the global index `start` on. */
+typedef struct {
+    int64_t size;
+    uint64_t start;
+    float *theta;
+    const float *gradient;
+    float *mean, *square;
+} Range;
+
+/* One mask of a step: the counter hash's key, and the largest word that is kept. */
+typedef struct {
+    uint32_t key[2], largest;
+} Draw;
+
+enum { NO_TAU = 0, BFLOAT16 = 2, FLOAT32 = 4 }; /* bytes of an element of tau */
+
+/* What AdamW adds, without decay. */
+static inline float update_of(float mean, float square, const Numbers *n) {
+    return mean * n->scale / (sqrtf(square) / n->root + n->eps);
+}
+
+/* Takes a gradient into both moments, fused where torch's lerp and addcmul are, so that these are
+ * the eager path's bits (its square root is not); what AdamW then adds. */
+static inline float advance(float gradient, float *mean, float *square, const Numbers *n) {
+    *mean = fmaf(n->take, gradient - *mean, *mean);
+    *square = fmaf(n->take_square * gradient, gradient, *square * n->keep_square);
+    return update_of(*mean, *square, n);
+}
+
+static inline float tau_at(const void *tau, int width, int64_t i) {
+    if (width == NO_TAU) return 0.0f;
+    if (width == FLOAT32) return ((const float *)tau)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)tau)[i] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* Eq. 7: the sum where signs agree or one is zero, else the larger magnitude; 0 where equal. */
+static inline float consensus(float change, float drift) {
+    int against = ((change > 0.0f) & (drift < 0.0f)) | ((change < 0.0f) & (drift > 0.0f));
+    float stronger = fabsf(drift) > fabsf(change) ? drift : change;
+    stronger = fabsf(drift) == fabsf(change) ? 0.0f : stronger;
+    return against ? stronger : change + drift;
+}
+
+/* theta * decay + change; counts[0] of what that does not move although it should, counts[1] of
+ * all that it should move. */
+static inline void write(float *theta, float change, const Numbers *n, int counting,
+                         int64_t *counts) {
+    float before = *theta * n->decay, after = before + change;
+    *theta = after;
+    if (counting) {
+        counts[0] += (change != 0.0f) & (after == before);
+        counts[1] += change != 0.0f;
+    }
+}
+
+/* AdamW. */
+void plain_step(const Range *range, const Numbers *numbers) {
+    const Numbers n = *numbers;
+    float *restrict theta = range->theta, *restrict mean = range->mean;
+    float *restrict square = range->square;
+    const float *restrict gradient = range->gradient;
+    for (int64_t i = 0; i < range->size; i++) {
+        float m = mean[i], s = square[i];
+        float change = advance(gradient[i], &m, &s, &n);
+        mean[i] = m;
+        square[i] = s;
+        theta[i] = theta[i] * n.decay + change;
+    }
+}
+
+/* Each loop is compiled once for every constant combination of what is decided once a call. */
+#define CHOOSE(loop, ...)                                                                          \
+    do {                                                                                           \
+        if (tau_width == BFLOAT16 && counting) loop(__VA_ARGS__, BFLOAT16, 1);                     \
+        else if (tau_width == BFLOAT16) loop(__VA_ARGS__, BFLOAT16, 0);                            \
+        else if (tau_width == FLOAT32 && counting) loop(__VA_ARGS__, FLOAT32, 1);                  \
+        else if (tau_width == FLOAT32) loop(__VA_ARGS__, FLOAT32, 0);                              \
+        else if (counting) loop(__VA_ARGS__, NO_TAU, 1);                                           \
+        else loop(__VA_ARGS__, NO_TAU, 0);                                                         \
+    } while (0)
+#define LOOP static inline __attribute__((always_inline)) void
+
+LOOP dare_loop(const Range *range, const void *restrict tau, const Draw *draws,
+               const Numbers *numbers, int64_t *counts, int tau_width, int counting) {
+    const Numbers n = *numbers;
+    float *restrict theta = range->theta, *restrict mean = range->mean;
+    float *restrict square = range->square;
+    const float *restrict gradient = range->gradient;
+    int64_t count[2] = {0, 0};
+    for (int64_t first = 0; first < range->size;) {
+        const uint64_t index = range->start + (uint64_t)first;
+        const int64_t same_upper_bits = first + 0x10000 - (int64_t)(index & 0xffff);
+        const int64_t end = same_upper_bits < range->size ? same_upper_bits : range->size;
+        const Mask of_update = prepared_mask(index, draws[0].key, draws[0].largest);
+        const Mask of_tau = prepared_mask(index, draws[1].key, draws[1].largest);
+        for (int64_t i = first; i < end; i++) {
+            const uint32_t here = (uint32_t)range->start + (uint32_t)i;
+            float m = mean[i], s = square[i];
+            float update = advance(gradient[i], &m, &s, &n);
+            mean[i] = m;
+            square[i] = s;
+            float change = (is_kept(here, of_update) ? update : 0.0f) * n.update_weight;
+            if (tau_width != NO_TAU) {
+                float drift = tau_at(tau, tau_width, i);
+                change = fmaf(is_kept(here, of_tau) ? drift : 0.0f, n.tau_weight, change);
+            }
+            write(theta + i, change, &n, counting, count);
+        }
+        first = end;
+    }
+    memcpy(counts, count, sizeof count);
+}
+
+/* OnDARE around AdamW, all in one pass; one draw for the update, one for tau. */
+void dare_step(const Range *range, const void *tau, int tau_width, const Draw *draws,
+               const Numbers *numbers, int counting, int64_t *counts) {
+    CHOOSE(dare_loop, range, tau, draws, numbers, counts);
+}
+
+/* OnTIES' first pass: advances the moments; with a look, looks at what AdamW would add. */
+void ties_advance(const Range *range, const Numbers *numbers, Look *look) {
+    const Numbers n = *numbers;
+    float *restrict mean = range->mean, *restrict square = range->square;
+    const float *restrict gradient = range->gradient;
+    Look own = {0};
+    if (look) own = *look;
+    for (int64_t first = 0; first < range->size; first += BLOCK) {
+        const int64_t left = range->size - first;
+        const int length = left < BLOCK ? (int)left : BLOCK;
+        float update[BLOCK];
+        uint32_t magnitude[BLOCK];
+        for (int i = 0; i < length; i++) {
+            float m = mean[first + i], s = square[first + i];
+            update[i] = advance(gradient[first + i], &m, &s, &n);
+            mean[first + i] = m;
+            square[first + i] = s;
+        }
+        if (!look) continue;
+        for (int i = 0; i < length; i++) magnitude[i] = magnitude_of(bits_of(update[i]));
+        look_at(magnitude, length, first, &own);
+    }
+    if (look) *look = own;
+}
+
+/* Looks at an update whose moments are advanced already. */
+void ties_look(const Range *range, const Numbers *numbers, Look *look) {
+    const Numbers n = *numbers;
+    Look own = *look;
+    for (int64_t first = 0; first < range->size; first += BLOCK) {
+        const int64_t left = range->size - first;
+        const int length = left < BLOCK ? (int)left : BLOCK;
+        uint32_t magnitude[BLOCK];
+        for (int i = 0; i < length; i++) {
+            float update = update_of(range->mean[first + i], range->square[first + i], &n);
+            magnitude[i] = magnitude_of(bits_of(update));
+        }
+        look_at(magnitude, length, first, &own);
+    }
+    *look = own;
+}
+
+/* The update of moments that are advanced already. */
+void note_update(const Range *range, const Numbers *numbers, float *restrict update) {
+    const Numbers n = *numbers;
+    for (int64_t i = 0; i < range->size; i++)
+        update[i] = update_of(range->mean[i], range->square[i], &n);
+}
+
+/* top_p(tau) of a range: a value for each element (num_kept ALL), or `num_kept` of them at ascending
+ * places, the others 0. */
+enum { ALL = -1 };
+typedef struct {
+    const void *values;
+    int width; /* bytes of a value; NO_TAU where there is none */
+    const int32_t *places;
+    int64_t num_kept;
+} TopTau;
+
+/* Takes the elements [first, first + length) of tau out; `*next` is the first value of those to come. */
+static inline void fill_drift(const TopTau *tau, int64_t first, int length, int64_t *next,
+                              float *drift) {
+    if (tau->num_kept == ALL) {
+        if (tau->width == BFLOAT16)
+            for (int i = 0; i < length; i++) drift[i] = tau_at(tau->values, BFLOAT16, first + i);
+        else
+            for (int i = 0; i < length; i++) drift[i] = tau_at(tau->values, FLOAT32, first + i);
+        return;
+    }
+    memset(drift, 0, (size_t)length * sizeof *drift);
+    for (; *next < tau->num_kept && tau->places[*next] < first + length; ++*next)
+        drift[tau->places[*next] - first] = tau_at(tau->values, tau->width, *next);
+}
+
+/* Which updates top-p keeps: those from `numbers->cut` on; with `last_word`, of those that equal it
+ * only the ones whose words are at most that. */
+typedef struct {
+    uint32_t key[2], last_word;
+} Ties;
+
+/* Sets the updates at the cut to 0 whose words are too large. */
+static inline void drop_ties(float *update, int length, uint64_t index, float cut,
+                             const Ties *ties) {
+    int any = 0;
+    for (int i = 0; i < length; i++) any |= fabsf(update[i]) == cut;
+    if (!any) return;
+    uint32_t words[BLOCK];
+    for (int done = 0; done < length;)
+        done += hash_words(index + (uint64_t)done, length - done, ties->key, words + done);
+    for (int i = 0; i < length; i++)
+        update[i] = fabsf(update[i]) == cut && words[i] > ties->last_word ? 0.0f : update[i];
+}
+
+LOOP ties_loop(const Range *range, const TopTau *tau, const Numbers *numbers, const Ties *ties,
+               int64_t *counts, int tau_width, int counting) {
+    const Numbers n = *numbers;
+    float *restrict theta = range->theta;
+    const float *restrict mean = range->mean, *restrict square = range->square;
+    int64_t count[2] = {0, 0}, next = 0;
+    for (int64_t first = 0; first < range->size; first += BLOCK) {
+        const int64_t left = range->size - first;
+        const int length = left < BLOCK ? (int)left : BLOCK;
+        float drift[BLOCK], update[BLOCK];
+        if (tau_width != NO_TAU) fill_drift(tau, first, length, &next, drift);
+        for (int i = 0; i < length; i++)
+            update[i] = update_of(mean[first + i], square[first + i], &n);
+        if (ties) drop_ties(update, length, range->start + (uint64_t)first, n.cut, ties);
+        for (int i = 0; i < length; i++) {
+            float change = (fabsf(update[i]) >= n.cut ? update[i] : 0.0f) * n.update_weight;
+            if (tau_width != NO_TAU) change = consensus(change, drift[i] * n.tau_weight);
+            write(theta + first + i, change, &n, counting, count);
+        }
+    }
+    memcpy(counts, count, sizeof count);
+}
+
+/* OnTIES' second pass: eq. 7 of the updates that top-p keeps, and top_p(tau). `ties` may be NULL. */
+void ties_step(const Range *range, const void *tau, int width, const int32_t *places,
+               int64_t num_kept, const Numbers *numbers, const Ties *ties, int counting,
+               int64_t *counts) {
+    const TopTau top = {tau, width, places, num_kept};
+    const int tau_width = width == NO_TAU ? NO_TAU : FLOAT32; /* once it is taken out */
+    CHOOSE(ties_loop, range, &top, numbers, ties, counts);
+}
+
+/* Whether no gradient is NaN or Inf, whose exponents are all ones. */
+void all_finite(int64_t size, const uint32_t *gradient, uint8_t *finite) {
+    uint32_t found = 0;
+    for (int64_t i = 0; i < size; i++) found |= (gradient[i] & 0x7f800000u) == 0x7f800000u;
+    *finite = !found;
+}

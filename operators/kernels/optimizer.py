@@ -1,0 +1,323 @@
+"""The optimizers' passes: what they are asked for, and the compiled ones (`optimizer.c`)."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from operators.counter_random import WORDS
+from operators.kernels import CHUNK
+from operators.kernels.compiler import compile_library
+from operators.kernels.looking import LookBuffer, is_compiled
+from operators.selection import Search, Seen, Tally, TopCut, magnitude_of
+
+Key = tuple[int, int]  # of the counter hash
+Counts = tuple[Tensor, Tensor] | None
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRange:
+    """A flat range of a parameter in an optimizer's step: float32 tensors of one length, and the
+    global index of their first element.
+    """
+
+    start: int
+    theta: Tensor
+    gradient: Tensor
+    mean: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTau:
+    """What is kept of a range of top_p(tau): ascending places in the range, and their values."""
+
+    places: Tensor  # (kept,) int32
+    values: Tensor  # (kept,)
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The Bernoulli masks of update and tau: the counter hash's keys, and the density."""
+
+    update: Key
+    tau: Key
+    density: float
+
+    @property
+    def largest_word(self) -> int:
+        """The largest word that is kept."""
+        return int(self.density * WORDS) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ties:
+    """Which updates at the cut stay: those whose word, by this key, is at most `last_word`."""
+
+    key: Key
+    last_word: int
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A look that is asked for: by which search, with which hash key, keeping how many keys."""
+
+    search: Search
+    key: Key
+    keep: int
+
+
+class OptimizerKernels(Protocol):
+    """Fused passes over a range. `numbers` are a step's, as optimizer.c has them: (10,) float32.
+
+    Attributes:
+        chunk: elements of a call at most, a multiple of `kernels.CHUNK`.
+        takes_sparse: whether `ties_step` takes a SparseTau.
+    """
+
+    chunk: int
+    takes_sparse: bool
+
+    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Results of calls that touch different elements, in any order or at the same time."""
+
+    def first_not_finite(self, gradients: Sequence[Tensor]) -> int | None:
+        """Position of the first gradient, of any dtype, with Inf or NaN; None if there is none."""
+
+    def plain_step(self, part: StepRange, numbers: Tensor) -> None:
+        """AdamW."""
+
+    def dare_step(
+        self, part: StepRange, tau: Tensor | None, draws: Draws, numbers: Tensor, *, counting: bool
+    ) -> Counts:
+        """OnDARE around AdamW, in one pass; without tau (alpha 0) dropout of the update.
+
+        With `counting`, how many elements rounding left where they were, and how many were to move.
+        """
+
+    def advance(self, part: StepRange, numbers: Tensor, asked: Asked | None) -> Seen | None:
+        """OnTIES' first pass: advance the moments, and look at what AdamW would then add."""
+
+    def look(self, part: StepRange, numbers: Tensor, asked: Asked) -> Seen:
+        """The same look once the moments are advanced."""
+
+    def updates(self, part: StepRange, numbers: Tensor) -> Tensor:
+        """What AdamW adds, of moments that are advanced, with the bits that looks have seen."""
+
+    def ties_step(
+        self,
+        part: StepRange,
+        tau: Tensor | SparseTau | None,
+        numbers: Tensor,
+        ties: Ties | None,
+        *,
+        counting: bool,
+    ) -> Counts:
+        """OnTIES' second pass: eq. 7 of the updates that top-p keeps, and top_p(tau)."""
+
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ALL = -1  # as in optimizer.c: every element has a value
+_ARGUMENTS: dict[str, list[Any]] = {
+    "plain_step": [_POINTER, _POINTER],
+    "dare_step": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _POINTER],
+    "ties_advance": [_POINTER, _POINTER, _POINTER],
+    "ties_look": [_POINTER, _POINTER, _POINTER],
+    "note_update": [_POINTER, _POINTER, _POINTER],
+    "ties_step": [_POINTER, _POINTER, _INT, _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER],
+    "all_finite": [_LONG, _POINTER, _POINTER],
+}
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The passes as machine code.
+
+    Raises:
+        CompilerError: there is no C compiler, or it does not compile.
+    """
+    return compile_library(Path(__file__).with_name("optimizer.c"), _ARGUMENTS)
+
+
+class _Range(ctypes.Structure):
+    """`Range` of optimizer.c."""
+
+    _fields_ = (
+        ("size", _LONG),
+        ("start", ctypes.c_uint64),
+        ("theta", _POINTER),
+        ("gradient", _POINTER),
+        ("mean", _POINTER),
+        ("square", _POINTER),
+    )
+
+    @classmethod
+    def of(cls, part: StepRange) -> "_Range":
+        """The struct of a range."""
+        tensors = (part.theta, part.gradient, part.mean, part.square)
+        return cls(part.mean.numel(), part.start, *(tensor.data_ptr() for tensor in tensors))
+
+
+class CompiledOptimizer:
+    """`OptimizerKernels` on a CPU: a call works on one thread, calls made `together` on as many as
+    torch uses.
+
+    Raises:
+        CompilerError: there is no C compiler, or it does not compile.
+    """
+
+    chunk = 4 * CHUNK  # enough to hide Python, few enough to share out
+    takes_sparse = True
+
+    def __init__(self) -> None:
+        self._library = _library()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Results of calls, each on the first thread that is free.
+
+        A call into the library lets go of the interpreter's lock.
+        """
+        num_threads = min(torch.get_num_threads(), len(calls))
+        if num_threads <= 1:
+            return [call() for call in calls]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(torch.get_num_threads())
+        results: dict[int, T] = {}
+        turns = iter(range(len(calls)))
+
+        def work() -> None:
+            for turn in turns:  # one step of an iterator is one step of the interpreter
+                results[turn] = calls[turn]()
+
+        others = [self._pool.submit(work) for _ in range(num_threads - 1)]
+        work()
+        for other in others:
+            other.result()
+        return [results[turn] for turn in range(len(calls))]
+
+    def first_not_finite(self, gradients: Sequence[Tensor]) -> int | None:
+        """Position of the first gradient with Inf or NaN."""
+        if not all(g.dtype == torch.float32 and g.is_contiguous() for g in gradients):
+            return first_not_finite(gradients)
+        parts = [(i, part) for i, g in enumerate(gradients) for part in torch.split(g, self.chunk)]
+        finite = self.together([partial(self._is_finite, part) for _, part in parts])
+        return next((i for (i, _), fine in zip(parts, finite, strict=True) if not fine), None)
+
+    def _is_finite(self, gradient: Tensor) -> bool:
+        finite = ctypes.c_uint8()
+        self._library.all_finite(gradient.numel(), gradient.data_ptr(), ctypes.byref(finite))
+        return bool(finite.value)
+
+    def plain_step(self, part: StepRange, numbers: Tensor) -> None:
+        """AdamW."""
+        self._library.plain_step(ctypes.byref(_Range.of(part)), numbers.data_ptr())
+
+    def dare_step(
+        self, part: StepRange, tau: Tensor | None, draws: Draws, numbers: Tensor, *, counting: bool
+    ) -> Counts:
+        """OnDARE around AdamW."""
+        counts, largest = torch.zeros(2, dtype=torch.int64), draws.largest_word
+        self._library.dare_step(
+            ctypes.byref(_Range.of(part)),
+            _address(tau),
+            0 if tau is None else tau.element_size(),
+            (ctypes.c_uint32 * 6)(*draws.update, largest, *draws.tau, largest),
+            numbers.data_ptr(),
+            counting,
+            counts.data_ptr(),
+        )
+        return (counts[0], counts[1]) if counting else None
+
+    def advance(self, part: StepRange, numbers: Tensor, asked: Asked | None) -> Seen | None:
+        """OnTIES' first pass."""
+        if asked is None or not is_compiled(asked.search):
+            self._library.ties_advance(ctypes.byref(_Range.of(part)), numbers.data_ptr(), None)
+            return None if asked is None else self.look(part, numbers, asked)
+        return self._looked(self._library.ties_advance, part, numbers, asked)
+
+    def look(self, part: StepRange, numbers: Tensor, asked: Asked) -> Seen:
+        """The same look once the moments are advanced."""
+        if not is_compiled(asked.search):
+            tally = Tally(asked.search, asked.key, asked.keep)
+            tally.look(self.updates(part, numbers), part.start)
+            return tally.seen()
+        return self._looked(self._library.ties_look, part, numbers, asked)
+
+    def _looked(
+        self, function: Callable[..., None], part: StepRange, numbers: Tensor, asked: Asked
+    ) -> Seen:
+        """What a function sees."""
+        room = min(asked.keep, part.mean.numel())
+        buffer = LookBuffer(asked.search, asked.key, part.start, room)
+        function(ctypes.byref(_Range.of(part)), numbers.data_ptr(), buffer.address)
+        return buffer.seen()
+
+    def updates(self, part: StepRange, numbers: Tensor) -> Tensor:
+        """What AdamW adds."""
+        update = torch.empty_like(part.mean)
+        place = ctypes.byref(_Range.of(part))
+        self._library.note_update(place, numbers.data_ptr(), update.data_ptr())
+        return update
+
+    def ties_step(
+        self,
+        part: StepRange,
+        tau: Tensor | SparseTau | None,
+        numbers: Tensor,
+        ties: Ties | None,
+        *,
+        counting: bool,
+    ) -> Counts:
+        """OnTIES' second pass."""
+        counts = torch.zeros(2, dtype=torch.int64)
+        values, places = (tau.values, tau.places) if isinstance(tau, SparseTau) else (tau, None)
+        self._library.ties_step(
+            ctypes.byref(_Range.of(part)),
+            _address(values),
+            0 if values is None else values.element_size(),
+            _address(places),
+            _ALL if places is None else len(places),
+            numbers.data_ptr(),
+            None if ties is None else (ctypes.c_uint32 * 3)(*ties.key, ties.last_word),
+            counting,
+            counts.data_ptr(),
+        )
+        return (counts[0], counts[1]) if counting else None
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    """Where a flat tensor begins."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def first_not_finite(gradients: Sequence[Tensor]) -> int | None:
+    """Position of the first gradient with Inf or NaN; None if there is none."""
+    if not gradients:
+        return None
+    # One pass each and one transfer for all; a sum that overflows is looked into below.
+    sums = torch.stack([gradient.sum(dtype=_wide(gradient)).double() for gradient in gradients])
+    for i in (~torch.isfinite(sums)).nonzero().flatten().tolist():
+        if not torch.isfinite(gradients[i]).all():
+            return int(i)
+    return None
+
+
+def _wide(gradient: Tensor) -> torch.dtype:
+    """The dtype of sums over a gradient."""
+    return torch.float64 if gradient.dtype == torch.float64 else torch.float32
+
+
+def step_numbers(
+    values: Sequence[float], device: torch.device, cut: TopCut | None = None
+) -> Tensor:
+    """A step's numbers and where its update is cut, as passes want them: (10,) float32."""
+    last = 0.0 if cut is None else magnitude_of(cut.key)
+    return torch.tensor([*values, last], dtype=torch.float32, device=device)
