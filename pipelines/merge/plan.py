@@ -6,9 +6,16 @@ from functools import cached_property
 from typing import Any
 
 from pipelines.checkpoints import Checkpoint, OutputLayout, Source, open_model, plan_layout
-from pipelines.checkpoints.digests import BLOCK_ELEMENTS, Digests, checkpoint_fingerprint, identity
+from pipelines.checkpoints.digests import (
+    BLOCK_ELEMENTS,
+    Digests,
+    Identity,
+    ModelDigest,
+    identity,
+    model_digest,
+)
 from pipelines.errors import InputError
-from pipelines.fingerprint import fingerprint
+from pipelines.fingerprint import fingerprint_work
 from pipelines.merge.chain import MergedSource
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.graph import output_tensors
@@ -94,25 +101,29 @@ class MergePlan:
             exclude={"num_workers", "storage", "memory_budget", "executor"},
         )
 
+    @property
+    def settings_key(self) -> str:
+        """Of the settings alone: equal ones make the same of the same inputs."""
+        return fingerprint_work(self.settings, "merge")
+
     @cached_property
-    def identities(self) -> dict[str, Any]:
+    def identities(self) -> dict[str, Identity]:
         """Of every input's files: lengths and times of change."""
         return {path: identity(found) for path, found in self.checkpoints.items()}
 
     @cached_property
     def key(self) -> str:
         """Of this very merge of these very files: what an interrupted run is recognised by."""
-        return fingerprint([self.settings, self.identities])
+        return fingerprint_work([self.settings, self.identities], "merge")
 
-    def input_fingerprints(self, known: KnownDigests | None = None) -> dict[str, str]:
+    def input_digests(self, known: KnownDigests) -> dict[str, ModelDigest]:
         """Of every input's content, by path.
 
         Args:
             known: digests that were taken while merging, by path and tensor.
         """
         return {
-            path: checkpoint_fingerprint(found, (known or {}).get(path, {}))
-            for path, found in self.checkpoints.items()
+            path: model_digest(found, known.get(path)) for path, found in self.checkpoints.items()
         }
 
 

@@ -18,14 +18,16 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.checkpoints import lock_directory
+from pipelines.checkpoints.digests import RECORD_FILE
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
-from pipelines.merge.card import PROVENANCE_FILE, write_companions
+from pipelines.merge.card import write_companions
 from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import EXECUTORS
 from pipelines.merge.journal import digests_of
 from pipelines.merge.plan import MergePlan
 from pipelines.progress import Progress
+from pipelines.provenance import renewed
 
 MARKER_FILE = ".poise-merge.json"
 
@@ -103,8 +105,8 @@ def merge_to_url(plan: MergePlan, url: str, *, force: bool, executor: str) -> st
         InputError: as `merge`, or a store that refuses.
     """
     there = Destination.open(url)
-    record = there.read(PROVENANCE_FILE)
-    if record is not None and record.get("key") == plan.key and not force:
+    record = there.read(RECORD_FILE)
+    if record is not None and renewed(record).get("fingerprint") == plan.key and not force:
         return there.url
     marker = there.read(MARKER_FILE) or {}
     before = there.sizes()
@@ -135,8 +137,8 @@ def _fill(
     Returns:
         the names of all files of the result.
     """
-    if PROVENANCE_FILE in there.sizes():  # from here on, the old result is not complete any more
-        there.remove([PROVENANCE_FILE])
+    if RECORD_FILE in there.sizes():  # from here on, the old result is not complete any more
+        there.remove([RECORD_FILE])
     there.write(MARKER_FILE, marker)
     by_shard: dict[str, list[int]] = {name: [] for name in plan.layout.headers}
     for number, item in enumerate(plan.items):
@@ -158,7 +160,7 @@ def _fill(
     write_companions(plan, scratch, digests_of(results))
     plan.layout.write_index(scratch)
     # A checkpoint without its config.json is none; the record says that everything is there.
-    last = {"config.json": 1, PROVENANCE_FILE: 2}
+    last = {"config.json": 1, RECORD_FILE: 2}
     files = sorted(scratch.iterdir(), key=lambda file: last.get(file.name, 0))
     for file in files:
         there.put(file)

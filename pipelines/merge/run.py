@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.checkpoints import lock_directory
-from pipelines.checkpoints.reader import read_json
+from pipelines.checkpoints.digests import changed_parts
 from pipelines.commit import commit_directory, partial_path, refuse_existing
 from pipelines.errors import InputError
-from pipelines.fingerprint import fingerprint
-from pipelines.merge.card import PROVENANCE_FILE, chat_template, write_companions
+from pipelines.merge.card import chat_template, write_companions
 from pipelines.merge.config import OF_THE_FILE, MergeConfig
 from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import EXECUTORS
@@ -19,6 +18,7 @@ from pipelines.merge.journal import Journal
 from pipelines.merge.plan import MergePlan, plan_merge
 from pipelines.merge.remote import merge_to_url
 from pipelines.progress import Progress
+from pipelines.provenance import read_record
 from pipelines.storage import resolve_output
 
 
@@ -55,7 +55,7 @@ def merge(
     for path in plan.checkpoints:
         if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             raise InputError(f"{out}: is or holds an input of the merge; choose another output")
-    if is_finished(plan, out) and not force:
+    if not force and is_finished(plan, out):
         return out
     refuse_existing(out, force=force)
     folder = partial_path(out)
@@ -93,15 +93,15 @@ def output_place(out: str, storage: str | None) -> Path | str:
 
 def is_finished(plan: MergePlan, out: Path) -> bool:
     """Whether `out` is what the plan would make; inputs that were touched since are read again."""
-    path = out / PROVENANCE_FILE
-    if not path.is_file():
+    record = read_record(out)
+    if record is None:
         return False
-    found = read_json(path)
-    if found.get("key") == plan.key:
+    if record.get("fingerprint") == plan.key:
         return True
-    if found.get("settings") != fingerprint(plan.settings):
+    inputs = record.get("inputs", {})
+    if record.get("settings") != plan.settings_key or inputs.keys() != plan.checkpoints.keys():
         return False
-    return found.get("inputs") == plan.input_fingerprints()
+    return not any(changed_parts(plan.checkpoints[path], known) for path, known in inputs.items())
 
 
 def _fill(plan: MergePlan, folder: Path, executor: str) -> None:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipelines.checkpoints import Checkpoint, CheckpointDelta, lock_directory, plan_layout
-from pipelines.checkpoints.digests import BlockDigests, checkpoint_fingerprint, tensor_digests
 from pipelines.checkpoints.safetensors_header import build_header, read_header
 from pipelines.errors import InputError
 from tests.tiny_models import save_tiny_llama
@@ -185,38 +184,3 @@ def test_a_lock_is_one_at_a_time(tmp_path: Path) -> None:
         pass
     with lock_directory(tmp_path):
         pass
-
-
-@given(size=st.integers(0, 60), step=st.integers(1, 25), first=st.integers(0, 3))
-def test_digests_do_not_depend_on_the_steps_of_reading(size: int, step: int, first: int) -> None:
-    values = torch.arange(size, dtype=torch.bfloat16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.checkpoints.digests.BLOCK_ELEMENTS", 16)
-        whole, parts = BlockDigests(size), BlockDigests(size)
-        whole.update(0, values)
-        for start in range(first * 16, size, step):
-            parts.update(start, values[start : start + step])
-        expected = {b: d for b, d in whole.finished().items() if b >= first * 16}
-    assert len(whole.finished()) == -(-size // 16)
-    assert parts.finished() == expected
-
-
-def test_a_block_that_was_not_wholly_seen_has_no_digest() -> None:
-    digests = BlockDigests(10)
-    digests.update(1, torch.ones(9))
-    assert digests.finished() == {}
-    digests.update(0, torch.ones(9))
-    assert digests.finished() == {}
-
-
-def test_a_fingerprint_is_of_the_content(checkpoint: Checkpoint) -> None:
-    first = checkpoint_fingerprint(checkpoint, {})
-    known = {"a": tensor_digests(checkpoint, "a")}
-    assert checkpoint_fingerprint(checkpoint, known) == first
-    file = checkpoint.path / "model.safetensors"
-    save_file(TENSORS | {"a": TENSORS["a"] + 1}, file)
-    assert checkpoint_fingerprint(Checkpoint.open(checkpoint.path), {}) != first
-    save_file(TENSORS, file)
-    assert checkpoint_fingerprint(Checkpoint.open(checkpoint.path), {}) == first
-    (checkpoint.path / "config.json").write_text('{"changed": 1}')
-    assert checkpoint_fingerprint(Checkpoint.open(checkpoint.path), {}) != first
