@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
             run = Run(config, settings, device)
             run.train()
             run.strategy.merge_pending()
-            export_model(run.strategy, config.model, folder / MODEL_FOLDER)
+            digest = export_model(run.strategy, config.model, folder / MODEL_FOLDER)
     except DivergenceError as error:  # seen by all workers at once, so none waits for another
         record_failure(folder, error)
         return False
@@ -96,9 +97,10 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
         if not isinstance(error, ConnectionError):  # another worker was lost: worth a restart
             record_failure(folder, error)
         raise
-    if first_rank():
+    if digest is not None:  # this is the first rank
         path = getattr(run.strategy.optimizer, "path", None)
-        write_atomically(folder / EXPORTED_FILE, json.dumps({"optimizer_path": path}))
+        exported = {"optimizer_path": path, **asdict(digest)}
+        write_atomically(folder / EXPORTED_FILE, json.dumps(exported))
     return True
 
 
