@@ -10,14 +10,14 @@ from operators.merging import mixup_lambda
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.digests import model_digest
 from pipelines.commit import write_atomically
-from pipelines.errors import InputError
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.model_config import model_config
 from pipelines.merge.plan import OUTPUT, KnownDigests, MergePlan
+from pipelines.merge.tokenizer import TEMPLATE_FILE
 from pipelines.merge.vocabulary import TOKENIZER_FILE
 from pipelines.provenance import Provenance
 
-GENERATION_FILE, TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"
 COPIED = (
     TOKENIZER_FILE,
     "tokenizer_config.json",
@@ -54,35 +54,8 @@ def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
             shutil.copyfile(source, folder / name)
     if plan.tokenizer.text is not None:
         write_atomically(folder / TOKENIZER_FILE, plan.tokenizer.text)
-    if plan.config.chat_template is not None:
-        write_atomically(folder / TEMPLATE_FILE, chat_template(plan))
-
-
-def chat_template(plan: MergePlan) -> str:
-    """The chat template that the config asks for: the text itself, a model's, or with `auto` the
-    one that most models have.
-
-    Raises:
-        InputError: a model without one.
-    """
-    wanted = plan.config.chat_template or ""
-    if "{" in wanted:
-        return wanted
-    if wanted == "auto":
-        folders = dict.fromkeys(each.path for each in (plan.reference, *plan.models.values()))
-        files = [folder / TEMPLATE_FILE for folder in folders]
-        texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
-        if not texts:
-            raise InputError(f"chat_template: found 'auto', and no model has a {TEMPLATE_FILE}")
-        return max(texts, key=texts.count)  # the first of equals: the reference's
-    source = plan.models.get(wanted)
-    path = (Path(wanted) if source is None else source.path) / TEMPLATE_FILE
-    if not path.is_file():
-        raise InputError(
-            f"chat_template: found {wanted!r}, and no {path}; allowed: a Jinja template, or a "
-            "model that has one"
-        )
-    return path.read_text(encoding="utf-8")
+    if plan.template is not None:
+        write_atomically(folder / TEMPLATE_FILE, plan.template)
 
 
 def drawn(plan: MergePlan) -> dict[str, float]:

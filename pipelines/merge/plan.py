@@ -1,8 +1,9 @@
 """What a merge will do: which tensors, in which pieces, written where, at what cost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from pipelines.checkpoints import Checkpoint, OutputLayout, Source, open_model, plan_layout
@@ -17,11 +18,11 @@ from pipelines.checkpoints.digests import (
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint_work
 from pipelines.merge.chain import MergedSource
-from pipelines.merge.config import MergeConfig
+from pipelines.merge.config import OF_THE_FILE, MergeConfig
 from pipelines.merge.graph import output_tensors
 from pipelines.merge.model_config import model_config
 from pipelines.merge.tensor import TensorMerge
-from pipelines.merge.tokenizer import OutputTokenizer, align_vocabularies
+from pipelines.merge.tokenizer import OutputTokenizer, align_vocabularies, chat_template
 
 # Elements of one piece: whole blocks of the fingerprints, large enough for the disk.
 PIECE_ELEMENTS = BLOCK_ELEMENTS
@@ -54,6 +55,8 @@ class MergePlan:
     items: list[Item]
     checkpoints: dict[str, Checkpoint]
     tokenizer: OutputTokenizer
+    template: str | None  # the chat template, where the config asks for one
+    named: Mapping[str, "MergePlan"] = field(default_factory=dict)  # those with an `out`
 
     @property
     def reference(self) -> Source:
@@ -134,14 +137,26 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         InputError: a checkpoint that cannot be read, tensors that differ in name or shape, or
             a tensor that takes more memory than the budget.
     """
-    named: dict[str, Source] = {}
+    if config.out is not None:
+        raise InputError("out: has no effect here; allowed: in a named merge")
+    sources: dict[str, Source] = {}
+    written: dict[str, MergePlan] = {}
     for name, each in config.merges.items():
-        planned = _plan(each.model_copy(update={"memory_budget": config.memory_budget}), named)
+        planned = _plan(_alone(config, name), sources)
         _check_memory(planned)
-        named[name] = _as_source(name, planned)
-    plan = _plan(config, named)
+        sources[name] = _as_source(name, planned)
+        if each.out is not None:
+            written[name] = planned
+    plan = replace(_plan(config, sources), named=written)
     _check_memory(plan)
     return plan
+
+
+def _alone(config: MergeConfig, name: str) -> MergeConfig:
+    """A named merge as a file of its own would have it: the merges before it, the file's fields."""
+    earlier = dict(takewhile(lambda item: item[0] != name, config.merges.items()))
+    shared = {field: getattr(config, field) for field in OF_THE_FILE}
+    return config.merges[name].model_copy(update={"out": None, "merges": earlier, **shared})
 
 
 def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
@@ -162,7 +177,8 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     layout = plan_layout(described, config.max_shard_bytes)
     items = _items(tensors, layout)
-    return MergePlan(config, models, base, tensors, layout, items, checkpoints, tokenizer)
+    template = chat_template(config.chat_template, models, sources[reference])
+    return MergePlan(config, models, base, tensors, layout, items, checkpoints, tokenizer, template)
 
 
 def _as_source(name: str, plan: MergePlan) -> MergedSource:

@@ -2,7 +2,6 @@
 
 import errno
 import shutil
-from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +9,8 @@ from pipelines.checkpoints import lock_directory
 from pipelines.checkpoints.digests import changed_parts
 from pipelines.commit import commit_directory, partial_path, refuse_existing
 from pipelines.errors import InputError
-from pipelines.merge.card import chat_template, write_companions
-from pipelines.merge.config import OF_THE_FILE, MergeConfig
+from pipelines.merge.card import write_companions
+from pipelines.merge.config import MergeConfig
 from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import EXECUTORS
 from pipelines.merge.journal import Journal
@@ -21,13 +20,15 @@ from pipelines.progress import Progress
 from pipelines.provenance import read_record
 from pipelines.storage import resolve_output
 
+ExecutorName = Literal["local", "ray"]
+
 
 def merge(
     config: MergeConfig,
     out: str | Path,
     *,
     force: bool = False,
-    executor: Literal["local", "ray"] = "local",
+    executor: ExecutorName = "local",
 ) -> Path | str:
     """Merge checkpoints into `out`, which appears when it is complete.
 
@@ -43,12 +44,18 @@ def merge(
         InputError: inputs that cannot be merged, no room on the disk, another merge into `out`,
             or an `out` that holds something else while `force` is false.
     """
-    if config.out is not None:
-        raise InputError("out: has no effect here; allowed: in a named merge")
-    plan = plan_merge(config)
-    if config.chat_template is not None:
-        chat_template(plan)  # so that a mistake in it shows before the work
-    _write_named(config, force=force, executor=executor)
+    return merge_planned(plan_merge(config), out, force=force, executor=executor)
+
+
+def merge_planned(
+    plan: MergePlan, out: str | Path, *, force: bool = False, executor: ExecutorName = "local"
+) -> Path | str:
+    """Carry out a plan, as `merge` does a config; the named merges with a place of their own are
+    written first.
+    """
+    for name, named in plan.named.items():
+        place = output_place(str(plan.config.merges[name].out), plan.config.storage)
+        merge_planned(named, place, force=force, executor=executor)
     if "://" in str(out):
         return merge_to_url(plan, str(out), force=force, executor=executor)
     out = Path(out).absolute()
@@ -68,18 +75,6 @@ def merge(
             raise
         commit_directory(folder, out, force=force)
     return out
-
-
-def _write_named(config: MergeConfig, *, force: bool, executor: Literal["local", "ray"]) -> None:
-    """Write the named merges that have a place of their own; the others only feed the last."""
-    for name, each in config.merges.items():
-        if each.out is not None:
-            earlier = dict(
-                takewhile(lambda item, last=name: item[0] != last, config.merges.items())
-            )
-            shared = {name: getattr(config, name) for name in OF_THE_FILE}
-            alone = each.model_copy(update={"out": None, "merges": earlier, **shared})
-            merge(alone, output_place(each.out, config.storage), force=force, executor=executor)
 
 
 def output_place(out: str, storage: str | None) -> Path | str:
@@ -104,7 +99,7 @@ def is_finished(plan: MergePlan, out: Path) -> bool:
     return not any(changed_parts(plan.checkpoints[path], known) for path, known in inputs.items())
 
 
-def _fill(plan: MergePlan, folder: Path, executor: str) -> None:
+def _fill(plan: MergePlan, folder: Path, executor: ExecutorName) -> None:
     """Bring the unfinished output to its end."""
     journal = Journal(folder, plan.layout)
     try:
