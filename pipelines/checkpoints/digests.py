@@ -15,6 +15,7 @@ it on the way, in any order of tensors and blocks. The digest of companions is
 Both tell damage and change; they are no protection against forgery.
 """
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pipelines.checkpoints.reader import Checkpoint
+from pipelines.checkpoints.reader import Checkpoint, read_json
+from pipelines.commit import write_atomically
 from pipelines.fingerprint import fingerprint, fingerprint_file
 
 BLOCK_ELEMENTS = 1 << 22
@@ -134,6 +136,53 @@ def identity(checkpoint: Checkpoint) -> Identity:
     files |= set(companion_files(checkpoint.path))
     stats = {file.name: file.stat() for file in sorted(files)}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+class DigestMemory:
+    """Digests that were taken before: a model whose files have kept their lengths and times of
+    change since is not read again.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Identity, ModelDigest]] = {}
+
+    def load(self, file: Path) -> None:
+        """Take in what `save` wrote, if it is there."""
+        for path, found in (read_json(file) if file.is_file() else {}).items():
+            digest = ModelDigest(found["weights"], found["companions"])
+            self._known[path] = (found["files"], digest)
+
+    def save(self, file: Path, models: Iterable[Path]) -> None:
+        """Write down what is known of these models."""
+        known = {path: self._known[path] for path in map(_key, models)}
+        entries = {p: {"files": files, **asdict(digest)} for p, (files, digest) in known.items()}
+        write_atomically(file, json.dumps(entries, indent=2) + "\n")
+
+    def remember(self, checkpoint: Checkpoint, digest: ModelDigest) -> None:
+        """Take in the digest of a model whose files are there and change no more."""
+        self._known[_key(checkpoint.path)] = (identity(checkpoint), digest)
+
+    def digest(
+        self,
+        checkpoint: Checkpoint,
+        known: Mapping[str, Digests] | None = None,
+        files: Identity | None = None,
+    ) -> ModelDigest:
+        """The digests of a model, as `model_digest` takes them unless its files are known.
+
+        Args:
+            files: the model's identity from before `known` was taken.
+        """
+        files = files or identity(checkpoint)  # before reading: a later change shows next time
+        found = self._known.get(_key(checkpoint.path))
+        if found is None or found[0] != files:
+            found = (files, model_digest(checkpoint, known))
+            self._known[_key(checkpoint.path)] = found
+        return found[1]
+
+
+def _key(model: Path) -> str:
+    return str(model.absolute())
 
 
 def _described(checkpoint: Checkpoint, known: Mapping[str, Digests]) -> dict[str, list[Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from operators.merging import mixup_lambda
 from pipelines.checkpoints import Checkpoint
-from pipelines.checkpoints.digests import model_digest
+from pipelines.checkpoints.digests import DigestMemory, model_digest
 from pipelines.commit import write_atomically
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.model_config import model_config
@@ -30,17 +30,20 @@ COPIED = (
 )
 
 
-def write_companions(plan: MergePlan, folder: Path, digests: KnownDigests) -> None:
+def write_companions(
+    plan: MergePlan, folder: Path, digests: KnownDigests, memory: DigestMemory
+) -> None:
     """Write everything but the weights into the output's folder.
 
     Args:
         digests: what the workers took while they read and wrote, by path and tensor.
+        memory: the inputs' digests that are known already; those found here are put into it.
     """
     _write_tokenizer(plan, folder)
     config = model_config(plan.config, plan.tensors, plan.reference)
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
     output = Checkpoint(folder, config, plan.layout.stored(folder))
-    provenance(plan, output, digests).write(folder)
+    provenance(plan, output, digests, memory).write(folder)
 
 
 def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
@@ -74,7 +77,9 @@ def drawn(plan: MergePlan) -> dict[str, float]:
     return found
 
 
-def provenance(plan: MergePlan, output: Checkpoint, digests: KnownDigests) -> Provenance:
+def provenance(
+    plan: MergePlan, output: Checkpoint, digests: KnownDigests, memory: DigestMemory
+) -> Provenance:
     """Where the output comes from: the method in words, and what makes it again."""
     base = plan.config.base_model
     rooted = "" if base is None else f"Base model: `{base}`\n\n"
@@ -86,7 +91,7 @@ def provenance(plan: MergePlan, output: Checkpoint, digests: KnownDigests) -> Pr
         digest=model_digest(output, digests.get(OUTPUT, {})),
         fingerprint=plan.key,
         config=plan.settings,
-        inputs=plan.input_digests(digests),
+        inputs=plan.input_digests(digests, memory),
         seed=plan.config.seed,
         details={"drawn": draws, "settings": plan.settings_key},
         title=f"Merge by {plan.config.merge_method}",

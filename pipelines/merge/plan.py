@@ -9,11 +9,11 @@ from typing import Any
 from pipelines.checkpoints import Checkpoint, OutputLayout, Source, open_model, plan_layout
 from pipelines.checkpoints.digests import (
     BLOCK_ELEMENTS,
+    DigestMemory,
     Digests,
     Identity,
     ModelDigest,
     identity,
-    model_digest,
 )
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint_work
@@ -119,14 +119,16 @@ class MergePlan:
         """Of this very merge of these very files: what an interrupted run is recognised by."""
         return fingerprint_work([self.settings, self.identities], "merge")
 
-    def input_digests(self, known: KnownDigests) -> dict[str, ModelDigest]:
+    def input_digests(self, known: KnownDigests, memory: DigestMemory) -> dict[str, ModelDigest]:
         """Of every input's content, by path.
 
         Args:
             known: digests that were taken while merging, by path and tensor.
+            memory: those of other merges of the file.
         """
         return {
-            path: model_digest(found, known.get(path)) for path, found in self.checkpoints.items()
+            path: memory.digest(found, known.get(path), self.identities[path])
+            for path, found in self.checkpoints.items()
         }
 
 

@@ -18,7 +18,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.checkpoints import lock_directory
-from pipelines.checkpoints.digests import RECORD_FILE
+from pipelines.checkpoints.digests import RECORD_FILE, DigestMemory
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
 from pipelines.merge.card import write_companions
@@ -95,8 +95,13 @@ class Destination:
             raise InputError(f"{self.url}: cannot be used: {reason}") from None
 
 
-def merge_to_url(plan: MergePlan, url: str, *, force: bool, executor: str) -> str:
+def merge_to_url(
+    plan: MergePlan, url: str, memory: DigestMemory, *, force: bool, executor: str
+) -> str:
     """Merge into a folder of an object store.
+
+    Args:
+        memory: digests of inputs that are known already; those found here are put into it.
 
     Returns:
         the address.
@@ -122,7 +127,7 @@ def merge_to_url(plan: MergePlan, url: str, *, force: bool, executor: str) -> st
         for file in scratch.iterdir():  # of a killed merge, perhaps of another plan
             file.unlink()
         try:
-            written = _fill(plan, there, scratch, marker, executor)
+            written = _fill(plan, there, scratch, marker, executor, memory)
         finally:
             shutil.rmtree(scratch)
     there.remove([*sorted(before.keys() - written - {MARKER_FILE}), MARKER_FILE])
@@ -130,7 +135,12 @@ def merge_to_url(plan: MergePlan, url: str, *, force: bool, executor: str) -> st
 
 
 def _fill(
-    plan: MergePlan, there: Destination, scratch: Path, marker: dict[str, Any], executor: str
+    plan: MergePlan,
+    there: Destination,
+    scratch: Path,
+    marker: dict[str, Any],
+    executor: str,
+    memory: DigestMemory,
 ) -> set[str]:
     """Make and upload the shards that are not there yet, then what stands beside them.
 
@@ -157,7 +167,7 @@ def _fill(
                 marker["shards"][shard] = results
                 there.write(MARKER_FILE, marker)
     results = [result for shard in marker["shards"].values() for result in shard]
-    write_companions(plan, scratch, digests_of(results))
+    write_companions(plan, scratch, digests_of(results), memory)
     plan.layout.write_index(scratch)
     # A checkpoint without its config.json is none; the record says that everything is there.
     last = {"config.json": 1, RECORD_FILE: 2}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.checkpoints import lock_directory
-from pipelines.checkpoints.digests import changed_parts
+from pipelines.checkpoints.digests import DigestMemory, changed_parts
 from pipelines.commit import commit_directory, partial_path, refuse_existing
 from pipelines.errors import InputError
 from pipelines.merge.card import write_companions
@@ -48,16 +48,25 @@ def merge(
 
 
 def merge_planned(
-    plan: MergePlan, out: str | Path, *, force: bool = False, executor: ExecutorName = "local"
+    plan: MergePlan,
+    out: str | Path,
+    *,
+    force: bool = False,
+    executor: ExecutorName = "local",
+    memory: DigestMemory | None = None,
 ) -> Path | str:
     """Carry out a plan, as `merge` does a config; the named merges with a place of their own are
     written first.
+
+    Args:
+        memory: digests of inputs that are known already; those found here are put into it.
     """
+    memory = memory or DigestMemory()
     for name, named in plan.named.items():
         place = output_place(str(plan.config.merges[name].out), plan.config.storage)
-        merge_planned(named, place, force=force, executor=executor)
+        merge_planned(named, place, force=force, executor=executor, memory=memory)
     if "://" in str(out):
-        return merge_to_url(plan, str(out), force=force, executor=executor)
+        return merge_to_url(plan, str(out), memory, force=force, executor=executor)
     out = Path(out).absolute()
     for path in plan.checkpoints:
         if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
@@ -69,7 +78,7 @@ def merge_planned(
     folder.mkdir(parents=True, exist_ok=True)
     with lock_directory(folder):
         try:
-            _fill(plan, folder, executor)
+            _fill(plan, folder, executor, memory)
         except InputError:
             shutil.rmtree(folder)  # the inputs must change, so nothing in it is of use
             raise
@@ -99,7 +108,7 @@ def is_finished(plan: MergePlan, out: Path) -> bool:
     return not any(changed_parts(plan.checkpoints[path], known) for path, known in inputs.items())
 
 
-def _fill(plan: MergePlan, folder: Path, executor: ExecutorName) -> None:
+def _fill(plan: MergePlan, folder: Path, executor: ExecutorName, memory: DigestMemory) -> None:
     """Bring the unfinished output to its end."""
     journal = Journal(folder, plan.layout)
     try:
@@ -112,7 +121,7 @@ def _fill(plan: MergePlan, folder: Path, executor: ExecutorName) -> None:
                 work = EXECUTORS[executor](plan, folder, items, contexts)
                 for _ in journal.record(work):
                     progress.advance()
-        write_companions(plan, folder, journal.digests())
+        write_companions(plan, folder, journal.digests(), memory)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
