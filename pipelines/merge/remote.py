@@ -17,8 +17,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.checkpoints import lock_directory
 from pipelines.checkpoints.digests import RECORD_FILE, DigestMemory
+from pipelines.commit import lock
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
 from pipelines.merge.card import write_companions
@@ -123,7 +123,7 @@ def merge_to_url(
         marker = {"key": plan.key, "shards": {}}
     scratch = Path(gettempdir()) / f"poise-merge-{fingerprint(there.url)}"
     scratch.mkdir(exist_ok=True)
-    with lock_directory(scratch):
+    with lock(scratch):
         for file in scratch.iterdir():  # of a killed merge, perhaps of another plan
             file.unlink()
         try:

@@ -5,9 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from pipelines.checkpoints import lock_directory
 from pipelines.checkpoints.digests import DigestMemory, changed_parts
-from pipelines.commit import commit_directory, partial_path, refuse_existing
+from pipelines.commit import commit_directory, lock, partial_path, refuse_existing
 from pipelines.errors import InputError
 from pipelines.merge.card import write_companions
 from pipelines.merge.config import MergeConfig
@@ -76,7 +75,7 @@ def merge_planned(
     refuse_existing(out, force=force)
     folder = partial_path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with lock_directory(folder):
+    with lock(folder):
         try:
             _fill(plan, folder, executor, memory)
         except InputError:

@@ -1,6 +1,5 @@
 """The training loop of one worker under Ray Train."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.commit import write_atomically
+from pipelines.commit import lock, write_atomically
 from pipelines.fingerprint import fingerprint
 from pipelines.train.activations import offload_activations
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
@@ -110,8 +109,7 @@ def _alone(folder: Path) -> Iterator[None]:
     if not first_rank():
         yield
         return
-    with (folder / "worker.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with lock(folder / "worker.lock", wait=True):
         yield
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from operators.optim import ShardLayout
 from operators.optim.reference import ReferenceDelta
-from pipelines.checkpoints import Checkpoint, CheckpointDelta, lock_directory
+from pipelines.checkpoints import Checkpoint, CheckpointDelta
 from pipelines.checkpoints.digests import ModelDigest
-from pipelines.commit import commit_directory, partial_path, refuse_existing, write_atomically
+from pipelines.commit import commit_directory, lock, partial_path, refuse_existing, write_atomically
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint_directory, fingerprint_work
 from pipelines.provenance import read_record
@@ -348,7 +348,7 @@ def _unfinished_run(
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with lock_directory(folder):
+    with lock(folder):
         write_atomically(path, json.dumps(record))
         shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)
         yield

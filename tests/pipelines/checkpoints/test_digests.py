@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -64,6 +64,7 @@ def models(draw: st.DrawFn) -> dict[str, Tensor]:
     return tensors
 
 
+@settings(deadline=None, max_examples=50)
 @given(tensors=models(), limit=st.integers(1, 400), seed=st.randoms())
 def test_the_digest_is_of_the_tensors_whatever_the_files(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Tensor], limit: int, seed: Any
@@ -78,6 +79,7 @@ def test_the_digest_is_of_the_tensors_whatever_the_files(
     assert model_digest(sharded).weights == expected
 
 
+@settings(deadline=None, max_examples=50)
 @given(tensors=models(), data=st.data())
 def test_a_changed_bit_name_dtype_or_shape_is_another_digest(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Tensor], data: st.DataObject
@@ -101,6 +103,7 @@ def test_a_changed_bit_name_dtype_or_shape_is_another_digest(
         assert changed_parts(after, {"weights": before, "companions": ""})[0] == "weights"
 
 
+@settings(deadline=None)
 @given(size=st.integers(0, 60), step=st.integers(1, 25), first=st.integers(0, 3))
 def test_digests_do_not_depend_on_the_steps_of_reading(size: int, step: int, first: int) -> None:
     values = torch.arange(size, dtype=torch.bfloat16)

@@ -12,8 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from pipelines.checkpoints import lock_directory
-from pipelines.commit import partial_path
+from pipelines.commit import lock, partial_path
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, merge
 from pipelines.merge.journal import JOURNAL_FILE
@@ -206,7 +205,7 @@ def test_two_merges_into_one_output(family: Family, tmp_path: Path) -> None:
     partial = partial_path(out)
     partial.mkdir()
     (partial / "of-the-first").touch()
-    with lock_directory(partial), pytest.raises(InputError) as caught:
+    with lock(partial), pytest.raises(InputError) as caught:
         merge(MergeConfig.model_validate(family.config()), out)
     assert str(caught.value) == f"{partial}: another run is writing this output"
     assert (partial / "of-the-first").exists()
