@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipelines.checkpoints.safetensors_header import StoredTensor, read_header
 from pipelines.errors import InputError
+from pipelines.storage import with_retries
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -121,6 +122,12 @@ def read_range(tensor: StoredTensor, start: int, stop: int) -> Tensor:
         return result
     memory = memoryview(result.view(torch.uint8).numpy())
     place = tensor.offset + start * tensor.dtype.itemsize
+    with_retries(lambda: _fill(memory, tensor, place))
+    return result
+
+
+def _fill(memory: memoryview, tensor: StoredTensor, place: int) -> None:
+    """Read a tensor's file from byte `place` on."""
     descriptor = os.open(tensor.file, os.O_RDONLY)
     try:
         while memory:
@@ -130,7 +137,6 @@ def read_range(tensor: StoredTensor, start: int, stop: int) -> Tensor:
             memory, place = memory[count:], place + count
     finally:
         os.close(descriptor)
-    return result
 
 
 def read_json(path: Path) -> dict[str, Any]:
