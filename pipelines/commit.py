@@ -1,5 +1,8 @@
-"""Commit or nothing: a result appears under its final name only when it is complete."""
+"""Commit or nothing: a result appears under its final name only when it is complete, and has one
+writer at a time.
+"""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -32,14 +35,38 @@ def staged_directory(final: str | Path, *, force: bool = False) -> Iterator[Path
     `force` an old result is moved aside and removed only after the new one stands.
 
     Raises:
-        InputError: `final` exists and `force` is false.
+        InputError: `final` exists and `force` is false, or another process is writing it.
     """
     final = Path(final)
     refuse_existing(final, force=force)
     partial = partial_path(final)
     partial.mkdir(parents=True, exist_ok=True)
-    yield partial
-    commit_directory(partial, final, force=force)
+    with lock(partial):
+        yield partial
+        commit_directory(partial, final, force=force)
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a path for the length of the block; the lock vanishes with the process that holds it.
+
+    Args:
+        path: an existing directory, or a file, which is made.
+        wait: until another process has let go of it.
+
+    Raises:
+        InputError: another process holds it, and `wait` is false.
+    """
+    kind = os.O_RDONLY | os.O_DIRECTORY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, kind, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another run is writing this output") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def commit_directory(partial: Path, final: Path, *, force: bool = False) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from pipelines.config import load_config
-from pipelines.evaluate import EvaluateConfig, evaluate
-from pipelines.evaluate.run import plan_cells
+from pipelines.evaluate import EvaluateConfig, evaluate_planned, plan_evaluation
 from pipelines.storage import resolve_output
 from ray_jobs.session import ray_session
 from ray_jobs.tables import print_table
@@ -21,9 +20,9 @@ def run_evaluate(
     """Run the matrix of a config and print it; returns the content of `evaluation.json`."""
     config = load_config(config_path, EvaluateConfig, overrides)
     out = resolve_output(out, config.storage)
-    plan_cells(config)  # every input is looked at before Ray starts
+    plan = plan_evaluation(config, out)  # every input is looked at before Ray starts
     with ray_session():
-        summary = evaluate(config, out, force=force)
+        [summary] = evaluate_planned([plan], force=force)
     if as_json:
         print(json.dumps(summary, indent=2))
     else:

@@ -8,7 +8,7 @@ from pipelines.merge import (
     MergeConfig,
     MergePlan,
     load_merge_config,
-    merge,
+    merge_planned,
     output_place,
     plan_merge,
 )
@@ -21,19 +21,19 @@ def run_merge(
 ) -> None:
     """Run the merge of a config, or show what it would do."""
     config = load_merge_config(config_path, overrides)
+    planned = plan_merge(config)  # every input is looked at before Ray starts
     if plan:
-        _show(plan_merge(config))
+        _show(planned)
         return
     assert out is not None
     place = output_place(out, config.storage)
     for notice in config.notices():
         print(notice, file=sys.stderr)
     if runs_on_ray(config):
-        plan_merge(config)  # every input is looked at before Ray starts
         with ray_session():
-            merge(config, place, force=force, executor="ray")
+            merge_planned(planned, place, force=force, executor="ray")
     else:
-        merge(config, place, force=force, executor="local")
+        merge_planned(planned, place, force=force)
     print(f"merged model: {place}", file=sys.stderr)
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from pipelines.config import load_config
 from pipelines.storage import resolve_output
-from pipelines.sweep import SweepConfig, check_sweep, sweep
+from pipelines.sweep import SweepConfig, plan_sweep, sweep_planned
 from ray_jobs.session import ray_session
 from ray_jobs.tables import print_table
 
@@ -20,9 +20,9 @@ def run_sweep(
     """Run the sweep of a config and print its trials; returns the content of `sweep.json`."""
     config = load_config(config_path, SweepConfig, overrides)
     out = resolve_output(out, config.storage)
-    check_sweep(config)  # every mistake shows before Ray starts
+    plan = plan_sweep(config)  # every mistake shows before Ray starts
     with ray_session():
-        result = sweep(config, out, force=force)
+        result = sweep_planned(plan, out, force=force)
     if as_json:
         print(json.dumps(result, indent=2))
     else:

@@ -1,4 +1,4 @@
-"""`poise verify`: check a merge against its own record."""
+"""`poise verify`: check a model against its own record."""
 
 import json
 from dataclasses import asdict
@@ -9,18 +9,19 @@ from pipelines.merge.verify import Verification, verify
 
 
 def run_verify(folder: Path, *, again: bool, as_json: bool) -> None:
-    """Print what became of a merge and its inputs.
+    """Print what became of a model and of what was merged into it.
 
     Raises:
-        InputError: the weights are not those of the record, or a new merge gave other ones.
+        InputError: the model is not that of the record, or a new merge gave another one.
     """
     found = verify(folder, again=again)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
     else:
         _print(folder, found)
-    if found.output != "same":
-        raise InputError(f"{folder}: its weights are not those that its record describes")
+    if found.changed:
+        parts = " and ".join(found.changed)
+        raise InputError(f"{folder}: its {parts} are not those that its record describes")
     if found.again is False:
         raise InputError(f"{folder}: the same config gave other weights when it was merged again")
 

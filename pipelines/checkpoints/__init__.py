@@ -1,9 +1,7 @@
 """Hugging Face checkpoints on the disk: lazy reading by slice, writing in place."""
 
-from pipelines.checkpoints.delta import CheckpointDelta
-from pipelines.checkpoints.lock import lock_directory
-from pipelines.checkpoints.opening import open_model
-from pipelines.checkpoints.reader import Checkpoint, StoredTensor
+from pipelines.checkpoints.lora import open_model
+from pipelines.checkpoints.reader import Checkpoint, CheckpointDelta, StoredTensor
 from pipelines.checkpoints.source import Source, TensorSpec
 from pipelines.checkpoints.writer import OutputLayout, plan_layout
 
@@ -14,7 +12,6 @@ __all__ = [
     "Source",
     "StoredTensor",
     "TensorSpec",
-    "lock_directory",
     "open_model",
     "plan_layout",
 ]

@@ -1,23 +1,55 @@
-"""Fingerprints of weights, taken block by block while a merge reads them anyway."""
+"""Digests of a model: one of its weights, one of the config and tokenizer files beside them.
 
+The digest of weights is a function of the tensors' names, dtypes, shapes and bytes alone: not of
+shards, of the order of tensors in files, or of other files there. A tensor's elements, row-major
+and little-endian, are cut into blocks of `BLOCK_ELEMENTS`; a block's digest is the xxh3 hash (128
+bits) of its bytes; the digest of weights is
+
+    fingerprint({name: [dtype, shape, [[first element of block, its digest], ...]], ...})
+
+with the dtype as torch writes it (`torch.bfloat16`). So whoever reads or writes whole blocks takes
+it on the way, in any order of tensors and blocks. The digest of companions is
+
+    fingerprint({file name: fingerprint_file(file), ...})
+
+Both tell damage and change; they are no protection against forgery.
+"""
+
+import json
+import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
-from pipelines.checkpoints.reader import Checkpoint
+from pipelines.checkpoints.reader import Checkpoint, read_json
+from pipelines.commit import write_atomically
 from pipelines.fingerprint import fingerprint, fingerprint_file
 
-# Elements of a block: whoever reads it in whatever steps gets the same digest.
 BLOCK_ELEMENTS = 1 << 22
 READ_ELEMENTS = 1 << 18
-CONFIG_FILES = ("*.json", "*.jinja", "*.model")
+RECORD_FILE = "poise.json"
+_COMPANIONS = ("*.json", "*.jinja", "*.model")
+# Tokenizer files that records of earlier versions did not look at.
+_ADDED_COMPANIONS = ("merges.txt", "vocab.txt", "*.tiktoken")
 # The index only says where tensors lie, and a record of how a model came about is not the model.
-NOT_CONTENT = ("*.safetensors.index.json", "poise.json", ".*")
+_NOT_COMPANIONS = ("*.safetensors.index.json", RECORD_FILE, ".*")
 
 Digests = dict[int, str]  # first element of a block -> 32 hex digits of its bytes
+Identity = dict[str, list[int]]  # file -> length in bytes, time of change in ns
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDigest:
+    """What a model is: 32 hex digits of its weights, and of its config and tokenizer files."""
+
+    weights: str
+    companions: str
 
 
 class BlockDigests:
@@ -64,38 +96,113 @@ def tensor_digests(checkpoint: Checkpoint, name: str) -> Digests:
     return digests.finished()
 
 
-def checkpoint_fingerprint(
-    checkpoint: Checkpoint, known: Mapping[str, Digests], names: Iterable[str] | None = None
-) -> str:
-    """32 hex digits of a checkpoint's tensors and of the small files beside them.
+def model_digest(checkpoint: Checkpoint, known: Mapping[str, Digests] | None = None) -> ModelDigest:
+    """The digests of a checkpoint or adapter on the disk.
 
     Args:
-        known: digests that a merge has taken already; the other blocks are read.
-        names: the tensors that matter; default all.
+        known: blocks' digests by tensor, taken while it was read or written; tensors of which a
+            block is missing are read.
     """
-    tensors = {}
-    for name in sorted(checkpoint.tensors if names is None else names):
-        stored = checkpoint.tensors[name]
-        digests = known.get(name, {})
-        if len(digests) != -(-stored.num_elements // BLOCK_ELEMENTS):
-            digests = tensor_digests(checkpoint, name)
-        tensors[name] = [str(stored.dtype), list(stored.shape), sorted(digests.items())]
-    return fingerprint([tensors, small_files(checkpoint.path)])
+    companions = fingerprint(_file_digests(companion_files(checkpoint.path)))
+    return ModelDigest(fingerprint(_described(checkpoint, known or {})), companions)
 
 
-def small_files(path: Path) -> dict[str, str]:
-    """Digests of config and tokenizer files."""
-    found = {file for pattern in CONFIG_FILES for file in path.glob(pattern)}
-    found -= {file for pattern in NOT_CONTENT for file in path.glob(pattern)}
-    return {file.name: fingerprint_file(file) for file in sorted(found)}
+def changed_parts(checkpoint: Checkpoint, recorded: Mapping[str, str] | str) -> list[str]:
+    """What of a checkpoint is not as a record says: of `weights` and `companions`.
+
+    Args:
+        recorded: a `ModelDigest` as a mapping; or the one text that earlier versions wrote for
+            both, which cannot tell them apart.
+    """
+    if isinstance(recorded, str):
+        files = companion_files(checkpoint.path, _COMPANIONS)
+        content = fingerprint([_described(checkpoint, {}), _file_digests(files)])
+        return [] if content == recorded else ["weights or companions"]
+    found = asdict(model_digest(checkpoint))
+    return [name for name, digest in found.items() if recorded.get(name) != digest]
 
 
-def identity(checkpoint: Checkpoint) -> dict[str, list[int]]:
+def companion_files(
+    folder: Path, patterns: Iterable[str] = (*_COMPANIONS, *_ADDED_COMPANIONS)
+) -> list[Path]:
+    """The config and tokenizer files in a model's folder, by name."""
+    found = {file for pattern in patterns for file in folder.glob(pattern)}
+    return sorted(found - {file for pattern in _NOT_COMPANIONS for file in folder.glob(pattern)})
+
+
+def identity(checkpoint: Checkpoint) -> Identity:
     """Length and time of change of each file: equal ones need not be read again."""
     files = {tensor.file for tensor in checkpoint.tensors.values()}
-    files |= {checkpoint.path / name for name in small_files(checkpoint.path)}
+    files |= set(companion_files(checkpoint.path))
     stats = {file.name: file.stat() for file in sorted(files)}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+class DigestMemory:
+    """Digests that were taken before: a model whose files have kept their lengths and times of
+    change since is not read again.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Identity, ModelDigest]] = {}
+
+    def load(self, file: Path) -> None:
+        """Take in what `save` wrote, if it is there."""
+        for path, found in (read_json(file) if file.is_file() else {}).items():
+            digest = ModelDigest(found["weights"], found["companions"])
+            self._known[path] = (found["files"], digest)
+
+    def save(self, file: Path, models: Iterable[Path]) -> None:
+        """Write down what is known of these models."""
+        known = {path: self._known[path] for path in map(_key, models)}
+        entries = {p: {"files": files, **asdict(digest)} for p, (files, digest) in known.items()}
+        write_atomically(file, json.dumps(entries, indent=2) + "\n")
+
+    def remember(self, checkpoint: Checkpoint, digest: ModelDigest) -> None:
+        """Take in the digest of a model whose files are there and change no more."""
+        self._known[_key(checkpoint.path)] = (identity(checkpoint), digest)
+
+    def digest(
+        self,
+        checkpoint: Checkpoint,
+        known: Mapping[str, Digests] | None = None,
+        files: Identity | None = None,
+    ) -> ModelDigest:
+        """The digests of a model, as `model_digest` takes them unless its files are known.
+
+        Args:
+            files: the model's identity from before `known` was taken.
+        """
+        files = files or identity(checkpoint)  # before reading: a later change shows next time
+        found = self._known.get(_key(checkpoint.path))
+        if found is None or found[0] != files:
+            found = (files, model_digest(checkpoint, known))
+            self._known[_key(checkpoint.path)] = found
+        return found[1]
+
+
+def _key(model: Path) -> str:
+    return str(model.absolute())
+
+
+def _described(checkpoint: Checkpoint, known: Mapping[str, Digests]) -> dict[str, list[Any]]:
+    """Each tensor's dtype, shape and digests of blocks; unknown ones are read, in threads."""
+
+    def digests_of(name: str) -> Digests:
+        num_blocks = -(-checkpoint.tensors[name].num_elements // BLOCK_ELEMENTS)
+        found = known.get(name, {})
+        return found if len(found) == num_blocks else tensor_digests(checkpoint, name)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        digests = threads.map(digests_of, checkpoint.tensors)
+        return {
+            name: [str(tensor.dtype), list(tensor.shape), sorted(blocks.items())]
+            for (name, tensor), blocks in zip(checkpoint.tensors.items(), digests, strict=True)
+        }
+
+
+def _file_digests(files: Iterable[Path]) -> dict[str, str]:
+    return {file.name: fingerprint_file(file) for file in files}
 
 
 def _memory(values: Tensor) -> memoryview:

@@ -1,4 +1,5 @@
-"""LoRA adapters (PEFT) as models: their products are added to the base as it is read.
+"""LoRA adapters (PEFT) as models: their products are added to the base as it is read. And opening
+what a config calls a model: a checkpoint, an adapter, or both with a `+` between.
 
 A weight W (out, in) becomes `W + s B A` with A (r, in), B (out, r), `s = alpha / r`, or
 `alpha / sqrt(r)` with rank-stabilised scaling (Hu et al. 2021; Kalajdzievski 2023).
@@ -157,6 +158,34 @@ class AdaptedCheckpoint:
                 f"{self.store.path / ADAPTER_WEIGHTS}: {name}: found factors {list(a)} and "
                 f"{list(b)}; allowed: factors of {list(spec.shape)}, as in {spec.file}"
             )
+
+
+def open_model(name: str, base: str | None = None) -> Source:
+    """Open a model by its name in a config.
+
+    Args:
+        name: a checkpoint's folder; an adapter's folder; or `CHECKPOINT+ADAPTER`.
+        base: the checkpoint of an adapter that names none that exists.
+
+    Raises:
+        InputError: nothing there, or nothing that can be merged.
+    """
+    folder, plus, adapter = name.partition("+")
+    if plus and not Path(name).exists():
+        return AdaptedCheckpoint.open(adapter, Checkpoint.open(folder))
+    path = Path(name)
+    if not is_adapter(path):
+        return Checkpoint.open(path)
+    own = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    candidates = [str(own)] if own and Path(own).is_dir() else []
+    if base is not None and base != name:
+        candidates.append(base)
+    if not candidates:
+        raise InputError(
+            f"adapter {path}: its base {own!r} is no folder here; allowed: base_model, or a model "
+            f"written as CHECKPOINT+{path}"
+        )
+    return AdaptedCheckpoint.open(path, Checkpoint.open(candidates[0]))
 
 
 def is_adapter(path: Path) -> bool:

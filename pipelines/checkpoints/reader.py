@@ -1,4 +1,6 @@
-"""Lazy reading of Hugging Face checkpoints: any flat range of any tensor, nothing else."""
+"""Lazy reading of Hugging Face checkpoints: any flat range of any tensor, or of the difference of
+two, and nothing else.
+"""
 
 import json
 import os
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from pipelines.checkpoints.safetensors_header import StoredTensor, read_header
 from pipelines.errors import InputError
+from pipelines.storage import with_retries
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -108,6 +111,29 @@ class Checkpoint:
         return read_range(tensor, start, tensor.num_elements if stop is None else stop)
 
 
+class CheckpointDelta:
+    """Online merging's delta, a `DeltaSource`: `tuned - base`, in float32, of any flat range of
+    any tensor.
+    """
+
+    def __init__(self, base: str | Path, tuned: str | Path) -> None:
+        self._base, self._tuned = Checkpoint.open(base), Checkpoint.open(tuned)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor that both have: where only their rows differ in number (tokens added),
+        of the rows that both have, which come first; None otherwise.
+        """
+        base, tuned = self._base.find(name), self._tuned.find(name)
+        if base is None or tuned is None or base.shape[1:] != tuned.shape[1:]:
+            return None
+        return (min(base.shape[0], tuned.shape[0]), *tuned.shape[1:]) if tuned.shape else ()
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the delta: (stop - start,) float32."""
+        tuned = self._tuned.read(name, start, stop).to(torch.float32)
+        return tuned.sub_(self._base.read(name, start, stop).to(torch.float32))
+
+
 def is_embedding(name: str) -> bool:
     """Whether a tensor is an input embedding, by the names that architectures give it."""
     return _EMBEDDING.search(name) is not None
@@ -121,6 +147,12 @@ def read_range(tensor: StoredTensor, start: int, stop: int) -> Tensor:
         return result
     memory = memoryview(result.view(torch.uint8).numpy())
     place = tensor.offset + start * tensor.dtype.itemsize
+    with_retries(lambda: _fill(memory, tensor, place))
+    return result
+
+
+def _fill(memory: memoryview, tensor: StoredTensor, place: int) -> None:
+    """Read a tensor's file from byte `place` on."""
     descriptor = os.open(tensor.file, os.O_RDONLY)
     try:
         while memory:
@@ -130,7 +162,6 @@ def read_range(tensor: StoredTensor, start: int, stop: int) -> Tensor:
             memory, place = memory[count:], place + count
     finally:
         os.close(descriptor)
-    return result
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipelines.checkpoints.reader import INDEX, WEIGHTS
 from pipelines.checkpoints.safetensors_header import StoredTensor, build_header
 from pipelines.commit import write_atomically
+from pipelines.storage import with_retries
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +86,7 @@ class OutputLayout:
         assert values.dtype == tensor.dtype
         memory = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
         place = tensor.offset + start * tensor.dtype.itemsize
-        descriptor = os.open(folder / tensor.file, os.O_WRONLY)
-        try:
-            while memory:
-                count = os.pwrite(descriptor, memory, place)
-                memory, place = memory[count:], place + count
-        finally:
-            os.close(descriptor)
+        with_retries(lambda: _write(folder / tensor.file, memory, place))
 
     def sync(self, folder: Path) -> None:
         """Flush all files to the disk."""
@@ -101,6 +96,17 @@ class OutputLayout:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _write(file: Path, memory: memoryview, place: int) -> None:
+    """Write into a file from byte `place` on."""
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        while memory:
+            count = os.pwrite(descriptor, memory, place)
+            memory, place = memory[count:], place + count
+    finally:
+        os.close(descriptor)
 
 
 def plan_layout(

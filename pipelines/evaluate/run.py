@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from operators.statistics import mean_of_means
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.digests import DigestMemory
 from pipelines.commit import staged_directory, write_atomically
-from pipelines.errors import InputError
 from pipelines.evaluate.cells import Cell, CellResult, CellWorker, finished_cell
-from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.tasks import DIMENSIONS, Task, load_rows, load_tasks
-from pipelines.fingerprint import fingerprint, fingerprint_directory, fingerprint_file
+from pipelines.evaluate.plan import MODELS_FILE, EvaluateConfig, EvaluationPlan, plan_evaluation
+from pipelines.evaluate.tasks import DIMENSIONS, Task
 from pipelines.progress import Progress
 
 RESULT_FILE = "evaluation.json"
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
+ExecutorName = Literal["ray", "local"]
 
 
 def evaluate(
@@ -26,12 +24,13 @@ def evaluate(
     out: str | Path,
     *,
     force: bool = False,
-    executor: Literal["ray", "local"] = "ray",
+    executor: ExecutorName = "ray",
 ) -> dict[str, Any]:
     """Measure every model on every task and write `out/evaluation.json`.
 
     Cells that an interrupted run had finished are not measured again. A finished `out` with the
-    same inputs is read, not done again.
+    same inputs is read, not done again. A model is known by its digests, so that a copy in other
+    shards keeps its numbers; `out/models.json` has the files that they were taken of.
 
     Returns:
         the content of `evaluation.json`: percent, standard errors and numbers of prompts per model.
@@ -47,18 +46,27 @@ def evaluate_together(
     runs: Sequence[tuple[EvaluateConfig, str | Path]],
     *,
     force: bool = False,
-    executor: Literal["ray", "local"] = "ray",
+    executor: ExecutorName = "ray",
 ) -> list[dict[str, Any]]:
     """Several evaluations, such as of both splits, as `evaluate` does each; their workers start
     once, and load a model once for all of them. `num_workers` is the first one's.
     """
+    memory = DigestMemory()
+    plans = [plan_evaluation(config, out, memory) for config, out in runs]
+    return evaluate_planned(plans, force=force, executor=executor)
+
+
+def evaluate_planned(
+    plans: Sequence[EvaluationPlan], *, force: bool = False, executor: ExecutorName = "ray"
+) -> list[dict[str, Any]]:
+    """Carry out plans, as `evaluate_together` does configs."""
     with ExitStack() as stack:
-        open_runs = [_OpenRun(config, Path(out), force, stack) for config, out in runs]
-        missing = [(cell, run.folder) for run in open_runs for cell in run.missing]
-        by_folder = {str(run.folder.absolute()): run for run in open_runs if run.missing}
-        for folder, result in _measure(missing, runs[0][0].num_workers, executor):
+        runs = [_OpenRun(plan, force, stack) for plan in plans]
+        missing = [(cell, run.folder) for run in runs for cell in run.missing]
+        by_folder = {str(run.folder.absolute()): run for run in runs if run.missing}
+        for folder, result in _measure(missing, plans[0].config.num_workers, executor):
             by_folder[folder].results.append(result)
-        return [run.summary() for run in open_runs]
+        return [run.summary() for run in runs]
 
 
 class _OpenRun:
@@ -67,17 +75,16 @@ class _OpenRun:
     Its output appears when `stack` is closed.
     """
 
-    def __init__(self, config: EvaluateConfig, out: Path, force: bool, stack: ExitStack) -> None:
-        self._config = config
-        cells = plan_cells(config)
-        self._key = fingerprint(sorted(cell.fingerprint for cell in cells))
-        self._finished = None if force else _finished_summary(out, self._key)
+    def __init__(self, plan: EvaluationPlan, force: bool, stack: ExitStack) -> None:
+        self._plan = plan
+        self._finished = None if force else _finished_summary(plan)
         self.results: list[CellResult] = []
         self.missing: list[Cell] = []
         if self._finished is not None:
             return
-        self.folder = stack.enter_context(staged_directory(out, force=force))
-        for cell in cells:
+        self.folder = stack.enter_context(staged_directory(plan.out, force=force))
+        plan.memory.save(self.folder / MODELS_FILE, plan.config.models.values())
+        for cell in plan.cells:
             name = json.loads(cell.task)["name"]
             done = finished_cell(self.folder, cell.model, name, cell.fingerprint)
             if done is None:
@@ -89,60 +96,32 @@ class _OpenRun:
         """The content of `evaluation.json`, which is written unless it stands."""
         if self._finished is not None:
             return self._finished
-        tasks = _selected_tasks(self._config)
-        models = {name: summarise(name, tasks, self.results) for name in self._config.models}
+        plan = self._plan
+        models = {name: summarise(name, plan.tasks, self.results) for name in plan.config.models}
         summary = {
             "schema": 1,
-            "split": self._config.split,
-            "fingerprint": self._key,
+            "split": plan.config.split,
+            "fingerprint": plan.fingerprint,
+            "digests": {name: asdict(digest) for name, digest in plan.digests.items()},
             "models": models,
         }
         write_atomically(self.folder / RESULT_FILE, json.dumps(summary, indent=2) + "\n")
         return summary
 
 
-def _finished_summary(out: Path, key: str) -> dict[str, Any] | None:
+def _finished_summary(plan: EvaluationPlan) -> dict[str, Any] | None:
     """What an earlier run found on the same inputs, if there is one."""
-    if not (out / RESULT_FILE).is_file():
+    path = plan.out / RESULT_FILE
+    if not path.is_file():
         return None
-    finished = json.loads((out / RESULT_FILE).read_text())
+    finished = json.loads(path.read_text())
+    old = "digests" not in finished
+    key = plan.fingerprint_of_version_1() if old else plan.fingerprint
     return finished if finished["fingerprint"] == key else None
 
 
-def _selected_tasks(config: EvaluateConfig) -> list[Task]:
-    """The tasks the config asks for."""
-    tasks = load_tasks(config.tasks)
-    names = [task.name for task in tasks]
-    for name in config.only or ():
-        if name not in names:
-            raise InputError(f"{config.tasks}: only: unknown task {name!r}; allowed: {names}")
-    return [task for task in tasks if config.only is None or task.name in config.only]
-
-
-def plan_cells(config: EvaluateConfig) -> list[Cell]:
-    """All cells of the matrix, those of one model together; every input is looked at first."""
-    tasks = _selected_tasks(config)
-    for task in tasks:
-        load_rows(task, config.split)
-    cells = []
-    for name, path in config.models.items():
-        if not (path / "config.json").is_file():
-            raise InputError(f"models.{name}: {path}: no Hugging Face checkpoint there")
-        Checkpoint.open(path)  # damaged files show before the work
-        model_key = fingerprint_directory(path, MODEL_FILES)
-        settings = (config.max_new_tokens, config.batch_size, config.limit)
-        for task in tasks:
-            task_key = fingerprint_file(task.files[config.split])
-            definition = task.model_dump_json()
-            key = fingerprint(
-                [model_key, task_key, task.grader.model_dump(), task.prompt, settings]
-            )
-            cells.append(Cell(name, str(path.absolute()), definition, config.split, *settings, key))
-    return cells
-
-
 def _measure(
-    cells: Sequence[tuple[Cell, Path]], num_workers: int, executor: str
+    cells: Sequence[tuple[Cell, Path]], num_workers: int, executor: ExecutorName
 ) -> Iterator[tuple[str, CellResult]]:
     """Results of cells, each with the folder it was for, as they come."""
     if not cells:

@@ -2,6 +2,14 @@
 
 from pipelines.merge.config import MergeConfig, load_merge_config
 from pipelines.merge.plan import MergePlan, plan_merge
-from pipelines.merge.run import merge, output_place
+from pipelines.merge.run import merge, merge_planned, output_place
 
-__all__ = ["MergeConfig", "MergePlan", "load_merge_config", "merge", "output_place", "plan_merge"]
+__all__ = [
+    "MergeConfig",
+    "MergePlan",
+    "load_merge_config",
+    "merge",
+    "merge_planned",
+    "output_place",
+    "plan_merge",
+]

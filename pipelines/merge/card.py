@@ -1,28 +1,23 @@
-"""What stands beside the merged weights: config, tokenizer, model card and provenance."""
+"""What stands beside the merged weights: config, tokenizer, and what record and card say."""
 
 import json
 import shutil
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from operators.merging import mixup_lambda
 from pipelines.checkpoints import Checkpoint
-from pipelines.checkpoints.digests import checkpoint_fingerprint
+from pipelines.checkpoints.digests import DigestMemory, model_digest
 from pipelines.commit import write_atomically
-from pipelines.errors import InputError
-from pipelines.fingerprint import fingerprint
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.model_config import model_config
 from pipelines.merge.plan import OUTPUT, KnownDigests, MergePlan
+from pipelines.merge.tokenizer import TEMPLATE_FILE
 from pipelines.merge.vocabulary import TOKENIZER_FILE
-from pipelines.versions import versions
+from pipelines.provenance import Provenance
 
-PROVENANCE_FILE = "poise.json"
-GENERATION_FILE, TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"
 COPIED = (
     TOKENIZER_FILE,
     "tokenizer_config.json",
@@ -35,29 +30,20 @@ COPIED = (
 )
 
 
-def write_companions(plan: MergePlan, folder: Path, digests: KnownDigests) -> None:
+def write_companions(
+    plan: MergePlan, folder: Path, digests: KnownDigests, memory: DigestMemory
+) -> None:
     """Write everything but the weights into the output's folder.
 
     Args:
         digests: what the workers took while they read and wrote, by path and tensor.
+        memory: the inputs' digests that are known already; those found here are put into it.
     """
     _write_tokenizer(plan, folder)
     config = model_config(plan.config, plan.tensors, plan.reference)
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
     output = Checkpoint(folder, config, plan.layout.stored(folder))
-    provenance = {
-        "kind": "merge",
-        "config": _config(plan),
-        "inputs": plan.input_fingerprints(digests),
-        "output": checkpoint_fingerprint(output, digests.get(OUTPUT, {})),
-        "seed": plan.config.seed,
-        "drawn": drawn(plan),
-        "settings": fingerprint(plan.settings),
-        "key": plan.key,
-        "versions": versions(),
-    }
-    write_atomically(folder / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
-    write_atomically(folder / "README.md", model_card(plan))
+    provenance(plan, output, digests, memory).write(folder)
 
 
 def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
@@ -71,35 +57,8 @@ def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
             shutil.copyfile(source, folder / name)
     if plan.tokenizer.text is not None:
         write_atomically(folder / TOKENIZER_FILE, plan.tokenizer.text)
-    if plan.config.chat_template is not None:
-        write_atomically(folder / TEMPLATE_FILE, chat_template(plan))
-
-
-def chat_template(plan: MergePlan) -> str:
-    """The chat template that the config asks for: the text itself, a model's, or with `auto` the
-    one that most models have.
-
-    Raises:
-        InputError: a model without one.
-    """
-    wanted = plan.config.chat_template or ""
-    if "{" in wanted:
-        return wanted
-    if wanted == "auto":
-        folders = dict.fromkeys(each.path for each in (plan.reference, *plan.models.values()))
-        files = [folder / TEMPLATE_FILE for folder in folders]
-        texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
-        if not texts:
-            raise InputError(f"chat_template: found 'auto', and no model has a {TEMPLATE_FILE}")
-        return max(texts, key=texts.count)  # the first of equals: the reference's
-    source = plan.models.get(wanted)
-    path = (Path(wanted) if source is None else source.path) / TEMPLATE_FILE
-    if not path.is_file():
-        raise InputError(
-            f"chat_template: found {wanted!r}, and no {path}; allowed: a Jinja template, or a "
-            "model that has one"
-        )
-    return path.read_text(encoding="utf-8")
+    if plan.template is not None:
+        write_atomically(folder / TEMPLATE_FILE, plan.template)
 
 
 def drawn(plan: MergePlan) -> dict[str, float]:
@@ -118,33 +77,29 @@ def drawn(plan: MergePlan) -> dict[str, float]:
     return found
 
 
-def _config(plan: MergePlan) -> dict[str, Any]:
-    """The merge's config, as a user would write it again."""
-    return plan.config.model_dump(
-        mode="json",
-        exclude_defaults=True,
-        exclude={"num_workers", "storage", "memory_budget", "executor"},
-    )
-
-
-def model_card(plan: MergePlan) -> str:
-    """A Hugging Face model card: front matter, the method in words, the config."""
-    models = plan.config.merged_models
+def provenance(
+    plan: MergePlan, output: Checkpoint, digests: KnownDigests, memory: DigestMemory
+) -> Provenance:
+    """Where the output comes from: the method in words, and what makes it again."""
     base = plan.config.base_model
-    front = {
-        "base_model": list(dict.fromkeys(_written(plan.config))),
-        "library_name": "transformers",
-        "tags": ["merge", "poise"],
-    }
-    listed = "\n".join(f"- `{model}`" for model in models)
-    rooted = "" if base is None else f"\nBase model: `{base}`\n"
-    draws = "".join(f"\nDrawn: {name} = {value:.6f}\n" for name, value in drawn(plan).items())
-    config = yaml.safe_dump(_config(plan), sort_keys=False)
-    return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
-        f"# Merge by {plan.config.merge_method}\n\n"
-        f"Made with Poise: {plan.config.method.summary}.\n{rooted}\nModels:\n\n{listed}\n{draws}\n"
-        f"The config, from which the merge can be made again:\n\n```yaml\n{config}```\n"
+    rooted = "" if base is None else f"Base model: `{base}`\n\n"
+    listed = "\n".join(f"- `{model}`" for model in plan.config.merged_models)
+    draws = drawn(plan)
+    told = "".join(f"\n\nDrawn: {name} = {value:.6f}" for name, value in draws.items())
+    return Provenance(
+        kind="merged",
+        digest=model_digest(output, digests.get(OUTPUT, {})),
+        fingerprint=plan.key,
+        config=plan.settings,
+        inputs=plan.input_digests(digests, memory),
+        seed=plan.config.seed,
+        details={"drawn": draws, "settings": plan.settings_key},
+        title=f"Merge by {plan.config.merge_method}",
+        base_models=list(dict.fromkeys(_written(plan.config))),
+        tags=["merge"],
+        summary=(
+            f"Made with Poise: {plan.config.method.summary}.\n\n{rooted}Models:\n\n{listed}{told}"
+        ),
     )
 
 

@@ -1,20 +1,28 @@
 """What a merge will do: which tensors, in which pieces, written where, at what cost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from pipelines.checkpoints import Checkpoint, OutputLayout, Source, open_model, plan_layout
-from pipelines.checkpoints.digests import BLOCK_ELEMENTS, Digests, checkpoint_fingerprint, identity
+from pipelines.checkpoints.digests import (
+    BLOCK_ELEMENTS,
+    DigestMemory,
+    Digests,
+    Identity,
+    ModelDigest,
+    identity,
+)
 from pipelines.errors import InputError
-from pipelines.fingerprint import fingerprint
+from pipelines.fingerprint import fingerprint_work
 from pipelines.merge.chain import MergedSource
-from pipelines.merge.config import MergeConfig
+from pipelines.merge.config import OF_THE_FILE, MergeConfig
 from pipelines.merge.graph import output_tensors
 from pipelines.merge.model_config import model_config
 from pipelines.merge.tensor import TensorMerge
-from pipelines.merge.tokenizer import OutputTokenizer, align_vocabularies
+from pipelines.merge.tokenizer import OutputTokenizer, align_vocabularies, chat_template
 
 # Elements of one piece: whole blocks of the fingerprints, large enough for the disk.
 PIECE_ELEMENTS = BLOCK_ELEMENTS
@@ -47,6 +55,8 @@ class MergePlan:
     items: list[Item]
     checkpoints: dict[str, Checkpoint]
     tokenizer: OutputTokenizer
+    template: str | None  # the chat template, where the config asks for one
+    named: Mapping[str, "MergePlan"] = field(default_factory=dict)  # those with an `out`
 
     @property
     def reference(self) -> Source:
@@ -94,24 +104,30 @@ class MergePlan:
             exclude={"num_workers", "storage", "memory_budget", "executor"},
         )
 
+    @property
+    def settings_key(self) -> str:
+        """Of the settings alone: equal ones make the same of the same inputs."""
+        return fingerprint_work(self.settings, "merge")
+
     @cached_property
-    def identities(self) -> dict[str, Any]:
+    def identities(self) -> dict[str, Identity]:
         """Of every input's files: lengths and times of change."""
         return {path: identity(found) for path, found in self.checkpoints.items()}
 
     @cached_property
     def key(self) -> str:
         """Of this very merge of these very files: what an interrupted run is recognised by."""
-        return fingerprint([self.settings, self.identities])
+        return fingerprint_work([self.settings, self.identities], "merge")
 
-    def input_fingerprints(self, known: KnownDigests | None = None) -> dict[str, str]:
+    def input_digests(self, known: KnownDigests, memory: DigestMemory) -> dict[str, ModelDigest]:
         """Of every input's content, by path.
 
         Args:
             known: digests that were taken while merging, by path and tensor.
+            memory: those of other merges of the file.
         """
         return {
-            path: checkpoint_fingerprint(found, (known or {}).get(path, {}))
+            path: memory.digest(found, known.get(path), self.identities[path])
             for path, found in self.checkpoints.items()
         }
 
@@ -123,14 +139,26 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         InputError: a checkpoint that cannot be read, tensors that differ in name or shape, or
             a tensor that takes more memory than the budget.
     """
-    named: dict[str, Source] = {}
+    if config.out is not None:
+        raise InputError("out: has no effect here; allowed: in a named merge")
+    sources: dict[str, Source] = {}
+    written: dict[str, MergePlan] = {}
     for name, each in config.merges.items():
-        planned = _plan(each.model_copy(update={"memory_budget": config.memory_budget}), named)
+        planned = _plan(_alone(config, name), sources)
         _check_memory(planned)
-        named[name] = _as_source(name, planned)
-    plan = _plan(config, named)
+        sources[name] = _as_source(name, planned)
+        if each.out is not None:
+            written[name] = planned
+    plan = replace(_plan(config, sources), named=written)
     _check_memory(plan)
     return plan
+
+
+def _alone(config: MergeConfig, name: str) -> MergeConfig:
+    """A named merge as a file of its own would have it: the merges before it, the file's fields."""
+    earlier = dict(takewhile(lambda item: item[0] != name, config.merges.items()))
+    shared = {field: getattr(config, field) for field in OF_THE_FILE}
+    return config.merges[name].model_copy(update={"out": None, "merges": earlier, **shared})
 
 
 def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
@@ -151,7 +179,8 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     layout = plan_layout(described, config.max_shard_bytes)
     items = _items(tensors, layout)
-    return MergePlan(config, models, base, tensors, layout, items, checkpoints, tokenizer)
+    template = chat_template(config.chat_template, models, sources[reference])
+    return MergePlan(config, models, base, tensors, layout, items, checkpoints, tokenizer, template)
 
 
 def _as_source(name: str, plan: MergePlan) -> MergedSource:

@@ -17,15 +17,17 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.checkpoints import lock_directory
+from pipelines.checkpoints.digests import RECORD_FILE, DigestMemory
+from pipelines.commit import lock
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
-from pipelines.merge.card import PROVENANCE_FILE, write_companions
+from pipelines.merge.card import write_companions
 from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import EXECUTORS
 from pipelines.merge.journal import digests_of
 from pipelines.merge.plan import MergePlan
 from pipelines.progress import Progress
+from pipelines.provenance import renewed
 
 MARKER_FILE = ".poise-merge.json"
 
@@ -93,8 +95,13 @@ class Destination:
             raise InputError(f"{self.url}: cannot be used: {reason}") from None
 
 
-def merge_to_url(plan: MergePlan, url: str, *, force: bool, executor: str) -> str:
+def merge_to_url(
+    plan: MergePlan, url: str, memory: DigestMemory, *, force: bool, executor: str
+) -> str:
     """Merge into a folder of an object store.
+
+    Args:
+        memory: digests of inputs that are known already; those found here are put into it.
 
     Returns:
         the address.
@@ -103,8 +110,8 @@ def merge_to_url(plan: MergePlan, url: str, *, force: bool, executor: str) -> st
         InputError: as `merge`, or a store that refuses.
     """
     there = Destination.open(url)
-    record = there.read(PROVENANCE_FILE)
-    if record is not None and record.get("key") == plan.key and not force:
+    record = there.read(RECORD_FILE)
+    if record is not None and renewed(record).get("fingerprint") == plan.key and not force:
         return there.url
     marker = there.read(MARKER_FILE) or {}
     before = there.sizes()
@@ -116,11 +123,11 @@ def merge_to_url(plan: MergePlan, url: str, *, force: bool, executor: str) -> st
         marker = {"key": plan.key, "shards": {}}
     scratch = Path(gettempdir()) / f"poise-merge-{fingerprint(there.url)}"
     scratch.mkdir(exist_ok=True)
-    with lock_directory(scratch):
+    with lock(scratch):
         for file in scratch.iterdir():  # of a killed merge, perhaps of another plan
             file.unlink()
         try:
-            written = _fill(plan, there, scratch, marker, executor)
+            written = _fill(plan, there, scratch, marker, executor, memory)
         finally:
             shutil.rmtree(scratch)
     there.remove([*sorted(before.keys() - written - {MARKER_FILE}), MARKER_FILE])
@@ -128,15 +135,20 @@ def merge_to_url(plan: MergePlan, url: str, *, force: bool, executor: str) -> st
 
 
 def _fill(
-    plan: MergePlan, there: Destination, scratch: Path, marker: dict[str, Any], executor: str
+    plan: MergePlan,
+    there: Destination,
+    scratch: Path,
+    marker: dict[str, Any],
+    executor: str,
+    memory: DigestMemory,
 ) -> set[str]:
     """Make and upload the shards that are not there yet, then what stands beside them.
 
     Returns:
         the names of all files of the result.
     """
-    if PROVENANCE_FILE in there.sizes():  # from here on, the old result is not complete any more
-        there.remove([PROVENANCE_FILE])
+    if RECORD_FILE in there.sizes():  # from here on, the old result is not complete any more
+        there.remove([RECORD_FILE])
     there.write(MARKER_FILE, marker)
     by_shard: dict[str, list[int]] = {name: [] for name in plan.layout.headers}
     for number, item in enumerate(plan.items):
@@ -155,10 +167,10 @@ def _fill(
                 marker["shards"][shard] = results
                 there.write(MARKER_FILE, marker)
     results = [result for shard in marker["shards"].values() for result in shard]
-    write_companions(plan, scratch, digests_of(results))
+    write_companions(plan, scratch, digests_of(results), memory)
     plan.layout.write_index(scratch)
     # A checkpoint without its config.json is none; the record says that everything is there.
-    last = {"config.json": 1, PROVENANCE_FILE: 2}
+    last = {"config.json": 1, RECORD_FILE: 2}
     files = sorted(scratch.iterdir(), key=lambda file: last.get(file.name, 0))
     for file in files:
         there.put(file)

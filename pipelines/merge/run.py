@@ -2,24 +2,24 @@
 
 import errno
 import shutil
-from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from pipelines.checkpoints import lock_directory
-from pipelines.checkpoints.reader import read_json
-from pipelines.commit import commit_directory, partial_path, refuse_existing
+from pipelines.checkpoints.digests import DigestMemory, changed_parts
+from pipelines.commit import commit_directory, lock, partial_path, refuse_existing
 from pipelines.errors import InputError
-from pipelines.fingerprint import fingerprint
-from pipelines.merge.card import PROVENANCE_FILE, chat_template, write_companions
-from pipelines.merge.config import OF_THE_FILE, MergeConfig
+from pipelines.merge.card import write_companions
+from pipelines.merge.config import MergeConfig
 from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import EXECUTORS
 from pipelines.merge.journal import Journal
 from pipelines.merge.plan import MergePlan, plan_merge
 from pipelines.merge.remote import merge_to_url
 from pipelines.progress import Progress
+from pipelines.provenance import read_record
 from pipelines.storage import resolve_output
+
+ExecutorName = Literal["local", "ray"]
 
 
 def merge(
@@ -27,7 +27,7 @@ def merge(
     out: str | Path,
     *,
     force: bool = False,
-    executor: Literal["local", "ray"] = "local",
+    executor: ExecutorName = "local",
 ) -> Path | str:
     """Merge checkpoints into `out`, which appears when it is complete.
 
@@ -43,43 +43,46 @@ def merge(
         InputError: inputs that cannot be merged, no room on the disk, another merge into `out`,
             or an `out` that holds something else while `force` is false.
     """
-    if config.out is not None:
-        raise InputError("out: has no effect here; allowed: in a named merge")
-    plan = plan_merge(config)
-    if config.chat_template is not None:
-        chat_template(plan)  # so that a mistake in it shows before the work
-    _write_named(config, force=force, executor=executor)
+    return merge_planned(plan_merge(config), out, force=force, executor=executor)
+
+
+def merge_planned(
+    plan: MergePlan,
+    out: str | Path,
+    *,
+    force: bool = False,
+    executor: ExecutorName = "local",
+    memory: DigestMemory | None = None,
+) -> Path | str:
+    """Carry out a plan, as `merge` does a config; the named merges with a place of their own are
+    written first.
+
+    Args:
+        memory: digests of inputs that are known already; those found here are put into it.
+    """
+    memory = memory or DigestMemory()
+    for name, named in plan.named.items():
+        place = output_place(str(plan.config.merges[name].out), plan.config.storage)
+        merge_planned(named, place, force=force, executor=executor, memory=memory)
     if "://" in str(out):
-        return merge_to_url(plan, str(out), force=force, executor=executor)
+        return merge_to_url(plan, str(out), memory, force=force, executor=executor)
     out = Path(out).absolute()
     for path in plan.checkpoints:
         if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             raise InputError(f"{out}: is or holds an input of the merge; choose another output")
-    if is_finished(plan, out) and not force:
+    if not force and is_finished(plan, out):
         return out
     refuse_existing(out, force=force)
     folder = partial_path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with lock_directory(folder):
+    with lock(folder):
         try:
-            _fill(plan, folder, executor)
+            _fill(plan, folder, executor, memory)
         except InputError:
             shutil.rmtree(folder)  # the inputs must change, so nothing in it is of use
             raise
         commit_directory(folder, out, force=force)
     return out
-
-
-def _write_named(config: MergeConfig, *, force: bool, executor: Literal["local", "ray"]) -> None:
-    """Write the named merges that have a place of their own; the others only feed the last."""
-    for name, each in config.merges.items():
-        if each.out is not None:
-            earlier = dict(
-                takewhile(lambda item, last=name: item[0] != last, config.merges.items())
-            )
-            shared = {name: getattr(config, name) for name in OF_THE_FILE}
-            alone = each.model_copy(update={"out": None, "merges": earlier, **shared})
-            merge(alone, output_place(each.out, config.storage), force=force, executor=executor)
 
 
 def output_place(out: str, storage: str | None) -> Path | str:
@@ -93,18 +96,18 @@ def output_place(out: str, storage: str | None) -> Path | str:
 
 def is_finished(plan: MergePlan, out: Path) -> bool:
     """Whether `out` is what the plan would make; inputs that were touched since are read again."""
-    path = out / PROVENANCE_FILE
-    if not path.is_file():
+    record = read_record(out)
+    if record is None:
         return False
-    found = read_json(path)
-    if found.get("key") == plan.key:
+    if record.get("fingerprint") == plan.key:
         return True
-    if found.get("settings") != fingerprint(plan.settings):
+    inputs = record.get("inputs", {})
+    if record.get("settings") != plan.settings_key or inputs.keys() != plan.checkpoints.keys():
         return False
-    return found.get("inputs") == plan.input_fingerprints()
+    return not any(changed_parts(plan.checkpoints[path], known) for path, known in inputs.items())
 
 
-def _fill(plan: MergePlan, folder: Path, executor: str) -> None:
+def _fill(plan: MergePlan, folder: Path, executor: ExecutorName, memory: DigestMemory) -> None:
     """Bring the unfinished output to its end."""
     journal = Journal(folder, plan.layout)
     try:
@@ -117,7 +120,7 @@ def _fill(plan: MergePlan, folder: Path, executor: str) -> None:
                 work = EXECUTORS[executor](plan, folder, items, contexts)
                 for _ in journal.record(work):
                     progress.advance()
-        write_companions(plan, folder, journal.digests())
+        write_companions(plan, folder, journal.digests(), memory)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -1,14 +1,15 @@
 """How one tensor of a merge comes about: what is read, by which method, with which parameters."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from operators import passes
-from operators.merging import METHODS, MergeContext, begin_gathering, merge_tensor
+from operators.merging import METHODS, Gathering, MergeContext, begin_gathering, merge_tensor
 from pipelines.checkpoints import Source, TensorSpec
 from pipelines.errors import InputError
 
@@ -18,6 +19,7 @@ CHUNK_ELEMENTS = 1 << 20
 WORTH_COMPILING = 1 << 24
 
 Observer = Callable[["Operand", int, Tensor], None]
+Range = tuple["TensorMerge", int, int]  # a tensor's elements [start, stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,21 +151,7 @@ class TensorMerge:
         Raises:
             InputError: NaN or Inf in an input.
         """
-        gathering = begin_gathering(
-            self.method,
-            {self.name: self.shape},
-            num_models=len(self.models),
-            seed=self.seed,
-            parameters=self.parameters,
-        )
-        while not gathering.done:
-            total = None
-            for start, stop in self.steps(0, self.num_elements):
-                for first, last in gathering.wanted(self.name, start, stop):
-                    seen = gathering.observe(self.name, *self.ranges(first, last), first)
-                    total = seen if total is None else gathering.add(total, seen)
-            gathering = gathering.advance(total)
-        return gathering.context(self.name)
+        return gather_contexts({self.name: self})[self.name]
 
     def ranges(
         self, start: int, stop: int, observe: Observer | None = None
@@ -244,6 +232,49 @@ class TensorMerge:
                     f"{first.spec.file}; allowed: the same in all models"
                 )
         return ranges[0]
+
+
+def gather_contexts(
+    tensors: Mapping[str, TensorMerge],
+    map_ranges: Callable[[Callable[[Range], Any], Iterable[Range]], Iterable[Any]] = map,
+) -> dict[str, MergeContext]:
+    """What must be known of tensors that share one scope, found in passes over their inputs.
+
+    Args:
+        tensors: by name; parameters that the passes depend on are the same in all of them.
+        map_ranges: `map`, or that of a pool of threads.
+
+    Raises:
+        InputError: NaN or Inf in an input.
+    """
+    first = next(iter(tensors.values()))
+    gathering = begin_gathering(
+        first.method,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        num_models=len(first.models),
+        seed=first.seed,
+        parameters=first.parameters,
+    )
+    while not gathering.done:
+        total = None
+        for seen in map_ranges(partial(_observed, gathering), _wanted(tensors, gathering)):
+            total = seen if total is None else gathering.add(total, seen)
+        gathering = gathering.advance(total)
+    return {name: gathering.context(name) for name in tensors}
+
+
+def _wanted(tensors: Mapping[str, TensorMerge], gathering: Gathering) -> Iterator[Range]:
+    """The ranges that this pass looks at."""
+    for name, tensor in tensors.items():
+        for start, stop in tensor.steps(0, tensor.num_elements):
+            for first, last in gathering.wanted(name, start, stop):
+                yield tensor, first, last
+
+
+def _observed(gathering: Gathering, one: Range) -> Any:
+    """What this pass sees in a range."""
+    tensor, start, stop = one
+    return gathering.observe(tensor.name, *tensor.ranges(start, stop), start)
 
 
 def load_passes(tensors: Iterable[TensorMerge]) -> None:

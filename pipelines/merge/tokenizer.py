@@ -1,4 +1,6 @@
-"""Whose tokens the output has: one model's, all of them, or, unasked, those that all share."""
+"""Whose tokens the output has: one model's, all of them, or, unasked, those that all share; and
+whose chat template.
+"""
 
 import json
 from collections.abc import Mapping
@@ -17,6 +19,8 @@ from pipelines.merge.vocabulary import (
     tokens_of,
     with_rows,
 )
+
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,3 +187,33 @@ def _vocabulary(tokenizer: dict[str, Any], folder: Path) -> dict[str, int]:
             "extended; allowed for union: BPE, WordPiece, WordLevel"
         )
     return found
+
+
+def chat_template(
+    wanted: str | None, models: Mapping[str, Source], reference: Source
+) -> str | None:
+    """The chat template that a config asks for: the text itself, a model's, or with `auto` the one
+    that most models have. None: it does not ask, and the tokenizer's own stays.
+
+    Args:
+        reference: the base, or the first of the models; of equally common ones, it has the word.
+
+    Raises:
+        InputError: a model without one.
+    """
+    if wanted is None or "{" in wanted:
+        return wanted
+    if wanted == "auto":
+        folders = dict.fromkeys(each.path for each in (reference, *models.values()))
+        files = [folder / TEMPLATE_FILE for folder in folders]
+        texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+        if not texts:
+            raise InputError(f"chat_template: found 'auto', and no model has a {TEMPLATE_FILE}")
+        return max(texts, key=texts.count)  # the first of equals
+    path = (models[wanted].path if wanted in models else Path(wanted)) / TEMPLATE_FILE
+    if not path.is_file():
+        raise InputError(
+            f"chat_template: found {wanted!r}, and no {path}; allowed: a Jinja template, or a "
+            "model that has one"
+        )
+    return path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Checking a merge against its own record, and making it again."""
+"""Checking a model against its record, its inputs too where it was merged; merging it again."""
 
 import shutil
 from dataclasses import dataclass
@@ -7,75 +7,98 @@ from tempfile import mkdtemp
 from typing import Any, Literal
 
 from pipelines.checkpoints import Checkpoint
-from pipelines.checkpoints.digests import checkpoint_fingerprint
-from pipelines.checkpoints.reader import read_json
+from pipelines.checkpoints.digests import RECORD_FILE, changed_parts
 from pipelines.config import check
 from pipelines.errors import InputError
-from pipelines.merge.card import PROVENANCE_FILE
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.run import merge
+from pipelines.provenance import read_record, recorded_digest
 
 State = Literal["same", "changed", "missing"]
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What became of a merge and of its inputs since it was made.
+    """What became of a model, and of a merge's inputs, since it was made.
 
-    `again` says whether a new merge of the same config gave the same weights; None: not tried.
+    Attributes:
+        changed: what of the model is not as recorded: of `weights` and `companions`, its config
+            and tokenizer files.
+        again: whether a new merge of the same config gave the same model; None: not tried.
     """
 
     output: State
+    changed: list[str]
     inputs: dict[str, State]
     again: bool | None
 
 
 def verify(folder: str | Path, *, again: bool = False) -> Verification:
-    """Compare a merge and its inputs with the fingerprints in its record.
+    """Compare a model, and a merge's inputs, with the digests in its record.
 
     Args:
         again: also merge anew, beside the folder, and compare.
 
     Raises:
-        InputError: no merge there, or, with `again`, inputs that cannot be merged any more.
+        InputError: no record there, or, with `again`, no merge or inputs that cannot be merged any
+            more.
     """
     folder = Path(folder).absolute()
     record = _record(folder)
-    output = _state(folder, record["output"])
-    inputs = {path: _state(Path(path), known) for path, known in record["inputs"].items()}
+    changed = _changed(folder, _digest(folder, record))
+    inputs: dict[str, State] = {}
+    if record["kind"] == "merged":  # the inputs of others are not checkpoints alone
+        inputs = {path: _state(Path(path), known) for path, known in record["inputs"].items()}
     same = None
     if again:
         same = _made_again(folder, record)
-    return Verification(output, inputs, same)
+    return Verification("changed" if changed else "same", changed, inputs, same)
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    path = folder / PROVENANCE_FILE
-    if not path.is_file():
-        raise InputError(f"{folder}: no {PROVENANCE_FILE}; allowed: the output of poise merge")
-    record = read_json(path)
-    if record.get("kind") != "merge" or "output" not in record:
-        raise InputError(f"{path}: is no record of a merge with its fingerprints")
+    record = read_record(folder)
+    if record is None:
+        raise InputError(
+            f"{folder}: no {RECORD_FILE}; allowed: the output of poise merge, align or export"
+        )
+    _digest(folder, record)
     return record
 
 
-def _state(path: Path, known: str) -> State:
-    """Whether a checkpoint or adapter still has its fingerprint."""
+def _digest(folder: Path, record: dict[str, Any]) -> dict[str, str] | str:
+    """What a record says of its model."""
+    digest = recorded_digest(record)
+    if digest is None:
+        raise InputError(f"{folder / RECORD_FILE}: has no digest of the weights")
+    return digest
+
+
+def _state(path: Path, known: dict[str, str] | str) -> State:
+    """What became of a checkpoint or adapter."""
     if not path.is_dir():
         return "missing"
+    return "changed" if _changed(path, known) else "same"
+
+
+def _changed(path: Path, known: dict[str, str] | str) -> list[str]:
+    """What of a checkpoint or adapter is not as it was; damaged weights are changed ones."""
     try:
-        found = checkpoint_fingerprint(Checkpoint.at(path), {})
+        return changed_parts(Checkpoint.at(path), known)
     except InputError:
-        return "changed"
-    return "same" if found == known else "changed"
+        return ["weights"]
 
 
 def _made_again(folder: Path, record: dict[str, Any]) -> bool:
-    """Merge in a folder beside and compare the weights."""
-    config = check(record["config"], MergeConfig, str(folder / PROVENANCE_FILE))
+    """Merge in a folder beside and compare."""
+    if record["kind"] != "merged":
+        raise InputError(f"{folder}: found an {record['kind']} model; allowed with --again: merged")
+    config = check(record["config"], MergeConfig, str(folder / RECORD_FILE))
     scratch = Path(mkdtemp(prefix=f".{folder.name}.verify-", dir=folder.parent))
     try:
-        out = merge(config, scratch / "again")
-        return _record(out)["output"] == record["output"]
+        out = Path(merge(config, scratch / "again"))
+        known = _digest(folder, record)
+        if isinstance(known, str):
+            return not _changed(out, known)
+        return _digest(out, _record(out)) == known
     finally:
         shutil.rmtree(scratch)

@@ -1,6 +1,6 @@
 """Choose a merge's parameters by measuring: Ray Tune over merges, on the development split."""
 
 from pipelines.sweep.config import SweepConfig
-from pipelines.sweep.run import check_sweep, sweep
+from pipelines.sweep.run import plan_sweep, sweep, sweep_planned
 
-__all__ = ["SweepConfig", "check_sweep", "sweep"]
+__all__ = ["SweepConfig", "plan_sweep", "sweep", "sweep_planned"]

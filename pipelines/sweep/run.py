@@ -3,18 +3,22 @@
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.digests import DigestMemory, ModelDigest
 from pipelines.commit import staged_directory, write_atomically
 from pipelines.config import apply_overrides, load_yaml
 from pipelines.errors import InputError
-from pipelines.evaluate import EvaluateConfig, evaluate
+from pipelines.evaluate import EvaluateConfig, evaluate_planned, plan_evaluation
 from pipelines.evaluate.tasks import DIMENSIONS, load_rows, load_tasks
-from pipelines.fingerprint import fingerprint, fingerprint_file
+from pipelines.fingerprint import fingerprint, fingerprint_file, fingerprint_work
 from pipelines.merge import load_merge_config, merge, plan_merge
+from pipelines.provenance import read_record
 from pipelines.sweep.config import Range, SweepConfig
 
 RESULT_FILE = "sweep.json"
@@ -34,8 +38,20 @@ def sweep(config: SweepConfig, out: str | Path, *, force: bool = False) -> dict[
         InputError: a config, model or task that cannot be used; `out` holds something else and
             `force` is false.
     """
-    out = Path(out)
-    key = check_sweep(config)
+    return sweep_planned(plan_sweep(config), out, force=force)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPlan:
+    """A sweep of which every mistake was looked for; `fingerprint` is of config and inputs."""
+
+    config: SweepConfig
+    fingerprint: str
+
+
+def sweep_planned(plan: SweepPlan, out: str | Path, *, force: bool = False) -> dict[str, Any]:
+    """Carry out a plan, as `sweep` does a config."""
+    out, config, key = Path(out), plan.config, plan.fingerprint
     if (out / RESULT_FILE).is_file() and not force:
         finished = json.loads((out / RESULT_FILE).read_text())
         if finished["fingerprint"] == key:
@@ -66,9 +82,9 @@ def _overrides(parameters: dict[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in parameters.items()]
 
 
-def check_sweep(config: SweepConfig) -> str:
+def plan_sweep(config: SweepConfig) -> SweepPlan:
     """Find every mistake before the first trial: each value of each field is put into the merge,
-    beside the others' first ones; returns the fingerprint of config and inputs.
+    beside the others' first ones.
 
     Raises:
         InputError: the first mistake.
@@ -93,7 +109,10 @@ def check_sweep(config: SweepConfig) -> str:
         rows[task.name] = fingerprint_file(task.files[config.split])
     files = [fingerprint_file(config.merge), fingerprint_file(config.tasks)]
     settings = config.model_dump(mode="json", exclude={"max_concurrent_trials", "cpus_per_trial"})
-    return fingerprint([settings, files, merge_config.model_dump(mode="json"), inputs, rows])
+    made = merge_config.model_dump(mode="json")
+    # A sweep's numbers are those of merges and evaluations.
+    key = fingerprint_work([settings, files, made, inputs, rows], "sweep", "merge", "evaluate")
+    return SweepPlan(config, key)
 
 
 def _ends(values: list[Any] | Range) -> list[Any]:
@@ -169,8 +188,8 @@ def _trial(
         scratch = Path(folder) / "trials" / name
         shutil.rmtree(scratch, ignore_errors=True)
         merged = load_merge_config(settings.merge, _overrides(parameters))
-        merge(merged, scratch / CANDIDATE, executor="local")
-        metrics = _measure(settings, scratch)
+        model = Path(merge(merged, scratch / CANDIDATE, executor="local"))
+        metrics = _measure(settings, model)
         value = (metrics.get(settings.metric) or metrics["tasks"][settings.metric])["value"]
         trial = {"parameters": parameters, "value": value, "metrics": metrics}
         write_atomically(record, json.dumps(trial))
@@ -178,12 +197,18 @@ def _trial(
     tune.report({"trial": json.loads(record.read_text())})
 
 
-def _measure(config: SweepConfig, scratch: Path) -> dict[str, Any]:
-    """The candidate's numbers on the sweep's tasks and split."""
+def _measure(config: SweepConfig, model: Path) -> dict[str, Any]:
+    """The numbers of a model that was just made, on the sweep's tasks and split."""
     evaluation = EvaluateConfig(
-        models={CANDIDATE: scratch / CANDIDATE},
+        models={CANDIDATE: model},
         **config.model_dump(
             include={"tasks", "only", "split", "max_new_tokens", "batch_size", "limit"}
         ),
     )
-    return evaluate(evaluation, scratch / "evaluation", executor="local")["models"][CANDIDATE]
+    record, memory = read_record(model), DigestMemory()
+    assert record is not None
+    digest = ModelDigest(record["weights"], record["companions"])  # taken while it was written
+    memory.remember(Checkpoint.open(model), digest)
+    plan = plan_evaluation(evaluation, model.with_name("evaluation"), memory)
+    [summary] = evaluate_planned([plan], executor="local")
+    return summary["models"][CANDIDATE]

@@ -1,16 +1,22 @@
-"""The aligned model as an ordinary checkpoint: every rank writes what it owns in place."""
+"""The aligned model as an ordinary checkpoint: every rank writes what it owns in place; and what
+its record and card say.
+"""
 
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from operators.optim import ShardLayout
 from pipelines.checkpoints import Checkpoint, plan_layout
+from pipelines.checkpoints.digests import BlockDigests, Digests, ModelDigest, model_digest
 from pipelines.errors import InputError
+from pipelines.provenance import Provenance
+from pipelines.train.config import AlignConfig
 from pipelines.train.strategies import first_rank, wait_for_all
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -38,11 +44,14 @@ class Owner(Protocol):
         ...
 
 
-def export_model(owner: Owner, source: Path, folder: Path) -> None:
+def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None:
     """Write the policy with the names, dtypes and other files of `source`.
 
     Parameters are rounded once, from the master weights, under each name that `source` has for
     them; tensors that are no parameters are copied. Every rank must call.
+
+    Returns:
+        the digests of what was written, on the first rank; None on the others.
 
     Raises:
         InputError: a value that the source's dtype cannot hold.
@@ -58,18 +67,72 @@ def export_model(owner: Owner, source: Path, folder: Path) -> None:
             for file in source.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
     wait_for_all()
+    seen = {name: BlockDigests(tensor.num_elements) for name, tensor in checkpoint.tensors.items()}
     for part, values in owner.owned():
         for name in (part.name, *owner.tied_names.get(part.name, ())):
             if name in checkpoint.tensors:
-                dtype = checkpoint.tensors[name].dtype
-                layout.write(folder, name, part.start, _rounded(name, values, dtype))
+                rounded = _rounded(name, values, checkpoint.tensors[name].dtype)
+                layout.write(folder, name, part.start, rounded)
+                seen[name].update(part.start, rounded.reshape(-1))
     if first_rank():
         tied = {other for others in owner.tied_names.values() for other in others}
         for name in checkpoint.tensors.keys() - owner.parameter_names - tied:
-            layout.write(folder, name, 0, checkpoint.read(name))
+            copied = checkpoint.read(name)
+            layout.write(folder, name, 0, copied)
+            seen[name].update(0, copied)
     wait_for_all()
     layout.sync(folder)
-    wait_for_all()
+    known = _of_all_ranks({name: digests.finished() for name, digests in seen.items()})
+    if not first_rank():
+        return None
+    # What no rank wrote as a whole block is read again.
+    written = Checkpoint(folder, checkpoint.config, layout.stored(folder))
+    return model_digest(written, known)
+
+
+def _of_all_ranks(own: dict[str, Digests]) -> dict[str, Digests]:
+    """The digests that all ranks have taken; returns when all have come here."""
+    if not dist.is_initialized():
+        return own
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return {name: {k: v for part in parts for k, v in part[name].items()} for name in own}
+
+
+def provenance(
+    config: AlignConfig,
+    kind: Literal["aligned", "exported"],
+    digest: ModelDigest,
+    *,
+    key: str,
+    inputs: Mapping[str, str],
+    num_steps: int,
+    details: Mapping[str, Any],
+) -> Provenance:
+    """Where a trained model comes from.
+
+    Args:
+        key: the fingerprint of the work; inputs: theirs, by the config's fields.
+    """
+    return Provenance(
+        kind=kind,
+        digest=digest,
+        fingerprint=key,
+        config=config.model_dump(mode="json", exclude={"storage", "cache"}),
+        inputs=inputs,
+        seed=config.seed,
+        details=details,
+        title=f"Trained by {config.objective.name} with {config.optimizer.name}",
+        base_models=[str(config.model)],
+        tags=[config.objective.name],
+        summary=(
+            f"Made with Poise: `{config.model}`, trained.\n\n"
+            f"- objective: {config.objective.name}\n"
+            f"- optimizer: {config.optimizer.name}\n"
+            f"- data: `{config.data}`\n"
+            f"- steps: {num_steps:,} of {config.global_batch_size} rows"
+        ),
+    )
 
 
 def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:

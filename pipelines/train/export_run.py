@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 
 from operators.optim.layout import layout_of
-from pipelines.commit import partial_path, refuse_existing, staged_directory, write_atomically
+from pipelines.commit import partial_path, refuse_existing, staged_directory
 from pipelines.errors import InputError
+from pipelines.fingerprint import fingerprint
 from pipelines.train.checkpoints import saved_steps, step_folder
 from pipelines.train.config import ZERO_STAGES, AlignConfig
-from pipelines.train.export import Owner, export_model
+from pipelines.train.export import Owner, export_model, provenance
 from pipelines.train.strategies import build_strategy
 from pipelines.train.strategies.zero_resume import SavedShards, load_shards
-from pipelines.versions import versions
 
 RUN_FILE = "run.json"
 
@@ -46,15 +46,17 @@ def export_checkpoint(
         raise InputError(f"step: found {step}; allowed: {', '.join(map(str, steps))}")
     owner = _owner(config, step_folder(folder, step))
     with staged_directory(out, force=force) as partial:
-        export_model(owner, config.model, partial)
-        provenance = {
-            "kind": "aligned",
-            "step": step,
-            "config": record["config"],
-            "fingerprint_of_run": record["fingerprint"],
-            "versions": versions(),
-        }
-        write_atomically(partial / "poise.json", json.dumps(provenance, indent=2) + "\n")
+        digest = export_model(owner, config.model, partial)
+        assert digest is not None  # this process is alone
+        provenance(
+            config,
+            "exported",
+            digest,
+            key=fingerprint([record["fingerprint"], step]),
+            inputs=record.get("inputs", {}),
+            num_steps=step,
+            details={"step": step, "fingerprint_of_run": record["fingerprint"]},
+        ).write(partial)
     return Path(out)
 
 

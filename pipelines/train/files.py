@@ -4,4 +4,3 @@ METRICS_FILE = "metrics.jsonl"  # one line a step
 TENSORBOARD_FOLDER = "tensorboard"
 MODEL_FOLDER = "model"  # the exported model, on its way
 EXPORTED_FILE = "exported"  # there once that is complete
-PROVENANCE_FILE = "poise.json"

@@ -1,10 +1,10 @@
 """The training loop of one worker under Ray Train."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.commit import write_atomically
+from pipelines.commit import lock, write_atomically
 from pipelines.fingerprint import fingerprint
 from pipelines.train.activations import offload_activations
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
@@ -88,7 +88,7 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
             run = Run(config, settings, device)
             run.train()
             run.strategy.merge_pending()
-            export_model(run.strategy, config.model, folder / MODEL_FOLDER)
+            digest = export_model(run.strategy, config.model, folder / MODEL_FOLDER)
     except DivergenceError as error:  # seen by all workers at once, so none waits for another
         record_failure(folder, error)
         return False
@@ -96,9 +96,10 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
         if not isinstance(error, ConnectionError):  # another worker was lost: worth a restart
             record_failure(folder, error)
         raise
-    if first_rank():
+    if digest is not None:  # this is the first rank
         path = getattr(run.strategy.optimizer, "path", None)
-        write_atomically(folder / EXPORTED_FILE, json.dumps({"optimizer_path": path}))
+        exported = {"optimizer_path": path, **asdict(digest)}
+        write_atomically(folder / EXPORTED_FILE, json.dumps(exported))
     return True
 
 
@@ -108,8 +109,7 @@ def _alone(folder: Path) -> Iterator[None]:
     if not first_rank():
         yield
         return
-    with (folder / "worker.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with lock(folder / "worker.lock", wait=True):
         yield
 
 

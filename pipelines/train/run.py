@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,10 +14,12 @@ from typing import Any
 
 from operators.optim import ShardLayout
 from operators.optim.reference import ReferenceDelta
-from pipelines.checkpoints import Checkpoint, CheckpointDelta, lock_directory
-from pipelines.commit import commit_directory, partial_path, refuse_existing, write_atomically
+from pipelines.checkpoints import Checkpoint, CheckpointDelta
+from pipelines.checkpoints.digests import ModelDigest
+from pipelines.commit import commit_directory, lock, partial_path, refuse_existing, write_atomically
 from pipelines.errors import InputError
-from pipelines.fingerprint import fingerprint, fingerprint_directory
+from pipelines.fingerprint import fingerprint_directory, fingerprint_work
+from pipelines.provenance import read_record
 from pipelines.train.config import ZERO_STAGES, AlignConfig, OptimizerConfig
 from pipelines.train.data import (
     TokenSettings,
@@ -26,17 +28,16 @@ from pipelines.train.data import (
     source_files,
     token_table,
 )
+from pipelines.train.export import provenance
 from pipelines.train.files import (
     EXPORTED_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
-    PROVENANCE_FILE,
     TENSORBOARD_FOLDER,
 )
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.trackers import check_trackers
 from pipelines.train.workers import Job, check_cluster, run_workers
-from pipelines.versions import versions
 
 CACHE_FOLDER = ".poise-cache"
 CHECKPOINT_FILES = ("*.safetensors", "*.json")
@@ -87,15 +88,15 @@ class Plan:
         config = self.config
         same = config.model_dump(mode="json", exclude=IMMATERIAL)
         same["strategy"] = config.strategy if config.strategy in ZERO_STAGES else "native"
-        return fingerprint([same, self.inputs])
+        return fingerprint_work([same, self.inputs], "align")
 
 
 def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
     """Train as the config says and write the aligned model to `out`; Ray is up already.
 
-    `out` becomes a Hugging Face checkpoint with `metrics.jsonl` (one line a step) and `poise.json`
-    (config, fingerprints, versions). A run that was interrupted goes on from its last checkpoint;
-    a finished `out` of the same config and inputs is left as it is.
+    `out` becomes a Hugging Face checkpoint with `metrics.jsonl` (one line a step), `poise.json`
+    (config, digests, versions) and a model card. A run that was interrupted goes on from its last
+    checkpoint; a finished `out` of the same config and inputs is left as it is.
 
     Raises:
         InputError: config, model or data that cannot be used; `out` or its unfinished run belongs
@@ -133,7 +134,9 @@ def align_in_turn(
             if remarks := plan.table.counts.remarks():
                 print(f"  {remarks}", file=sys.stderr)
             folder = partial_path(out)
-            stack.enter_context(_unfinished_run(folder, plan.fingerprint, config, force=force))
+            stack.enter_context(
+                _unfinished_run(folder, plan.fingerprint, config, force=force, inputs=plan.inputs)
+            )
             settings = worker_settings(config, plan, folder, cache)
             jobs.append(Job(out.name, settings, partial(_commit, config, plan, out, force=force)))
         if jobs:
@@ -156,16 +159,16 @@ def _commit(config: AlignConfig, plan: Plan, out: Path, *, force: bool) -> None:
     exported = json.loads((folder / EXPORTED_FILE).read_text())
     if path := exported["optimizer_path"]:
         print(f"  {out.name}: {config.optimizer.name} took the {path} path", file=sys.stderr)
-    provenance = {
-        "kind": "aligned",
-        **exported,
-        "config": config.model_dump(mode="json", exclude={"storage", "cache"}),
-        "inputs": plan.inputs,
-        "fingerprint": plan.fingerprint,
-        "versions": versions(),
-    }
     model = folder / MODEL_FOLDER
-    write_atomically(model / PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
+    provenance(
+        config,
+        "aligned",
+        ModelDigest(exported["weights"], exported["companions"]),
+        key=plan.fingerprint,
+        inputs=plan.inputs,
+        num_steps=plan.num_steps,
+        details={"optimizer_path": path},
+    ).write(model)
     # Copied: the originals are needed again should this process be killed right here.
     shutil.copyfile(folder / METRICS_FILE, model / METRICS_FILE)
     if config.tensorboard:
@@ -312,12 +315,19 @@ def _check_delta(model: Checkpoint, optimizer: OptimizerConfig) -> None:
 
 def _finished(out: Path, key: str) -> bool:
     """Whether `out` is what this run would make."""
-    path = out / PROVENANCE_FILE
-    return path.is_file() and json.loads(path.read_text()).get("fingerprint") == key
+    record = read_record(out)
+    return record is not None and record.get("fingerprint") == key
 
 
 @contextmanager
-def _unfinished_run(folder: Path, key: str, config: AlignConfig, *, force: bool) -> Iterator[None]:
+def _unfinished_run(
+    folder: Path,
+    key: str,
+    config: AlignConfig,
+    *,
+    force: bool,
+    inputs: Mapping[str, str] | None = None,
+) -> Iterator[None]:
     """Hold the folder of an unfinished run: a new one, or one of the same config to go on with.
 
     Raises:
@@ -327,6 +337,7 @@ def _unfinished_run(folder: Path, key: str, config: AlignConfig, *, force: bool)
     record = {
         "fingerprint": key,
         "config": with_absolute_paths(config).model_dump(mode="json"),
+        "inputs": inputs or {},
     }
     found = json.loads(path.read_text()) if path.is_file() else record
     if found.get("fingerprint") != key:
@@ -337,7 +348,7 @@ def _unfinished_run(folder: Path, key: str, config: AlignConfig, *, force: bool)
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with lock_directory(folder):
+    with lock(folder):
         write_atomically(path, json.dumps(record))
         shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)
         yield

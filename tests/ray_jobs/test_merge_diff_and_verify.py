@@ -65,6 +65,7 @@ def test_verify(merged: Path, models: list[Path], monkeypatch, capfd) -> None:
     found = json.loads(capfd.readouterr().out)
     assert found == {
         "output": "same",
+        "changed": [],
         "inputs": {str(path): "same" for path in [*models[1:], models[0]]},
         "again": True,
     }

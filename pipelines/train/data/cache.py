@@ -1,8 +1,6 @@
 """Tokenise once: rows become a fingerprinted Arrow file that every later run reads by index."""
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.commit import commit_directory, partial_path, write_atomically
+from pipelines.commit import commit_directory, lock, partial_path, write_atomically
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint, fingerprint_directory, fingerprint_file
 from pipelines.progress import Progress
@@ -98,15 +96,13 @@ def _check_counts(counts: Counts, num_rows: int, data: Path, max_bad_share: floa
 def _exclusive(partial: Path) -> Iterator[Path]:
     """The folder of an unfinished table, for this process alone; another one waits for its turn."""
     partial.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial.with_suffix(".lock"), os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with lock(partial.with_suffix(".lock"), wait=True):
         partial.mkdir(exist_ok=True)
-        yield partial
-    finally:
-        os.close(descriptor)
-        if partial.is_dir() and not any(partial.iterdir()):
-            partial.rmdir()
+        try:
+            yield partial
+        finally:
+            if partial.is_dir() and not any(partial.iterdir()):
+                partial.rmdir()
 
 
 def _tokenize_parts(

@@ -8,10 +8,9 @@ import torch
 import yaml
 
 from pipelines.errors import InputError
-from pipelines.evaluate import EvaluateConfig, best_model, evaluate
+from pipelines.evaluate import EvaluateConfig, best_model, evaluate, plan_evaluation
 from pipelines.evaluate.generate import Generator
 from pipelines.evaluate.graders import grade
-from pipelines.evaluate.run import plan_cells
 from pipelines.evaluate.tasks import load_rows, load_tasks
 from tests.tiny_models import save_tiny_llama
 
@@ -146,7 +145,7 @@ def test_another_matrix_does_not_replace_a_finished_one(world: Path, tmp_path: P
 )
 def test_mistakes_are_found_before_any_work(world: Path, change, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        plan_cells(config_of(world, **change))
+        plan_evaluation(config_of(world, **change), world / "out")
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,15 @@ import psutil
 import pytest
 import yaml
 
-from pipelines.checkpoints import lock_directory
-from pipelines.commit import partial_path
+from pipelines.commit import lock, partial_path
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, merge
 from pipelines.merge.journal import JOURNAL_FILE
 from tests.pipelines.merge.conftest import Family
 
-# A merge in small items, slow enough to be killed in the middle of its work.
+# A merge in small items that stands still in the middle of its work, to be killed there.
 SCRIPT = """
-import sys, time
+import itertools, sys, threading
 import pipelines.merge.plan, pipelines.merge.tensor, pipelines.merge.journal
 from pipelines.merge import load_merge_config, merge
 from pipelines.merge.worker import MergeWorker
@@ -29,11 +28,12 @@ from pipelines.merge.worker import MergeWorker
 pipelines.merge.plan.PIECE_ELEMENTS = 500
 pipelines.merge.tensor.CHUNK_ELEMENTS = 100
 pipelines.merge.journal.SYNC_INTERVAL_S = 0.0
-plain = MergeWorker.run
-def slow(self, item):
-    time.sleep(0.1)
+plain, count = MergeWorker.run, itertools.count()
+def stopping(self, item):
+    if next(count) >= 5:
+        threading.Event().wait()
     return plain(self, item)
-MergeWorker.run = slow
+MergeWorker.run = stopping
 merge(load_merge_config(sys.argv[1]), sys.argv[2])
 """
 
@@ -206,7 +206,7 @@ def test_two_merges_into_one_output(family: Family, tmp_path: Path) -> None:
     partial = partial_path(out)
     partial.mkdir()
     (partial / "of-the-first").touch()
-    with lock_directory(partial), pytest.raises(InputError) as caught:
+    with lock(partial), pytest.raises(InputError) as caught:
         merge(MergeConfig.model_validate(family.config()), out)
     assert str(caught.value) == f"{partial}: another run is writing this output"
     assert (partial / "of-the-first").exists()

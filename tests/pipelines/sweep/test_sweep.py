@@ -11,7 +11,7 @@ from pipelines.config import check, load_yaml
 from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.merge import load_merge_config, merge
-from pipelines.sweep import SweepConfig, check_sweep, sweep
+from pipelines.sweep import SweepConfig, plan_sweep, sweep
 from tests.tiny_models import save_tiny_llama
 
 
@@ -135,14 +135,14 @@ def test_every_value_is_looked_at_before_the_first_trial(inputs: Path) -> None:
         changes = {"search": {"parameters.lambda": values}}
         if isinstance(values, list):
             with pytest.raises(InputError, match="lambda: found 'much'; allowed"):
-                check_sweep(config_of(inputs, **changes))
+                plan_sweep(config_of(inputs, **changes))
         else:
-            check_sweep(config_of(inputs, **changes, num_samples=1))
+            plan_sweep(config_of(inputs, **changes, num_samples=1))
 
 
 def test_changed_weights_are_another_sweep(inputs: Path, tmp_path: Path) -> None:
-    before = check_sweep(config_of(inputs))
+    before = plan_sweep(config_of(inputs))
     weights = inputs / "tuned" / "model.safetensors"
     times = weights.stat()
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
-    assert check_sweep(config_of(inputs)) != before
+    assert plan_sweep(config_of(inputs)) != before

@@ -10,11 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_files import align_config, metrics, run_here, seeded_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pipelines.errors import InputError
 from pipelines.train import AlignConfig, align, align_in_turn, loop
+from tests.pipelines.checkpoints.digest_definition import blake2, described
 from tests.tiny_models import tiny_tokenizer
 
 
@@ -63,6 +65,9 @@ def test_output_is_an_ordinary_checkpoint(fsdp2_run: Path, tiny_llama: Path) -> 
     record = json.loads((fsdp2_run / "poise.json").read_text())
     assert record["config"]["strategy"] == "fsdp2"
     assert set(record["inputs"]) == {"model", "data"}
+    # No rank has a whole block of a tensor, so the digest is of what was written.
+    assert record["weights"] == blake2(described(load_file(fsdp2_run / "model.safetensors")))
+    assert f"base_model:\n- {tiny_llama}\n" in (fsdp2_run / "README.md").read_text()
     assert not (fsdp2_run.parent / ".fsdp2.partial").exists()
     for name, tensor in model.state_dict().items():
         assert not torch.equal(before[name], tensor), name

@@ -1,0 +1,157 @@
+"""The config of `poise evaluate`, and what it will measure: every input is looked at first."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.digests import DigestMemory, ModelDigest
+from pipelines.checkpoints.lora import is_adapter
+from pipelines.commit import partial_path
+from pipelines.config import Config
+from pipelines.errors import InputError
+from pipelines.evaluate.cells import Cell
+from pipelines.evaluate.tasks import Split, Task, load_rows, load_tasks
+from pipelines.fingerprint import (
+    fingerprint,
+    fingerprint_directory,
+    fingerprint_file,
+    fingerprint_work,
+)
+
+MODELS_FILE = "models.json"  # beside an evaluation's numbers: which files they are of
+# What keys of models were made of before models had digests.
+_FILES_OF_VERSION_1 = ("*.safetensors", "*.json", "*.jinja", "*.model")
+
+
+class EvaluateConfig(Config):
+    """Which models are measured on which tasks, and how completions are made."""
+
+    models: dict[str, Path] = Field(min_length=1, description="name -> checkpoint directory")
+    tasks: Path = Field(description="a tasks.yaml")
+    only: list[str] | None = Field(None, description="names of the tasks to run; default all")
+    split: Split = "test"
+    max_new_tokens: int = Field(32, ge=1, le=8192)
+    batch_size: int = Field(256, ge=1)
+    limit: int | None = Field(None, ge=1, description="the first so many prompts of each task")
+    num_workers: int = Field(2, ge=1, description="Ray Data actors, one model in memory each")
+    storage: Path | None = Field(None, description="where relative outputs live")
+
+    @field_validator("models")
+    @classmethod
+    def _plain_names(cls, models: dict[str, Path]) -> dict[str, Path]:
+        for name in models:
+            if not name or "/" in name or name.startswith("."):
+                raise ValueError(f"model name {name!r}: must be a plain file name")
+        return models
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPlan:
+    """An evaluation, ready to run.
+
+    Attributes:
+        digests: of the models, by their names in the config.
+        memory: holds those digests with the files that they were taken of.
+    """
+
+    config: EvaluateConfig
+    out: Path
+    tasks: list[Task]
+    digests: dict[str, ModelDigest]
+    cells: list[Cell]
+    memory: DigestMemory
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that the numbers depend on."""
+        return fingerprint(sorted(cell.fingerprint for cell in self.cells))
+
+    def fingerprint_of_version_1(self) -> str:
+        """The same as it was before models had digests; every file of them is read for it."""
+        models = {
+            name: fingerprint_directory(path, _FILES_OF_VERSION_1)
+            for name, path in self.config.models.items()
+        }
+        return fingerprint(sorted(_keys(self.config, self.tasks, models).values()))
+
+
+def plan_evaluation(
+    config: EvaluateConfig, out: str | Path, memory: DigestMemory | None = None
+) -> EvaluationPlan:
+    """Look at every input, and say which cells the matrix has, those of one model together.
+
+    Args:
+        out: where an earlier, perhaps unfinished run has written which files it measured.
+        memory: what is known of models already; what is found out is put into it.
+
+    Raises:
+        InputError: a model or task that cannot be read.
+    """
+    out, memory = Path(out), memory or DigestMemory()
+    for folder in (out, partial_path(out)):
+        memory.load(folder / MODELS_FILE)
+    tasks = _selected_tasks(config)
+    for task in tasks:
+        load_rows(task, config.split)
+    checkpoints = {name: _opened(name, path) for name, path in config.models.items()}
+    digests = {name: memory.digest(checkpoint) for name, checkpoint in checkpoints.items()}
+    keys = _keys(config, tasks, {name: asdict(digest) for name, digest in digests.items()})
+    settings = (config.max_new_tokens, config.batch_size, config.limit)
+    cells = [
+        Cell(
+            name,
+            str(path.absolute()),
+            task.model_dump_json(),
+            config.split,
+            *settings,
+            keys[name, task.name],
+        )
+        for name, path in config.models.items()
+        for task in tasks
+    ]
+    return EvaluationPlan(config, out, tasks, digests, cells, memory)
+
+
+def _selected_tasks(config: EvaluateConfig) -> list[Task]:
+    """The tasks the config asks for."""
+    tasks = load_tasks(config.tasks)
+    names = [task.name for task in tasks]
+    for name in config.only or ():
+        if name not in names:
+            raise InputError(f"{config.tasks}: only: unknown task {name!r}; allowed: {names}")
+    return [task for task in tasks if config.only is None or task.name in config.only]
+
+
+def _opened(name: str, path: Path) -> Checkpoint:
+    """A model's headers; damaged files show here."""
+    if not (path / "config.json").is_file():
+        raise InputError(f"models.{name}: {path}: no Hugging Face checkpoint there")
+    if is_adapter(path):  # it would be applied unseen when the model is loaded
+        raise InputError(
+            f"models.{name}: {path}: holds an adapter beside the model; allowed: one of them "
+            "(poise merge makes a model of both)"
+        )
+    return Checkpoint.open(path)
+
+
+def _keys(
+    config: EvaluateConfig, tasks: list[Task], models: Mapping[str, Any]
+) -> dict[tuple[str, str], str]:
+    """The fingerprint of each cell, by model and task.
+
+    Args:
+        models: what stands for each model.
+    """
+    settings = (config.max_new_tokens, config.batch_size, config.limit)
+    files = {task.name: fingerprint_file(task.files[config.split]) for task in tasks}
+    return {
+        (name, task.name): fingerprint_work(
+            [model, files[task.name], task.grader.model_dump(), task.prompt, settings], "evaluate"
+        )
+        for name, model in models.items()
+        for task in tasks
+    }

@@ -1,0 +1,132 @@
+"""What stands beside the weights of every result: its record, `poise.json`, and its model card.
+
+The record has the same fields whatever made the model; a few more are of one kind alone:
+
+    schema        2
+    kind          merged, aligned or exported
+    weights       the digest of the weights (pipelines/checkpoints/digests.py)
+    companions    the digest of the config and tokenizer files
+    fingerprint   of config and inputs: by it, finished work is recognised and not done again
+    config        as run
+    inputs        what was read: name or path -> its digests
+    seed
+    versions      of Python and of the packages that took part
+
+Records of schema 1 are read as well: see `read_record`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pipelines.checkpoints.digests import RECORD_FILE, ModelDigest
+from pipelines.checkpoints.reader import read_json
+from pipelines.commit import write_atomically
+from pipelines.versions import versions
+
+CARD_FILE = "README.md"
+SCHEMA = 2
+
+Kind = Literal["merged", "aligned", "exported"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """How a model came about.
+
+    Attributes:
+        inputs: what was read: digests of weights and companions, or one fingerprint of both.
+        details: facts that only this kind of result has, for the record.
+        title, summary: of the card; the summary is Markdown.
+        base_models: what the model was made of, for the card's front matter.
+    """
+
+    kind: Kind
+    digest: ModelDigest
+    fingerprint: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, ModelDigest | str]
+    seed: int
+    details: Mapping[str, Any] = field(default_factory=dict)
+    title: str
+    base_models: Sequence[str]
+    tags: Sequence[str] = ()
+    summary: str
+
+    def write(self, folder: Path) -> None:
+        """Write card and record into the folder of the model; the record comes last."""
+        write_atomically(folder / CARD_FILE, self.card())
+        write_atomically(folder / RECORD_FILE, json.dumps(self.record(), indent=2) + "\n")
+
+    def record(self) -> dict[str, Any]:
+        """The content of `poise.json`."""
+        return {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            **asdict(self.digest),
+            "fingerprint": self.fingerprint,
+            "config": dict(self.config),
+            "inputs": {
+                name: found if isinstance(found, str) else asdict(found)
+                for name, found in self.inputs.items()
+            },
+            "seed": self.seed,
+            **self.details,
+            "versions": versions(),
+        }
+
+    def card(self) -> str:
+        """A Hugging Face model card: front matter, how it was made, config, digests, versions."""
+        front = {
+            "base_model": list(self.base_models),
+            "library_name": "transformers",
+            "tags": [*self.tags, "poise"],
+        }
+        lines = [
+            f"- weights: `{self.digest.weights}`",
+            f"- config and tokenizer: `{self.digest.companions}`",
+        ]
+        for name, found in self.inputs.items():
+            digest = found if isinstance(found, str) else found.weights
+            lines.append(f"- input {name}: `{digest}`")
+        installed = ", ".join(f"{name} {version}" for name, version in versions().items())
+        config = yaml.safe_dump(dict(self.config), sort_keys=False)
+        return (
+            f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+            f"# {self.title}\n\n{self.summary}\n\n"
+            f"The config, from which it can be made again:\n\n```yaml\n{config}```\n\n"
+            f"Seed: {self.seed}. Digests:\n\n" + "\n".join(lines) + f"\n\nMade with {installed}.\n"
+        )
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record in a model's folder, in the fields of today; None without one.
+
+    Raises:
+        InputError: it is not valid JSON.
+    """
+    path = folder / RECORD_FILE
+    return renewed(read_json(path)) if path.is_file() else None
+
+
+def renewed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record in the fields of today.
+
+    Those of schema 1 had `key` in place of a merge's `fingerprint`, and the kind `merge`. One
+    fingerprint, `output`, stood for weights and companions together, and only merges had it.
+    """
+    result = dict(record)
+    if "schema" not in result and result.get("kind") == "merge":
+        result |= {"kind": "merged", "fingerprint": result.pop("key", None)}
+    return result
+
+
+def recorded_digest(record: Mapping[str, Any]) -> dict[str, str] | str | None:
+    """What a record says of the model: its digests; the one text of an older merge; or nothing."""
+    if "weights" in record:
+        return {name: record[name] for name in ("weights", "companions")}
+    return record.get("output")

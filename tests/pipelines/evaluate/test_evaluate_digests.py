@@ -1,0 +1,227 @@
+"""Which model a number is of. Oracle: counted reads, and the digests' and old keys' definitions."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from pipelines.checkpoints import plan_layout
+from pipelines.commit import partial_path
+from pipelines.errors import InputError
+from pipelines.evaluate import EvaluateConfig, evaluate, evaluate_together, plan_evaluation
+from pipelines.evaluate.generate import Generator
+from pipelines.fingerprint import MEANING
+from pipelines.sweep import SweepConfig, plan_sweep
+from pipelines.sweep.run import _measure
+from tests.pipelines.checkpoints.digest_definition import blake2, described, small_files
+from tests.tiny_models import save_tiny_llama
+
+WEIGHTS = "model.safetensors"
+SUFFIXES = (".safetensors", ".json", ".jinja")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """Two tiny models and a task of two prompts, on both splits."""
+    for seed in (0, 1):
+        save_tiny_llama(tmp_path / f"model-{seed}", seed)
+    rows = [{"id": str(i), "prompt": "a b", "cluster": str(i)} for i in range(2)]
+    files = {}
+    for split in ("development", "test"):
+        files[split] = f"{split}.jsonl"
+        (tmp_path / files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grader = {"name": "not_phrase", "phrases": ["yes"]}
+    task = {"name": "words", "dimension": "honesty", "prompt": "text", "grader": grader}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump([task | {"files": files}]))
+    return tmp_path
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tensors that are read for a digest alone, by folder and name."""
+    from pipelines.checkpoints import digests
+
+    names: list[str] = []
+    plain = digests.tensor_digests
+
+    def counting(checkpoint: Any, name: str) -> Any:
+        names.append(f"{checkpoint.path.name}/{name}")
+        return plain(checkpoint, name)
+
+    monkeypatch.setattr(digests, "tensor_digests", counting)
+    return names
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each cell that is measured has."""
+    counts: list[int] = []
+    plain = Generator.complete
+
+    def counting(self: Generator, prompts: Any, **settings: Any) -> list[str]:
+        counts.append(len(prompts))
+        return plain(self, prompts, **settings)
+
+    monkeypatch.setattr(Generator, "complete", counting)
+    return counts
+
+
+def config_of(world: Path, **changes: Any) -> EvaluateConfig:
+    models = {"first": world / "model-0", "second": world / "model-1"}
+    values = {"models": models, "tasks": world / "tasks.yaml", "max_new_tokens": 2}
+    return EvaluateConfig(**{**values, **changes})
+
+
+def test_each_model_is_read_once(world: Path, read: list[str]) -> None:
+    """For two splits, and never again while its files stay as they are."""
+    configs = [config_of(world, split=split) for split in ("development", "test")]
+    runs = [(config, world / config.split) for config in configs]
+    summaries = evaluate_together(runs, executor="local")
+    assert len(read) == len(set(read)) == 2 * len(load_file(world / "model-0" / WEIGHTS))
+    for number, name in enumerate(("first", "second")):
+        tensors = load_file(world / f"model-{number}" / WEIGHTS)
+        assert summaries[0]["digests"][name]["weights"] == blake2(described(tensors))
+    read.clear()
+    assert evaluate_together(runs, executor="local") == summaries
+    evaluate(configs[0], world / "development", executor="local", force=True)
+    assert read == []
+
+
+def test_an_interrupted_run_does_not_read_again(world: Path, read: list[str]) -> None:
+    config, out = config_of(world), world / "out"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def stop(*arguments: Any, **settings: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Generator, "complete", stop)
+        evaluate(config, out, executor="local")
+    assert (partial_path(out) / "models.json").is_file()
+    read.clear()
+    evaluate(config, out, executor="local")
+    assert read == []
+
+
+def test_touched_files_are_read_and_changed_ones_measured(
+    world: Path, read: list[str], measured: list[int]
+) -> None:
+    config, out, file = config_of(world), world / "out", world / "model-1" / WEIGHTS
+    summary = evaluate(config, out, executor="local")
+    tensors = load_file(file)
+    measured.clear()
+    os.utime(file, ns=(1, 1))
+    read.clear()
+    assert evaluate(config, out, executor="local") == summary
+    assert {name.split("/")[0] for name in read} == {"model-1"}
+    assert measured == []
+    size = file.stat().st_size
+    tensors["model.norm.weight"][3] += 1
+    save_file(tensors, file, {"format": "pt"})
+    assert file.stat().st_size == size
+    with pytest.raises(InputError, match="exists already"):
+        evaluate(config, out, executor="local")
+
+
+def test_a_copy_in_other_shards_keeps_its_numbers(world: Path, measured: list[int]) -> None:
+    config, out, model = config_of(world), world / "out", world / "model-1"
+    summary = evaluate(config, out, executor="local")
+    measured.clear()
+    tensors = dict(reversed(load_file(model / WEIGHTS).items()))
+    layout = plan_layout({k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, 20_000)
+    (model / WEIGHTS).unlink()
+    layout.create(model)
+    for name, values in tensors.items():
+        layout.write(model, name, 0, values)
+    (model / "README.md").write_text("in shards")
+    assert len(list(model.glob("*.safetensors"))) > 1
+    assert evaluate(config, out, executor="local") == summary
+    assert measured == []
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(InputError, match="exists already"):
+        evaluate(config, out, executor="local")
+
+
+def key_of_version_1(config: EvaluateConfig, world: Path) -> str:
+    """One key for all files of a model, one for a cell, one for the matrix."""
+    keys = []
+    for path in config.models.values():
+        files = [
+            file for file in path.iterdir() if file.suffix in (".safetensors", ".json", ".jinja")
+        ]
+        model = blake2(small_files(path, [file.name for file in files]))
+        [task] = small_files(world, ["test.jsonl"]).values()
+        grader = {"name": "not_phrase", "phrases": ["yes"]}
+        settings = [config.max_new_tokens, config.batch_size, config.limit]
+        keys.append(blake2([model, task, grader, "text", settings]))
+    return blake2(sorted(keys))
+
+
+def test_a_finished_evaluation_of_version_1_is_recognised(
+    world: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = config_of(world), world / "out"
+    evaluate(config, out, executor="local")
+    path = out / "evaluation.json"
+    summary = json.loads(path.read_text())
+    del summary["digests"]
+    summary["fingerprint"] = key_of_version_1(config, world)
+    path.write_text(json.dumps(summary))
+    (out / "models.json").unlink()
+    measured.clear()
+    assert evaluate(config, out, executor="local") == summary
+    assert measured == []
+    monkeypatch.setitem(MEANING, "evaluate", 2)
+    with pytest.raises(InputError, match="exists already"):
+        evaluate(config, out, executor="local")
+
+
+def test_a_raised_meaning_measures_again(
+    world: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of evaluations; a sweep's key follows those of merges and evaluations, too."""
+    config, out = config_of(world), world / "out"
+    evaluate(config, out, executor="local")
+    monkeypatch.setitem(MEANING, "evaluate", 2)
+    measured.clear()
+    with pytest.raises(InputError, match="exists already"):
+        evaluate(config, out, executor="local")
+    evaluate(config, out, executor="local", force=True)
+    assert measured == [2, 2]
+    swept = sweep_of(world)
+    keys = [plan_sweep(swept).fingerprint]
+    for kind in ("evaluate", "merge", "sweep"):
+        monkeypatch.setitem(MEANING, kind, MEANING[kind] + 1)
+        keys.append(plan_sweep(swept).fingerprint)
+    assert len(set(keys)) == 4
+
+
+def sweep_of(world: Path) -> SweepConfig:
+    models = [{"model": str(world / f"model-{seed}")} for seed in (0, 1)]
+    merge = {"merge_method": "linear", "models": models}
+    (world / "merge.yaml").write_text(yaml.safe_dump(merge))
+    return SweepConfig(
+        merge=world / "merge.yaml",
+        search={"seed": [0]},
+        tasks=world / "tasks.yaml",
+        max_new_tokens=2,
+    )
+
+
+def test_a_trial_does_not_read_what_it_has_just_written(world: Path, read: list[str]) -> None:
+    from pipelines.merge import load_merge_config, merge
+
+    swept = sweep_of(world)
+    model = Path(merge(load_merge_config(swept.merge), world / "trial" / "candidate"))
+    assert read == []  # neither inputs nor output: both were hashed on their way
+    assert set(_measure(swept, model)) == {"honesty", "average", "tasks"}
+    assert read == []
+
+
+def test_an_adapter_beside_a_model_is_refused(world: Path) -> None:
+    (world / "model-1" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"^models.second: .*: holds an adapter beside the model"):
+        plan_evaluation(config_of(world), world / "out")
