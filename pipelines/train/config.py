@@ -121,8 +121,8 @@ class AlignConfig(Config):
     )
     reference_log_probabilities: Literal["stored", "on_the_fly"] = Field(
         "stored",
-        description="of all rows, computed before the first step and kept in the cache; or of each "
-        "micro-batch when it comes (objectives with a reference)",
+        description="of the rows that the run sees, computed before the first step and kept in the "
+        "cache; or of each micro-batch when it comes (objectives with a reference)",
     )
     data: Path = Field(description="rows as JSON lines, Parquet or Arrow: a file, or a folder")
     split: str | None = Field(

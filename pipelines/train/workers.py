@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from pipelines.errors import InputError
 from pipelines.progress import Progress
 from pipelines.train.config import AlignConfig
 from pipelines.train.errors import forget_failure, raise_failure
-from pipelines.train.files import EXPORTED_FILE, METRICS_FILE
+from pipelines.train.files import EXPORTED_FILE, METRICS_FILE, REFERENCE_FILE
 
 POLL_S = 0.5
 
@@ -83,6 +84,7 @@ def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
     for job in jobs:
         forget_failure(job.folder)
         (job.folder / EXPORTED_FILE).unlink(missing_ok=True)
+        (job.folder / REFERENCE_FILE).unlink(missing_ok=True)
     failure = None
     with _watched(jobs), _usual_interrupt():
         try:
@@ -160,34 +162,30 @@ def _usual_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _watched(jobs: Sequence[Job]) -> Iterator[None]:
-    """Shows progress, read from the metrics that the first worker writes, and commits each model
-    but the last as soon as it is there.
+    """Shows progress, read from what the first worker writes, and commits each model but the last
+    as soon as it is there.
 
     Raises:
         Exception: what went wrong with a commit.
     """
     stop, errors = threading.Event(), list[Exception]()
 
-    def follow(progress: Progress) -> None:
-        done = 0
+    def follow(screen: _Screen) -> None:
         for job in jobs:
             while not stop.wait(POLL_S) and not job.committed:
-                last = _last_record(job.folder / METRICS_FILE)
-                if last is not None:
-                    name = f"{job.name}: " if len(jobs) > 1 else ""
-                    progress.update(done + last["step"], name + _note(last))
+                screen.show(job)
                 if job is not jobs[-1]:
                     job.finish()
-            done += job.num_steps
+            screen.num_steps_before += job.num_steps
 
-    def guarded(progress: Progress) -> None:
+    def guarded(screen: _Screen) -> None:
         try:
-            follow(progress)
+            follow(screen)
         except Exception as error:
             errors.append(error)
 
-    with Progress(sum(job.num_steps for job in jobs), "steps") as progress:
-        thread = threading.Thread(target=guarded, args=(progress,), daemon=True)
+    with _Screen(jobs) as screen:
+        thread = threading.Thread(target=guarded, args=(screen,), daemon=True)
         thread.start()
         try:
             yield
@@ -196,6 +194,48 @@ def _watched(jobs: Sequence[Job]) -> Iterator[None]:
             thread.join()
     if errors:
         raise errors[0]
+
+
+class _Screen:
+    """The progress of jobs: of the reference's rows while they are computed, else of the steps."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.num_steps_before = 0  # those of earlier jobs
+        self._several = len(jobs) > 1
+        self._steps = self._shown = Progress(sum(job.num_steps for job in jobs), "steps")
+
+    def __enter__(self) -> Self:
+        self._shown.__enter__()
+        return self
+
+    def show(self, job: Job) -> None:
+        """Look at a job's files, and show what has become of it."""
+        name = f"{job.name}: " if self._several else ""
+        reference = _reference_record(job.folder / REFERENCE_FILE)
+        if reference is not None and reference["done"] < reference["total"]:
+            what = f"{name}rows of the reference"
+            if self._shown.description != what:
+                self._switch(Progress(reference["total"], what))
+            self._shown.update(reference["done"])
+            return
+        last = _last_record(job.folder / METRICS_FILE)
+        if last is not None:
+            self._switch(self._steps)
+            self._steps.update(self.num_steps_before + last["step"], name + _note(last))
+
+    def _switch(self, progress: Progress) -> None:
+        """Let another one have the terminal."""
+        if progress is not self._shown:
+            self._shown.__exit__(None, None, None)
+            self._shown = progress.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._shown.__exit__(kind, error, trace)
 
 
 def _note(record: dict[str, Any]) -> str:
@@ -220,3 +260,11 @@ def _last_record(metrics: Path) -> dict[str, Any] | None:
         except json.JSONDecodeError:
             continue
     return None
+
+
+def _reference_record(path: Path) -> dict[str, int] | None:
+    """How many rows of the reference are there, and of how many; None before it is known."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None

@@ -1,7 +1,11 @@
-"""Alignment runs from config to checkpoint, under Ray and in this process."""
+"""Alignment runs from config to checkpoint, under Ray and in this process.
+
+Oracle: a run of one worker in this process, which nobody disturbs.
+"""
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -14,7 +18,7 @@ from training_files import align_config, metrics, run_here, seeded_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pipelines.errors import InputError
-from pipelines.train import AlignConfig, align, align_in_turn, loop
+from pipelines.train import AlignConfig, align, align_in_turn, loop, workers
 from tests.tiny_models import tiny_tokenizer
 
 
@@ -163,3 +167,58 @@ def test_a_model_with_dropout_trains_without(preferences: Path, tmp_path: Path) 
     runs = [seeded_metrics(run_here(config, tmp_path / name)) for name in ("one", "two")]
     assert runs[0][0]["margin"] == pytest.approx(0.0, abs=1e-6)
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(("cores", "workers", "expected"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
+def test_a_worker_has_its_share_of_the_cores(
+    cores: int, workers: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that this process may use, or Ray where it has been given fewer."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(workers))
+    assert loop.share_of_cores() == expected
+
+
+@pytest.mark.ray
+def test_a_worker_has_no_more_cores_than_ray(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture's Ray has four."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert loop.share_of_cores() == 4
+
+
+def test_equal_threads_make_equal_bytes(
+    tiny_llama: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as OMP_NUM_THREADS says, where it is set."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    try:
+        runs = [run_here(align_config(tiny_llama, preferences), tmp_path / n) for n in "ab"]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    weights = {(run / "model" / "model.safetensors").read_bytes() for run in runs}
+    assert len(weights) == 1 and seeded_metrics(runs[0]) == seeded_metrics(runs[1])
+
+
+def test_the_reference_is_shown_before_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rows with the time that is left, and then the steps of the run."""
+    monkeypatch.setattr("pipelines.progress.PLAIN_INTERVAL_S", 0.0)
+    job = workers.Job("out", {"folder": str(tmp_path), "num_steps": 12}, lambda: None)
+    with workers._Screen([job]) as screen:
+        for done in (10, 55, 100):
+            (tmp_path / "reference.json").write_text(json.dumps({"done": done, "total": 100}))
+            screen.show(job)
+        record = {"step": 3, "loss": 0.5, "tokens_per_s": 10.0, "memory_bytes": 2**30}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        screen.show(job)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "  rows of the reference: 10/100"
+    assert re.fullmatch(r"  rows of the reference: 55/100, about \d+ s left", lines[1])
+    assert lines[2:] == ["  steps: 3/12, loss 0.500, 10 tokens/s, 1.0 GiB"]
