@@ -162,7 +162,11 @@ class AlignConfig(Config):
         description="copy the state to CPU memory and write it while steps go on (single, ddp, "
         "fsdp2)",
     )
-    max_failures: int = Field(1, ge=0, description="restarts after a lost worker")
+    max_failures: int = Field(
+        1,
+        ge=0,
+        description="restarts in a row that gain nothing; 0 for none at all",
+    )
     min_chosen_log_ratio: float | None = Field(
         -5.0,
         lt=0,

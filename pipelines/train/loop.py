@@ -27,7 +27,7 @@ from pipelines.train.data import (
     global_batch,
     rows_seen,
 )
-from pipelines.train.errors import PERMANENT, DivergenceError, has_failed, record_failure
+from pipelines.train.errors import DivergenceError, comes_again, has_failed, record_failure
 from pipelines.train.export import export_model
 from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER, REFERENCE_FILE
 from pipelines.train.metrics import (
@@ -106,8 +106,8 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
     except DivergenceError as error:  # seen by all workers at once, so none waits for another
         record_failure(folder, error)
         return False
-    except PERMANENT as error:
-        if not isinstance(error, ConnectionError):  # another worker was lost: worth a restart
+    except Exception as error:
+        if comes_again(error):
             record_failure(folder, error)
         raise
     if first_rank():

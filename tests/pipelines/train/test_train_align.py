@@ -85,17 +85,19 @@ def test_a_finished_run_is_left_alone(fsdp2_run: Path, tiny_llama: Path, prefere
 def test_a_killed_worker_changes_nothing(
     fsdp2_run: Path, tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
-    """One of two workers is killed in the middle of its second run: that ends with the bytes of a
-    run that was alone and undisturbed, and the first one is not made again.
+    """One of two workers is killed in the middle of its second run, and again once that has got
+    further, which is more often than max_failures: it ends with the bytes of a run that was alone
+    and undisturbed, and the first one is not made again.
     """
     config = fsdp2_config(tiny_llama, preferences)
     short = config.model_copy(update={"num_steps": 2, "seed": 5})
     first, out, killed = tmp_path / "first", tmp_path / "out", []
-    assassin = threading.Thread(target=kill_a_worker, args=(tmp_path / ".out.partial", 5, killed))
+    assassin = threading.Thread(target=kill_workers, args=(tmp_path / ".out.partial", killed))
     assassin.start()
+    assert config.max_failures == 1
     assert align_in_turn([(short, first), (config, out)]) == [first, out]
     assassin.join()
-    assert killed
+    assert len(killed) == 2
     file = "model.safetensors"
     assert (out / file).read_bytes() == (fsdp2_run / file).read_bytes()
     assert seeded_metrics(out) == seeded_metrics(fsdp2_run)
@@ -114,18 +116,22 @@ def test_runs_in_turn_want_the_same_workers(
     assert not list(tmp_path.iterdir())
 
 
-def kill_a_worker(folder: Path, after_steps: int, killed: list[int]) -> None:
-    """SIGKILL one training worker of this session's Ray once so many steps are done."""
-    path = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if path.is_file() and len(path.read_text().splitlines()) >= after_steps:
-            for process in psutil.Process().children(recursive=True):
-                if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
-                    os.kill(process.pid, signal.SIGKILL)
-                    killed.append(process.pid)
-                    return
-        time.sleep(0.002)
+def kill_workers(folder: Path, killed: list[int]) -> None:
+    """SIGKILL one training worker of this session's Ray once five steps are done, and one of those
+    that have come since once nine are.
+    """
+    path, seen = folder / "metrics.jsonl", set()
+    deadline = time.monotonic() + 240
+    for after_steps in (5, 9):
+        while not path.is_file() or len(path.read_text().splitlines()) < after_steps:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.002)
+        found = psutil.Process().children(recursive=True)
+        workers = {p.pid for p in found if "RayTrainWorker" in p.name() + " ".join(p.cmdline())}
+        killed.append(max(workers - seen))
+        os.kill(killed[-1], signal.SIGKILL)
+        seen |= workers
 
 
 def test_interrupted_run_ends_with_the_same_bytes(
