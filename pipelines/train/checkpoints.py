@@ -1,6 +1,5 @@
 """Resumable training checkpoints: one folder a step, by rename, the newest ones kept."""
 
-import errno
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,10 +12,10 @@ import torch.distributed as dist
 from pipelines.commit import commit_directory, partial_path
 from pipelines.errors import InputError
 from pipelines.train.config import AlignConfig
+from pipelines.train.errors import NO_ROOM
 from pipelines.train.strategies import Strategy, first_rank, wait_for_all
 
 CHECKPOINTS = "checkpoints"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What torch's own writer says of a write that was cut short, and on closing a file after one.
 CUT_SHORT = ("PytorchStreamWriter failed writing", "inline_container.cc")
 
@@ -31,11 +30,25 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / CHECKPOINTS / f"step-{step}"
 
 
-def _is_full_disk(error: OSError | RuntimeError) -> bool:
-    """Whether a write failed for want of room; torch's own writer says so in words alone."""
+def _is_full_disk(error: OSError | RuntimeError, folder: Path) -> bool:
+    """Whether a write into a folder failed for want of room. Torch's own writer says only that it
+    was cut short, so the system is asked again.
+    """
     if isinstance(error, OSError):
-        return error.errno in FULL
-    return any(words in str(error) for words in CUT_SHORT)
+        return error.errno in NO_ROOM
+    return any(words in str(error) for words in CUT_SHORT) and _has_no_room(folder)
+
+
+def _has_no_room(folder: Path) -> bool:
+    """Whether a file of a write that was cut short can take no more."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            try:
+                with path.open("ab") as file:
+                    file.write(bytes(1 << 20))
+            except OSError as error:
+                return error.errno in NO_ROOM
+    return False
 
 
 class CheckpointWriter:
@@ -84,16 +97,17 @@ class CheckpointWriter:
 
         Those before go only after the new one stands, so a full disk leaves the last good one.
         """
+        final = step_folder(self._folder, step)
         try:
-            self._write_and_commit(step_folder(self._folder, step), write)
+            self._write_and_commit(final, write)
         except (OSError, RuntimeError) as error:  # torch.save's own writer raises the latter
-            if not _is_full_disk(error):
+            if not _is_full_disk(error, partial_path(final)):
                 raise
             last = max(saved_steps(self._folder), default=0)
             kept = f"step {last} is the last good one" if last else "there is none before it"
             reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"{step_folder(self._folder, step)}: no room for this checkpoint ({reason}); "
+                f"{final}: no room for this checkpoint ({reason}); "
                 f"{kept}; make room and run the same command again to go on"
             ) from error
 

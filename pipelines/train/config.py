@@ -121,8 +121,8 @@ class AlignConfig(Config):
     )
     reference_log_probabilities: Literal["stored", "on_the_fly"] = Field(
         "stored",
-        description="of all rows, computed before the first step and kept in the cache; or of each "
-        "micro-batch when it comes (objectives with a reference)",
+        description="of the rows that the run sees, computed before the first step and kept in the "
+        "cache; or of each micro-batch when it comes (objectives with a reference)",
     )
     data: Path = Field(description="rows as JSON lines, Parquet or Arrow: a file, or a folder")
     split: str | None = Field(
@@ -162,7 +162,11 @@ class AlignConfig(Config):
         description="copy the state to CPU memory and write it while steps go on (single, ddp, "
         "fsdp2)",
     )
-    max_failures: int = Field(1, ge=0, description="restarts after a lost worker")
+    max_failures: int = Field(
+        1,
+        ge=0,
+        description="restarts in a row that gain nothing; 0 for none at all",
+    )
     min_chosen_log_ratio: float | None = Field(
         -5.0,
         lt=0,

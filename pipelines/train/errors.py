@@ -1,5 +1,6 @@
-"""What ends a training run for good, and how a worker tells the driver."""
+"""What ends a training run for good, what may pass, and how a worker tells the driver."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -17,8 +18,32 @@ class DivergenceError(TrainingError):
     """A run whose numbers went astray; every worker sees it at the same step."""
 
 
-# What would happen again in the same way: a restart of the workers would not help.
-PERMANENT = (InputError, DivergenceError, ValueError, TypeError, OSError)
+# What the system will say again: no room, no right, no such file. Anything else that a disk or a
+# network says (ESTALE, EIO, a time-out) may have passed when the workers start again.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the system may not say this again."""
+    if not isinstance(error, OSError):
+        return False
+    if error.errno is None:
+        return isinstance(error, ConnectionError | TimeoutError)
+    return error.errno not in NO_ROOM | NO_RIGHT | NO_FILE
+
+
+def comes_again(error: BaseException) -> bool:
+    """Whether a failure would happen again in the same way, so that a restart would not help: it is
+    of such a kind, and nothing that may pass has led to it.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if may_pass(cause):
+            return False
+        cause = cause.__cause__ or cause.__context__
+    return isinstance(error, InputError | DivergenceError | ValueError | TypeError | OSError)
 
 
 def record_failure(folder: Path, error: BaseException) -> None:
@@ -54,10 +79,10 @@ def raise_failure(folder: Path, error: Exception | None = None) -> None:
         kinds = {"input": InputError, "diverged": DivergenceError}
         raise kinds.get(failure["kind"], TrainingError)(failure["message"]) from None
     if error is not None:
-        raise TrainingError(_first_line(error)) from error
+        raise TrainingError(first_line(error)) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The failure of the first worker that has one, in one line."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     rank, first = min(failures.items())

@@ -25,10 +25,11 @@ from pipelines.train.data import (
     collate_mismatched,
     deal,
     global_batch,
+    rows_seen,
 )
-from pipelines.train.errors import PERMANENT, DivergenceError, has_failed, record_failure
+from pipelines.train.errors import DivergenceError, comes_again, has_failed, record_failure
 from pipelines.train.export import export_model
-from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER
+from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER, REFERENCE_FILE
 from pipelines.train.metrics import (
     Clock,
     MetricsWriter,
@@ -51,7 +52,7 @@ from pipelines.train.objectives import (
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
 from pipelines.train.reference import Reference, StoredReference, live_reference, score
-from pipelines.train.reference_store import compute_reference, is_complete, reference_folder
+from pipelines.train.reference_store import ReferenceStore, compute_reference, reference_folder
 from pipelines.train.strategies import build_reference, build_strategy, first_rank
 
 
@@ -65,14 +66,27 @@ def train_worker(settings: dict[str, Any]) -> None:
     Args:
         settings: `runs`, each with `config` (an AlignConfig as JSON), `folder` of the run, `cache`,
             the `tokens` below it and their fingerprint `data_key`, the reference model's
-            fingerprint `reference_key` and `num_steps`. All workers can reach the folders.
+            fingerprint `reference_key`, `num_steps`, and `num_threads` of each worker on a CPU, or
+            None. All workers can reach the folders.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     for run in settings["runs"]:
+        if device.type == "cpu":
+            torch.set_num_threads(run["num_threads"] or share_of_cores())
         if not _train_run(run, device):
             return
+
+
+def share_of_cores() -> int:
+    """This machine's cores, or those of them that Ray has been given, for each worker on it."""
+    import ray
+
+    cores = len(os.sched_getaffinity(0))
+    if ray.is_initialized():
+        here = ray.get_runtime_context().get_node_id()
+        (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
+        cores = min(cores, int(node["Resources"].get("CPU", cores)))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
@@ -92,8 +106,8 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
     except DivergenceError as error:  # seen by all workers at once, so none waits for another
         record_failure(folder, error)
         return False
-    except PERMANENT as error:
-        if not isinstance(error, ConnectionError):  # another worker was lost: worth a restart
+    except Exception as error:
+        if comes_again(error):
             record_failure(folder, error)
         raise
     if digest is not None:  # this is the first rank
@@ -138,14 +152,30 @@ class Run:
             return live_reference(self.config, self.strategy, self.device)
         parts = [settings["reference_key"], settings["data_key"], self.config.precision]
         place = reference_folder(Path(settings["cache"]), fingerprint(parts))
-        # The first rank's word counts: its file may come to be seen later by others.
-        if add_up(torch.tensor(int(self.rank == 0 and not is_complete(place)))):
+        store = ReferenceStore(place, self.table)
+        size, seed = self.config.global_batch_size, self.config.seed
+        rows = rows_seen(self.table.num_rows, size, self.num_steps, seed)
+        if not store.has(rows).all():
             strategy = self.strategy
             if self.config.reference_model is not None:
                 strategy = build_reference(self.config, self.device)
             strategy.model.eval()
-            compute_reference(strategy, self.table, place, self.device, mismatched=self._has_point)
-        return StoredReference(place, self.table, self.device)
+            compute_reference(
+                strategy,
+                store,
+                rows,
+                self.device,
+                mismatched=self._has_point,
+                report=self._report_reference,
+            )
+            store = ReferenceStore(place, self.table)
+        return StoredReference(store, self.device)
+
+    def _report_reference(self, done: int, total: int) -> None:
+        """Tell the driver how many rows of the reference are there."""
+        if first_rank():
+            record = {"done": done, "total": total}
+            write_atomically(self.folder / REFERENCE_FILE, json.dumps(record))
 
     def _resume(self) -> int:
         """Go back to the newest checkpoint; returns how many steps it has."""

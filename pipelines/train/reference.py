@@ -6,16 +6,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipelines.train.config import AlignConfig
-from pipelines.train.data import Batch, TokenTable
+from pipelines.train.data import Batch
 from pipelines.train.objectives import (
-    DrawnTokens,
     Responses,
     drawn_kl_sum,
     kl_sum,
@@ -23,7 +21,7 @@ from pipelines.train.objectives import (
     responses_under,
     score_responses,
 )
-from pipelines.train.reference_store import read_drawn, read_log_probabilities
+from pipelines.train.reference_store import ReferenceStore
 from pipelines.train.strategies import Strategy, build_reference
 from pipelines.train.strategies.lora import without_adapters
 
@@ -51,29 +49,21 @@ class Reference(Protocol):
 
 
 class StoredReference:
-    """Looks up by row what `compute_reference` has written; drawn tokens are mapped, not read.
+    """Looks up by row what `compute_reference` has written; drawn tokens are mapped, not read."""
 
-    Args:
-        folder: that it has written.
-        table: whose rows they are.
-    """
-
-    def __init__(self, folder: Path, table: TokenTable, device: torch.device) -> None:
-        self._table, self._device = table, device
-        self._values = read_log_probabilities(folder).to(device)
-        self._drawn = read_drawn(folder)
+    def __init__(self, store: ReferenceStore, device: torch.device) -> None:
+        self._store, self._device = store, device
+        self._values = store.values().to(device)
 
     def responses(self, rows: list[int], batch: Batch) -> Scores:
         """First all rows' first sequences, then all their second ones; the KL is an estimate."""
-        places = self._table.learned_places(rows)
-        ids, log_probability = (torch.from_numpy(column[places]) for column in self._drawn)
-        drawn = DrawnTokens(ids.long().to(self._device), log_probability.to(self._device))
-        values = self._values[rows, : self._table.sequences_per_row].T.reshape(-1)
+        drawn = self._store.drawn(rows, self._device)
+        values = self._values[rows, : self._store.table.sequences_per_row].T.reshape(-1)
         return Scores(values, partial(drawn_kl_sum, batch=batch, drawn=drawn))
 
     def mismatched(self, rows: list[int], batch: Batch) -> Tensor:
         """The column after the rows' own."""
-        return self._values[rows, self._table.sequences_per_row]
+        return self._values[rows, self._store.table.sequences_per_row]
 
 
 class LiveReference:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -260,7 +261,14 @@ def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) 
         "data_key": plan.data_key,
         "reference_key": plan.inputs.get("reference_model", plan.inputs["model"]),
         "num_steps": plan.num_steps,
+        "num_threads": _asked_threads(),
     }
+
+
+def _asked_threads() -> int | None:
+    """The user's word on threads. Workers cannot ask: Ray sets the variable for each of them."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(first) if first.isdigit() and int(first) else None
 
 
 def _check_packages(config: AlignConfig) -> None:

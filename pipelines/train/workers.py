@@ -8,14 +8,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from pipelines.errors import InputError
 from pipelines.progress import Progress
+from pipelines.train.checkpoints import saved_steps
 from pipelines.train.config import AlignConfig
-from pipelines.train.errors import forget_failure, raise_failure
-from pipelines.train.files import EXPORTED_FILE, METRICS_FILE
+from pipelines.train.errors import first_line, forget_failure, has_failed, raise_failure
+from pipelines.train.files import EXPORTED_FILE, METRICS_FILE, REFERENCE_FILE
 
 POLL_S = 0.5
 
@@ -39,6 +42,13 @@ class Job:
         """Optimizer steps, from the first on."""
         return self.settings["num_steps"]
 
+    def standing(self) -> tuple[bool, int, int]:
+        """What would not have to be done again: the model, steps, rows of the reference."""
+        exported = self.committed or (self.folder / EXPORTED_FILE).is_file()
+        reference = _reference_record(self.folder / REFERENCE_FILE)
+        num_rows = 0 if reference is None else reference["done"]
+        return exported, max(saved_steps(self.folder), default=0), num_rows
+
     def finish(self) -> None:
         """Commit a model that is exported, once."""
         if not self.committed and (self.folder / EXPORTED_FILE).is_file():
@@ -55,6 +65,43 @@ def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
     Raises:
         InputError, TrainingError: what ended a run; those before it are committed.
     """
+    for job in jobs:
+        forget_failure(job.folder)
+        (job.folder / EXPORTED_FILE).unlink(missing_ok=True)
+        (job.folder / REFERENCE_FILE).unlink(missing_ok=True)
+    with _watched(jobs), _usual_interrupt():
+        failure = with_restarts(partial(_attempt, config, jobs), jobs, config.max_failures)
+    for job in jobs:
+        job.finish()
+        if not job.committed:
+            raise_failure(job.folder, failure)
+
+
+def with_restarts(
+    attempt: Callable[[], Exception | None], jobs: Sequence[Job], max_failures: int
+) -> Exception | None:
+    """Attempt until nothing fails, or what fails would come again, or for once more than
+    `max_failures` in a row nothing was gained; without restarts where that is 0.
+
+    Args:
+        attempt: returns what went wrong.
+
+    Returns:
+        what went wrong with the last attempt.
+    """
+    num_losses, before = 0, [job.standing() for job in jobs]
+    while (failure := attempt()) is not None and max_failures:
+        now = [job.standing() for job in jobs]
+        num_losses = num_losses + 1 if now == before else 0
+        if num_losses > max_failures or any(has_failed(job.folder) for job in jobs):
+            break
+        before = now
+        print(f"  {first_line(failure)}; the workers start again", file=sys.stderr)
+    return failure
+
+
+def _attempt(config: AlignConfig, jobs: Sequence[Job]) -> Exception | None:
+    """Start the workers, once, and let them train what is left; returns what they failed of."""
     # The controller looks at its workers this often, and the run's end waits for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -77,22 +124,15 @@ def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
             name="ray",
             # In the folder that is there until the end.
             storage_path=str(jobs[-1].folder),
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            # Ray itself counts every loss, also one after days of progress.
+            failure_config=FailureConfig(max_failures=0),
         ),
     )
-    for job in jobs:
-        forget_failure(job.folder)
-        (job.folder / EXPORTED_FILE).unlink(missing_ok=True)
-    failure = None
-    with _watched(jobs), _usual_interrupt():
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            failure = error
-    for job in jobs:
-        job.finish()
-        if not job.committed:
-            raise_failure(job.folder, failure)
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        return error
+    return None
 
 
 def _on_gpu() -> bool:
@@ -160,34 +200,30 @@ def _usual_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _watched(jobs: Sequence[Job]) -> Iterator[None]:
-    """Shows progress, read from the metrics that the first worker writes, and commits each model
-    but the last as soon as it is there.
+    """Shows progress, read from what the first worker writes, and commits each model but the last
+    as soon as it is there.
 
     Raises:
         Exception: what went wrong with a commit.
     """
     stop, errors = threading.Event(), list[Exception]()
 
-    def follow(progress: Progress) -> None:
-        done = 0
+    def follow(screen: _Screen) -> None:
         for job in jobs:
             while not stop.wait(POLL_S) and not job.committed:
-                last = _last_record(job.folder / METRICS_FILE)
-                if last is not None:
-                    name = f"{job.name}: " if len(jobs) > 1 else ""
-                    progress.update(done + last["step"], name + _note(last))
+                screen.show(job)
                 if job is not jobs[-1]:
                     job.finish()
-            done += job.num_steps
+            screen.num_steps_before += job.num_steps
 
-    def guarded(progress: Progress) -> None:
+    def guarded(screen: _Screen) -> None:
         try:
-            follow(progress)
+            follow(screen)
         except Exception as error:
             errors.append(error)
 
-    with Progress(sum(job.num_steps for job in jobs), "steps") as progress:
-        thread = threading.Thread(target=guarded, args=(progress,), daemon=True)
+    with _Screen(jobs) as screen:
+        thread = threading.Thread(target=guarded, args=(screen,), daemon=True)
         thread.start()
         try:
             yield
@@ -196,6 +232,48 @@ def _watched(jobs: Sequence[Job]) -> Iterator[None]:
             thread.join()
     if errors:
         raise errors[0]
+
+
+class _Screen:
+    """The progress of jobs: of the reference's rows while they are computed, else of the steps."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.num_steps_before = 0  # those of earlier jobs
+        self._several = len(jobs) > 1
+        self._steps = self._shown = Progress(sum(job.num_steps for job in jobs), "steps")
+
+    def __enter__(self) -> Self:
+        self._shown.__enter__()
+        return self
+
+    def show(self, job: Job) -> None:
+        """Look at a job's files, and show what has become of it."""
+        name = f"{job.name}: " if self._several else ""
+        reference = _reference_record(job.folder / REFERENCE_FILE)
+        if reference is not None and reference["done"] < reference["total"]:
+            what = f"{name}rows of the reference"
+            if self._shown.description != what:
+                self._switch(Progress(reference["total"], what))
+            self._shown.update(reference["done"])
+            return
+        last = _last_record(job.folder / METRICS_FILE)
+        if last is not None:
+            self._switch(self._steps)
+            self._steps.update(self.num_steps_before + last["step"], name + _note(last))
+
+    def _switch(self, progress: Progress) -> None:
+        """Let another one have the terminal."""
+        if progress is not self._shown:
+            self._shown.__exit__(None, None, None)
+            self._shown = progress.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._shown.__exit__(kind, error, trace)
 
 
 def _note(record: dict[str, Any]) -> str:
@@ -213,10 +291,23 @@ def _note(record: dict[str, Any]) -> str:
 
 def _last_record(metrics: Path) -> dict[str, Any] | None:
     """The last whole line; the very last one may be half written."""
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    for line in reversed(lines[-2:]):
+    for line in reversed(_text(metrics).splitlines()[-2:]):
         try:
             return json.loads(line)
         except json.JSONDecodeError:
             continue
     return None
+
+
+def _reference_record(path: Path) -> dict[str, int] | None:
+    """How many rows of the reference are there, and of how many; None before it is known."""
+    text = _text(path)
+    return json.loads(text) if text else None
+
+
+def _text(path: Path) -> str:
+    """A file's text; empty while it is not there, or a shared disk does not answer."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -8,6 +8,7 @@ from pipelines.train.data.batches import (
     deal,
     global_batch,
     num_steps_of,
+    rows_seen,
 )
 from pipelines.train.data.cache import TokenSettings, token_table
 from pipelines.train.data.rows import source_files
@@ -23,6 +24,7 @@ __all__ = [
     "deal",
     "global_batch",
     "num_steps_of",
+    "rows_seen",
     "source_files",
     "token_table",
 ]

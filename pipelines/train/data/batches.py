@@ -32,6 +32,13 @@ def global_batch(num_rows: int, size: int, number: int, seed: int) -> list[int]:
     return [int(orders[epoch][offset]) for epoch, offset in places]
 
 
+def rows_seen(num_rows: int, size: int, num_steps: int, seed: int) -> np.ndarray:
+    """The rows of the first so many global batches, each once, in their order in the table."""
+    if size * num_steps >= num_rows:
+        return np.arange(num_rows)
+    return np.unique(global_batch(num_rows, size * num_steps, 0, seed))
+
+
 def deal(rows: list[int], lengths: np.ndarray, rank: int, world: int) -> list[int]:
     """One rank's share of a global batch: every world-size-th row from the longest to the shortest.
 

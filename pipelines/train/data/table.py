@@ -120,23 +120,12 @@ class TokenTable:
 
         return self._per_sequence(count)
 
-    @cached_property
-    def _learned_ends(self) -> np.ndarray:
-        """(sequences,): learned tokens of each sequence and all before it."""
-        return self.response_lengths.reshape(-1).cumsum()
-
     def numbers(self, rows: list[int]) -> list[int]:
         """The numbers of the rows' sequences among all, in a batch's order: first of all rows'
         first sequences, then of all their second ones.
         """
         count = self.sequences_per_row
         return [row * count + i for i in range(count) for row in rows]
-
-    def learned_places(self, rows: list[int]) -> np.ndarray:
-        """Where the rows' learned tokens stand among those of all sequences, in a batch's order."""
-        ends, sizes = self._learned_ends, self.response_lengths.reshape(-1)
-        parts = [np.arange(ends[n] - sizes[n], ends[n]) for n in self.numbers(rows)]
-        return np.concatenate(parts)
 
     def _per_sequence(self, count) -> np.ndarray:
         numbers = [count(columns) for columns in self._columns]

@@ -69,6 +69,7 @@ def _begin(rank: int, world: int, port: int) -> None:
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         # Nobody may compile an extension: one killed meanwhile leaves a lock that others wait for.

@@ -1,7 +1,11 @@
-"""Alignment runs from config to checkpoint, under Ray and in this process."""
+"""Alignment runs from config to checkpoint, under Ray and in this process.
+
+Oracle: a run of one worker in this process, which nobody disturbs.
+"""
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -15,7 +19,7 @@ from training_files import align_config, metrics, run_here, seeded_metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pipelines.errors import InputError
-from pipelines.train import AlignConfig, align, align_in_turn, loop
+from pipelines.train import AlignConfig, align, align_in_turn, loop, workers
 from tests.pipelines.checkpoints.digest_definition import blake2, described
 from tests.tiny_models import tiny_tokenizer
 
@@ -86,17 +90,19 @@ def test_a_finished_run_is_left_alone(fsdp2_run: Path, tiny_llama: Path, prefere
 def test_a_killed_worker_changes_nothing(
     fsdp2_run: Path, tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
-    """One of two workers is killed in the middle of its second run: that ends with the bytes of a
-    run that was alone and undisturbed, and the first one is not made again.
+    """One of two workers is killed in the middle of its second run, and again once that has got
+    further, which is more often than max_failures: it ends with the bytes of a run that was alone
+    and undisturbed, and the first one is not made again.
     """
     config = fsdp2_config(tiny_llama, preferences)
     short = config.model_copy(update={"num_steps": 2, "seed": 5})
     first, out, killed = tmp_path / "first", tmp_path / "out", []
-    assassin = threading.Thread(target=kill_a_worker, args=(tmp_path / ".out.partial", 5, killed))
+    assassin = threading.Thread(target=kill_workers, args=(tmp_path / ".out.partial", killed))
     assassin.start()
+    assert config.max_failures == 1
     assert align_in_turn([(short, first), (config, out)]) == [first, out]
     assassin.join()
-    assert killed
+    assert len(killed) == 2
     file = "model.safetensors"
     assert (out / file).read_bytes() == (fsdp2_run / file).read_bytes()
     assert seeded_metrics(out) == seeded_metrics(fsdp2_run)
@@ -115,18 +121,22 @@ def test_runs_in_turn_want_the_same_workers(
     assert not list(tmp_path.iterdir())
 
 
-def kill_a_worker(folder: Path, after_steps: int, killed: list[int]) -> None:
-    """SIGKILL one training worker of this session's Ray once so many steps are done."""
-    path = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if path.is_file() and len(path.read_text().splitlines()) >= after_steps:
-            for process in psutil.Process().children(recursive=True):
-                if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
-                    os.kill(process.pid, signal.SIGKILL)
-                    killed.append(process.pid)
-                    return
-        time.sleep(0.002)
+def kill_workers(folder: Path, killed: list[int]) -> None:
+    """SIGKILL one training worker of this session's Ray once five steps are done, and one of those
+    that have come since once nine are.
+    """
+    path, seen = folder / "metrics.jsonl", set()
+    deadline = time.monotonic() + 240
+    for after_steps in (5, 9):
+        while not path.is_file() or len(path.read_text().splitlines()) < after_steps:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.002)
+        found = psutil.Process().children(recursive=True)
+        workers = {p.pid for p in found if "RayTrainWorker" in p.name() + " ".join(p.cmdline())}
+        killed.append(max(workers - seen))
+        os.kill(killed[-1], signal.SIGKILL)
+        seen |= workers
 
 
 def test_interrupted_run_ends_with_the_same_bytes(
@@ -168,3 +178,58 @@ def test_a_model_with_dropout_trains_without(preferences: Path, tmp_path: Path) 
     runs = [seeded_metrics(run_here(config, tmp_path / name)) for name in ("one", "two")]
     assert runs[0][0]["margin"] == pytest.approx(0.0, abs=1e-6)
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(("cores", "workers", "expected"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
+def test_a_worker_has_its_share_of_the_cores(
+    cores: int, workers: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that this process may use, or Ray where it has been given fewer."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(workers))
+    assert loop.share_of_cores() == expected
+
+
+@pytest.mark.ray
+def test_a_worker_has_no_more_cores_than_ray(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture's Ray has four."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert loop.share_of_cores() == 4
+
+
+def test_equal_threads_make_equal_bytes(
+    tiny_llama: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as OMP_NUM_THREADS says, where it is set."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    try:
+        runs = [run_here(align_config(tiny_llama, preferences), tmp_path / n) for n in "ab"]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    weights = {(run / "model" / "model.safetensors").read_bytes() for run in runs}
+    assert len(weights) == 1 and seeded_metrics(runs[0]) == seeded_metrics(runs[1])
+
+
+def test_the_reference_is_shown_before_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rows with the time that is left, and then the steps of the run."""
+    monkeypatch.setattr("pipelines.progress.PLAIN_INTERVAL_S", 0.0)
+    job = workers.Job("out", {"folder": str(tmp_path), "num_steps": 12}, lambda: None)
+    with workers._Screen([job]) as screen:
+        for done in (10, 55, 100):
+            (tmp_path / "reference.json").write_text(json.dumps({"done": done, "total": 100}))
+            screen.show(job)
+        record = {"step": 3, "loss": 0.5, "tokens_per_s": 10.0, "memory_bytes": 2**30}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        screen.show(job)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "  rows of the reference: 10/100"
+    assert re.fullmatch(r"  rows of the reference: 55/100, about \d+ s left", lines[1])
+    assert lines[2:] == ["  steps: 3/12, loss 0.500, 10 tokens/s, 1.0 GiB"]

@@ -82,7 +82,7 @@ def test_reference_is_computed_once(
         config = align_config(tiny_llama, any_rows, objective={"name": name}, num_steps=1)
         run_here(config, tmp_path / f"run-{number}")
     assert len(computed) == 2
-    assert len(list((tmp_path / "cache").glob("reference-*/log_probabilities.parquet"))) == 2
+    assert len(list((tmp_path / "cache").glob("reference-*/part-00000.arrow"))) == 2
 
 
 @pytest.mark.parametrize("tau", ["zero_rows", "exclude", "error"])
