@@ -27,7 +27,6 @@ from ray_jobs.report import run_report
 from ray_jobs.session import PROJECT_ROOT, ray_session
 from ray_jobs.steps import STATE_FILE, Step, Steps
 
-CONFIGS = PROJECT_ROOT / "configs" / "demo"
 SINGLE = ("helpful", "honest", "harmless")
 MIXTURES = ("dpo-mixture", "dpo-mixture-ondare", "dpo-mixture-onties")
 ALIGNED = (*(f"dpo-{name}" for name in SINGLE), *MIXTURES)
@@ -130,7 +129,7 @@ class Demo:
 
     def _write_config(self, name: str, overrides: list[str] = ()) -> Path:
         """Make a step's config from configs/demo/: this run's folder and seed put in."""
-        text = (CONFIGS / f"{name}.yaml").read_text()
+        text = (demo_configs() / f"{name}.yaml").read_text()
         comment = text.splitlines()[0]
         places = {"configs/demo/": f"{self.paths.out}/configs/", "runs/demo": str(self.paths.out)}
         text = re.sub("|".join(places), lambda found: places[found[0]], text)
@@ -187,6 +186,12 @@ class Demo:
             config = load_config(self._write_config(f"evaluate-{split}"), EvaluateConfig)
             runs.append((config, self.paths.result(f"evaluation-{split}")))
         evaluate_together(runs)
+
+
+def demo_configs() -> Path:
+    """The folder configs/demo/: at the top of a checkout, and in this package once installed."""
+    installed = Path(__file__).with_name("configs")
+    return (installed if installed.is_dir() else PROJECT_ROOT / "configs") / "demo"
 
 
 def chosen(out: Path, merge_name: str) -> dict[str, Any]:

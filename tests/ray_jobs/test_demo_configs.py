@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import load_yaml
-from ray_jobs.demo import CONFIGS, Demo
+from ray_jobs.demo import Demo, demo_configs
 
+CONFIGS = demo_configs()
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 
 
