@@ -1,5 +1,6 @@
-"""The wheel runs where the checkout is not. The oracle is the checkout's own files, all of which
-the wheel must hold, and the commands, run as a user runs them.
+"""The wheel runs where the checkout is not.
+
+Oracle: the checkout's files, all of which the wheel must hold, and what the commands print.
 """
 
 import json

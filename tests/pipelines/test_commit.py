@@ -1,4 +1,7 @@
-"""Commit or nothing."""
+"""Commit or nothing.
+
+Oracle: the file system, looked at before, during and after.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""The demo's configs: made from configs/demo/ for any folder, the default one among them."""
+"""The demo's configs: made from configs/demo/ for any folder, the default one among them.
+
+Oracle: the folder of the run, which every path has to begin with.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Joining and starting Ray. The oracle is Ray itself: its session, its processes, its logs."""
+"""Joining and starting Ray.
+
+Oracle: Ray itself, by its session and its logs.
+"""
 
 from pathlib import Path
 
