@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,13 @@ from pipelines.evaluate import EvaluateConfig, best_model, evaluate_together
 from pipelines.merge import load_merge_config, merge
 from pipelines.storage import resolve_output
 from pipelines.sweep import SweepConfig, sweep
-from pipelines.tiny_world import build_world, train_base, train_sft
-from pipelines.train import AlignConfig, align_in_turn
+from pipelines.tiny_world import SIZES, build_world, train_base
+from pipelines.train import AlignConfig, align, align_in_turn
 from pipelines.versions import versions
 from ray_jobs.report import run_report
 from ray_jobs.session import PROJECT_ROOT, ray_session
 from ray_jobs.steps import STATE_FILE, Step, Steps
 
-CONFIGS = PROJECT_ROOT / "configs" / "demo"
 SINGLE = ("helpful", "honest", "harmless")
 MIXTURES = ("dpo-mixture", "dpo-mixture-ondare", "dpo-mixture-onties")
 ALIGNED = (*(f"dpo-{name}" for name in SINGLE), *MIXTURES)
@@ -110,7 +109,7 @@ class Demo:
         steps = [
             Step("world", paths.world, self._world, 3),
             Step("train base", paths.model("base"), self._base, 60 if smoke else 110),
-            Step("train sft", paths.model("sft"), self._sft, 25 if smoke else 35),
+            Step("train sft", paths.model("sft"), self._sft, 25 if smoke else 35, keeps=True),
             Step("align", paths.model(ALIGNED[-1]), self._align, 80, keeps=True),
         ]
         for name in SWEPT:
@@ -128,9 +127,9 @@ class Demo:
             self._stack.enter_context(ray_session())
             self._ray_runs = True
 
-    def _write_config(self, name: str, overrides: list[str] = ()) -> Path:
+    def _write_config(self, name: str, overrides: Sequence[str] = ()) -> Path:
         """Make a step's config from configs/demo/: this run's folder and seed put in."""
-        text = (CONFIGS / f"{name}.yaml").read_text()
+        text = (demo_configs() / f"{name}.yaml").read_text()
         comment = text.splitlines()[0]
         places = {"configs/demo/": f"{self.paths.out}/configs/", "runs/demo": str(self.paths.out)}
         text = re.sub("|".join(places), lambda found: places[found[0]], text)
@@ -151,8 +150,12 @@ class Demo:
         train_base(self.paths.world, self.paths.model("base"), self.size, self.seed)
 
     def _sft(self) -> None:
-        base, sft = self.paths.model("base"), self.paths.model("sft")
-        train_sft(self.paths.world, base, sft, self.size, self.seed)
+        self._ray()
+        size = SIZES[self.size]
+        steps, rate = size.sft_steps, size.sft_learning_rate
+        overrides = [f"num_steps={steps}", f"optimizer.learning_rate={rate}"]
+        config = load_config(self._write_config("align/sft", overrides), AlignConfig)
+        align(config, self.paths.model("sft"))
 
     def _align(self) -> None:
         self._ray()
@@ -187,6 +190,12 @@ class Demo:
             config = load_config(self._write_config(f"evaluate-{split}"), EvaluateConfig)
             runs.append((config, self.paths.result(f"evaluation-{split}")))
         evaluate_together(runs)
+
+
+def demo_configs() -> Path:
+    """The folder configs/demo/: at the top of a checkout, and in this package once installed."""
+    installed = Path(__file__).with_name("configs")
+    return (installed if installed.is_dir() else PROJECT_ROOT / "configs") / "demo"
 
 
 def chosen(out: Path, merge_name: str) -> dict[str, Any]:
@@ -230,7 +239,7 @@ def _origin(out: Path, name: str) -> tuple[str, list[str], str]:
     if name == "base":
         return "base", [], "configs/world.yaml"
     if name == "sft":
-        return "sft", ["base"], "configs/world.yaml"
+        return "sft", ["base"], "configs/align/sft.yaml"
     if name in ALIGNED:
         return "aligned", ["sft"], f"configs/align/{name}.yaml"
     config = f"configs/merge/{name}.yaml"

@@ -8,11 +8,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from pipelines.errors import InputError
 
 POLL_S = 0.5
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
+PROJECT_ROOT = Path(__file__).resolve().parent.parent  # of a checkout; site-packages once installed
 
 # Nothing phones home, and nothing waits for a network that may not be there.
 QUIET_ENVIRONMENT = {
@@ -84,24 +85,23 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
             configure_logging=False,
         )
     try:
-        with nullcontext() if joins else _loss_of_ray_told():
+        with nullcontext() if joins else told_of_a_loss():
             yield
     finally:
         ray.shutdown()
 
 
 @contextmanager
-def _loss_of_ray_told() -> Iterator[None]:
+def told_of_a_loss() -> Iterator[None]:
     """Say so where one of the processes that Ray has started here dies in the block: seconds later
     Ray ends this process, with status 1 and without a word that says what to do.
     """
-    import ray
-
-    ended, node = threading.Event(), ray._private.worker._global_node
+    ended = threading.Event()
+    dead_processes = getattr(_local_node(), "dead_processes", list)
 
     def watch() -> None:
         while not ended.wait(POLL_S):
-            for name, process in node.dead_processes():
+            for name, process in dead_processes():
                 print(
                     f"poise: Ray's own process {name} (pid {process.pid}) has died; if this "
                     "command ends, the same command again goes on",
@@ -158,8 +158,20 @@ def worker_environment() -> dict[str, str]:
 
 
 def log_directory() -> str:
-    """Where the running Ray session writes its logs; empty when there is none."""
+    """Where the running Ray session writes its logs; empty when there is none, or none is told."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return ""
-    return str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs")
+    path_of_session = getattr(_local_node(), "get_session_dir_path", None)
+    return str(Path(path_of_session()) / "logs") if path_of_session else ""
+
+
+def _local_node() -> Any:
+    """Ray's own object for its processes on this machine, which no public name leads to.
+
+    None where a release of Ray keeps it elsewhere: its users then go without what it tells.
+    """
+    import ray
+
+    worker = getattr(getattr(ray, "_private", None), "worker", None)
+    return getattr(worker, "_global_node", None)

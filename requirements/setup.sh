@@ -10,7 +10,7 @@ venv=$1
 python=${PYTHON:-python3.11}
 stamp=$venv/.poise-installed
 
-wanted=$(cat requirements/cpu.txt requirements/cuda.txt requirements/setup.sh pyproject.toml |
+wanted=$(cat requirements/cpu.txt requirements/cuda.txt requirements/setup.sh pyproject.toml setup.py |
 	sha256sum | cut -d' ' -f1)-$TORCH-$PWD
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
 

@@ -1,4 +1,7 @@
-"""The three floors: imports go down only."""
+"""The three floors: imports go down only.
+
+Oracle: import-linter, which reads the imports itself.
+"""
 
 import subprocess
 import sys

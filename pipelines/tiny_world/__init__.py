@@ -7,7 +7,7 @@ and unknown, harmful and benign combinations, so that no single word gives the a
 """
 
 from pipelines.tiny_world.sizes import SIZES
-from pipelines.tiny_world.training import train_base, train_sft
+from pipelines.tiny_world.training import train_base
 from pipelines.tiny_world.world import build_world
 
-__all__ = ["SIZES", "build_world", "train_base", "train_sft"]
+__all__ = ["SIZES", "build_world", "train_base"]

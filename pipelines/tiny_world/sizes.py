@@ -16,7 +16,6 @@ class Size:
     num_known_people: int = 150
     base_batch: int = 16  # packed rows
     base_length: int = 64  # tokens of a packed row
-    sft_batch: int = 48  # conversations
 
 
 SIZES = {

@@ -1,6 +1,8 @@
-"""Train the tiny world's base and SFT models from nothing: one process, ordinary checkpoints."""
+"""Pre-train the tiny world's base model from nothing: one process, an ordinary checkpoint.
 
-import json
+What follows it, SFT and preferences, is `pipelines.train`'s.
+"""
+
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,11 +20,9 @@ from pipelines.tiny_world.sizes import SIZES, Size
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-IGNORED = -100  # label of a token that is not trained on
 WARM_UP_SHARE = 0.03
 NUM_PARTS = 2  # of a batch, each on a thread of its own: the same sums on every machine
 HEAD_SIZE = 32  # the smallest that vLLM's attention takes on a CPU
-Batch = tuple[Tensor, Tensor, Tensor]  # ids, attention mask and labels, each (batch, length)
 
 
 def train_base(world: str | Path, out: str | Path, size: str, seed: int) -> Path:
@@ -39,33 +39,12 @@ def train_base(world: str | Path, out: str | Path, size: str, seed: int) -> Path
         model = LlamaForCausalLM(_architecture(settings, tokenizer))
         order = np.random.default_rng([seed, 1])
 
-        def batch() -> Batch:
-            ids = rows[torch.from_numpy(order.integers(len(rows), size=settings.base_batch))]
-            return ids, torch.ones_like(ids), ids
+        def batch() -> Tensor:
+            return rows[torch.from_numpy(order.integers(len(rows), size=settings.base_batch))]
 
-        _train(model, batch, settings.base_steps, settings.base_learning_rate, "pre-training")
-        _save(model, tokenizer, folder)
-    return Path(out)
-
-
-def train_sft(world: str | Path, base: str | Path, out: str | Path, size: str, seed: int) -> Path:
-    """Fine-tune the base model on the world's conversations; only answers are trained on."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
-    settings = SIZES[size]
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    lines = (Path(world) / "data" / "sft.jsonl").read_text().splitlines()
-    rows = [_conversation(tokenizer, json.loads(line)["messages"]) for line in lines]
-    with _one_thread(), staged_directory(out) as folder:
-        model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
-        order = np.random.default_rng([seed, 2])
-
-        def batch() -> Batch:
-            chosen = order.integers(len(rows), size=settings.sft_batch)
-            return _padded([rows[i] for i in chosen], tokenizer.pad_token_id)
-
-        _train(model, batch, settings.sft_steps, settings.sft_learning_rate, "SFT")
-        _save(model, tokenizer, folder)
+        _train(model, batch, settings.base_steps, settings.base_learning_rate)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return Path(out)
 
 
@@ -99,37 +78,8 @@ def _packed(tokenizer: "PreTrainedTokenizerBase", texts: list[str], length: int)
     return torch.tensor(ids[: rows * length]).view(rows, length)
 
 
-def _conversation(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]
-) -> tuple[list[int], int]:
-    """Token ids of a conversation, and how many of them are its prompt."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    prompt = tokenizer.apply_chat_template(
-        messages[:-1], tokenize=False, add_generation_prompt=True
-    )
-    ids, before = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, prompt))
-    return ids, len(before)
-
-
-def _padded(rows: list[tuple[list[int], int]], pad: int) -> Batch:
-    """Conversations padded on the right; labels are the answers' tokens alone."""
-    length = max(len(ids) for ids, _ in rows)
-    ids = torch.full((len(rows), length), pad)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    for i, (tokens, prompt) in enumerate(rows):
-        ids[i, : len(tokens)] = torch.tensor(tokens)
-        mask[i, : len(tokens)] = 1
-        labels[i, prompt : len(tokens)] = ids[i, prompt : len(tokens)]
-    return ids, mask, labels
-
-
 def _train(
-    model: "LlamaForCausalLM",
-    batch: Callable[[], Batch],
-    num_steps: int,
-    learning_rate: float,
-    description: str,
+    model: "LlamaForCausalLM", batch: Callable[[], Tensor], num_steps: int, learning_rate: float
 ) -> None:
     """AdamW with a short warm-up, cosine decay to a tenth, and gradients clipped at 1."""
     model.train()
@@ -137,7 +87,7 @@ def _train(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.95), fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, num_steps))
-    with Progress(num_steps, description) as progress, ThreadPoolExecutor(NUM_PARTS) as pool:
+    with Progress(num_steps, "pre-training") as progress, ThreadPoolExecutor(NUM_PARTS) as pool:
         for _ in range(num_steps):
             loss = _backward(model, batch(), pool)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -147,23 +97,18 @@ def _train(
             progress.advance(note=f"loss {loss:.3f}")
 
 
-def _backward(model: "LlamaForCausalLM", batch: Batch, pool: ThreadPoolExecutor) -> float:
-    """Gradients of a batch's mean loss over its tokens, each part on a thread; returns the loss.
+def _backward(model: "LlamaForCausalLM", batch: Tensor, pool: ThreadPoolExecutor) -> float:
+    """Gradients of the mean loss over a batch's tokens, (rows, length), each part on a thread;
+    returns the loss.
 
     torch's own threads share one operation, which is too small here to be worth sharing.
     """
-    num_tokens = (batch[2][:, 1:] != IGNORED).sum()  # the first token is not predicted
+    num_tokens = torch.tensor(batch[:, 1:].numel())  # the first token is not predicted
     parameters = list(model.parameters())
 
     def part(rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
-        ids, mask, labels = (tensor[rows] for tensor in batch)
-        loss = model(
-            input_ids=ids,
-            attention_mask=mask,
-            labels=labels,
-            use_cache=False,
-            num_items_in_batch=num_tokens,
-        ).loss
+        ids = batch[rows]
+        loss = model(input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=num_tokens).loss
         return loss.detach(), torch.autograd.grad(loss, parameters)
 
     parts = [slice(first, None, NUM_PARTS) for first in range(NUM_PARTS)]
@@ -180,12 +125,6 @@ def _factor(step: int, num_steps: int) -> float:
         return (step + 1) / warm_up
     share = (step - warm_up) / max(1, num_steps - warm_up)
     return 0.1 + 0.45 * (1 + float(np.cos(np.pi * share)))
-
-
-def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write an ordinary checkpoint."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @contextmanager

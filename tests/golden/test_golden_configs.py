@@ -1,4 +1,7 @@
-"""mergekit's own YAML files, run as they are, give mergekit's own checkpoints."""
+"""mergekit's own YAML files, run as they are, give mergekit's own checkpoints.
+
+Oracle: mergekit 0.1.5's own output, stored beside this file; for the examples, docs/methods.md.
+"""
 
 import re
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Configs: what is read, and one line for each kind of mistake."""
+"""Configs: what is read, and one line for each kind of mistake.
+
+Oracle: values and lines written by hand.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Where outputs live, and how unchanged inputs are recognised."""
+"""Where outputs live, and how unchanged inputs are recognised.
+
+Oracle: paths written by hand, and what equal content has in common.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""`poise chat` as a user runs it: lines in, answers out."""
+"""`poise chat` as a user runs it: lines in, answers out.
+
+Oracle: the greedy answers of one batch without the command.
+"""
 
 import io
 import subprocess

@@ -1,4 +1,7 @@
-"""The command line: exit statuses and one-line errors, as a user sees them."""
+"""The command line: exit statuses and one-line errors, as a user sees them.
+
+Oracle: statuses and lines written by hand.
+"""
 
 import subprocess
 import sys

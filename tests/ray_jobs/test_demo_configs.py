@@ -1,12 +1,16 @@
-"""The demo's configs: made from configs/demo/ for any folder, the default one among them."""
+"""The demo's configs: made from configs/demo/ for any folder, the default one among them.
+
+Oracle: the folder of the run, which every path has to begin with.
+"""
 
 from pathlib import Path
 
 import pytest
 
 from pipelines.config import load_yaml
-from ray_jobs.demo import CONFIGS, Demo
+from ray_jobs.demo import Demo, demo_configs
 
+CONFIGS = demo_configs()
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 
 

@@ -1,4 +1,7 @@
-"""`poise demo --force`: nothing but a run is moved aside, and a finished one never too early."""
+"""`poise demo --force`: nothing but a run is moved aside, and a finished one never too early.
+
+Oracle: the files of a run, looked at after each start.
+"""
 
 from pathlib import Path
 

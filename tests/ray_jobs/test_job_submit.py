@@ -1,4 +1,7 @@
-"""Commands submitted as Ray jobs, with this repository as working directory, to a local head."""
+"""Commands submitted as Ray jobs, with this repository as working directory, to a local head.
+
+Oracle: a score known by hand, and what the head says of each job.
+"""
 
 import json
 import os

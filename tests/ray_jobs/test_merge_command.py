@@ -1,4 +1,7 @@
-"""`poise merge` as a user runs it: exit status, one line on stderr, nothing left behind."""
+"""`poise merge` as a user runs it: exit status, one line on stderr, nothing left behind.
+
+Oracle: statuses and lines written by hand, and the folder as it was before.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""`poise diff` and `poise verify` on small models."""
+"""`poise diff` and `poise verify` on small models.
+
+Oracle: norms and cosines in float64, and a tensor that is changed by hand.
+"""
 
 import json
 import sys

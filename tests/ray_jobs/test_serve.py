@@ -1,4 +1,7 @@
-"""`poise serve` as a user runs it, spoken to with the `openai` client."""
+"""`poise serve` as a user runs it, spoken to with the `openai` client.
+
+Oracle: transformers' greedy answers, and the system's own list of processes.
+"""
 
 import json
 import os
@@ -69,6 +72,14 @@ def processes_with(mark: str) -> list[str]:
         except OSError:  # another user's, or gone meanwhile
             continue
     return found
+
+
+def wait_for_process(name: str, mark: str, command: subprocess.Popen[str]) -> None:
+    """Wait until a running command has started a process of this name."""
+    deadline = time.monotonic() + 240
+    while not any(name in line for line in processes_with(mark)):
+        assert command.poll() is None and time.monotonic() < deadline, f"no process {name}"
+        time.sleep(0.2)
 
 
 def assert_nothing_remains(mark: str) -> None:
@@ -149,10 +160,7 @@ def test_sigterm_while_loading_leaves_nothing(tmp_path: Path, project_root: Path
     mark = uuid.uuid4().hex
     model = save_servable_llama(tmp_path / "model", 0)
     with server([model], free_port(), project_root, mark) as process:
-        for line in process.stderr:
-            if "loading" in line:
-                break
-        time.sleep(5)  # into the engine's start
+        wait_for_process("VLLM::EngineCore", mark, process)  # which has no answer yet
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=300)
         assert process.stdout.read() == ""

@@ -1,9 +1,20 @@
-"""Joining and starting Ray."""
+"""Joining and starting Ray.
+
+Oracle: Ray itself, by its session and its logs.
+"""
+
+from pathlib import Path
 
 import pytest
 
 from pipelines.errors import InputError
-from ray_jobs.session import check_head, ray_session, worker_environment
+from ray_jobs.session import (
+    check_head,
+    log_directory,
+    ray_session,
+    told_of_a_loss,
+    worker_environment,
+)
 
 
 def test_a_head_that_does_not_answer_is_named_at_once() -> None:
@@ -28,3 +39,19 @@ def test_workers_import_the_project_and_phone_nobody(monkeypatch: pytest.MonkeyP
     assert environment["PYTHONPATH"].endswith(":/somewhere")
     assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
     assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_logs_are_found(ray_cluster: None) -> None:
+    """Where the raylet, which every session has, writes."""
+    assert (Path(log_directory()) / "raylet.out").is_file()
+
+
+def test_a_ray_that_keeps_its_node_elsewhere_costs_its_words_alone(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No log's place and no word of a lost process, but the work in the block goes on."""
+    monkeypatch.delattr("ray._private.worker._global_node")
+    assert log_directory() == ""
+    with told_of_a_loss():
+        done = True
+    assert done

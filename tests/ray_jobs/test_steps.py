@@ -1,4 +1,7 @@
-"""Steps: each is done once, and an interrupted run goes on."""
+"""Steps: each is done once, and an interrupted run goes on.
+
+Oracle: the list of steps that were called.
+"""
 
 import json
 from pathlib import Path

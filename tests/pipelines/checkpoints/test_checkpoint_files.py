@@ -1,4 +1,7 @@
-"""Checkpoints on the disk: read by slice, written in place, both as safetensors has them."""
+"""Checkpoints on the disk: read by slice, written in place, both as safetensors has them.
+
+Oracle: the safetensors library, as reader and as writer.
+"""
 
 import json
 import struct

@@ -1,4 +1,7 @@
-"""Adapters as PEFT writes them, against PEFT's own merging."""
+"""Adapters as PEFT writes them, against PEFT's own merging.
+
+Oracle: PEFT's own merging.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The matrix: graders, cells, resumption, and what is wrong with tasks."""
+"""The matrix: graders, cells, resumption, and what is wrong with tasks.
+
+Oracle: answers that the models were heard to give, so that every score is known by hand.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The examples in configs/merge run as they are, with other models in the places of theirs."""
+"""The examples in configs/merge run as they are, with other models in the places of theirs.
+
+Oracle: every example has to end with a model whose numbers are finite.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Bad inputs: one exact line each, and nothing left behind."""
+"""Bad inputs: one exact line each, and nothing left behind.
+
+Oracle: lines written by hand, and the folder as it was before.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,7 @@
-"""Peak memory does not grow with the model."""
+"""Peak memory does not grow with the model.
+
+Oracle: the system's count of the process's own memory.
+"""
 
 import json
 import os

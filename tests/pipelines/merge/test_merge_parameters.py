@@ -1,4 +1,7 @@
-"""A parameter's value for one tensor, as users of mergekit's files know it."""
+"""A parameter's value for one tensor, as users of mergekit's files know it.
+
+Oracle: values written by hand from mergekit's rules.
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""What a merge writes: the values, the files beside them, and that transformers loads them."""
+"""What a merge writes: the values, the files beside them, and that transformers loads them.
+
+Oracle: `merge_tensor` on whole tensors, and transformers, which loads the result.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Interrupted merges go on, and give the bytes of an undisturbed one."""
+"""Interrupted merges go on, and give the bytes of an undisturbed one.
+
+Oracle: the files of a merge that nobody disturbed.
+"""
 
 import os
 import signal

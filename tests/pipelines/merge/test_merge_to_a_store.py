@@ -1,4 +1,7 @@
-"""Merges into an object store: a real S3 protocol server on loopback."""
+"""Merges into an object store: a real S3 protocol server on loopback.
+
+Oracle: the same merge on a disk, and what the server holds.
+"""
 
 import json
 from collections.abc import Iterator

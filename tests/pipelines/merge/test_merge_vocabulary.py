@@ -1,4 +1,7 @@
-"""Models whose vocabularies differ: padding rows, one model's tokens, all tokens, clear errors."""
+"""Models whose vocabularies differ: padding rows, one model's tokens, all tokens, clear errors.
+
+Oracle: rows put together by token, and tokenizers as transformers loads them.
+"""
 
 import json
 from pathlib import Path

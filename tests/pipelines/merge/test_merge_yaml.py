@@ -1,4 +1,7 @@
-"""mergekit's YAML: gradients, filters, slices and fields that change nothing here."""
+"""mergekit's YAML: gradients, filters, slices and fields that change nothing here.
+
+Oracle: the models' own tensors, values worked out by hand, and the same merge without the field.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""`poise report` through its entry point: results on stdout, everything else beside it."""
+"""`poise report` through its entry point: results on stdout, everything else beside it.
+
+Oracle: the made-up run of conftest.py, whose sentences are known by hand.
+"""
 
 import shutil
 

@@ -1,4 +1,7 @@
-"""Differences, the tax and the front: by hand, and against the definition."""
+"""Differences, the tax and the front: by hand, and against the definition.
+
+Oracle: arithmetic by hand, and brute force over all pairs of points.
+"""
 
 import math
 

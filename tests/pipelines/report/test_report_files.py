@@ -1,4 +1,7 @@
-"""Plots, the page and where they are written."""
+"""Plots, the page and where they are written.
+
+Oracle: the numbers of the made-up run, read back from the page, and pixels that change with them.
+"""
 
 import io
 import re

@@ -1,4 +1,7 @@
-"""Sentences that follow from the numbers, good or bad."""
+"""Sentences that follow from the numbers, good or bad.
+
+Oracle: sentences written by hand for the numbers of the made-up run.
+"""
 
 from pipelines.report import findings, findings_over_runs, load_results
 

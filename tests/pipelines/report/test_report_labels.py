@@ -1,4 +1,7 @@
-"""Names beside points: none over another, none over a point, none outside."""
+"""Names beside points: none over another, none over a point, none outside.
+
+Oracle: boxes as Matplotlib has drawn them, compared pair by pair.
+"""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

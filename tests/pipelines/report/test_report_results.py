@@ -1,4 +1,7 @@
-"""Reading results.json: what is right, and one line for each thing that is wrong."""
+"""Reading results.json: what is right, and one line for each thing that is wrong.
+
+Oracle: the made-up run, with one field changed at a time, and lines written by hand.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""The table's cells, marks and widths."""
+"""The table's cells, marks and widths.
+
+Oracle: cells written by hand for the numbers of the made-up run.
+"""
 
 import re
 

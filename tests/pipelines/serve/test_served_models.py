@@ -1,4 +1,7 @@
-"""What can be wrong with a model to serve is found on disk, before anything starts."""
+"""What can be wrong with a model to serve is found on disk, before anything starts.
+
+Oracle: checkpoints that are right but for one thing, and vLLM's own list of head sizes.
+"""
 
 import json
 from pathlib import Path

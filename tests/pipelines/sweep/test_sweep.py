@@ -1,4 +1,7 @@
-"""Sweeps: every value tried, the best chosen by the metric, finished trials kept."""
+"""Sweeps: every value tried, the best chosen by the metric, finished trials kept.
+
+Oracle: each trial's merge and evaluation, done by hand.
+"""
 
 import json
 import os

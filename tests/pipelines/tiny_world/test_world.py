@@ -1,4 +1,7 @@
-"""The tiny world's files: the same bytes from a seed, disjoint splits, exact answers."""
+"""The tiny world's files: the same bytes from a seed, disjoint splits, exact answers.
+
+Oracle: a second build, the rows' own texts, and what evaluation and alignment read of them.
+"""
 
 import json
 from pathlib import Path
@@ -13,6 +16,8 @@ from pipelines.evaluate.tasks import load_rows, load_tasks
 from pipelines.fingerprint import fingerprint_directory
 from pipelines.tiny_world import build_world, words
 from pipelines.tiny_world.content import make_content, make_problem, part_of
+from pipelines.train.data.formats import read_example
+from pipelines.train.data.tokens import tokenize
 
 SEED = 7
 HEADLINE = ("operations", "format", "known", "unknown", "harmful", "benign")
@@ -71,6 +76,17 @@ def test_strangers_are_in_no_fact_and_no_training_problem_is_measured(world: Pat
     random = Random(0)
     parts = {part_of(make_problem(random)) for _ in range(200)}
     assert parts == {"training", "development", "test"}
+
+
+def test_align_learns_the_answers_of_sft_alone(world: Path) -> None:
+    """The demo's SFT reads these rows: what it learns of one is the answer and the end token."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer", local_files_only=True)
+    for row in rows_of(world / "data" / "sft.jsonl")[:200]:
+        (example,) = read_example(row, "texts")
+        (sequence,) = tokenize(example, tokenizer).sequences
+        marked = zip(sequence.ids, sequence.response, strict=True)
+        learned = [token for token, mark in marked if mark]
+        assert tokenizer.decode(learned).strip() == row["messages"][1]["content"] + "</s>"
 
 
 def test_chosen_answers_grade_right_and_rejected_ones_wrong(world: Path) -> None:

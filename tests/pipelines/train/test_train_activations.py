@@ -1,4 +1,7 @@
-"""Activations in CPU memory: what goes there, and that no bit of a run changes."""
+"""Activations in CPU memory: what goes there, and that no bit of a run changes.
+
+Oracle: the bytes of the run that keeps its activations.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,7 @@
-"""Objectives against TRL and against float64, on the same model and the same batch."""
+"""Objectives against TRL and against float64, on the same model and the same batch.
+
+Oracle: TRL, and the papers' formulas in float64.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Asynchronous checkpoints: written while steps go on, the same bytes, whatever is killed."""
+"""Asynchronous checkpoints: written while steps go on, the same bytes, whatever is killed.
+
+Oracle: the bytes of a run that waits for its checkpoints.
+"""
 
 import threading
 import time

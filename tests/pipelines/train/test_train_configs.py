@@ -1,4 +1,7 @@
-"""The configs that users copy: all run, the papers' models fit their plans, memory as promised."""
+"""The configs that users copy: all run, the papers' models fit their plans, memory as promised.
+
+Oracle: the papers' settings, and the memory that a worker is measured to take.
+"""
 
 import importlib.util
 import json

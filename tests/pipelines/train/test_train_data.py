@@ -1,4 +1,7 @@
-"""Data: formats, what is learned, what is refused, tokens in the cache, batches by index."""
+"""Data: formats, what is learned, what is refused, tokens in the cache, batches by index.
+
+Oracle: rows' texts and lines written by hand, and what one process makes of the same rows.
+"""
 
 import json
 from pathlib import Path

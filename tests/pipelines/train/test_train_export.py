@@ -1,4 +1,7 @@
-"""Models from checkpoints of runs that are not finished."""
+"""Models from checkpoints of runs that are not finished.
+
+Oracle: the model that the finished run writes itself.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Models that are more than Llama's matrices: buffers, scaled embeddings, a head stored twice."""
+"""Models that are more than Llama's matrices: buffers, scaled embeddings, a head stored twice.
+
+Oracle: transformers' own model, and a run of one worker.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Adapters: what is trained, what comes out, and that sharding changes neither."""
+"""Adapters: what is trained, what comes out, and that sharding changes neither.
+
+Oracle: the rank of what has changed, PEFT's own start, and a run of one worker.
+"""
 
 from pathlib import Path
 from typing import Any

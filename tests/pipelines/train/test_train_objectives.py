@@ -1,4 +1,7 @@
-"""Every objective trains, and neither micro-batches nor the reference's place change a run."""
+"""Every objective trains, and neither micro-batches nor the reference's place change a run.
+
+Oracle: losses known before the first step, and transformers' log-probabilities.
+"""
 
 from pathlib import Path
 from typing import Any

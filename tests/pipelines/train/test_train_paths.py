@@ -1,4 +1,7 @@
-"""Configs name their files relative to the working directory; workers run in another one."""
+"""Configs name their files relative to the working directory; workers run in another one.
+
+Oracle: paths written by hand.
+"""
 
 import json
 from pathlib import Path

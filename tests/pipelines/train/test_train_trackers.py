@@ -1,4 +1,7 @@
-"""Trackers: a real offline W&B run and a real MLflow folder, read back."""
+"""Trackers: a real offline W&B run and a real MLflow folder, read back.
+
+Oracle: the trackers' own readers, beside metrics.jsonl.
+"""
 
 import importlib.util
 import json
