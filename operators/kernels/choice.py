@@ -7,6 +7,7 @@ has. A choice is handed on as a value: nothing is switched behind anybody's back
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Literal, TypeVar
 
 import torch
@@ -24,10 +25,11 @@ Kernels = TypeVar("Kernels")
 _LOG = logging.getLogger(__name__)
 
 
-def merging_kernels(num_elements: int, device: torch.device | str = "cpu") -> MergingKernels | None:
-    """The kernels for a merge of so many elements; None: the eager way."""
+@cache
+def merging_kernels(num_elements: int) -> MergingKernels | None:
+    """The kernels for a merge of so many elements on CPUs; None: the eager way."""
     ways: dict[str, Callable[[], MergingKernels]] = {"compiled": MergingKernels}
-    _, kernels = _choose("merging", "auto", torch.device(device), num_elements, ways)
+    _, kernels = _choose("merging", "auto", torch.device("cpu"), num_elements, ways)
     return kernels
 
 

@@ -60,6 +60,10 @@ class MergingKernels:
             x.dtype == dtype and x.device.type == "cpu" and x.is_contiguous() for x in tensors
         )
 
+    def knows(self, x: Tensor) -> bool:
+        """Whether `all_finite` can look at x."""
+        return x.dtype in _EXPONENTS and self.fit(x, dtype=x.dtype)
+
     def keep_mask(self, key: Key, limit: int, start: int, count: int) -> Tensor:
         """Which words of [start, start + count) are below `limit`, in [0, 2^32)."""
         mask = torch.empty(count, dtype=torch.bool)

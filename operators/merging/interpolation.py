@@ -46,6 +46,6 @@ def _ends(work: MergeInput) -> list[Tensor]:
 
 
 def expo(work: MergeInput) -> Tensor:
-    """ExPO (Zheng et al. 2024, eq. 2): `W_1 + alpha (W_1 - W_0)`, W_0 = SFT, W_1 = aligned."""
+    """ExPO (Zheng et al. 2024, eq. 1): `W_1 + alpha (W_1 - W_0)`, W_0 = SFT, W_1 = aligned."""
     [aligned], [delta] = work.weights(), work.deltas()
     return aligned.add(delta, alpha=work.parameters["alpha"])

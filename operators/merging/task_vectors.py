@@ -34,7 +34,9 @@ def composition(
         normalize: the default of that parameter, where the consensus has it.
     """
     keeps, merges = SPARSIFIERS[sparsifier], CONSENSUS[consensus]
-    parameters = {"weight": WEIGHT, **keeps.parameters, "lambda": LAMBDA, **merges.parameters}
+    parameters = {**keeps.parameters, "lambda": LAMBDA, **merges.parameters}
+    if merges.needs == "element":
+        parameters["weight"] = WEIGHT
     if "normalize" in parameters:
         parameters["normalize"] = replace(parameters["normalize"], default=normalize)
     if any(parameter.mergekit is not None for parameter in parameters.values()):
@@ -70,7 +72,8 @@ def _merge(sparsifier: Sparsifier, consensus: Consensus, work: MergeInput) -> Te
         sparse = [delta * factor for delta, factor in zip(sparse, factors, strict=True)]
     if consensus.needs == "merge":
         parameters = {**parameters, "share": mixup_share(work)}
-    merged = consensus.merge(sparse, parameters["weight"], parameters, work.kernels)
+    weights = parameters.get("weight", [1.0] * len(sparse))
+    merged = consensus.merge(sparse, weights, parameters, work.kernels)
     return work.origin().add(merged, alpha=parameters["lambda"])
 
 
@@ -100,7 +103,8 @@ def _check(sparsifier: Sparsifier, consensus: Consensus, parameters: Mapping[str
     """Raise ValueError for values that do not fit together."""
     check_scope(parameters)
     if sparsifier.check is not None:
-        for position in range(len(parameters["weight"])):
+        num_models = max(len(value) for value in parameters.values() if isinstance(value, list))
+        for position in range(num_models):
             sparsifier.check(of_model(parameters, position))
     if consensus.needs == "merge":
         check_mixup(parameters)

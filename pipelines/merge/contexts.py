@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from operators.merging import MergeContext
 from pipelines.errors import InputError
-from pipelines.merge.tensor import TensorMerge, gather_contexts, load_passes
+from pipelines.merge.tensor import TensorMerge, gather_contexts
 
 # What thresholds depend on: with `scope: model` it cannot change from tensor to tensor.
 OF_THE_MODEL = ("density", "gamma", "ties", "rescale", "fidelity")
@@ -21,7 +21,6 @@ def model_contexts(tensors: dict[str, TensorMerge], num_workers: int) -> dict[st
     chosen = {name: tensor for name, tensor in tensors.items() if tensor.is_of_model}
     if not chosen:
         return {}
-    load_passes(chosen.values())
     first = next(iter(chosen.values()))
     for tensor in chosen.values():
         _check_like(tensor, first)

@@ -1,7 +1,7 @@
 """From a config to the tensors of its output: slices of layers, operands, parameters, checks."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -64,6 +64,8 @@ def output_tensors(
     }
     reference = base or next(iter(models.values()))
     order = {name: place for place, name in enumerate(reference.names())}
+    num_merged = sum(tensor.num_elements for tensor in tensors.values())
+    tensors = {name: replace(each, num_merged=num_merged) for name, each in tensors.items()}
     return dict(sorted(tensors.items(), key=lambda item: order.get(item[0], len(order))))
 
 

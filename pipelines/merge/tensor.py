@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from operators import passes
+from operators.kernels.choice import merging_kernels
+from operators.kernels.merging import MergingKernels
 from operators.merging import METHODS, Gathering, MergeContext, begin_gathering, merge_tensor
 from pipelines.checkpoints import Source, TensorSpec
 from pipelines.errors import InputError
 
 # Elements read and merged at once.
 CHUNK_ELEMENTS = 1 << 20
-# Elements from which on a second of compiling the passes is made good.
-WORTH_COMPILING = 1 << 24
 
 Observer = Callable[["Operand", int, Tensor], None]
 Range = tuple["TensorMerge", int, int]  # a tensor's elements [start, stop)
@@ -50,7 +49,8 @@ class Operand:
 class TensorMerge:
     """One tensor of the output; `parameters` are complete, with lists where they are per model.
 
-    `device` is where a method works that needs the whole tensor.
+    `device` is where a method works that needs the whole tensor; `num_merged` counts the elements
+    of all tensors of the merge, by which its kernels are chosen.
     """
 
     name: str
@@ -63,6 +63,12 @@ class TensorMerge:
     seed: int
     allow_nonfinite: bool
     device: str = "cpu"
+    num_merged: int = 0
+
+    @property
+    def kernels(self) -> MergingKernels | None:
+        """Compiled passes, where they are worth it; each process has its own."""
+        return merging_kernels(self.num_merged)
 
     @property
     def num_elements(self) -> int:
@@ -187,6 +193,7 @@ class TensorMerge:
                 start=start,
                 shape=self.shape,
                 context=context,
+                kernels=self.kernels,
                 **self.parameters,
             )
         except ValueError as error:
@@ -202,7 +209,7 @@ class TensorMerge:
         if not self.dtype.is_floating_point:
             return values
         rounded = values.to(self.dtype)
-        if not (self.allow_nonfinite or is_finite(rounded)):
+        if not (self.allow_nonfinite or is_finite(rounded, self.kernels)):
             raise InputError(
                 f"{self.name}: the merged values do not fit into {self.dtype}; "
                 "choose float32 or bfloat16 as out_dtype, or smaller weights"
@@ -214,7 +221,7 @@ class TensorMerge:
         if observe is not None:
             observe(operand, start, values)
         unseen = operand.held is None and values.dtype.is_floating_point
-        if unseen and not (self.allow_nonfinite or is_finite(values)):
+        if unseen and not (self.allow_nonfinite or is_finite(values, self.kernels)):
             spec = operand.spec
             raise InputError(
                 f"{spec.file}: {operand.name}: holds NaN or Inf; allowed: finite numbers "
@@ -274,21 +281,14 @@ def _wanted(tensors: Mapping[str, TensorMerge], gathering: Gathering) -> Iterato
 def _observed(gathering: Gathering, one: Range) -> Any:
     """What this pass sees in a range."""
     tensor, start, stop = one
-    return gathering.observe(tensor.name, *tensor.ranges(start, stop), start)
+    models, base = tensor.ranges(start, stop)
+    return gathering.observe(tensor.name, models, base, start, tensor.kernels)
 
 
-def load_passes(tensors: Iterable[TensorMerge]) -> None:
-    """Have the passes of merging compiled, if there is enough for them to do."""
-    count = sum(tensor.num_elements for tensor in tensors)
-    if count >= WORTH_COMPILING:
-        passes.load()
-
-
-def is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor, kernels: MergingKernels | None = None) -> bool:
     """Whether no element is NaN or Inf; NaN passes through the extremes."""
     if values.numel() == 0:
         return True
-    loaded = passes.passes_for(values, dtype=values.dtype)
-    if loaded is not None and values.dtype in passes.EXPONENTS:
-        return loaded.all_finite(values)
+    if kernels is not None and kernels.knows(values):
+        return kernels.all_finite(values)
     return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())

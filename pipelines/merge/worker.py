@@ -12,7 +12,7 @@ from operators.merging import MergeContext
 from pipelines.checkpoints.digests import BlockDigests
 from pipelines.errors import InputError
 from pipelines.merge.plan import OUTPUT, MergePlan, Piece
-from pipelines.merge.tensor import Operand, load_passes
+from pipelines.merge.tensor import Operand
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # names of glibc's mallopt
 Seen = dict[tuple[str, str], BlockDigests]
@@ -30,7 +30,6 @@ class MergeWorker:
     contexts: Mapping[str, MergeContext] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        load_passes(self.plan.tensors.values())
         keep_freed_memory()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from operators.metrics import delta_sums, norm_and_cosine
-from operators.optim.reference import ReferenceDelta
+from operators.optim import Tau
 from pipelines.checkpoints import Checkpoint, CheckpointDelta
 from pipelines.train.config import AlignConfig
 from pipelines.train.errors import DivergenceError
@@ -184,7 +184,7 @@ def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
     source = None
     if reference is not None:
         delta = CheckpointDelta(reference.base, reference.tuned)
-        source = ReferenceDelta(delta, config.optimizer.missing_delta)
+        source = Tau(delta, config.optimizer.missing_delta)
     sums = torch.zeros(3, dtype=torch.float64)
     for part, values in strategy.owned():
         where = (part.name, part.start, part.start + part.count)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from operators.optim import ShardLayout
-from operators.optim.reference import ReferenceDelta
+from operators.optim import Tau
 from pipelines.checkpoints import Checkpoint, CheckpointDelta
 from pipelines.checkpoints.digests import ModelDigest
 from pipelines.commit import commit_directory, lock, partial_path, refuse_existing, write_atomically
@@ -310,7 +310,7 @@ def _check_delta(model: Checkpoint, optimizer: OptimizerConfig) -> None:
     """Raise InputError unless the reference delta fits the model's tensors."""
     assert optimizer.reference is not None
     source = CheckpointDelta(optimizer.reference.base, optimizer.reference.tuned)
-    delta = ReferenceDelta(source, optimizer.missing_delta)
+    delta = Tau(source, optimizer.missing_delta)
     for name, tensor in model.tensors.items():
         try:
             delta.covers(ShardLayout(name, tensor.shape, 0, 0))

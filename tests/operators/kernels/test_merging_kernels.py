@@ -170,6 +170,7 @@ def test_they_are_used_only_where_they_fit() -> None:
 
 
 def test_they_are_compiled_where_it_is_worth_it_and_said(caplog) -> None:
+    merging_kernels.cache_clear()
     with caplog.at_level("INFO"):
         assert merging_kernels(WORTH_COMPILING - 1) is None
         assert merging_kernels(WORTH_COMPILING) is not None
@@ -182,6 +183,8 @@ def test_they_are_compiled_where_it_is_worth_it_and_said(caplog) -> None:
 def test_without_a_compiler_all_goes_on(monkeypatch) -> None:
     monkeypatch.setattr("operators.kernels.compiler.COMPILERS", ("no-such-compiler",))
     merging._library.cache_clear()
+    merging_kernels.cache_clear()
     assert merging_kernels(1 << 30) is None
+    merging_kernels.cache_clear()
     merged = merge_tensor("ties", [torch.ones(4)], torch.zeros(4), name="x", density=1.0)
     assert torch.equal(merged, torch.ones(4))
