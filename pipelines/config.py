@@ -2,12 +2,13 @@
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError, core_schema
 
 from pipelines.errors import InputError
 
@@ -16,6 +17,30 @@ class Config(BaseModel):
     """Base of every config: unknown keys are errors and instances do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class NamedIn:
+    """Beside a `str` in a field's type: allowed are the names of a table, also of what was put into
+    it since.
+    """
+
+    def __init__(self, table: Collection[str]) -> None:
+        self._table = table
+
+    def _check(self, value: Any) -> str:
+        if isinstance(value, str) and value in self._table:
+            return value
+        *others, last = map(repr, self._table)
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": expected}
+        )
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self._table)}
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

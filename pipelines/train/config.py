@@ -1,12 +1,14 @@
 """The config of `poise align`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from operators.losses import OBJECTIVES, Objective
-from pipelines.config import Config
+from pipelines.config import Config, NamedIn
+from pipelines.train.row_kinds import ROW_KINDS, RowKind
+from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
 
 ONLINE = {"ondare": "dare", "onties": "ties"}
 ONLINE_FIELDS = {
@@ -19,14 +21,12 @@ ONLINE_FIELDS = {
     "delta_placement",
     "implementation",
 }
-ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-ZERO_BUCKET = 50_000_000  # elements whose gradients ZeRO reduces at once
 
 
 class ObjectiveConfig(Config):
     """The loss and its parameters, named as in TRL; what is not given has the loss's default."""
 
-    name: Literal["sft", "dpo", "ipo", "hinge", "kto", "simpo", "orpo"] = "dpo"
+    name: Annotated[str, NamedIn(OBJECTIVES)] = "dpo"
     beta: float | None = Field(None, gt=0, description="strength of the pull to the reference")
     label_smoothing: float | None = Field(
         None, ge=0, lt=0.5, description="share of wrong labels (dpo)"
@@ -53,6 +53,11 @@ class ObjectiveConfig(Config):
         return OBJECTIVES[self.name]
 
     @property
+    def row_kind(self) -> RowKind:
+        """What it learns from."""
+        return ROW_KINDS[self.definition.rows]
+
+    @property
     def parameters(self) -> dict[str, float]:
         """All parameters of the loss, with the defaults of those that were not given."""
         defaults = self.definition.parameters
@@ -70,7 +75,7 @@ class ReferenceDelta(Config):
 class OptimizerConfig(Config):
     """AdamW, or an online merging optimizer around it."""
 
-    name: Literal["adamw", "ondare", "onties"] = "adamw"
+    name: Annotated[str, NamedIn(["adamw", *ONLINE])] = "adamw"
     learning_rate: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
@@ -143,7 +148,7 @@ class AlignConfig(Config):
     global_batch_size: int = Field(32, ge=1, description="rows of one optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="rows of one pass on a worker")
     max_gradient_norm: float | None = Field(1.0, gt=0)
-    strategy: Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "fsdp2"
+    strategy: Annotated[str, NamedIn(STRATEGIES)] = "fsdp2"
     num_workers: int = Field(2, ge=1)
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="of forward and backward passes; master weights are float32"
@@ -187,34 +192,43 @@ class AlignConfig(Config):
     def _what_fits_together(self) -> "AlignConfig":
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError("give either num_steps or num_epochs")
-        if self.strategy == "single" and self.num_workers != 1:
+        if self.traits.one_worker and self.num_workers != 1:
             raise ValueError(
-                f"num_workers: found {self.num_workers}; allowed with strategy single: 1"
+                f"num_workers: found {self.num_workers}; allowed with strategy {self.strategy}: 1"
             )
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"trackers: found {self.trackers}; allowed: each once")
         self._check_reference_fields()
-        if self.lora is not None and self.strategy in ZERO_STAGES:
-            raise ValueError(
-                f"lora: found strategy {self.strategy}; allowed with lora: single, ddp, fsdp2"
-            )
+        self._check_strategy()
         if self.lora is not None and self.optimizer.name in ONLINE:
             raise ValueError(
                 f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
                 "with lora: adamw"
             )
-        if self.asynchronous_checkpoints and self.strategy in ZERO_STAGES:
-            raise ValueError(
-                f"asynchronous_checkpoints: found strategy {self.strategy}; allowed with it: "
-                "single, ddp, fsdp2"
-            )
-        if self.cpu_offload and self.strategy in ("single", "ddp"):
-            raise ValueError(
-                f"cpu_offload: has no effect with strategy {self.strategy}; allowed with fsdp2, "
-                "zero1, zero2, zero3"
-            )
         self._check_batch()
         return self
+
+    @property
+    def traits(self) -> Traits:
+        """What the strategy is."""
+        return STRATEGIES[self.strategy]
+
+    def _check_strategy(self) -> None:
+        if self.lora is not None and not self.traits.takes_adapters:
+            raise ValueError(
+                f"lora: found strategy {self.strategy}; allowed with lora: "
+                f"{those_that('takes_adapters')}"
+            )
+        if self.asynchronous_checkpoints and not self.traits.takes_asynchronous_checkpoints:
+            raise ValueError(
+                f"asynchronous_checkpoints: found strategy {self.strategy}; allowed with it: "
+                f"{those_that('takes_asynchronous_checkpoints')}"
+            )
+        if self.cpu_offload and not self.traits.takes_cpu_offload:
+            raise ValueError(
+                f"cpu_offload: has no effect with strategy {self.strategy}; allowed with "
+                f"{those_that('takes_cpu_offload')}"
+            )
 
     def _check_reference_fields(self) -> None:
         if self.objective.definition.uses_reference:

@@ -10,7 +10,7 @@ from pipelines.commit import partial_path, refuse_existing, staged_directory
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
 from pipelines.train.checkpoints import saved_steps, step_folder
-from pipelines.train.config import ZERO_STAGES, AlignConfig
+from pipelines.train.config import AlignConfig
 from pipelines.train.export import Owner, export_model, provenance
 from pipelines.train.strategies import build_strategy
 from pipelines.train.strategies.zero_resume import SavedShards, load_shards
@@ -64,7 +64,7 @@ def _owner(config: AlignConfig, checkpoint: Path) -> Owner:
     """The model of a checkpoint in this process alone, with what step-K has put off merged."""
     here = config.model_copy(update={"strategy": "single", "num_workers": 1, "cpu_offload": False})
     strategy = build_strategy(here, torch.device("cpu"))
-    if config.strategy in ZERO_STAGES:
+    if config.traits.zero_stage:
         parameters = dict(strategy.model.named_parameters())
         layouts = {values: [layout_of(name, values)] for name, values in parameters.items()}
         load_shards(SavedShards(checkpoint), layouts, strategy.optimizer)

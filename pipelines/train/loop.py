@@ -40,19 +40,16 @@ from pipelines.train.metrics import (
 )
 from pipelines.train.objectives import (
     MicroLoss,
-    Responses,
     Shares,
-    labelled_loss,
     logits_of,
     mismatched_point,
-    pair_loss,
     responses_under,
     shares_of,
-    text_loss,
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
 from pipelines.train.reference import Reference, StoredReference, live_reference, score
 from pipelines.train.reference_store import ReferenceStore, compute_reference, reference_folder
+from pipelines.train.row_kinds import MicroBatch
 from pipelines.train.strategies import build_reference, build_strategy, first_rank
 
 
@@ -137,8 +134,8 @@ class Run:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.objective = config.objective.definition
-        columns = 2 if self.objective.rows == "pairs" else 1
-        self.table = TokenTable(settings["tokens"], columns)
+        self.kind = config.objective.row_kind
+        self.table = TokenTable(settings["tokens"], self.kind.sequences_per_row)
         self.micro_batch = config.micro_batch_size or config.global_batch_size // self.world
         self.strategy = build_strategy(config, device)
         self.model = self.strategy.model
@@ -165,7 +162,7 @@ class Run:
                 store,
                 rows,
                 self.device,
-                mismatched=self._has_point,
+                mismatched=self.kind.has_point,
                 report=self._report_reference,
             )
             store = ReferenceStore(place, self.table)
@@ -215,10 +212,10 @@ class Run:
     def _gradients(self, rows: list[int]) -> dict[str, float]:
         """Gradients of a global batch's loss; returns its metrics."""
         mine = deal(rows, self.table.lengths, self.rank, self.world)
-        shares = shares_of(self.table, rows, self.objective)
+        shares = shares_of(self.table, rows)
         micro = [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
         metrics: dict[str, Tensor] = {}
-        point = self._reference_point(micro, len(rows)) if self._has_point else None
+        point = self._reference_point(micro, len(rows)) if self.kind.has_point else None
         for number, part in enumerate(micro):
             with self.strategy.accumulating(last=number == len(micro) - 1):
                 result = self._micro_loss(part, shares, point)
@@ -231,12 +228,8 @@ class Run:
         record = dict(zip(metrics, sums.tolist(), strict=True))
         return record if point is None else record | {"kl": float(point)}
 
-    @property
-    def _has_point(self) -> bool:
-        return self.objective.rows == "labelled"
-
     def _micro_loss(self, rows: list[int], shares: Shares, point: Tensor | None) -> MicroLoss:
-        """The loss of some rows, by the kind of rows that the objective takes."""
+        """The loss of some rows."""
         batch = collate(self.table, rows, PAD, self.device)
         reference = None if self.reference is None else self.reference.responses(rows, batch)
         keeping = offload_activations() if self.config.activation_offload else nullcontext()
@@ -244,28 +237,11 @@ class Run:
             logits = logits_of(self.model, batch)
             responses = responses_under(logits, batch)
         before = None if reference is None else reference.log_probability
-        result = self._loss_of(rows, responses, before, shares, point)
+        micro = MicroBatch(responses, before, shares, self.table, rows, point)
+        result = self.kind.loss(self.config.objective, micro)
         if reference is not None:
             result.metrics["kl_per_token"] = reference.kl_sum(logits, responses) / shares.tokens
         return result
-
-    def _loss_of(
-        self,
-        rows: list[int],
-        responses: Responses,
-        reference: Tensor | None,
-        shares: Shares,
-        point: Tensor | None,
-    ) -> MicroLoss:
-        """The objective on log-probabilities, the reference's (sequences,) where it has one."""
-        config = self.config.objective
-        if self.objective.rows == "pairs":
-            pairs = None if reference is None else reference.view(2, -1).T
-            return pair_loss(config, responses, pairs, shares)
-        if self.objective.rows == "texts":
-            return text_loss(config, responses, shares)
-        desirable = torch.from_numpy(self.table.labels[rows]).to(self.device)
-        return labelled_loss(config, responses, reference, desirable, point, shares)
 
     @torch.no_grad()
     def _reference_point(self, micro: list[list[int]], num_rows: int) -> Tensor:

@@ -32,15 +32,11 @@ from torch import nn
 
 from pipelines.train.config import (
     ONLINE,
-    ZERO_BUCKET,
-    ZERO_STAGES,
     AlignConfig,
     LoraSettings,
     OptimizerConfig,
 )
 from pipelines.train.strategies.loading import blocks_of, meta_model
-
-ZERO_LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +116,10 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
     Args:
         length: tokens of the longest sequence; the config's `max_length` unless given.
     """
-    n, workers, strategy = shape.num_parameters, config.num_workers, config.strategy
+    n, workers, traits = shape.num_parameters, config.num_workers, config.traits
     b = 2 if config.precision == "bf16" else 4
-    sharded = strategy == "fsdp2" or strategy in ZERO_STAGES
-    zero = ZERO_STAGES.get(strategy, 0)
     trained = n if config.lora is None else shape.num_adapter_elements(config.lora)
-    share = workers if sharded else 1
+    share = workers if traits.is_sharded else 1
     tau = _tau_bytes(config.optimizer, n) // share
     tau_on_host = config.optimizer.delta_placement == "host"
     state = (12 * trained + (0 if config.lora is None else 4 * n)) // share
@@ -133,20 +127,12 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
     if config.optimizer.merge_every > 1:
         state += 4 * n // share
     host = tau if tau_on_host else 0
-    weights = 0
-    if zero:
-        weights = b * n // (workers if zero == 3 else 1)
-    elif b == 2 and strategy != "fsdp2":
-        weights = b * n  # autocast keeps a copy of each weight through a pass
-    gradients = {
-        "single": 4 * trained,
-        "ddp": 8 * trained,
-        "zero1": b * trained + 4 * trained // workers,
-    }.get(strategy, 4 * trained // workers)
+    weights = traits.weight_bytes(n, b, workers)
+    gradients = traits.gradient_bytes(trained, b, workers)
     if config.cpu_offload:
         host, state, gradients = host + state + gradients, 0, 0
-    gathered = _gathered_bytes(shape, strategy, b)
-    sequences = 2 if config.objective.definition.rows == "pairs" else 1
+    gathered = traits.gathered_bytes(shape, b)
+    sequences = config.objective.row_kind.sequences_per_row
     rows = config.micro_batch_size or config.global_batch_size // workers
     tokens = rows * sequences * (length or config.max_length)
     layer = b * tokens * (15 * shape.hidden_size + 4 * shape.inner_size)
@@ -160,21 +146,8 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
     if config.reference_log_probabilities == "on_the_fly":
         reference = b * tokens * shape.vocabulary
         if config.lora is None or config.reference_model is not None:
-            reference += 4 * n // workers if sharded else (6 if b == 2 else 4) * n
+            reference += 4 * n // workers if traits.is_sharded else (6 if b == 2 else 4) * n
     return Memory(state, weights, gradients, gathered, activations, logits, reference, host)
-
-
-def _gathered_bytes(shape: ModelShape, strategy: str, b: int) -> int:
-    """What a sharded strategy puts together for a while: weights of blocks, gradients on their way
-    to other workers.
-    """
-    once = 2 * shape.largest_block + shape.outside_blocks
-    if strategy == "fsdp2":
-        return b * once + (b + 4) * max(shape.largest_block, shape.outside_blocks)
-    if strategy not in ZERO_STAGES:
-        return 0
-    kept = min(shape.num_parameters, max(once, ZERO_LIVE)) if strategy == "zero3" else 0
-    return b * (kept + min(shape.num_parameters, ZERO_BUCKET))
 
 
 def _tau_bytes(optimizer: OptimizerConfig, num_parameters: int) -> int:

@@ -4,19 +4,21 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from operators.losses import (
-    Objective,
     PairLogProbabilities,
     kto_reference_point,
     token_log_probabilities,
 )
 from operators.metrics import draw_next_tokens, kl_divergences, kl_estimates
-from pipelines.train.config import ObjectiveConfig
-from pipelines.train.data import Batch, TokenTable
+
+if TYPE_CHECKING:
+    from pipelines.train.config import ObjectiveConfig
+    from pipelines.train.data import Batch, TokenTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,10 @@ class Shares:
     likelihood_tokens: int  # those that the likelihood term runs over
 
 
-def shares_of(table: TokenTable, rows: list[int], objective: Objective) -> Shares:
+def shares_of(table: "TokenTable", rows: list[int]) -> Shares:
     """Counts of a global batch."""
     lengths = table.response_lengths[rows]
-    desirable = int(table.labels[rows].sum()) if objective.rows == "labelled" else 0
+    desirable = int(table.labels[rows].sum())
     return Shares(
         rows=len(rows),
         desirable=desirable,
@@ -52,7 +54,7 @@ class Responses:
     per_token: Tensor  # (sequences, scored length - 1) float32; entry t is the next token's
 
 
-def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+def logits_of(model: nn.Module, batch: "Batch") -> Tensor:
     """Run the model: (sequences, scored length, vocabulary).
 
     Prompts that all sequences share in length get no logits: with long vocabularies these take more
@@ -70,12 +72,12 @@ def _can_keep(forward: Callable[..., object]) -> bool:
     return "logits_to_keep" in inspect.signature(forward).parameters
 
 
-def score_responses(model: nn.Module, batch: Batch) -> Responses:
+def score_responses(model: nn.Module, batch: "Batch") -> Responses:
     """Run the model; log-probabilities of learned tokens alone, never of prompts or padding."""
     return responses_under(logits_of(model, batch), batch)
 
 
-def responses_under(logits: Tensor, batch: Batch) -> Responses:
+def responses_under(logits: Tensor, batch: "Batch") -> Responses:
     """Log-probabilities of learned tokens under a batch's logits."""
     marks = batch.scored_response[:, 1:]
     values = token_log_probabilities(logits, batch.scored_ids)
@@ -83,7 +85,7 @@ def responses_under(logits: Tensor, batch: Batch) -> Responses:
 
 
 @torch.no_grad()
-def kl_sum(policy: Tensor, reference: Tensor, batch: Batch) -> Tensor:
+def kl_sum(policy: Tensor, reference: Tensor, batch: "Batch") -> Tensor:
     """KL(policy || reference) of the next token, summed over a batch's learned tokens.
 
     Args:
@@ -107,7 +109,7 @@ class DrawnTokens:
 
 
 @torch.no_grad()
-def draw_tokens(logits: Tensor, batch: Batch, seeds: list[int]) -> DrawnTokens:
+def draw_tokens(logits: Tensor, batch: "Batch", seeds: list[int]) -> DrawnTokens:
     """Let a model, from its logits, draw a token at each learned position.
 
     Args:
@@ -123,7 +125,9 @@ def draw_tokens(logits: Tensor, batch: Batch, seeds: list[int]) -> DrawnTokens:
 
 
 @torch.no_grad()
-def drawn_kl_sum(logits: Tensor, responses: Responses, batch: Batch, drawn: DrawnTokens) -> Tensor:
+def drawn_kl_sum(
+    logits: Tensor, responses: Responses, batch: "Batch", drawn: DrawnTokens
+) -> Tensor:
     """An unbiased estimate of `kl_sum`, without the reference's logits.
 
     Args:
@@ -151,7 +155,7 @@ class MicroLoss:
 
 
 def pair_loss(
-    config: ObjectiveConfig,
+    config: "ObjectiveConfig",
     responses: Responses,
     reference: Tensor | None,
     shares: Shares,
@@ -193,7 +197,7 @@ def pair_loss(
 
 
 def labelled_loss(
-    config: ObjectiveConfig,
+    config: "ObjectiveConfig",
     responses: Responses,
     reference: Tensor,
     desirable: Tensor,
@@ -230,7 +234,7 @@ def labelled_loss(
     return MicroLoss(losses.sum() / shares.rows, metrics)
 
 
-def text_loss(config: ObjectiveConfig, responses: Responses, shares: Shares) -> MicroLoss:
+def text_loss(config: "ObjectiveConfig", responses: Responses, shares: Shares) -> MicroLoss:
     """Supervised fine-tuning: mean negative log-likelihood per learned token."""
     mean = -responses.log_probability.sum() / shares.likelihood_tokens
     weight = config.definition.likelihood_weight(config.parameters)

@@ -21,7 +21,7 @@ from pipelines.commit import commit_directory, lock, partial_path, refuse_existi
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint_directory, fingerprint_work
 from pipelines.provenance import read_record
-from pipelines.train.config import ZERO_STAGES, AlignConfig, OptimizerConfig
+from pipelines.train.config import AlignConfig, OptimizerConfig
 from pipelines.train.data import (
     TokenSettings,
     TokenTable,
@@ -88,7 +88,7 @@ class Plan:
         """Of all that decides the run's result."""
         config = self.config
         same = config.model_dump(mode="json", exclude=IMMATERIAL)
-        same["strategy"] = config.strategy if config.strategy in ZERO_STAGES else "native"
+        same["strategy"] = config.traits.family
         return fingerprint_work([same, self.inputs], "align")
 
 
@@ -273,16 +273,17 @@ def _asked_threads() -> int | None:
 
 def _check_packages(config: AlignConfig) -> None:
     """Raise InputError where a setting needs a package that is not installed."""
-    needs = {
-        "deepspeed": (config.strategy in ZERO_STAGES, f"strategy: found {config.strategy}"),
-        "peft": (config.lora is not None, "lora: found adapters"),
-    }
-    extras = {"peft": "lora"}
-    for package, (needed, found) in needs.items():
-        if needed and importlib.util.find_spec(package) is None:
+    needs = []  # package, the extra that brings it, and what needs it
+    if config.traits.package is not None:
+        needs += [
+            (config.traits.package, config.traits.package, f"strategy: found {config.strategy}")
+        ]
+    if config.lora is not None:
+        needs += [("peft", "lora", "lora: found adapters")]
+    for package, extra, found in needs:
+        if importlib.util.find_spec(package) is None:
             raise InputError(
-                f"{found}, for which {package} is not installed: "
-                f"pip install 'poise[{extras.get(package, package)}]'"
+                f"{found}, for which {package} is not installed: pip install 'poise[{extra}]'"
             )
 
 

@@ -127,8 +127,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "objective": (
         lambda folder: None,
         ["objective.name=ppo"],
-        "{folder}/config.yaml: objective.name: found 'ppo'; allowed: 'sft', 'dpo', 'ipo', 'hinge', "
-        "'kto', 'simpo' or 'orpo'",
+        "{folder}/config.yaml: objective.name: found 'ppo'; allowed: 'sft', 'dpo', 'hinge', 'ipo', "
+        "'simpo', 'orpo' or 'kto'",
     ),
     "field": (
         lambda folder: None,

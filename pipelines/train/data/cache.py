@@ -13,7 +13,6 @@ from pipelines.commit import commit_directory, lock, partial_path, write_atomica
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint, fingerprint_directory, fingerprint_file
 from pipelines.progress import Progress
-from pipelines.train.data.formats import read_example
 from pipelines.train.data.rows import Part, parts_of, read_part, source_files
 from pipelines.train.data.table import (
     COUNTS_FILE,
@@ -24,6 +23,7 @@ from pipelines.train.data.table import (
     record_batch,
 )
 from pipelines.train.data.tokens import TokenRow, TooLong, fit, tokenize
+from pipelines.train.row_kinds import ROW_KINDS
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "special_tokens*")
 RAY_BYTES = 64_000_000  # smaller files are tokenised sooner than workers start
@@ -71,7 +71,7 @@ def token_table(
                 counts = _tokenize_parts(parts, settings, partial, spread=size > ray_bytes)
                 _join(partial, len(parts), counts)
                 commit_directory(partial, final)
-    table = TokenTable(final, 2 if settings.kind == "pairs" else 1)
+    table = TokenTable(final, ROW_KINDS[settings.kind].sequences_per_row)
     _check_counts(table.counts, table.num_rows, data, max_bad_share)
     return table, key
 
@@ -184,7 +184,7 @@ class _Tokenizing:
     def _tokenize(self, row: Any, counts: Counts) -> list[TokenRow]:
         """All of a row's examples, or none where one is bad."""
         fitted, cut, shortened = [], 0, 0
-        examples = read_example(row, self.settings.kind)
+        examples = ROW_KINDS[self.settings.kind].examples(row)
         for example in examples:
             tokens = tokenize(example, self.tokenizer)
             shortened += tokens.prompt_shortened

@@ -134,7 +134,7 @@ class TokenTable:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """(rows,) bool: whether the response is desirable; only of labelled rows."""
+        """(rows,) bool: whether the response is desirable; False where rows have no label."""
         return np.concatenate([c.to_numpy(zero_copy_only=False) for c in self._labels]).astype(bool)
 
     def mismatched(self, row: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.errors import InputError
-from pipelines.train.data.formats import Example, Messages
+from pipelines.train.row_kinds import Example, Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

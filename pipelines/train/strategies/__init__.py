@@ -1,6 +1,40 @@
 """Ways to lay a model out over the workers."""
 
+import importlib
+from functools import partial
+
+import torch
+
+from pipelines.train.config import AlignConfig, OptimizerConfig
+from pipelines.train.optimizer import build_optimizer
 from pipelines.train.strategies.base import Strategy, first_rank, wait_for_all
-from pipelines.train.strategies.build import build_reference, build_strategy
 
 __all__ = ["Strategy", "build_reference", "build_strategy", "first_rank", "wait_for_all"]
+
+
+def build_strategy(config: AlignConfig, device: torch.device) -> Strategy:
+    """Model and optimizer of a config, laid out over the workers."""
+    module, name = config.traits.implementation.split(":")
+    strategy = getattr(importlib.import_module(module), name)
+    return strategy(config, device, partial(build_optimizer, config))
+
+
+def build_reference(config: AlignConfig, device: torch.device) -> Strategy:
+    """The reference of a config, the model itself unless it names one: to be scored, not stepped.
+
+    Whole where the policy is (single, ddp), else sharded by rows over the workers.
+    """
+    settings = {"learning_rate": config.optimizer.learning_rate}
+    changes = {
+        "model": config.reference_model or config.model,
+        "optimizer": OptimizerConfig(**settings),
+        "lora": None,
+        "gradient_checkpointing": False,
+        "strategy": config.traits.beside,
+    }
+    reference = build_strategy(config.model_copy(update=changes), device)
+    reference.model.eval()
+    reference.model.requires_grad_(False)
+    if config.traits.beside == "fsdp2":  # its root would else stay gathered
+        reference.model.set_reshard_after_forward(True)
+    return reference

@@ -39,8 +39,10 @@ from pipelines.train.strategies.lora import (
 )
 
 
-class NativeStrategy:
-    """`single`, `ddp` and `fsdp2`, whose checkpoints are interchangeable."""
+class SingleStrategy:
+    """`single`, the whole model in one process; `ddp` and `fsdp2` do some things in another way.
+    The checkpoints of all three are interchangeable.
+    """
 
     def __init__(
         self,
@@ -55,8 +57,7 @@ class NativeStrategy:
             add_adapters(model, config.lora)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.strategy == "fsdp2":
-            self._shard(model)
+        self._shard(model)
         checkpoint = Checkpoint.open(config.model)
         materialize(model, torch.device("cpu") if config.cpu_offload else device, checkpoint)
         self.bare = model
@@ -64,51 +65,35 @@ class NativeStrategy:
         self.parameter_names = frozenset(map(base_name, names))
         fill(local_parameters(model), checkpoint)
         begin_adapters(model, config.seed)
-        self.model: nn.Module = model
-        if config.strategy == "ddp":
-            self.model = nn.parallel.DistributedDataParallel(model)
+        self.model = self._wrap(model)
         # Before any forward pass: after one, the root of fsdp2 holds whole parameters.
         self.optimizer = build_optimizer(model)
         self._stager: DefaultStager | None = None
 
     def _shard(self, model: nn.Module) -> None:
-        """Shard each block and then the rest by rows over all workers."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+        """Share a model that has no memory yet out over the workers: not here."""
 
-        options = {"mesh": init_device_mesh(self.device.type, (dist.get_world_size(),))}
-        if self.config.precision == "bf16":
-            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        if self.config.cpu_offload:
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        for block in blocks_of(model):
-            fully_shard(block, **options)
-        fully_shard(model, **options)
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        """The model that is run."""
+        return model
 
     def owned(self) -> Iterator[Owned]:
         """What this rank alone answers for; of replicas, all of it is the first rank's."""
-        if self.config.strategy == "fsdp2" or first_rank():
+        if self.config.traits.is_sharded or first_rank():
             if self.config.lora is None:
                 yield from local_parameters(self.bare)
             else:
                 yield from merged_parameters(self.bare, self.config.lora)
 
     def forward_context(self) -> AbstractContextManager[object]:
-        """Around forward passes: their precision, where the sharding does not see to it."""
-        if self.config.precision == "bf16" and self.config.strategy != "fsdp2":
+        """Around forward passes: their precision."""
+        if self.config.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def accumulating(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch: workers reduce gradients at the last."""
-        if self.config.strategy == "ddp" and not last:
-            with self.model.no_sync():
-                yield
-            return
-        if self.config.strategy == "fsdp2":
-            self.model.set_requires_gradient_sync(last)
-        yield
+    def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
+        """Around forward and backward of a micro-batch."""
+        return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients."""
@@ -165,6 +150,45 @@ class NativeStrategy:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+
+
+class DdpStrategy(SingleStrategy):
+    """`ddp`: replicas that average their gradients."""
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(model)
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
+        """Around forward and backward of a micro-batch: gradients are averaged at the last."""
+        return contextlib.nullcontext() if last else self.model.no_sync()
+
+
+class Fsdp2Strategy(SingleStrategy):
+    """`fsdp2`: each worker holds some rows of every parameter."""
+
+    def _shard(self, model: nn.Module) -> None:
+        """Each block and then the rest, by rows over all workers."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+        options = {"mesh": init_device_mesh(self.device.type, (dist.get_world_size(),))}
+        if self.config.precision == "bf16":
+            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        if self.config.cpu_offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        for block in blocks_of(model):
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """Nothing: the sharding sees to the precision."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-batch: gradients are reduced at the last."""
+        self.model.set_requires_gradient_sync(last)
+        yield
 
 
 def local_parameters(model: nn.Module) -> Iterator[Owned]:

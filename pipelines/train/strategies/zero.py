@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipelines.checkpoints import Checkpoint
-from pipelines.train.config import ZERO_BUCKET, ZERO_STAGES, AlignConfig
+from pipelines.train.config import AlignConfig
 from pipelines.train.strategies.loading import Owned, empty_model, fill, tied_names
 from pipelines.train.strategies.zero_layout import check_layouts, flat_layouts
 from pipelines.train.strategies.zero_loading import load_into_engine
@@ -24,6 +24,7 @@ from pipelines.train.strategies.zero_resume import (
     num_saved,
     save_layout,
 )
+from pipelines.train.strategy_table import ZERO_BUCKET
 
 
 class ZeroStrategy:
@@ -100,7 +101,7 @@ class ZeroStrategy:
             return
         groups = self.optimizer.param_groups
         before = [group["params"] for group in groups]
-        if self.config.strategy == "zero3":
+        if self.config.traits.zero_stage == 3:
             inner = self._engine.optimizer
             for i, group in enumerate(groups):
                 group["params"] = [
@@ -132,14 +133,14 @@ def engine_settings(config: AlignConfig, num_parameters: int) -> dict[str, Any]:
     share = config.global_batch_size // config.num_workers
     micro = config.micro_batch_size or share
     zero: dict[str, Any] = {
-        "stage": ZERO_STAGES[config.strategy],
+        "stage": config.traits.zero_stage,
         "overlap_comm": False,
         # DeepSpeed takes memory for a whole bucket, and by itself one of 500 million elements.
         "reduce_bucket_size": min(num_parameters, ZERO_BUCKET),
     }
     if config.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu"}
-        if config.strategy == "zero3":
+        if config.traits.zero_stage == 3:
             zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": micro,

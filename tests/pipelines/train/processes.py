@@ -19,7 +19,12 @@ from pipelines.train import AlignConfig, plan_alignment
 from pipelines.train.run import worker_settings
 
 # Workers are forked from a process that has imported this once: ten seconds less for each.
-PRELOADED = ["pipelines.train.loop", "transformers.models.llama.modeling_llama", "deepspeed"]
+PRELOADED = [
+    "pipelines.train.loop",
+    "pipelines.train.strategies.native",
+    "transformers.models.llama.modeling_llama",
+    "deepspeed",
+]
 DEADLINE_S = 200  # of a worker, which then ends with its stack, before pytest gives up on it
 
 

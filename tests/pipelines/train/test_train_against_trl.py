@@ -79,7 +79,7 @@ def our_pair_loss(table: TokenTable, model: Any, reference: Any, **objective: An
             config,
             score_responses(model, batch),
             before if config.definition.uses_reference else None,
-            shares_of(table, ROWS, config.definition),
+            shares_of(table, ROWS),
         )
     return result.loss.item()
 
@@ -194,7 +194,7 @@ def test_kto(
             score_responses(dpo.ref_model, batch).log_probability,
             torch.from_numpy(table.labels),
             point,
-            shares_of(table, rows, config.definition),
+            shares_of(table, rows),
         )
     assert ours.loss.item() == pytest.approx(theirs, rel=TOLERANCE)
 
@@ -337,7 +337,7 @@ def test_sft(tiny_llama: Path, tmp_path: Path) -> None:
     batch = collate(table, ROWS, 0, "cpu")
     with torch.no_grad():
         theirs = trainer.compute_loss(model, next(iter(trainer.get_train_dataloader()))).item()
-        shares = shares_of(table, ROWS, config.definition)
+        shares = shares_of(table, ROWS)
         ours = text_loss(config, score_responses(model, batch), shares).loss.item()
         logits = model(input_ids=batch.ids, attention_mask=mask_of(table, ROWS)).logits.double()
     chances = logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None]).squeeze(-1)

@@ -1,0 +1,231 @@
+"""The kinds of rows: how a row of a file becomes examples, as TRL's formats have it, and what a
+micro-batch of such rows costs.
+
+A new kind is a class here; what it shares with the others, tokens, batches and scores of sequences,
+asks it only how many sequences a row has.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pipelines.errors import InputError
+from pipelines.train.objectives import (
+    MicroLoss,
+    Responses,
+    Shares,
+    labelled_loss,
+    pair_loss,
+    text_loss,
+)
+
+if TYPE_CHECKING:
+    from pipelines.train.config import ObjectiveConfig
+    from pipelines.train.data import TokenTable
+
+Messages = list[dict[str, Any]]
+Content = str | Messages
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt with its responses: all texts, or all lists of messages.
+
+    Pairs have two responses, the chosen one first; `label` says whether a single response is
+    desirable. A conversation or a plain text is one response to an empty prompt.
+    """
+
+    prompt: Content
+    responses: tuple[Content, ...]
+    label: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What a loss is made of."""
+
+    responses: Responses  # of the policy: all rows' first sequences, then all their second ones
+    reference: Tensor | None  # (sequences,) log-probabilities of the same, where there is one
+    shares: Shares  # counts of the global batch
+    table: "TokenTable"
+    rows: list[int]  # their numbers in it
+    point: Tensor | None  # the reference point of the global batch, of a kind that has one
+
+
+class RowKind(ABC):
+    """How rows of one kind are read and scored."""
+
+    columns: ClassVar[str]  # what a row of a file needs, in words
+    sequences_per_row: ClassVar[int] = 1
+    has_point: ClassVar[bool] = False  # whether prompts also come with other rows' responses
+
+    def examples(self, row: Any) -> list[Example]:
+        """A row as examples: one, or two where a pair serves as two labelled responses.
+
+        Raises:
+            InputError: columns are missing or of the wrong types; says which and what was found.
+        """
+        if isinstance(row, InputError):
+            raise row
+        if not isinstance(row, dict):
+            raise InputError(f"expected an object with columns, found {type(row).__name__}")
+        return self._read(row)
+
+    @abstractmethod
+    def _read(self, row: dict[str, Any]) -> list[Example]: ...
+
+    @abstractmethod
+    def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
+        """A micro-batch's share of the global batch's loss."""
+
+    def _require(self, row: dict[str, Any], columns: Iterable[str]) -> None:
+        for column in columns:
+            if row.get(column) is None:
+                found = ", ".join(row) or "none"
+                raise InputError(
+                    f"has no column {column!r}; found: {found}; needed: {self.columns}"
+                )
+
+
+class Pairs(RowKind):
+    """A chosen and a rejected response to one prompt."""
+
+    columns = "prompt, chosen, rejected (or chosen, rejected that begin with the prompt)"
+    sequences_per_row = 2
+
+    def _read(self, row: dict[str, Any]) -> list[Example]:
+        """Explicit prompt; or the longest common beginning of both responses."""
+        self._require(row, ("chosen", "rejected"))
+        chosen, rejected = row["chosen"], row["rejected"]
+        prompt = row.get("prompt")
+        if isinstance(chosen, list) and isinstance(rejected, list):
+            if not isinstance(prompt, list):
+                # As UltraFeedback-binarized has it: whole conversations, the prompt's text beside
+                # them.
+                prompt = _common_messages(chosen, rejected)
+            chosen, rejected = (_after(prompt, messages) for messages in (chosen, rejected))
+        elif isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
+            prompt = _common_text(chosen, rejected)
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        example = Example(prompt, (chosen, rejected))
+        return [_checked(example, ("prompt", "chosen", "rejected"))]
+
+    def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
+        """A preference objective."""
+        reference = None if batch.reference is None else batch.reference.view(2, -1).T
+        return pair_loss(config, batch.responses, reference, batch.shares)
+
+
+class Labelled(RowKind):
+    """A response that is desirable or not."""
+
+    columns = "prompt, completion, label (or a preference pair)"
+    has_point = True
+
+    def _read(self, row: dict[str, Any]) -> list[Example]:
+        """Prompt, completion and label; a pair is a desirable and an undesirable response."""
+        if "completion" not in row and "chosen" in row:
+            (pair,) = ROW_KINDS["pairs"].examples(row)
+            return [
+                Example(pair.prompt, (response,), label)
+                for response, label in zip(pair.responses, (True, False), strict=True)
+            ]
+        self._require(row, ("prompt", "completion", "label"))
+        if not isinstance(row["label"], bool):
+            raise InputError(f"label: found {row['label']!r}; allowed: true, false")
+        example = Example(row["prompt"], (row["completion"],), row["label"])
+        return [_checked(example, ("prompt", "completion"))]
+
+    def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
+        """KTO."""
+        responses = batch.responses
+        labels = torch.from_numpy(batch.table.labels[batch.rows])
+        desirable = labels.to(responses.log_probability.device)
+        assert batch.reference is not None and batch.point is not None
+        return labelled_loss(
+            config, responses, batch.reference, desirable, batch.point, batch.shares
+        )
+
+
+class Texts(RowKind):
+    """An answer, or a whole conversation, to learn."""
+
+    columns = "messages, or prompt and completion, or text"
+
+    def _read(self, row: dict[str, Any]) -> list[Example]:
+        """A conversation, a prompt with its completion, or plain text."""
+        if isinstance(row.get("messages"), list):
+            if not any(_role(message) == "assistant" for message in row["messages"]):
+                raise InputError("messages: holds no message of role 'assistant' to learn")
+            return [_checked(Example([], (row["messages"],)), ("prompt", "messages"))]
+        if isinstance(row.get("text"), str):
+            return [_checked(Example("", (row["text"],)), ("prompt", "text"))]
+        self._require(row, ("prompt", "completion"))
+        example = Example(row["prompt"], (row["completion"],))
+        return [_checked(example, ("prompt", "completion"))]
+
+    def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
+        """Supervised fine-tuning."""
+        return text_loss(config, batch.responses, batch.shares)
+
+
+# By the name that an objective's entry in `operators.losses` has for them.
+ROW_KINDS: dict[str, RowKind] = {"pairs": Pairs(), "labelled": Labelled(), "texts": Texts()}
+
+
+def _checked(example: Example, columns: tuple[str, ...]) -> Example:
+    """The example, once its parts are of one kind and no response is empty."""
+    parts = dict(zip(columns, (example.prompt, *example.responses), strict=True))
+    if len({type(part) for part in parts.values()} & {str, list}) != 1 or not all(
+        isinstance(part, str | list) for part in parts.values()
+    ):
+        found = ", ".join(f"{name} {type(part).__name__}" for name, part in parts.items())
+        raise InputError(f"{', '.join(columns)} must be all texts or all messages; found: {found}")
+    for name, part in parts.items():
+        if isinstance(part, list):
+            for message in part:
+                if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+                    raise InputError(f"{name}: a message needs role and content, both texts")
+                _role(message)
+        if not part and name != "prompt":
+            raise InputError(f"{name}: is empty")
+    return example
+
+
+def _role(message: Any) -> str:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str):
+        raise InputError(f"a message has no role: {message!r}"[:120])
+    return role
+
+
+def _common_messages(first: Messages, second: Messages) -> Messages:
+    """The messages that both conversations begin with."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    if count == 0 or count == len(first) or count == len(second):
+        raise InputError("chosen and rejected do not begin with the same prompt and then differ")
+    return first[:count]
+
+
+def _after(prompt: Messages, messages: Messages) -> Messages:
+    """A response without the prompt that it may begin with."""
+    return messages[len(prompt) :] if prompt and messages[: len(prompt)] == prompt else messages
+
+
+def _common_text(first: str, second: str) -> str:
+    """The longest common beginning; a space at its end belongs to the responses."""
+    shorter = min(len(first), len(second))
+    count = next((i for i in range(shorter) if first[i] != second[i]), shorter)
+    if count and first[count - 1] == " ":
+        count -= 1
+    if count == 0 or count >= shorter:
+        raise InputError("chosen and rejected do not begin with the same prompt and then differ")
+    return first[:count]
