@@ -1,6 +1,6 @@
 """Pre-train the tiny world's base model from nothing: one process, an ordinary checkpoint.
 
-What follows it, SFT and preferences, is `pipelines.train`'s.
+SFT and preferences follow in `pipelines.train`.
 """
 
 from collections.abc import Callable, Iterator

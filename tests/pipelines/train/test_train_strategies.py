@@ -1,5 +1,10 @@
-"""Every strategy makes the steps of one process, and a killed run ends with the same bytes."""
+"""Every strategy makes the steps of one process, and a killed run ends with the same bytes.
 
+Oracle: a run in this process, without any sharding; and the bytes of a run that nobody disturbed.
+"""
+
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,7 @@ from training_files import align_config, metrics, run_here, seeded_metrics
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipelines.train import AlignConfig
-from pipelines.train.checkpoints import saved_steps
+from pipelines.train.checkpoints import saved_steps, step_folder
 from pipelines.train.optimizer import build_optimizer
 from tests.tiny_models import save_tiny_llama
 
@@ -50,13 +55,34 @@ def config_of(
     return align_config(tuned, preferences, **(settings | fields))
 
 
+@pytest.fixture(scope="module")
+def run_alone(
+    models: tuple[Path, Path], preferences: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """The run in this process with some fields set, once for all that are compared with it."""
+    runs: dict[str, Path] = {}
+
+    def run(**fields: Any) -> Path:
+        key = repr(sorted(fields.items()))
+        if key not in runs:
+            config = config_of("single", models, preferences, **fields)
+            runs[key] = run_here(config, tmp_path_factory.mktemp("single") / "run")
+        return runs[key]
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_strategy(
-    strategy: str, models: tuple[Path, Path], preferences: Path, tmp_path: Path
+    strategy: str,
+    models: tuple[Path, Path],
+    preferences: Path,
+    run_alone: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """Losses and norms of each step, the exported weights, and both again after a kill."""
-    alone = run_here(config_of("single", models, preferences), tmp_path / "single")
+    alone = run_alone()
     config = config_of(strategy, models, preferences)
     whole = run_workers(config, tmp_path / "whole")
     for one, other in zip(metrics(alone), metrics(whole), strict=True):
@@ -92,11 +118,15 @@ def test_a_killed_worker_of_zero3_changes_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_kto_on_two_workers(
-    strategy: str, models: tuple[Path, Path], preferences: Path, tmp_path: Path
+    strategy: str,
+    models: tuple[Path, Path],
+    preferences: Path,
+    run_alone: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """Its reference point is that of the global batch, whoever has which rows."""
     fields = {"objective": {"name": "kto"}, "optimizer": {"learning_rate": 1e-3}, "num_steps": 6}
-    alone = run_here(config_of("single", models, preferences, **fields), tmp_path / "single")
+    alone = run_alone(**fields)
     run = run_workers(config_of(strategy, models, preferences, **fields), tmp_path / "run")
     for one, other in zip(metrics(alone), metrics(run), strict=True):
         for name in ("loss", "kl", "gradient_norm", "margin", "kl_per_token"):
@@ -107,11 +137,15 @@ def test_kto_on_two_workers(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero1", "zero2", "zero3"])
 def test_options_of_sharding(
-    strategy: str, models: tuple[Path, Path], preferences: Path, tmp_path: Path
+    strategy: str,
+    models: tuple[Path, Path],
+    preferences: Path,
+    run_alone: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """bf16, gradient checkpointing and CPU offload together stay near the float32 run."""
     plain = {"optimizer": {"learning_rate": 1e-3}, "num_steps": 6}
-    alone = run_here(config_of("single", models, preferences, **plain), tmp_path / "single")
+    alone = run_alone(**plain)
     config = config_of(
         strategy,
         models,
@@ -144,6 +178,14 @@ def test_no_worker_of_zero3_ever_holds_a_whole_model(
     assert 0.2 * size < max(held) < 0.5 * size
 
 
+def broken_off(run: Path, place: Path, *, checkpoint: int, lines: int) -> Path:
+    """A finished run as it was some steps after one of its checkpoints; returns `place`."""
+    shutil.copytree(step_folder(run, checkpoint), step_folder(place, checkpoint))
+    text = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (place / "metrics.jsonl").write_text("".join(text[:lines]))
+    return place
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [(2, 1), (1, 2)])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -160,7 +202,7 @@ def test_zero_goes_on_with_another_number_of_workers(
     fields = {"precision": precision, "checkpoint_every": 4}
     config = config_of(strategy, models, preferences, **fields, num_workers=workers[0])
     whole = run_workers(config, tmp_path / "whole")
-    broken = run_workers(config, tmp_path / "broken", kill_after=6)
+    broken = broken_off(whole, tmp_path / "broken", checkpoint=4, lines=6)
     assert saved_steps(broken) == [4]
     run_workers(config_of(strategy, models, preferences, **fields, num_workers=workers[1]), broken)
     near = 1e-4 if precision == "float32" else 0.03
@@ -176,10 +218,13 @@ def test_zero_goes_on_with_another_number_of_workers(
 
 @pytest.mark.slow
 def test_another_number_of_workers_goes_on(
-    models: tuple[Path, Path], preferences: Path, tmp_path: Path
+    models: tuple[Path, Path],
+    preferences: Path,
+    run_alone: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """Checkpoints of fsdp2 are taken up by one process, which ends within a tolerance."""
-    whole = run_here(config_of("single", models, preferences), tmp_path / "single")
+    whole = run_alone()
     config = config_of("fsdp2", models, preferences)
     broken = run_workers(config, tmp_path / "broken", kill_after=5)
     run_here(config_of("single", models, preferences), broken)
