@@ -13,8 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from operators.optim import ShardLayout
-from operators.optim import Tau
+from operators.optim import ShardLayout, Tau
 from pipelines.checkpoints import Checkpoint, CheckpointDelta
 from pipelines.checkpoints.digests import ModelDigest
 from pipelines.commit import commit_directory, lock, partial_path, refuse_existing, write_atomically

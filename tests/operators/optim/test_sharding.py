@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from operators.consensus import CONSENSUS
 from operators.kernels.optimizer import CompiledOptimizer
 from operators.optim import OnlineMerging, OnlineMergingAdamW, ShardLayout
 from operators.optim.fast import FastPath
+from operators.sparsify import SPARSIFIERS
 
 SHAPES = {"weight": (7, 5), "norm": (11,), "embed": (33, 3), "few_rows": (2, 3), "scalar": (1,)}
 NUM_STEPS = 4
@@ -33,6 +35,19 @@ CASES = {
     "fast ties": {"density": 0.3, "alpha": 0.1, "consensus": "ties", "fast": True},
 }
 WRAPPED = {"dare": CASES["dare"], "ties step-K": CASES["ties step-K"]}
+OFFERED = [name for name, entry in CONSENSUS.items() if entry.needs == "element"]
+PAIRS = {
+    f"{sparsifier} {consensus}": {
+        "sparsifier": sparsifier,
+        "consensus": consensus,
+        "density": 0.4 if "density" in entry.parameters else 1.0,
+        "alpha": 0.1,
+    }
+    for sparsifier, entry in SPARSIFIERS.items()
+    for consensus in OFFERED
+}
+ROW_PAIRS = {name for name in PAIRS if SPARSIFIERS[name.split()[0]].needs == "row"}
+VECTORS = ("norm", "scalar")  # one row each, which a sharding cuts
 
 
 def values(seed: int) -> dict[str, Tensor]:
@@ -51,8 +66,14 @@ def make(parameters: dict[str, nn.Parameter], options, *, wrap: bool = False):
         return OnlineMerging(base, tau(), **options)
     options = dict(options)
     fast = options.pop("fast", False)
+    groups = [{"params": list(parameters.items())}]
+    if options in PAIRS.values() and SPARSIFIERS[options["sparsifier"]].needs == "row":
+        groups = [
+            {"params": [(n, p) for n, p in parameters.items() if n not in VECTORS]},
+            {"params": [(n, p) for n, p in parameters.items() if n in VECTORS], "merge": False},
+        ]
     optimizer = OnlineMergingAdamW(
-        parameters.items(), tau(), lr=1e-2, eps=0.5, implementation="reference", **options
+        groups, tau(), lr=1e-2, eps=0.5, implementation="reference", **options
     )
     if fast:
         optimizer._path, optimizer._fast = "test", FastPath(CompiledOptimizer(), optimizer._merger)
@@ -156,9 +177,11 @@ def refusals(mesh: DeviceMesh) -> list[str]:
     messages = []
     rows = nn.Parameter(distribute_tensor(values(0)["weight"], mesh, [Shard(0)]))
     columns = nn.Parameter(distribute_tensor(values(0)["weight"], mesh, [Shard(1)]))
+    vector = nn.Parameter(distribute_tensor(values(0)["norm"], mesh, [Shard(0)]))
     for attempt in (
         lambda: OnlineMerging(torch.optim.Muon([("weight", rows)]), tau()),
         lambda: OnlineMergingAdamW([("weight", columns)], tau()),
+        lambda: OnlineMergingAdamW([("norm", vector)], tau(), **PAIRS["magprune sum"]),
     ):
         try:
             attempt()
@@ -199,13 +222,19 @@ def work(rank: int, folder: str) -> None:
         for name, options in CASES.items():
             results[f"rows/{num_ranks}/{name}"] = sharded_run(mesh, options)
             results[f"flat/{num_ranks}/{name}"] = flat_run(mesh, options)
+        for name, options in PAIRS.items():
+            results[f"rows/{num_ranks}/{name}"] = sharded_run(mesh, options)
+            if name not in ROW_PAIRS:
+                results[f"flat/{num_ranks}/{name}"] = flat_run(mesh, options)
         for name, options in WRAPPED.items():
             results[f"wrapped/{num_ranks}/{name}"] = sharded_run(mesh, options, wrap=True)
         assert skipped_on_all(mesh), f"rank {rank} of {num_ranks}"
         if num_ranks == 2:
-            muon, columns = refusals(mesh)
+            muon, columns, rows = refusals(mesh)
             assert muon.startswith("base_optimizer: found Muon on the sharded parameter 'weight'")
             assert columns.startswith("parameter 'weight': found placement (Shard(dim=1),)")
+            assert rows.startswith("sparsifier: found 'magprune', which needs whole rows, on par")
+            assert "'norm', of which this rank has the elements [" in rows
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")
     dist.destroy_process_group()
@@ -225,6 +254,34 @@ def test_shardings_give_what_one_process_gives(results, num_ranks: int, name: st
     expected = whole_run(CASES[name])
     for kind in ("rows", "flat"):
         assert_equal_to_an_ulp(results[f"{kind}/{num_ranks}/{name}"], expected)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("name", PAIRS)
+def test_so_does_every_pair_of_the_tables(results, num_ranks: int, name: str) -> None:
+    expected = whole_run(PAIRS[name])
+    kinds = ("rows",) if name in ROW_PAIRS else ("rows", "flat")
+    for kind in kinds:
+        assert_equal_to_an_ulp(results[f"{kind}/{num_ranks}/{name}"], expected)
+
+
+def test_a_flat_partition_that_cuts_a_row_is_refused_where_rows_are_needed() -> None:
+    parameter, flat = nn.Parameter(torch.zeros(7, 5)), nn.Parameter(torch.zeros(12))
+    optimizer = OnlineMergingAdamW([("weight", parameter)], tau(), **PAIRS["magprune sum"])
+    optimizer.param_groups[0]["params"] = [flat]
+    optimizer.bind({flat: [ShardLayout("weight", (7, 5), 0, 12)]})
+    flat.grad = torch.ones(12)
+    with pytest.raises(ValueError, match=r"^sparsifier: found 'magprune', which needs whole rows"):
+        optimizer.step()
+
+
+def test_the_named_pairs_are_pairs_of_the_tables() -> None:
+    """To the bit: bernoulli with sum is OnDARE, top with sign is OnTIES."""
+    for name, pair in (("dare", "bernoulli sum"), ("ties", "top sign")):
+        options = {"density": 0.4, "alpha": 0.1, "consensus": name}
+        found = whole_run(PAIRS[pair])
+        for parameter, tensor in whole_run(options).items():
+            assert torch.equal(found[parameter], tensor)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
