@@ -121,11 +121,11 @@ def diff(
 
 @app.command(epilog="Example: `poise verify runs/ties --again`")
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the output of poise merge")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a model that Poise made")],
     again: Annotated[bool, typer.Option("--again", help="merge anew and compare")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a merge and its inputs against the fingerprints in its record."""
+    """Check a model, and what was merged into it, against the digests in its record."""
     from ray_jobs.verify import run_verify
 
     run_verify(folder, again=again, as_json=as_json)

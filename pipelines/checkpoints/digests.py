@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pipelines.checkpoints.reader import Checkpoint, read_json
 from pipelines.commit import write_atomically
+from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint, fingerprint_file
 
 BLOCK_ELEMENTS = 1 << 22
@@ -147,10 +148,13 @@ class DigestMemory:
         self._known: dict[str, tuple[Identity, ModelDigest]] = {}
 
     def load(self, file: Path) -> None:
-        """Take in what `save` wrote, if it is there."""
-        for path, found in (read_json(file) if file.is_file() else {}).items():
-            digest = ModelDigest(found["weights"], found["companions"])
-            self._known[path] = (found["files"], digest)
+        """Take in what `save` wrote, if it is there; any other file tells nothing."""
+        try:
+            for path, found in (read_json(file) if file.is_file() else {}).items():
+                digest = ModelDigest(found["weights"], found["companions"])
+                self._known[path] = (found["files"], digest)
+        except (InputError, KeyError, TypeError):
+            return
 
     def save(self, file: Path, models: Iterable[Path]) -> None:
         """Write down what is known of these models."""

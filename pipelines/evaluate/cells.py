@@ -23,12 +23,13 @@ class Cell:
     max_new_tokens: int
     batch_size: int
     limit: int | None
+    weights: str  # the digest of the model's
     fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
 class CellResult:
-    """Percent right with its standard error, over n prompts."""
+    """Percent right with its standard error, over n prompts, of a model with these weights."""
 
     model: str
     task: str
@@ -36,6 +37,7 @@ class CellResult:
     stderr: float
     n: int
     fingerprint: str
+    weights: str = ""  # cells of earlier versions do not say
 
 
 def cell_path(folder: str | Path, model: str, task: str) -> Path:
@@ -78,7 +80,15 @@ def run_cell(cell: Cell, generator: Generator, folder: str | Path) -> CellResult
         folder / "completions" / cell.model / f"{task.name}.jsonl", "\n".join(lines) + "\n"
     )
     mean, error = clustered_mean(values, [row.cluster for row in rows])
-    result = CellResult(cell.model, task.name, 100 * mean, 100 * error, len(rows), cell.fingerprint)
+    result = CellResult(
+        model=cell.model,
+        task=task.name,
+        value=100 * mean,
+        stderr=100 * error,
+        n=len(rows),
+        fingerprint=cell.fingerprint,
+        weights=cell.weights,
+    )
     write_atomically(cell_path(folder, cell.model, task.name), json.dumps(asdict(result)))
     return result
 

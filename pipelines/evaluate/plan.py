@@ -100,15 +100,17 @@ def plan_evaluation(
     checkpoints = {name: _opened(name, path) for name, path in config.models.items()}
     digests = {name: memory.digest(checkpoint) for name, checkpoint in checkpoints.items()}
     keys = _keys(config, tasks, {name: asdict(digest) for name, digest in digests.items()})
-    settings = (config.max_new_tokens, config.batch_size, config.limit)
     cells = [
         Cell(
-            name,
-            str(path.absolute()),
-            task.model_dump_json(),
-            config.split,
-            *settings,
-            keys[name, task.name],
+            model=name,
+            path=str(path.absolute()),
+            task=task.model_dump_json(),
+            split=config.split,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            limit=config.limit,
+            weights=digests[name].weights,
+            fingerprint=keys[name, task.name],
         )
         for name, path in config.models.items()
         for task in tasks

@@ -54,6 +54,7 @@ class MergePlan:
     layout: OutputLayout
     items: list[Item]
     checkpoints: dict[str, Checkpoint]
+    identities: dict[str, Identity]  # of the inputs' files when they were looked at
     tokenizer: OutputTokenizer
     template: str | None  # the chat template, where the config asks for one
     named: Mapping[str, "MergePlan"] = field(default_factory=dict)  # those with an `out`
@@ -108,11 +109,6 @@ class MergePlan:
     def settings_key(self) -> str:
         """Of the settings alone: equal ones make the same of the same inputs."""
         return fingerprint_work(self.settings, "merge")
-
-    @cached_property
-    def identities(self) -> dict[str, Identity]:
-        """Of every input's files: lengths and times of change."""
-        return {path: identity(found) for path, found in self.checkpoints.items()}
 
     @cached_property
     def key(self) -> str:
@@ -172,15 +168,25 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
     checkpoints = {
         str(found.path): found for source in sources.values() for found in source.checkpoints()
     }
+    identities = {path: identity(found) for path, found in checkpoints.items()}
     sources, tokenizer = align_vocabularies(config, sources, reference)
     models = {name: sources[name] for name in names}
     base = None if config.base_model is None else sources[reference]
     tensors = output_tensors(config, models, base)
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     layout = plan_layout(described, config.max_shard_bytes)
-    items = _items(tensors, layout)
-    template = chat_template(config.chat_template, models, sources[reference])
-    return MergePlan(config, models, base, tensors, layout, items, checkpoints, tokenizer, template)
+    return MergePlan(
+        config=config,
+        models=models,
+        base=base,
+        tensors=tensors,
+        layout=layout,
+        items=_items(tensors, layout),
+        checkpoints=checkpoints,
+        identities=identities,
+        tokenizer=tokenizer,
+        template=chat_template(config.chat_template, models, sources[reference]),
+    )
 
 
 def _as_source(name: str, plan: MergePlan) -> MergedSource:

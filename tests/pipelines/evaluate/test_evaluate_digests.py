@@ -84,7 +84,10 @@ def test_each_model_is_read_once(world: Path, read: list[str]) -> None:
     assert len(read) == len(set(read)) == 2 * len(load_file(world / "model-0" / WEIGHTS))
     for number, name in enumerate(("first", "second")):
         tensors = load_file(world / f"model-{number}" / WEIGHTS)
-        assert summaries[0]["digests"][name]["weights"] == blake2(described(tensors))
+        weights = blake2(described(tensors))
+        assert summaries[0]["digests"][name]["weights"] == weights
+        cell = json.loads((world / "test" / "cells" / name / "words.json").read_text())
+        assert cell["weights"] == weights
     read.clear()
     assert evaluate_together(runs, executor="local") == summaries
     evaluate(configs[0], world / "development", executor="local", force=True)
@@ -104,6 +107,26 @@ def test_an_interrupted_run_does_not_read_again(world: Path, read: list[str]) ->
     read.clear()
     evaluate(config, out, executor="local")
     assert read == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"x": 1}', '{"x": {"weights": "0"}}'])
+def test_files_of_others_tell_nothing(world: Path, read: list[str], text: str) -> None:
+    """Nor does one that has other lengths or times for a model."""
+    out = partial_path(world / "out")
+    out.mkdir()
+    (out / "models.json").write_text(text)
+    expected = plan_evaluation(config_of(world), world / "nowhere").fingerprint
+    read.clear()
+    plan = plan_evaluation(config_of(world), world / "out")
+    assert plan.fingerprint == expected
+    assert read
+    plan.memory.save(out / "models.json", plan.config.models.values())
+    known = json.loads((out / "models.json").read_text())
+    for entry in known.values():
+        entry["weights"] = "of other files"
+        entry["files"][WEIGHTS][1] += 1
+    (out / "models.json").write_text(json.dumps(known))
+    assert plan_evaluation(config_of(world), world / "out").fingerprint == expected
 
 
 def test_touched_files_are_read_and_changed_ones_measured(
