@@ -91,7 +91,7 @@ def config_of(name: str, folder: Path) -> AlignConfig:
     fields |= SETTINGS[name]
     if "density" in fields["optimizer"]:
         tau = {"base": folder / "base", "tuned": folder / "model"}
-        fields["optimizer"] = fields["optimizer"] | {"reference": tau}
+        fields["optimizer"] = fields["optimizer"] | {"tau": tau}
     return AlignConfig(**fields)
 
 

@@ -1,7 +1,7 @@
 """The config of `poise align`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,7 @@ ONLINE_FIELDS = {
     "alpha",
     "merge_every",
     "alpha_schedule",
-    "reference",
+    "tau",
     "missing_delta",
     "delta_placement",
     "implementation",
@@ -65,8 +65,8 @@ class ObjectiveConfig(Config):
         return {name: defaults[name] if v is None else v for name, v in given.items()}
 
 
-class ReferenceDelta(Config):
-    """The two checkpoints whose difference is the reference delta tau."""
+class TauConfig(Config):
+    """The two checkpoints whose difference is tau, the reference delta."""
 
     base: Path
     tuned: Path
@@ -74,6 +74,10 @@ class ReferenceDelta(Config):
 
 class OptimizerConfig(Config):
     """AdamW, or an online merging optimizer around it."""
+
+    section: ClassVar = "optimizer."
+    old_fields: ClassVar = {"reference": "tau"}
+    old_values: ClassVar = {"implementation": {"reference": "eager"}}
 
     name: Annotated[str, NamedIn(["adamw", *ONLINE])] = "adamw"
     learning_rate: float = Field(gt=0)
@@ -86,18 +90,18 @@ class OptimizerConfig(Config):
     alpha_schedule: Literal["constant", "lr"] = Field(
         "constant", description="alpha as it is, or in proportion to the learning rate"
     )
-    reference: ReferenceDelta | None = Field(None, description="where tau comes from")
+    tau: TauConfig | None = Field(None, description="where tau comes from")
     missing_delta: Literal["error", "zero_rows", "exclude"] = Field(
-        "error", description="for tensors of which the reference has none, or fewer rows"
+        "error", description="for tensors of which tau has none, or fewer rows"
     )
     delta_placement: Literal["device", "host", "source"] = Field(
         "device", description="where tau is kept, or read from its files at every step"
     )
-    implementation: Literal["auto", "reference", "compiled", "triton"] = "auto"
+    implementation: Literal["auto", "eager", "compiled", "triton"] = "auto"
 
     @model_validator(mode="after")
     def _what_the_name_needs(self) -> "OptimizerConfig":
-        for field in ("density", "alpha", "reference"):
+        for field in ("density", "alpha", "tau"):
             if self.name in ONLINE and getattr(self, field) is None:
                 raise ValueError(f"{field}: required with {self.name}")
         for field in ONLINE_FIELDS & self.model_fields_set:

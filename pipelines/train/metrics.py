@@ -180,10 +180,10 @@ def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
     The start is read again from its files, range by range; every rank must call.
     """
     start = Checkpoint.open(config.model)
-    reference = config.optimizer.reference
+    tau_config = config.optimizer.tau
     source = None
-    if reference is not None:
-        delta = CheckpointDelta(reference.base, reference.tuned)
+    if tau_config is not None:
+        delta = CheckpointDelta(tau_config.base, tau_config.tuned)
         source = ReferenceDelta(delta, config.optimizer.missing_delta)
     sums = torch.zeros(3, dtype=torch.float64)
     for part, values in strategy.owned():

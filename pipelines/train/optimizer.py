@@ -11,6 +11,8 @@ from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints import CheckpointDelta
 from pipelines.train.config import ONLINE, AlignConfig
 
+OPERATORS_NAMES = {"eager": "reference"}  # of implementations, where `operators` has another one
+
 
 def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
     """AdamW, or online merging around it, whose tau is read by slice from two checkpoints."""
@@ -24,7 +26,7 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
     if settings.name not in ONLINE:
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, foreach=True, **shared)
-    delta = CheckpointDelta(settings.reference.base, settings.reference.tuned)
+    delta = CheckpointDelta(settings.tau.base, settings.tau.tuned)
     return OnlineMergingAdamW(
         model.named_parameters(),
         delta,
@@ -36,7 +38,7 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
         alpha_schedule=settings.alpha_schedule,
         missing_delta=settings.missing_delta,
         delta_placement=settings.delta_placement,
-        implementation=settings.implementation,
+        implementation=OPERATORS_NAMES.get(settings.implementation, settings.implementation),
         seed=config.seed,
     )
 

@@ -40,7 +40,7 @@ def config_of(
             "density": 0.4,
             "alpha": 1e-2,
             "merge_every": 3,
-            "reference": {"base": base, "tuned": tuned},
+            "tau": {"base": base, "tuned": tuned},
         },
         "strategy": strategy,
         "num_workers": 1 if strategy == "single" else 2,
@@ -210,7 +210,7 @@ def test_zero_moves_weights_on_given_gradients_as_one_process(
         "eps": 0.5,  # first updates differ in size
         "density": 0.4,
         "alpha": 1e-2,
-        "reference": {"base": base, "tuned": tuned},
+        "tau": {"base": base, "tuned": tuned},
     }
     config = config_of(
         strategy,
