@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from operators.metrics import delta_sums, norm_and_cosine
+from operators.optim import OnlineMergingAdamW
 from operators.optim.reference import ReferenceDelta
 from pipelines.checkpoints import Checkpoint, CheckpointDelta
 from pipelines.train.config import AlignConfig
@@ -202,7 +203,7 @@ def merge_metrics(strategy: Strategy) -> dict[str, float]:
     rounding left where it was, over all workers (zero3: of its last group of parameters). Nothing
     with other optimizers, and before a merge. Every rank must call.
     """
-    if not hasattr(strategy.optimizer, "merge_counts"):
+    if not isinstance(strategy.optimizer, OnlineMergingAdamW):
         return {}
     num_unchanged, num_merged = add_up(strategy.optimizer.merge_counts().double()).tolist()
     return {"unchanged_share": num_unchanged / num_merged} if num_merged else {}

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -179,14 +180,21 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
     """Look at every input, and say what the run will do.
 
     Args:
-        cache: where tokens are kept; without it they are made and thrown away.
+        cache: where tokens are kept; without it, and without one in the config, they are in a
+            folder that goes when the plan's table does.
 
     Raises:
         InputError: config, model or data that cannot be used.
     """
     if cache is None and config.cache is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return plan_alignment(config, Path(folder))
+        cache = Path(tempfile.mkdtemp(prefix="poise-"))
+        try:
+            plan = plan_alignment(config, cache)
+        except BaseException:
+            shutil.rmtree(cache, ignore_errors=True)
+            raise
+        weakref.finalize(plan.table, shutil.rmtree, cache, ignore_errors=True)
+        return plan
     checkpoint = check_inputs(config)
     settings = TokenSettings(
         str(config.model),
