@@ -91,7 +91,7 @@ def config_of(name: str, folder: Path) -> AlignConfig:
     fields |= SETTINGS[name]
     if "density" in fields["optimizer"]:
         tau = {"base": folder / "base", "tuned": folder / "model"}
-        fields["optimizer"] = fields["optimizer"] | {"reference": tau}
+        fields["optimizer"] = fields["optimizer"] | {"tau": tau}
     return AlignConfig(**fields)
 
 
@@ -121,7 +121,7 @@ def _worker(rank: int, world: int, port: int, settings: dict[str, Any], folder: 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     before = psutil.Process().memory_info().rss
-    train_worker({"runs": [settings]})
+    train_worker({"runs": [settings | {"num_threads": 1}]})
     (folder / f"held-{rank}").write_text(str(peak_memory() - before))
     dist.destroy_process_group()
 

@@ -73,7 +73,7 @@ def poise_steps(model: Path, data: Path, folder: Path, strategy: str, steps: int
     folder.mkdir()
     cache = folder.parent / "cache"
     settings = worker_settings(config, plan_alignment(config, cache), folder, cache)
-    train_worker({"runs": [settings]})
+    train_worker({"runs": [settings | {"num_threads": 1}]})
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["seconds"] for line in lines][WARM_UP:-1]  # the last one saves too
 

@@ -2,21 +2,57 @@
 
 import copy
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from pipelines.errors import InputError
 
 
 class Config(BaseModel):
-    """Base of every config: unknown keys are errors and instances do not change."""
+    """Base of every config: unknown keys are errors and instances do not change.
+
+    What has been renamed goes on working under its old name, with a line on stderr that names the
+    new one. Instances know the new names alone, and so do fingerprints.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    section: ClassVar[str] = ""  # where the fields stand in a file, such as "optimizer."
+    old_fields: ClassVar[Mapping[str, str]] = {}  # old name: new name
+    old_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # field: old value: new value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        for old, new in cls.old_fields.items():
+            if old in values:
+                if new in values:
+                    raise ValueError(
+                        f"{cls.section}{old}: is called {cls.section}{new} now; found both"
+                    )
+                values[new] = values.pop(old)
+                _tell_once(f"{cls.section}{old}: is called {cls.section}{new} now")
+        for field, renamed in cls.old_values.items():
+            old = values.get(field)
+            if isinstance(old, str) and old in renamed:
+                values[field] = renamed[old]
+                _tell_once(f"{cls.section}{field}: {old} is called {renamed[old]} now")
+        return values
+
+
+@cache
+def _tell_once(line: str) -> None:
+    print(f"  {line}", file=sys.stderr)
 
 
 class NamedIn:

@@ -1,22 +1,24 @@
 """The config of `poise align`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from operators.losses import OBJECTIVES, Objective
+from operators.optim import MergeOptions
 from pipelines.config import Config, NamedIn
 from pipelines.train.row_kinds import ROW_KINDS, RowKind
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
 
-ONLINE = {"ondare": "dare", "onties": "ties"}
+# Online merging optimizers: named pairs of sparsifier and consensus, or any pair by its names.
+ONLINE = {"ondare": "dare", "onties": "ties", "online": ""}
 ONLINE_FIELDS = {
     "density",
     "alpha",
     "merge_every",
     "alpha_schedule",
-    "reference",
+    "tau",
     "missing_delta",
     "delta_placement",
     "implementation",
@@ -65,8 +67,8 @@ class ObjectiveConfig(Config):
         return {name: defaults[name] if v is None else v for name, v in given.items()}
 
 
-class ReferenceDelta(Config):
-    """The two checkpoints whose difference is the reference delta tau."""
+class TauConfig(Config):
+    """The two checkpoints whose difference is tau, the reference delta."""
 
     base: Path
     tuned: Path
@@ -75,36 +77,62 @@ class ReferenceDelta(Config):
 class OptimizerConfig(Config):
     """AdamW, or an online merging optimizer around it."""
 
+    section: ClassVar = "optimizer."
+    old_fields: ClassVar = {"reference": "tau"}
+    old_values: ClassVar = {"implementation": {"reference": "eager"}}
+
     name: Annotated[str, NamedIn(["adamw", *ONLINE])] = "adamw"
     learning_rate: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    density: float | None = Field(None, gt=0, le=1, description="fraction kept (ondare, onties)")
-    alpha: float | None = Field(None, ge=0, lt=1, description="weight of tau (ondare, onties)")
-    merge_every: int = Field(1, ge=1, description="K of step-K (ondare, onties)")
+    sparsifier: str | None = Field(None, description="what is kept of update and tau (online)")
+    consensus: str | None = Field(None, description="how the two become one (online)")
+    sparsifier_parameters: dict[str, Any] = Field({}, description="beside the density (online)")
+    density: float | None = Field(None, gt=0, le=1, description="fraction kept (online merging)")
+    alpha: float | None = Field(None, ge=0, lt=1, description="weight of tau (online merging)")
+    merge_every: int = Field(1, ge=1, description="K of step-K (online merging)")
     alpha_schedule: Literal["constant", "lr"] = Field(
         "constant", description="alpha as it is, or in proportion to the learning rate"
     )
-    reference: ReferenceDelta | None = Field(None, description="where tau comes from")
+    tau: TauConfig | None = Field(None, description="where tau comes from")
     missing_delta: Literal["error", "zero_rows", "exclude"] = Field(
-        "error", description="for tensors of which the reference has none, or fewer rows"
+        "error", description="for tensors of which tau has none, or fewer rows"
     )
     delta_placement: Literal["device", "host", "source"] = Field(
         "device", description="where tau is kept, or read from its files at every step"
     )
-    implementation: Literal["auto", "reference", "compiled", "triton"] = "auto"
+    implementation: Literal["auto", "eager", "compiled", "triton"] = "auto"
 
     @model_validator(mode="after")
     def _what_the_name_needs(self) -> "OptimizerConfig":
-        for field in ("density", "alpha", "reference"):
-            if self.name in ONLINE and getattr(self, field) is None:
+        required = ["density", "alpha", "tau"] if self.name in ONLINE else []
+        required += ["sparsifier", "consensus"] if self.name == "online" else []
+        for field in required:
+            if getattr(self, field) is None:
                 raise ValueError(f"{field}: required with {self.name}")
+        for field in ("sparsifier", "consensus", "sparsifier_parameters"):
+            if getattr(self, field) and self.name != "online":
+                raise ValueError(f"{field}: has no effect with {self.name}; allowed with online")
+        if self.name == "online":
+            self.merge_options.check(has_tau=True)
         for field in ONLINE_FIELDS & self.model_fields_set:
             default = type(self).model_fields[field].default
             if self.name not in ONLINE and getattr(self, field) != default:
                 raise ValueError(f"{field}: has no effect with {self.name}")
         return self
+
+    @property
+    def merge_options(self) -> MergeOptions:
+        """The pair of `online` and its parameters, as the optimizer has them."""
+        assert self.consensus is not None and self.density is not None and self.alpha is not None
+        return MergeOptions(
+            consensus=self.consensus,
+            sparsifier=self.sparsifier,
+            sparsifier_parameters=self.sparsifier_parameters,
+            density=self.density,
+            alpha=self.alpha,
+        )
 
 
 class LoraSettings(Config):
@@ -200,6 +228,7 @@ class AlignConfig(Config):
             raise ValueError(f"trackers: found {self.trackers}; allowed: each once")
         self._check_reference_fields()
         self._check_strategy()
+        self._check_rows()
         if self.lora is not None and self.optimizer.name in ONLINE:
             raise ValueError(
                 f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
@@ -228,6 +257,17 @@ class AlignConfig(Config):
             raise ValueError(
                 f"cpu_offload: has no effect with strategy {self.strategy}; allowed with "
                 f"{those_that('takes_cpu_offload')}"
+            )
+
+    def _check_rows(self) -> None:
+        """Raise ValueError where a sparsifier needs whole rows and workers have parts of them."""
+        if self.optimizer.name != "online" or not self.traits.is_sharded:
+            return
+        options = self.optimizer.merge_options
+        if options.needs == "row":
+            raise ValueError(
+                f"optimizer.sparsifier: found {self.optimizer.sparsifier} with strategy "
+                f"{self.strategy}, which cuts rows; allowed with it: single, ddp"
             )
 
     def _check_reference_fields(self) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from operators.optim import OnlineMergingAdamW
 from pipelines.commit import lock, write_atomically
 from pipelines.fingerprint import fingerprint
-from pipelines.train.activations import offload_activations
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import (
@@ -108,7 +108,8 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
             record_failure(folder, error)
         raise
     if digest is not None:  # this is the first rank
-        path = getattr(run.strategy.optimizer, "path", None)
+        optimizer = run.strategy.optimizer
+        path = optimizer.path if isinstance(optimizer, OnlineMergingAdamW) else None
         exported = {"optimizer_path": path, **asdict(digest)}
         write_atomically(folder / EXPORTED_FILE, json.dumps(exported))
     return True
@@ -253,3 +254,30 @@ class Run:
             return torch.cat([score(self.strategy, batch) for _, batch in batches])
 
         return mismatched_point(policy, reference, add_up, num_rows)
+
+
+def offload_activations() -> AbstractContextManager[object]:
+    """What autograd keeps in the block goes to CPU memory, and comes back when it is needed.
+
+    As `torch.autograd.graph.save_on_cpu`, but parameters stay where they are: they are held
+    anyhow, or gathered again by their sharding. With gradient checkpointing it is the inputs of the
+    blocks that go. Copies are exact, so gradients are the same to the last bit.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+
+
+def _pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+        return tensor  # or a view of one, as a linear layer keeps its weight transposed
+    pinned = tensor.is_cuda
+    # With the same strides, or other kernels would run on it.
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+    # In the order of the stream, like the passes themselves: nothing has to wait for it.
+    return tensor.device, copy.copy_(tensor, non_blocking=pinned)
+
+
+def _unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    device, copy = packed
+    return copy.to(device, non_blocking=copy.is_pinned())

@@ -155,5 +155,8 @@ def _tau_bytes(optimizer: OptimizerConfig, num_parameters: int) -> int:
     if optimizer.name not in ONLINE or optimizer.delta_placement == "source":
         return 0
     assert optimizer.density is not None
-    kept = 2.0 if optimizer.name == "ondare" else min(2.0, 6 * optimizer.density)
+    sparse = optimizer.name == "onties" or (
+        optimizer.name == "online" and optimizer.merge_options.needs == "threshold"
+    )
+    kept = min(2.0, 6 * optimizer.density) if sparse else 2.0
     return round(kept * num_parameters)

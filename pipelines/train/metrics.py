@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from operators.metrics import delta_sums, norm_and_cosine
-from operators.optim import Tau
+from operators.optim import OnlineMergingAdamW, Tau
 from pipelines.checkpoints import Checkpoint, CheckpointDelta
 from pipelines.train.config import AlignConfig
 from pipelines.train.errors import DivergenceError
@@ -180,10 +180,10 @@ def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
     The start is read again from its files, range by range; every rank must call.
     """
     start = Checkpoint.open(config.model)
-    reference = config.optimizer.reference
+    tau_config = config.optimizer.tau
     source = None
-    if reference is not None:
-        delta = CheckpointDelta(reference.base, reference.tuned)
+    if tau_config is not None:
+        delta = CheckpointDelta(tau_config.base, tau_config.tuned)
         source = Tau(delta, config.optimizer.missing_delta)
     sums = torch.zeros(3, dtype=torch.float64)
     for part, values in strategy.owned():
@@ -202,7 +202,7 @@ def merge_metrics(strategy: Strategy) -> dict[str, float]:
     rounding left where it was, over all workers (zero3: of its last group of parameters). Nothing
     with other optimizers, and before a merge. Every rank must call.
     """
-    if not hasattr(strategy.optimizer, "merge_counts"):
+    if not isinstance(strategy.optimizer, OnlineMergingAdamW):
         return {}
     num_unchanged, num_merged = add_up(strategy.optimizer.merge_counts().double()).tolist()
     return {"unchanged_share": num_unchanged / num_merged} if num_merged else {}

@@ -24,12 +24,14 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
     if settings.name not in ONLINE:
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, foreach=True, **shared)
-    delta = CheckpointDelta(settings.reference.base, settings.reference.tuned)
+    delta = CheckpointDelta(settings.tau.base, settings.tau.tuned)
     return OnlineMergingAdamW(
         model.named_parameters(),
         delta,
         **shared,
-        consensus=ONLINE[settings.name],
+        consensus=settings.consensus or ONLINE[settings.name],
+        sparsifier=settings.sparsifier,
+        sparsifier_parameters=settings.sparsifier_parameters,
         density=settings.density,
         alpha=settings.alpha,
         merge_every=settings.merge_every,

@@ -6,7 +6,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,7 +19,12 @@ from pipelines.checkpoints import Checkpoint, CheckpointDelta
 from pipelines.checkpoints.digests import ModelDigest
 from pipelines.commit import commit_directory, lock, partial_path, refuse_existing, write_atomically
 from pipelines.errors import InputError
-from pipelines.fingerprint import fingerprint_directory, fingerprint_work
+from pipelines.fingerprint import (
+    MEANING,
+    fingerprint,
+    fingerprint_directory,
+    fingerprint_work,
+)
 from pipelines.provenance import read_record
 from pipelines.train.config import AlignConfig, OptimizerConfig
 from pipelines.train.data import (
@@ -76,9 +82,9 @@ class Plan:
         paths = {"model": self.config.model}
         if self.config.reference_model is not None:
             paths["reference_model"] = self.config.reference_model
-        if (delta := self.config.optimizer.reference) is not None:
-            paths |= {"optimizer.reference.base": delta.base}
-            paths |= {"optimizer.reference.tuned": delta.tuned}
+        if (delta := self.config.optimizer.tau) is not None:
+            paths |= {"optimizer.tau.base": delta.base}
+            paths |= {"optimizer.tau.tuned": delta.tuned}
         keys = {name: fingerprint_directory(path, CHECKPOINT_FILES) for name, path in paths.items()}
         return keys | {"data": self.data_key}
 
@@ -126,7 +132,7 @@ def align_in_turn(
             if is_new:
                 check_cluster(config)  # at once, and not after all data have been read
             plan = plan_alignment(config, cache)
-            if _finished(out, plan.fingerprint) and not force:
+            if _finished(out, plan) and not force:
                 continue
             refuse_existing(out, force=force)
             if not is_new:
@@ -134,9 +140,7 @@ def align_in_turn(
             if remarks := plan.table.counts.remarks():
                 print(f"  {remarks}", file=sys.stderr)
             folder = partial_path(out)
-            stack.enter_context(
-                _unfinished_run(folder, plan.fingerprint, config, force=force, inputs=plan.inputs)
-            )
+            stack.enter_context(_unfinished_run(folder, plan, force=force))
             settings = worker_settings(config, plan, folder, cache)
             jobs.append(Job(out.name, settings, partial(_commit, config, plan, out, force=force)))
         if jobs:
@@ -181,14 +185,21 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
     """Look at every input, and say what the run will do.
 
     Args:
-        cache: where tokens are kept; without it they are made and thrown away.
+        cache: where tokens are kept; without it, and without one in the config, they are in a
+            folder that goes when the plan's table does.
 
     Raises:
         InputError: config, model or data that cannot be used.
     """
     if cache is None and config.cache is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return plan_alignment(config, Path(folder))
+        cache = Path(tempfile.mkdtemp(prefix="poise-"))
+        try:
+            plan = plan_alignment(config, cache)
+        except BaseException:
+            shutil.rmtree(cache, ignore_errors=True)
+            raise
+        weakref.finalize(plan.table, shutil.rmtree, cache, ignore_errors=True)
+        return plan
     checkpoint = check_inputs(config)
     settings = TokenSettings(
         str(config.model),
@@ -232,7 +243,7 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     check_tied(empty_model(config.model), checkpoint)
     if config.reference_model is not None:
         _check_reference(checkpoint, Checkpoint.open(config.reference_model))
-    if config.optimizer.reference is not None:
+    if config.optimizer.tau is not None:
         _check_delta(checkpoint, config.optimizer)
     return checkpoint
 
@@ -242,10 +253,10 @@ def with_absolute_paths(config: AlignConfig) -> AlignConfig:
     paths = {"model": config.model.absolute(), "data": config.data.absolute()}
     if config.reference_model is not None:
         paths["reference_model"] = config.reference_model.absolute()
-    reference = config.optimizer.reference
-    if reference is not None:
-        places = {"base": reference.base.absolute(), "tuned": reference.tuned.absolute()}
-        update = {"reference": reference.model_copy(update=places)}
+    tau = config.optimizer.tau
+    if tau is not None:
+        places = {"base": tau.base.absolute(), "tuned": tau.tuned.absolute()}
+        update = {"tau": tau.model_copy(update=places)}
         paths["optimizer"] = config.optimizer.model_copy(update=update)
     return config.model_copy(update=paths)
 
@@ -308,47 +319,66 @@ def _check_reference(model: Checkpoint, reference: Checkpoint) -> None:
 
 def _check_delta(model: Checkpoint, optimizer: OptimizerConfig) -> None:
     """Raise InputError unless the reference delta fits the model's tensors."""
-    assert optimizer.reference is not None
-    source = CheckpointDelta(optimizer.reference.base, optimizer.reference.tuned)
+    assert optimizer.tau is not None
+    source = CheckpointDelta(optimizer.tau.base, optimizer.tau.tuned)
     delta = Tau(source, optimizer.missing_delta)
     for name, tensor in model.tensors.items():
         try:
             delta.covers(ShardLayout(name, tensor.shape, 0, 0))
         except ValueError as error:
             found = str(error).removeprefix("reference_delta: ")
-            raise InputError(
-                f"optimizer.reference: {found}; or choose optimizer.missing_delta"
-            ) from None
+            raise InputError(f"optimizer.tau: {found}; or choose optimizer.missing_delta") from None
 
 
-def _finished(out: Path, key: str) -> bool:
+def _finished(out: Path, plan: Plan) -> bool:
     """Whether `out` is what this run would make."""
     record = read_record(out)
-    return record is not None and record.get("fingerprint") == key
+    return record is not None and _is_of(record, plan)
+
+
+def _is_of(record: dict[str, Any], plan: Plan) -> bool:
+    """Whether a run of this version, or of the one before, has left a record of this plan."""
+    found = record.get("fingerprint")
+    if found == plan.fingerprint:
+        return True
+    return MEANING["align"] == 1 and found == fingerprint_by_old_names(plan)
+
+
+def fingerprint_by_old_names(plan: Plan) -> str:
+    """The fingerprint of the version that called tau `reference`, and eager `reference` too."""
+    config, inputs = plan.config, {"data": plan.data_key}
+    same = config.model_dump(mode="json", exclude=IMMATERIAL)
+    same["strategy"] = config.traits.family
+    optimizer = same["optimizer"]
+    for field in ("sparsifier", "consensus", "sparsifier_parameters"):
+        del optimizer[field]  # which it did not have
+    optimizer["reference"] = optimizer.pop("tau")
+    if optimizer["implementation"] == "eager":
+        optimizer["implementation"] = "reference"
+    paths = {"model": config.model, "reference_model": config.reference_model}
+    if (tau := config.optimizer.tau) is not None:
+        paths |= {"optimizer.reference.base": tau.base, "optimizer.reference.tuned": tau.tuned}
+    for name, path in paths.items():
+        if path is not None:
+            inputs[name] = fingerprint_directory(path, CHECKPOINT_FILES)
+    return fingerprint([same, inputs])
 
 
 @contextmanager
-def _unfinished_run(
-    folder: Path,
-    key: str,
-    config: AlignConfig,
-    *,
-    force: bool,
-    inputs: Mapping[str, str] | None = None,
-) -> Iterator[None]:
-    """Hold the folder of an unfinished run: a new one, or one of the same config to go on with.
+def _unfinished_run(folder: Path, plan: Plan, *, force: bool) -> Iterator[None]:
+    """Hold the folder of an unfinished run: a new one, or one of the same plan to go on with.
 
     Raises:
         InputError: the folder holds another run.
     """
     path = folder / "run.json"
     record = {
-        "fingerprint": key,
-        "config": with_absolute_paths(config).model_dump(mode="json"),
-        "inputs": inputs or {},
+        "fingerprint": plan.fingerprint,
+        "config": with_absolute_paths(plan.config).model_dump(mode="json"),
+        "inputs": plan.inputs,
     }
     found = json.loads(path.read_text()) if path.is_file() else record
-    if found.get("fingerprint") != key:
+    if not _is_of(found, plan):
         if not force:
             raise InputError(
                 f"{folder}: holds an unfinished run of another config or other inputs; "

@@ -80,14 +80,14 @@ def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
 def with_restarts(
     attempt: Callable[[], Exception | None], jobs: Sequence[Job], max_failures: int
 ) -> Exception | None:
-    """Attempt until nothing fails, or what fails would come again, or for once more than
-    `max_failures` in a row nothing was gained; without restarts where that is 0.
+    """Attempt until nothing fails. A failure that would come again is the last one, and so is one
+    after which more than `max_failures` in a row have gained nothing; where that is 0, any.
 
     Args:
-        attempt: returns what went wrong.
+        attempt: returns what went wrong, or None.
 
     Returns:
-        what went wrong with the last attempt.
+        what went wrong with the last attempt, or None.
     """
     num_losses, before = 0, [job.standing() for job in jobs]
     while (failure := attempt()) is not None and max_failures:

@@ -4,11 +4,12 @@ Oracle: values and lines written by hand.
 """
 
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from pydantic import Field
 
-from pipelines.config import Config, apply_overrides, check, load_config
+from pipelines.config import Config, NamedIn, apply_overrides, check, load_config
 from pipelines.errors import InputError
 
 
@@ -79,3 +80,40 @@ def test_a_misspelt_required_field_is_called_unknown() -> None:
 
     with pytest.raises(InputError, match="densty: unknown field; allowed: density"):
         check({"densty": 0.5}, Needs, "merge.yaml")
+
+
+def test_an_old_name_beside_the_new_one() -> None:
+    """It cannot be said which one is meant."""
+
+    class Renamed(Config):
+        section: ClassVar = "part."
+        old_fields: ClassVar = {"before": "after"}
+        after: int = 0
+
+    assert check({"before": 3}, Renamed, "x.yaml").after == 3
+    with pytest.raises(
+        InputError, match=r"^x.yaml: part.before: is called part.after now; found b"
+    ):
+        check({"before": 3, "after": 3}, Renamed, "x.yaml")
+
+
+def test_names_come_from_a_table() -> None:
+    """Also those that were put into it later; an error reads as pydantic's own of a Literal."""
+    table = {"one": 1, "two": 2}
+
+    class Named(Config):
+        name: Annotated[str, NamedIn(table)] = "one"
+
+    class Literally(Config):
+        name: Literal["one", "two"] = "one"
+
+    for value in ("three", 3, ["one"]):
+        lines = []
+        for model in (Named, Literally):
+            with pytest.raises(InputError) as error:
+                check({"name": value}, model, "x.yaml")
+            lines.append(str(error.value))
+        assert lines[0] == lines[1]
+    table["three"] = 3
+    assert check({"name": "three"}, Named, "x.yaml").name == "three"
+    assert Named.model_json_schema()["properties"]["name"]["enum"] == ["one", "two", "three"]

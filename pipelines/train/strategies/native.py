@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from operators.optim import OnlineMergingAdamW
 from operators.optim.layout import layout_of, local
 from pipelines.checkpoints import Checkpoint
 from pipelines.train.config import AlignConfig
@@ -114,7 +115,7 @@ class SingleStrategy:
 
     def merge_pending(self) -> None:
         """Merge the tail of step-K, where the optimizer has one."""
-        if hasattr(self.optimizer, "merge_pending"):
+        if isinstance(self.optimizer, OnlineMergingAdamW):
             self.optimizer.merge_pending()
 
     def save(self, folder: Path) -> None:

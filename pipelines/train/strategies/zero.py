@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints import Checkpoint
 from pipelines.train.config import AlignConfig
 from pipelines.train.strategies.loading import Owned, empty_model, fill, tied_names
@@ -60,7 +61,7 @@ class ZeroStrategy:
         for flat in self._layouts:
             flat.data.zero_()  # padding is uninitialised memory
         fill(self.owned(), checkpoint)  # masters in full precision, not rounded to bf16
-        if hasattr(self.optimizer, "bind"):
+        if isinstance(self.optimizer, OnlineMergingAdamW):
             self.optimizer.bind(self._layouts)
 
     def owned(self) -> Iterator[Owned]:
@@ -96,22 +97,32 @@ class ZeroStrategy:
         return value
 
     def merge_pending(self) -> None:
-        """Merge the tail of step-K; stage 3 shows the optimizer its flat tensors only in a step."""
-        if not hasattr(self.optimizer, "merge_pending"):
+        """Merge the tail of step-K."""
+        if isinstance(self.optimizer, OnlineMergingAdamW):
+            with self._all_parameters_shown():
+                self.optimizer.merge_pending()
+
+    @contextlib.contextmanager
+    def _all_parameters_shown(self) -> Iterator[None]:
+        """The optimizer's groups hold all flat tensors of this rank in the block; by itself stage 3
+        shows them only in a step, one after another.
+        """
+        if self.config.traits.zero_stage < 3:
+            yield
             return
-        groups = self.optimizer.param_groups
+        inner, groups = self._engine.optimizer, self.optimizer.param_groups
         before = [group["params"] for group in groups]
-        if self.config.traits.zero_stage == 3:
-            inner = self._engine.optimizer
+        try:
             for i, group in enumerate(groups):
                 group["params"] = [
                     flat
                     for number, flat in enumerate(inner.fp32_partitioned_groups_flat)
                     if inner.sub_group_to_group_id[number] == i
                 ]
-        self.optimizer.merge_pending()
-        for group, params in zip(groups, before, strict=True):
-            group["params"] = params
+            yield
+        finally:
+            for group, params in zip(groups, before, strict=True):
+                group["params"] = params
 
     def save(self, folder: Path) -> None:
         """DeepSpeed's own checkpoint, and what another number of workers needs to read it."""

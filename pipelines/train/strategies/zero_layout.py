@@ -22,10 +22,13 @@ def flat_layouts(engine: Any) -> Layouts:
 
     A parameter of which the rank owns nothing has a range of 0 elements.
     """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
     inner = engine.optimizer
-    if hasattr(inner, "fp32_partitioned_groups_flat"):
+    if isinstance(inner, DeepSpeedZeroOptimizer_Stage3):
         return _stage_3(engine, inner)
-    if hasattr(inner, "single_partition_of_fp32_groups"):
+    if isinstance(inner, DeepSpeedZeroOptimizer):
         groups = zip(
             inner.single_partition_of_fp32_groups,
             inner.round_robin_bit16_groups,

@@ -125,8 +125,8 @@ def load_weights(saved: SavedShards, engine: Any) -> None:
     """Give the model the weights of the masters, in its precision; all ranks together."""
     import deepspeed
 
+    sharded = engine.zero_optimization_partition_weights()  # stage 3
     for parameter, name in engine.param_names.items():
-        sharded = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
             if sharded and dist.get_rank() != 0:
                 continue

@@ -15,11 +15,12 @@ import torch
 from training_files import align_config, metrics, preference_rows, run_here, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipelines.config import load_config
+from pipelines.config import _tell_once, load_config
 from pipelines.errors import InputError
 from pipelines.train import AlignConfig
 from pipelines.train.config import LoraSettings, OptimizerConfig
 from pipelines.train.memory import Memory, estimate_memory, shape_of
+from pipelines.train.run import Plan, _unfinished_run
 from ray_jobs.align import describe_plan
 from tests.tiny_models import tiny_tokenizer
 
@@ -58,8 +59,8 @@ def test_config_runs(path: Path, tiny_llama: Path, tmp_path: Path) -> None:
     data = folder if config.split else folder / "train_prefs.jsonl"
     overrides = [f"model={tiny_llama}", f"data={data}", "strategy=single", "num_workers=1"]
     overrides += ["global_batch_size=8", "num_epochs=1"]
-    if config.optimizer.reference is not None:
-        overrides.append(f"optimizer.reference={{base: {tiny_llama}, tuned: {tiny_llama}}}")
+    if config.optimizer.tau is not None:
+        overrides.append(f"optimizer.tau={{base: {tiny_llama}, tuned: {tiny_llama}}}")
     lines = metrics(run_here(load_config(path, AlignConfig, overrides), tmp_path / "run"))
     assert len(lines) == (4 if config.objective.name == "kto" else 2)  # pairs are two rows of kto
 
@@ -108,8 +109,8 @@ def test_paper_configs_run_dry(name: str, tmp_path: Path, project_root: Path) ->
     write_rows(tmp_path / "data" / "train_prefs.jsonl", preference_rows(640))
     model, data = tmp_path / "model", tmp_path / "data"
     overrides = [f"model={model}", f"data={data if config.split else data / 'train_prefs.jsonl'}"]
-    if config.optimizer.reference is not None:
-        overrides.append(f"optimizer.reference={{base: {model}, tuned: {model}}}")
+    if config.optimizer.tau is not None:
+        overrides.append(f"optimizer.tau={{base: {model}, tuned: {model}}}")
     command = [sys.executable, "-m", "ray_jobs.cli", "align", CONFIGS / f"{name}.yaml"]
     done = subprocess.run(
         [*command, *overrides, "--plan"],
@@ -189,8 +190,8 @@ def test_memory_of_online_merging(
     tiny_llama: Path, preferences: Path, changes: dict[str, object], kept: float, on_host: float
 ) -> None:
     """tau and anchor, in bytes a parameter beyond AdamW's 12."""
-    reference = {"base": tiny_llama, "tuned": tiny_llama}
-    optimizer = OptimizerConfig(learning_rate=1e-5, alpha=1e-7, reference=reference, **changes)
+    tau = {"base": tiny_llama, "tuned": tiny_llama}
+    optimizer = OptimizerConfig(learning_rate=1e-5, alpha=1e-7, tau=tau, **changes)
     config = align_config(tiny_llama, preferences).model_copy(update={"optimizer": optimizer})
     shape = shape_of(tiny_llama)
     memory = estimate_memory(shape, config)
@@ -248,3 +249,59 @@ def test_a_package_that_is_missing(
     with pytest.raises(InputError) as caught:
         describe_plan(align_config(tiny_llama, preferences, **fields))
     assert str(caught.value) == message
+
+
+def plan_of_merging(folder: Path, **optimizer: Any) -> Plan:
+    """What a run on three small files would be known by."""
+    for name in ("model", "base", "tuned"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps({"a": name}))
+    optimizer |= {"name": "onties", "learning_rate": 1e-3, "density": 0.5, "alpha": 0.1}
+    config = AlignConfig(model="model", data="rows.jsonl", num_steps=6, optimizer=optimizer)
+    return Plan(config, num_parameters=1, num_steps=6, num_tokens=1, table=None, data_key="rows")
+
+
+# Taken from the version before the names changed, with `auto` and with `reference`.
+BEFORE = {
+    "auto": "3e8cc3f617abb64fcb7e7a39ffaa2aa3",
+    "reference": "8bf9caaae94fb9989ce2f918330ddc56",
+}
+
+
+@pytest.mark.parametrize(("old", "new"), [("auto", "auto"), ("reference", "eager")])
+def test_old_names_are_the_same_run(
+    old: str,
+    new: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Both spellings have one fingerprint; a line names the new one; and an unfinished run that the
+    version before began, with its own fingerprint and names, goes on.
+    """
+    monkeypatch.chdir(tmp_path)
+    _tell_once.cache_clear()
+    where = {"base": "base", "tuned": "tuned"}
+    plan = plan_of_merging(tmp_path, tau=where, implementation=new)
+    assert not capsys.readouterr().err
+    renamed = plan_of_merging(tmp_path, reference=where, implementation=old)
+    said = ["  optimizer.reference: is called optimizer.tau now"]
+    said += ["  optimizer.implementation: reference is called eager now"] * (old != new)
+    assert capsys.readouterr().err.splitlines() == said
+    assert renamed.config == plan.config
+    assert renamed.fingerprint == plan.fingerprint
+    run = tmp_path / ".out.partial"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"fingerprint": BEFORE[old]}))
+    with _unfinished_run(run, plan, force=False):
+        record = json.loads((run / "run.json").read_text())
+    assert record["fingerprint"] == plan.fingerprint
+    assert record["config"]["optimizer"]["tau"]["base"] == str(tmp_path / "base")
+    (tmp_path / "tuned" / "config.json").write_text("{}")
+    (run / "run.json").write_text(json.dumps({"fingerprint": BEFORE[old]}))
+    changed = plan_of_merging(tmp_path, tau=where | {"tuned": "model"}, implementation=new)
+    with (
+        pytest.raises(InputError, match="holds an unfinished run"),
+        _unfinished_run(run, changed, force=False),
+    ):
+        pass

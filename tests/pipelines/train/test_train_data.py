@@ -3,7 +3,9 @@
 Oracle: rows' texts and lines written by hand, and what one process makes of the same rows.
 """
 
+import gc
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_files import preference_rows, write_rows
+from training_files import align_config, preference_rows, write_rows
 from transformers import AutoTokenizer
 
 from pipelines.errors import InputError
+from pipelines.train import plan_alignment
 from pipelines.train.data import TokenSettings, TokenTable, deal, global_batch, token_table
 from pipelines.train.data.batches import pad_together
 from pipelines.train.data.rows import parts_of, read_part, source_files
@@ -436,3 +439,20 @@ def test_a_tokenizer_without_a_padding_token_will_do(tiny_llama: Path, tmp_path:
     for row in range(3):
         for one, two in zip(*(table.sequences(row) for table in tables), strict=True):
             assert one[0].tolist() == two[0].tolist()
+
+
+def test_a_plan_without_a_cache_keeps_its_table(
+    tiny_llama: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are there as long as it is, and not longer; nor are they after an error."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    plan = plan_alignment(align_config(tiny_llama, preferences))
+    folder = plan.table.folder
+    again = TokenTable(folder, 2)
+    assert again.sequences(3)[0][0].tolist() == plan.table.sequences(3)[0][0].tolist()
+    del plan
+    gc.collect()
+    assert not folder.exists()
+    with pytest.raises(InputError):
+        plan_alignment(align_config(tiny_llama, preferences, max_length=2))
+    assert not list(tmp_path.iterdir())

@@ -24,8 +24,7 @@ from tests.tiny_models import save_tiny_llama
 def unfinished(config: AlignConfig, out: Path) -> Path:
     """A run whose workers are done and whose output was not put into place."""
     folder = out.with_name(f".{out.name}.partial")
-    key = plan_alignment(config, out.parent / "cache").fingerprint
-    with _unfinished_run(folder, key, config, force=False):
+    with _unfinished_run(folder, plan_alignment(config, out.parent / "cache"), force=False):
         run_here(config, folder)
     return folder
 
@@ -38,7 +37,7 @@ def merging_optimizer(name: str, base: Path, tuned: Path, *, merge_every: int) -
         "density": 0.5,
         "alpha": 1e-2,
         "merge_every": merge_every,
-        "reference": {"base": base, "tuned": tuned},
+        "tau": {"base": base, "tuned": tuned},
     }
 
 
@@ -89,7 +88,7 @@ def test_export_of_zero(
     fields: dict[str, Any] = {"precision": "bf16", "optimizer": optimizer}
     config = align_config(tiny_llama, preferences, strategy=strategy, num_workers=2, **fields)
     folder = tmp_path / ".run.partial"
-    with _unfinished_run(folder, "x", config, force=False):
+    with _unfinished_run(folder, plan_alignment(config, tmp_path / "cache"), force=False):
         run_workers(config, folder)
     export = export_checkpoint(tmp_path / "run", tmp_path / "out")
     name = "model.safetensors"

@@ -111,7 +111,7 @@ def test_a_reference_delta_that_does_not_fit(
         "learning_rate": 1e-3,
         "density": 0.5,
         "alpha": 0.1,
-        "reference": {"base": tmp_path / "none", "tuned": tiny_llama},
+        "tau": {"base": tmp_path / "none", "tuned": tiny_llama},
     }
     with pytest.raises(InputError, match=r"model .*none: no such directory"):
         plan_alignment(align_config(tiny_llama, preferences, optimizer=optimizer))
@@ -125,7 +125,7 @@ def test_a_reference_delta_that_does_not_fit(
     LlamaForCausalLM(wide).save_pretrained(tmp_path / "wide")
     optimizer["reference"] = {"base": tmp_path / "wide", "tuned": tmp_path / "wide"}
     message = re.escape(
-        "optimizer.reference: 'lm_head.weight' has shape (47, 16); the parameter's is (47, 32); or "
+        "optimizer.tau: 'lm_head.weight' has shape (47, 16); the parameter's is (47, 32); or "
         "choose optimizer.missing_delta"
     )
     with pytest.raises(InputError, match=f"^{message}$"):

@@ -99,7 +99,7 @@ def test_what_lora_cannot_do(tiny_llama: Path, preferences: Path) -> None:
         "learning_rate": 1e-3,
         "density": 0.5,
         "alpha": 0.1,
-        "reference": {"base": tiny_llama, "tuned": tiny_llama},
+        "tau": {"base": tiny_llama, "tuned": tiny_llama},
     }
     with pytest.raises(ValidationError, match="allowed with lora: adamw"):
         align_config(tiny_llama, preferences, lora={}, optimizer=online)

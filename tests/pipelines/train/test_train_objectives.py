@@ -104,14 +104,12 @@ def test_a_reference_without_the_tokens_added_since(
         "learning_rate": 1e-3,
         "density": 1.0,
         "alpha": 0.5,
-        "reference": smaller,
+        "tau": smaller,
         "missing_delta": tau,
     }
     config = align_config(tiny_llama, any_rows, optimizer=optimizer, num_steps=1)
     if tau == "error":
-        with pytest.raises(
-            InputError, match=r"^optimizer\.reference: '.*' has shape \(45, 32\); the p"
-        ):
+        with pytest.raises(InputError, match=r"^optimizer\.tau: '.*' has shape \(45, 32\); the p"):
             run_here(config, tmp_path / "run")
         return
     folder = run_here(config, tmp_path / "run")
@@ -144,7 +142,7 @@ def test_online_merging_resumes_exactly(
         "density": 0.5,
         "alpha": 1e-3,
         "merge_every": 3,
-        "reference": {"base": base, "tuned": tiny_llama},
+        "tau": {"base": base, "tuned": tiny_llama},
     }
     config = align_config(tiny_llama, any_rows, optimizer=optimizer, num_steps=5)
     whole = run_here(config, tmp_path / "whole")

@@ -19,20 +19,20 @@ def test_workers_are_told_whole_paths(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(tiny_llama)
     (tmp_path / "rows.jsonl").symlink_to(preferences)
-    reference = {"base": "model", "tuned": "model"}
+    tau = {"base": "model", "tuned": "model"}
     optimizer = {
         "name": "ondare",
         "learning_rate": 1e-3,
         "density": 0.5,
         "alpha": 0.1,
-        "reference": reference,
+        "tau": tau,
     }
     config = align_config(Path("model"), Path("rows.jsonl"), optimizer=optimizer)
     plan = plan_alignment(config, tmp_path / "cache")
     told = json.loads(worker_settings(config, plan, tmp_path, tmp_path)["config"])
     assert told["model"] == str(tmp_path / "model")
     assert told["data"] == str(tmp_path / "rows.jsonl")
-    assert told["optimizer"]["reference"] == {
+    assert told["optimizer"]["tau"] == {
         "base": str(tmp_path / "model"),
         "tuned": str(tmp_path / "model"),
     }

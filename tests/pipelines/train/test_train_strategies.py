@@ -6,6 +6,7 @@ Oracle: a run in this process, without any sharding; and the bytes of a run that
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from pipelines.train import AlignConfig
 from pipelines.train.checkpoints import saved_steps, step_folder
 from pipelines.train.optimizer import build_optimizer
+from pipelines.train.strategies.zero import ZeroStrategy
+from pipelines.train.strategy_table import STRATEGIES
 from tests.tiny_models import save_tiny_llama
 
 WEIGHTS = "model/model.safetensors"
@@ -45,7 +48,7 @@ def config_of(
             "density": 0.4,
             "alpha": 1e-2,
             "merge_every": 3,
-            "reference": {"base": base, "tuned": tuned},
+            "tau": {"base": base, "tuned": tuned},
         },
         "strategy": strategy,
         "num_workers": 1 if strategy == "single" else 2,
@@ -255,7 +258,7 @@ def test_zero_moves_weights_on_given_gradients_as_one_process(
         "eps": 0.5,  # first updates differ in size
         "density": 0.4,
         "alpha": 1e-2,
-        "reference": {"base": base, "tuned": tuned},
+        "tau": {"base": base, "tuned": tuned},
     }
     config = config_of(
         strategy,
@@ -280,3 +283,19 @@ def test_zero_moves_weights_on_given_gradients_as_one_process(
             x.detach().view(-1).view(torch.int32).long() for x in (found[parameter_name], parameter)
         ]
         assert (bits[0] - bits[1]).abs().max() <= 1, parameter_name
+
+
+def test_flat_tensors_are_shown_for_a_while_only() -> None:
+    """Also where a merge fails, the groups of zero3 hold afterwards what they held."""
+    strategy = object.__new__(ZeroStrategy)
+    strategy.config = SimpleNamespace(traits=STRATEGIES["zero3"])
+    strategy.optimizer = SimpleNamespace(param_groups=[{"params": ["whole"]}, {"params": []}])
+    inner = SimpleNamespace(
+        fp32_partitioned_groups_flat=["a", "b", "c"], sub_group_to_group_id={0: 0, 1: 1, 2: 0}
+    )
+    strategy._engine = SimpleNamespace(optimizer=inner)
+    groups = strategy.optimizer.param_groups
+    with pytest.raises(RuntimeError, match="merge"), strategy._all_parameters_shown():
+        assert groups == [{"params": ["a", "c"]}, {"params": ["b"]}]
+        raise RuntimeError("merge")
+    assert groups == [{"params": ["whole"]}, {"params": []}]
