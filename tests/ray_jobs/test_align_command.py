@@ -1,4 +1,10 @@
-"""`poise align` from the command line: what is printed, exit statuses, and kills of everything."""
+"""`poise align` from the command line: what is printed, exit statuses, and kills of everything.
+
+A command that is killed is a process with a Ray of its own. A start that nobody disturbs is the
+same command in this process, on the session's Ray.
+
+Oracle: lines written by hand, and the bytes of a run that nobody disturbed.
+"""
 
 import contextlib
 import json
@@ -19,7 +25,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from pipelines.config import load_config
-from pipelines.train import AlignConfig
+from pipelines.train import AlignConfig, align_in_turn
 from ray_jobs.cli import main
 from ray_jobs.session import worker_environment
 from tests.pipelines.train.processes import run_workers
@@ -29,17 +35,21 @@ from tests.tiny_models import save_tiny_llama
 WEIGHTS = "model.safetensors"
 
 
+def write_run(folder: Path, **fields: object) -> Path:
+    """A run of two workers on a tiny model, with some fields set differently, as a file."""
+    model = save_tiny_llama(folder / "model")
+    data = write_rows(folder / "rows.jsonl", preference_rows(40))
+    settings = {"strategy": "fsdp2", "num_workers": 2, "num_steps": 40, "checkpoint_every": 4}
+    config = align_config(model, data, **(settings | fields))
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    return path
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A run of two workers on a tiny model, as a file."""
-    model = save_tiny_llama(tmp_path / "model")
-    data = write_rows(tmp_path / "rows.jsonl", preference_rows(40))
-    values = align_config(
-        model, data, strategy="fsdp2", num_workers=2, num_steps=40, checkpoint_every=4
-    ).model_dump(mode="json", exclude_unset=True)
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    """A short run."""
+    return write_run(tmp_path)
 
 
 def command(*arguments: object) -> list[str]:
@@ -47,21 +57,28 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "ray_jobs.cli", "align", *map(str, arguments)]
 
 
-def assert_as_undisturbed(config: Path) -> None:
-    """`out` has the bytes of a run of plain processes that nobody touched, and nothing is left
-    beside it.
-    """
-    folder = config.parent
-    plain = run_workers(load_config(config, AlignConfig), folder / "plain" / "run")
-    expected = (plain / "model" / WEIGHTS).read_bytes()
-    assert (folder / "out" / WEIGHTS).read_bytes() == expected
-    assert not (folder / ".out.partial").exists()
+def undisturbed(config: Path) -> bytes:
+    """The weights of a run of plain processes that nobody touched."""
+    plain = run_workers(load_config(config, AlignConfig), config.parent / "plain" / "run")
+    return (plain / "model" / WEIGHTS).read_bytes()
 
 
-def start_to_the_end(config: Path, project_root: Path) -> None:
-    """A start that nobody disturbs."""
-    place = command(config, "--out", config.parent / "out")
-    subprocess.run(place, cwd=project_root, check=True, timeout=600)
+def assert_out_is(expected: bytes, config: Path) -> None:
+    """`out` has these weights, and nothing is left beside it."""
+    assert (config.parent / "out" / WEIGHTS).read_bytes() == expected
+    assert not (config.parent / ".out.partial").exists()
+
+
+@pytest.fixture
+def align_here(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """The command in this process, for a start that nobody disturbs."""
+
+    def align(config: Path) -> None:
+        out = config.parent / "out"
+        monkeypatch.setattr(sys, "argv", ["poise", "align", str(config), "--out", str(out)])
+        main()
+
+    return align
 
 
 def spoil_model(folder: Path, **values: object) -> None:
@@ -217,19 +234,13 @@ class Started:
         self.end()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_a_killed_run_ends_with_the_same_bytes(
-    strategy: str, config: Path, project_root: Path
-) -> None:
+STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+
+
+def kill_twice(config: Path, project_root: Path, draw: random.Random) -> None:
     """A worker is killed, which Ray replaces; then the driver alone, whose workers may outlive it;
-    and in the second start everything. The third start ends as a run that nobody touched.
+    and in the second start everything.
     """
-    folder, draw = config.parent, random.Random(strategy)
-    num_workers = 1 if strategy == "single" else 2
-    fields = {"strategy": strategy, "num_workers": num_workers, "num_steps": 100}
-    values = yaml.safe_load(config.read_text()) | fields | {"checkpoint_every": 10}
-    config.write_text(yaml.safe_dump(values))
     run = Started(config, project_root)
     worker = run.pid_of("RayTrainWorker")
     run.wait_for_step(draw.randrange(1, 20))
@@ -240,13 +251,43 @@ def test_a_killed_run_ends_with_the_same_bytes(
     run = Started(config, project_root)
     run.wait_for_step(draw.randrange(65, 95))
     run.kill_everything()
-    assert not (folder / "out").exists()
-    start_to_the_end(config, project_root)
-    assert_as_undisturbed(config)
+    assert not (config.parent / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def killed_runs(
+    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, project_root: Path
+) -> dict[str, Path]:
+    """The config of each strategy's run that was killed, and then finished by a start that nobody
+    disturbed. Those of two workers take turns on them in the last start.
+    """
+    configs: dict[str, Path] = {}
+    groups: dict[int, list[tuple[AlignConfig, Path]]] = {1: [], 2: []}
+    for strategy in STRATEGIES:
+        num_workers = 1 if strategy == "single" else 2
+        fields = {"strategy": strategy, "num_workers": num_workers, "num_steps": 100}
+        path = write_run(tmp_path_factory.mktemp(strategy), **fields, checkpoint_every=10)
+        kill_twice(path, project_root, random.Random(strategy))
+        groups[num_workers].append((load_config(path, AlignConfig), path.parent / "out"))
+        configs[strategy] = path
+    for group in groups.values():
+        align_in_turn(group)
+    return configs
 
 
 @pytest.mark.slow
-def test_the_death_of_the_node_is_told_in_one_line(config: Path, project_root: Path) -> None:
+@pytest.mark.timeout(3000)  # of the first one, which kills and finishes all
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_killed_run_ends_with_the_same_bytes(strategy: str, killed_runs: dict[str, Path]) -> None:
+    """The last start ends as a run that nobody touched."""
+    config = killed_runs[strategy]
+    assert_out_is(undisturbed(config), config)
+
+
+@pytest.mark.slow
+def test_the_death_of_the_node_is_told_in_one_line(
+    config: Path, project_root: Path, align_here: Callable[[Path], None]
+) -> None:
     """Ray's own process of the machine is killed: the driver says so, does not wait for ever, and
     the next start ends as a run that nobody touched.
     """
@@ -259,8 +300,8 @@ def test_the_death_of_the_node_is_told_in_one_line(config: Path, project_root: P
     said = run.end()
     assert run.process.returncode == 1
     assert f"poise: Ray's own process raylet (pid {raylet}) has died" in said
-    start_to_the_end(config, project_root)
-    assert_as_undisturbed(config)
+    align_here(config)
+    assert_out_is(undisturbed(config), config)
 
 
 @pytest.mark.slow
@@ -287,74 +328,92 @@ def test_a_lost_node_of_a_cluster_is_replaced(config: Path, project_root: Path) 
         finally:
             cluster.shutdown()
     assert run.process.returncode == 0, said
-    assert_as_undisturbed(config)
+    assert_out_is(undisturbed(config), config)
 
 
 @pytest.mark.slow
-def test_a_run_survives_kills_at_any_moment(config: Path, project_root: Path) -> None:
+def test_a_run_survives_kills_at_any_moment(
+    config: Path, project_root: Path, align_here: Callable[[Path], None]
+) -> None:
     """While it starts, tokenises, scores the reference, trains, writes or exports: wherever so many
-    seconds happen to fall, the last start ends with the bytes of an undisturbed run.
+    seconds happen to fall, the last start ends with the bytes of the first, which nobody disturbed.
     """
     folder, draw = config.parent, random.Random(0)
+    place = command(config, "--out", folder / "out")
     begin = time.monotonic()
-    start_to_the_end(config, project_root)
+    subprocess.run(place, cwd=project_root, check=True, timeout=600)
     usual = time.monotonic() - begin
+    expected = (folder / "out" / WEIGHTS).read_bytes()
     shutil.rmtree(folder / "out")
     shutil.rmtree(folder / ".poise-cache")
     for _ in range(4):
-        run = subprocess.Popen(
-            command(config, "--out", folder / "out"), cwd=project_root, start_new_session=True
-        )
+        run = subprocess.Popen(place, cwd=project_root, start_new_session=True)
         try:
             run.wait(timeout=draw.uniform(0.2, 1.0) * usual)
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
-    start_to_the_end(config, project_root)
-    assert_as_undisturbed(config)
+    align_here(config)
+    assert_out_is(expected, config)
 
 
-SETTINGS = {
-    "single": ("kto", "completion", 1),
-    "ddp": ("sft", "completion", 2),
-    "fsdp2": ("ipo", "chosen", 2),
-    "zero1": ("hinge", "chosen", 2),
-    "zero2": ("simpo", "chosen", 2),
-    "zero3": ("orpo", "chosen", 2),
+OBJECTIVES = {
+    "single": "kto",
+    "ddp": "sft",
+    "fsdp2": "ipo",
+    "zero1": "hinge",
+    "zero2": "simpo",
+    "zero3": "orpo",
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", SETTINGS)
-def test_every_strategy_and_objective(strategy: str, tmp_path: Path, project_root: Path) -> None:
-    """Each strategy with another objective, as a user starts them: the model moves and loads."""
-    objective, column, num_workers = SETTINGS[strategy]
-    model = save_tiny_llama(tmp_path / "model")
-    rows = preference_rows(16)
-    if column == "completion":
-        rows = [
+def rows_for(objective: str) -> list[dict[str, object]]:
+    """Rows of the kind that the objective takes."""
+    pairs = preference_rows(16)
+    if objective == "sft":
+        return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    if objective == "kto":
+        return [
             {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
-            for row in rows
+            for row in pairs
             for name in ("chosen", "rejected")
         ]
-    if objective == "sft":
-        rows = [{name: row[name] for name in ("prompt", "completion")} for row in rows]
-    values = align_config(
-        model,
-        write_rows(tmp_path / "rows.jsonl", rows),
-        objective={"name": objective},
-        strategy=strategy,
-        num_workers=num_workers,
-        num_steps=2,
-    ).model_dump(mode="json", exclude_unset=True)
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(values))
-    subprocess.run(
-        command(config, "--out", tmp_path / "out"), cwd=project_root, check=True, timeout=300
-    )
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def aligned(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and what each strategy makes of it by another objective. Configs for
+    as many workers take turns on them, whose start takes longer than their work.
+    """
+    folder = tmp_path_factory.mktemp("aligned")
+    model = save_tiny_llama(folder / "model")
+    runs: dict[int, list[tuple[AlignConfig, Path]]] = {1: [], 2: []}
+    for strategy, objective in OBJECTIVES.items():
+        num_workers = 1 if strategy == "single" else 2
+        values = align_config(
+            model,
+            write_rows(folder / f"{strategy}.jsonl", rows_for(objective)),
+            objective={"name": objective},
+            strategy=strategy,
+            num_workers=num_workers,
+            num_steps=2,
+        ).model_dump(mode="json", exclude_unset=True)
+        path = folder / f"{strategy}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        runs[num_workers].append((load_config(path, AlignConfig), folder / strategy))
+    for group in runs.values():
+        align_in_turn(group)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", OBJECTIVES)
+def test_every_strategy_and_objective(strategy: str, aligned: Path) -> None:
+    """The model moves and loads."""
     before, after = (
-        AutoModelForCausalLM.from_pretrained(path).state_dict()
-        for path in (model, tmp_path / "out")
+        AutoModelForCausalLM.from_pretrained(aligned / name).state_dict()
+        for name in ("model", strategy)
     )
     assert any(not torch.equal(after[name], value) for name, value in before.items())
     assert all(bool(torch.isfinite(value).all()) for value in after.values())
