@@ -148,11 +148,13 @@ class DigestMemory:
         self._known: dict[str, tuple[Identity, ModelDigest]] = {}
 
     def load(self, file: Path) -> None:
-        """Take in what `save` wrote, if it is there; any other file tells nothing."""
+        """Take in what `save` wrote, if it is there, of models that are not known yet; any other
+        file tells nothing.
+        """
         try:
             for path, found in (read_json(file) if file.is_file() else {}).items():
                 digest = ModelDigest(found["weights"], found["companions"])
-                self._known[path] = (found["files"], digest)
+                self._known.setdefault(path, (found["files"], digest))
         except (InputError, KeyError, TypeError):
             return
 

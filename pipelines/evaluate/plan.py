@@ -92,7 +92,7 @@ def plan_evaluation(
         InputError: a model or task that cannot be read.
     """
     out, memory = Path(out), memory or DigestMemory()
-    for folder in (out, partial_path(out)):
+    for folder in (partial_path(out), out):
         memory.load(folder / MODELS_FILE)
     tasks = _selected_tasks(config)
     for task in tasks:

@@ -92,6 +92,10 @@ def test_each_model_is_read_once(world: Path, read: list[str]) -> None:
     assert evaluate_together(runs, executor="local") == summaries
     evaluate(configs[0], world / "development", executor="local", force=True)
     assert read == []
+    for number in (0, 1):  # what the second folder knows is older than what was read for the first
+        os.utime(world / f"model-{number}" / WEIGHTS, ns=(1, 1))
+    assert evaluate_together(runs, executor="local") == summaries
+    assert len(read) == len(set(read))
 
 
 def test_an_interrupted_run_does_not_read_again(world: Path, read: list[str]) -> None:
