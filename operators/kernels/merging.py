@@ -181,9 +181,9 @@ class MergingKernels:
 class CompiledTally:
     """`Tally` through the compiled look, for searches that it can serve."""
 
-    def __init__(self, kernels: MergingKernels, search: Search, key: Key) -> None:
+    def __init__(self, kernels: MergingKernels, search: Search, key: Key, keep: int) -> None:
         self._kernels, self._search = kernels, search
-        self._buffer = LookBuffer(search, key, 0, _NUM_LOOKED_AT if search.collect else 0)
+        self._buffer = LookBuffer(search, key, 0, _NUM_LOOKED_AT if search.collect else keep)
         self._keys: list[Keys] = []
 
     def look(self, x: Tensor, start: int) -> None:
@@ -201,11 +201,13 @@ class CompiledTally:
         return Seen(self._buffer.struct.above, np.concatenate([np.zeros(0, np.int64), *self._keys]))
 
 
-def tally_of(search: Search, key: Key, kernels: MergingKernels | None) -> Tally | CompiledTally:
-    """What looks at float32 tensors for a search."""
+def tally_of(
+    search: Search, key: Key, kernels: MergingKernels | None, keep: int = 0
+) -> Tally | CompiledTally:
+    """What looks at float32 tensors for a search, and may keep so many keys of the bracket."""
     if kernels is not None and is_compiled(search):
-        return CompiledTally(kernels, search, key)
-    return Tally(search, key)
+        return CompiledTally(kernels, search, key, keep)
+    return Tally(search, key, keep)
 
 
 def _places(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:

@@ -199,8 +199,8 @@ enum { ALL = -1 };
 typedef struct {
     const void *values;
     int width; /* bytes of a value; NO_TAU where there is none */
-    const int32_t *places;
-    int64_t num_kept;
+    const int32_t *places; /* the range's first element is at `origin` */
+    int64_t num_kept, origin;
 } TopTau;
 
 /* Takes the elements [first, first + length) of tau out; `*next` is the first value of those to come. */
@@ -214,8 +214,9 @@ static inline void fill_drift(const TopTau *tau, int64_t first, int length, int6
         return;
     }
     memset(drift, 0, (size_t)length * sizeof *drift);
-    for (; *next < tau->num_kept && tau->places[*next] < first + length; ++*next)
-        drift[tau->places[*next] - first] = tau_at(tau->values, tau->width, *next);
+    const int64_t begin = tau->origin + first;
+    for (; *next < tau->num_kept && tau->places[*next] < begin + length; ++*next)
+        drift[tau->places[*next] - begin] = tau_at(tau->values, tau->width, *next);
 }
 
 /* Which updates top-p keeps: those from `numbers->cut` on; with `last_word`, of those that equal it
@@ -261,12 +262,10 @@ LOOP ties_loop(const Range *range, const TopTau *tau, const Numbers *numbers, co
 }
 
 /* OnTIES' second pass: eq. 7 of the updates that top-p keeps, and top_p(tau). `ties` may be NULL. */
-void ties_step(const Range *range, const void *tau, int width, const int32_t *places,
-               int64_t num_kept, const Numbers *numbers, const Ties *ties, int counting,
-               int64_t *counts) {
-    const TopTau top = {tau, width, places, num_kept};
-    const int tau_width = width == NO_TAU ? NO_TAU : FLOAT32; /* once it is taken out */
-    CHOOSE(ties_loop, range, &top, numbers, ties, counts);
+void ties_step(const Range *range, const TopTau *top, const Numbers *numbers, const Ties *ties,
+               int counting, int64_t *counts) {
+    const int tau_width = top->width == NO_TAU ? NO_TAU : FLOAT32; /* once it is taken out */
+    CHOOSE(ties_loop, range, top, numbers, ties, counts);
 }
 
 /* Whether no gradient is NaN or Inf, whose exponents are all ones. */

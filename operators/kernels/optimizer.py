@@ -37,10 +37,13 @@ class StepRange:
 
 @dataclass(frozen=True, slots=True)
 class SparseTau:
-    """What is kept of a range of top_p(tau): ascending places in the range, and their values."""
+    """What is kept of a range of top_p(tau): ascending places, of which `origin` is that of the
+    range's first element, and their values.
+    """
 
     places: Tensor  # (kept,) int32
     values: Tensor  # (kept,)
+    origin: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "ties_advance": [_POINTER, _POINTER, _POINTER],
     "ties_look": [_POINTER, _POINTER, _POINTER],
     "note_update": [_POINTER, _POINTER, _POINTER],
-    "ties_step": [_POINTER, _POINTER, _INT, _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER],
+    "ties_step": [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER],
     "all_finite": [_LONG, _POINTER, _POINTER],
 }
 
@@ -163,6 +166,27 @@ class _Range(ctypes.Structure):
         """The struct of a range."""
         tensors = (part.theta, part.gradient, part.mean, part.square)
         return cls(part.mean.numel(), part.start, *(tensor.data_ptr() for tensor in tensors))
+
+
+class _TopTau(ctypes.Structure):
+    """`TopTau` of optimizer.c."""
+
+    _fields_ = (
+        ("values", _POINTER),
+        ("width", _INT),
+        ("places", _POINTER),
+        ("num_kept", _LONG),
+        ("origin", _LONG),
+    )
+
+    @classmethod
+    def of(cls, tau: Tensor | SparseTau | None) -> "_TopTau":
+        """The struct of what is kept: everything, or some places, or nothing."""
+        if isinstance(tau, SparseTau):
+            places, values = tau.places, tau.values
+            width, count = values.element_size(), len(places)
+            return cls(values.data_ptr(), width, places.data_ptr(), count, tau.origin)
+        return cls(_address(tau), 0 if tau is None else tau.element_size(), None, _ALL, 0)
 
 
 class CompiledOptimizer:
@@ -278,13 +302,9 @@ class CompiledOptimizer:
     ) -> Counts:
         """OnTIES' second pass."""
         counts = torch.zeros(2, dtype=torch.int64)
-        values, places = (tau.values, tau.places) if isinstance(tau, SparseTau) else (tau, None)
         self._library.ties_step(
             ctypes.byref(_Range.of(part)),
-            _address(values),
-            0 if values is None else values.element_size(),
-            _address(places),
-            _ALL if places is None else len(places),
+            ctypes.byref(_TopTau.of(tau)),
             numbers.data_ptr(),
             None if ties is None else (ctypes.c_uint32 * 3)(*ties.key, ties.last_word),
             counting,

@@ -12,8 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from operators.kernels.merging import MergingKernels
 from operators.kernels.optimizer import (
     Asked,
+    CompiledOptimizer,
     Counts,
     Draws,
     OptimizerKernels,
@@ -28,10 +30,12 @@ from operators.optim.merger import (
     TAU_STREAM,
     UPDATE_STREAM,
     CutName,
+    Looking,
     Merger,
     Update,
     adding_up,
     by_group,
+    kept_of,
     open_searches,
     selected_parameters,
 )
@@ -39,8 +43,6 @@ from operators.optim.update_cuts import SampledRuns, UpdateCuts
 from operators.selection import Kept, Search, Seen, TopCut, settle
 
 COUNT_EVERY = 16  # steps between those in which merges without effect are counted
-LARGEST_SHARE = 16  # of a range's elements, one in so many may be kept by a look; of few, more
-_FEW = 1 << 14
 
 
 @dataclass(slots=True)
@@ -154,7 +156,7 @@ class FastPath:
     def _two_passes(self, updates: list[FastUpdate]) -> None:
         """OnTIES."""
         selected = selected_parameters([fast.update for fast in updates])
-        self._merger.keep_taus(selected)
+        self._merger.keep_taus(selected, self._looking_at_taus())
         self._by_id = {id(fast.update): fast for fast in updates}
         searches: dict[CutName, Search] = {}
         cuts: dict[CutName, TopCut] = {}
@@ -173,7 +175,23 @@ class FastPath:
         self._by_id = {}
         self._run(call for fast in updates for call in self._second_pass(fast, cuts))
 
-    def _preview(self, update: Update, runs: SampledRuns) -> Tensor:
+    def _looking_at_taus(self) -> Looking:
+        """How to look for the cuts of tau: compiled where updates are, in brackets of a sample."""
+        on_cpu = isinstance(self._kernels, CompiledOptimizer)
+        return Looking(
+            TAU_STREAM,
+            self._merger.taus,
+            MergingKernels() if on_cpu else None,
+            UpdateCuts(self._tau_preview).bracketed,
+            self._kernels.together,
+        )
+
+    def _tau_preview(self, update: Update, layout: ShardLayout, runs: SampledRuns) -> Tensor:
+        """A sample of tau."""
+        starts = range(runs.start, runs.start + runs.num_runs * runs.stride, runs.stride)
+        return torch.cat([self._merger.tau.read(layout, start, runs.run) for start in starts])
+
+    def _preview(self, update: Update, layout: ShardLayout, runs: SampledRuns) -> Tensor:
         """A sample of an update, of moments as they will be."""
         fast = self._by_id[id(update)]
         gradient, mean, square = (runs.of(x) for x in (fast.gradient, fast.mean, fast.square))
@@ -256,9 +274,8 @@ class FastPath:
 
 
 def _asked(fast: FastUpdate, layout: ShardLayout, search: Search, part: StepRange) -> Asked:
-    """The look at a chunk for a search; a bracket of one magnitude needs nothing kept."""
-    count = part.mean.numel()
-    keep = max(count // LARGEST_SHARE, min(count, _FEW)) if search.num_buckets > 1 else 0
+    """The look at a chunk for a search."""
+    keep = kept_of(part.mean.numel(), search)
     return Asked(search, fast.update.key(layout, UPDATE_STREAM), keep)
 
 

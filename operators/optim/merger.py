@@ -13,7 +13,9 @@ This is the eager way, for any F and ⊕ of the tables; `fast` has fused passes 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,16 +23,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from operators.counter_random import counter_key, counter_words
+from operators.kernels.merging import MergingKernels, tally_of
 from operators.optim.layout import ShardLayout, sum_over
 from operators.optim.options import MergeOptions
 from operators.optim.rounding import round_stochastically
 from operators.optim.tau import Tau
-from operators.selection import Keys, Search, Seen, Tally, TopCut, begin_search, settle
+from operators.selection import Kept, Keys, Search, Seen, TopCut, begin_search, settle
 from operators.sparsify import Place
 
 # Streams of the counter hash.
 UPDATE_STREAM, TAU_STREAM, GRADIENT_STREAM = 0, 1, 2
 STEP_ROUNDING_STREAM, ANCHOR_ROUNDING_STREAM = 3, 4  # one step-K step may round twice
+LARGEST_SHARE = 16  # of the elements looked at, one in so many may be kept; of few, more
+_FEW = 1 << 14
 
 
 @dataclass(slots=True)
@@ -69,6 +74,69 @@ Parameter = tuple[Update, list[ShardLayout]]  # of an update, and its ranges on 
 CutName = tuple[int, str, int]  # id of the update, the parameter's name, number of the cut
 Cuts = Mapping[CutName, TopCut]
 Values = Callable[[Update, ShardLayout], Iterator[tuple[int, Tensor]]]
+AddUp = Callable[[Keys], Keys] | None
+Bracketed = Callable[[Mapping[CutName, Search], Sequence[Parameter], AddUp], dict[CutName, Search]]
+T = TypeVar("T")
+
+
+def in_turn(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Results of calls, one after the other."""
+    return [call() for call in calls]
+
+
+@dataclass(frozen=True, slots=True)
+class Looking:
+    """How cuts are looked for.
+
+    Attributes:
+        stream: of the counter hash.
+        values: makes the elements of a layout, in chunks.
+        kernels: compiled passes.
+        bracketed: gives searches their first brackets (`UpdateCuts.bracketed`).
+        together: results of calls, which may run at the same time.
+    """
+
+    stream: int
+    values: Values
+    kernels: MergingKernels | None = None
+    bracketed: Bracketed | None = None
+    together: Callable[[Sequence[Callable[[], Any]]], list[Any]] = in_turn
+
+    def cuts(self, selected: Sequence[Parameter]) -> dict[CutName, TopCut]:
+        """Where each parameter is cut, exactly and over all its ranks; collectives serve all."""
+        found: dict[CutName, TopCut] = {}
+        for group, chosen in by_group(selected):
+            searches, known = open_searches(chosen)
+            add_up = adding_up(group, chosen[0][0].theta.device)
+            if self.bracketed is not None:
+                searches = self.bracketed(searches, chosen, add_up)
+            owners = {
+                (id(update), layouts[0].name): (update, layouts) for update, layouts in chosen
+            }
+            found |= known | settle(searches, partial(self._look, owners, {}), add_up)
+        return found
+
+    def _look(
+        self,
+        owners: Mapping[tuple[int, str], Parameter],
+        kept: dict[CutName, Kept],
+        searches: Mapping[CutName, Search],
+    ) -> dict[CutName, Seen]:
+        """Look through what earlier looks have kept, or where that is not enough through all."""
+        missing = [n for n, one in searches.items() if n not in kept or not kept[n].covers(one)]
+        calls = [partial(self._seen, *owners[name[:2]], searches[name]) for name in missing]
+        for name, seen in zip(missing, self.together(calls), strict=True):
+            kept[name] = Kept(searches[name], seen)
+        return {name: kept[name].look(search) for name, search in searches.items()}
+
+    def _seen(self, update: Update, layouts: Sequence[ShardLayout], search: Search) -> Seen:
+        """What a search sees of a parameter on this rank."""
+        keep = kept_of(sum(layout.count for layout in layouts), search)
+        tally = tally_of(search, update.key(layouts[0], self.stream), self.kernels, keep)
+        for layout in layouts:
+            for start, x in self.values(update, layout):
+                tally.look(x, start)
+        return tally.seen()
 
 
 @dataclass(slots=True)
@@ -90,7 +158,7 @@ class Merger:
         """
         selected = selected_parameters(updates)
         self.keep_taus(selected)
-        cuts = _find_cuts(selected, UPDATE_STREAM, _deltas)
+        cuts = Looking(UPDATE_STREAM, _deltas).cuts(selected)
         for update in updates:
             for layout, merged in zip(update.layouts, update.merged, strict=True):
                 if not merged and update.base is not update.theta:
@@ -130,31 +198,45 @@ class Merger:
         weights = [1 - alpha, alpha]
         return options.agree.merge([kept, tau], weights, options.merge_parameters, None)
 
-    def keep_taus(self, selected: Sequence[Parameter]) -> None:
+    def keep_taus(self, selected: Sequence[Parameter], looking: Looking | None = None) -> None:
         """Find what a threshold keeps of tau, which does not change, for the parameters that are
         merged first now.
+
+        Args:
+            looking: a faster way to look for its cuts than the eager one.
         """
+        looking = Looking(TAU_STREAM, self.taus) if looking is None else looking
         new = [
             (update, layouts)
             for update, layouts in selected
             if update.options.alpha and not self.tau.has_kept(layouts[0])
         ]
-        cuts = _find_cuts(new, TAU_STREAM, self._taus)
-        for update, layouts in new:
-            for layout in layouts:
-                self._keep_tau(update, layout, _cuts_of(update, layout, cuts))
+        cuts = looking.cuts(new)
+        keeps = [
+            partial(self._keep_tau, update, layout, _cuts_of(update, layout, cuts), looking.kernels)
+            for update, layouts in new
+            for layout in layouts
+        ]
+        looking.together(keeps)
 
-    def _keep_tau(self, update: Update, layout: ShardLayout, cuts: tuple[TopCut, ...]) -> None:
+    def _keep_tau(
+        self,
+        update: Update,
+        layout: ShardLayout,
+        cuts: tuple[TopCut, ...],
+        kernels: MergingKernels | None,
+    ) -> None:
         """Keep F(tau) of a layout."""
         options, key = update.options, update.key(layout, TAU_STREAM)
         parameters = options.keep_parameters
 
         def keep(tau: Tensor, start: int) -> Tensor:
-            return options.sparsify.keep(tau, Place(key, start, layout.width, cuts), parameters)
+            place = Place(key, start, layout.width, cuts, kernels=kernels)
+            return options.sparsify.keep(tau, place, parameters)
 
         self.tau.keep(layout, keep, options.density, update.theta.device)
 
-    def _taus(self, update: Update, layout: ShardLayout) -> Iterator[tuple[int, Tensor]]:
+    def taus(self, update: Update, layout: ShardLayout) -> Iterator[tuple[int, Tensor]]:
         """tau of a layout in chunks, exactly as its source has it."""
         for start, at in layout.chunks():
             yield start, self.tau.read(layout, start, at.stop - at.start)
@@ -218,7 +300,7 @@ def by_group(
         yield group, [item for item in selected if item[1][0].group is group]
 
 
-def adding_up(group: ProcessGroup | None, device: torch.device) -> Callable[[Keys], Keys] | None:
+def adding_up(group: ProcessGroup | None, device: torch.device) -> AddUp:
     """What adds counts up over a group of ranks; None where this process has everything."""
     if group is None:
         return None
@@ -229,30 +311,9 @@ def adding_up(group: ProcessGroup | None, device: torch.device) -> Callable[[Key
     return add_up
 
 
-def _find_cuts(selected: Sequence[Parameter], stream: int, values: Values) -> dict[CutName, TopCut]:
-    """Where each parameter is cut, exactly and over all its ranks; collectives serve all at once.
-
-    Args:
-        values: makes the elements of a layout, in chunks.
-    """
-    cuts: dict[CutName, TopCut] = {}
-    owners = {(id(update), layouts[0].name): (update, layouts) for update, layouts in selected}
-
-    def look(searches: Mapping[CutName, Search]) -> dict[CutName, Seen]:
-        seen = {}
-        for name, search in searches.items():
-            update, layouts = owners[name[:2]]
-            tally = Tally(search, update.key(layouts[0], stream))
-            for layout in layouts:
-                for start, x in values(update, layout):
-                    tally.look(x, start)
-            seen[name] = tally.seen()
-        return seen
-
-    for group, chosen in by_group(selected):
-        searches, known = open_searches(chosen)
-        cuts |= known | settle(searches, look, adding_up(group, chosen[0][0].theta.device))
-    return cuts
+def kept_of(count: int, search: Search) -> int:
+    """How many keys a look at so many elements may keep; a bracket of one magnitude needs none."""
+    return max(count // LARGEST_SHARE, min(count, _FEW)) if search.num_buckets > 1 else 0
 
 
 def _cuts_of(update: Update, layout: ShardLayout, cuts: Cuts) -> tuple[TopCut, ...]:

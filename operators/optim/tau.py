@@ -62,12 +62,12 @@ class _Sparse:
         """The elements [done, done + count) of the layout, which are whole chunks of it."""
         parts = [part for start, part in self.chunks.items() if done <= start < done + count]
         inside = slice(parts[0].start, parts[-1].stop)
-        return SparseTau(self.indices[inside] - done, self.values[inside])
+        return SparseTau(self.indices[inside], self.values[inside], done)
 
     def write(self, done: int, dense: Tensor) -> Tensor:
         """Write the elements from `done` on, whole chunks, into `dense`, float32."""
         part = self.part(done, dense.numel())
-        places = part.places.to(dense.device, torch.int64)
+        places = part.places.to(dense.device, torch.int64) - done
         return dense.zero_().scatter_(0, places, part.values.to(dense.device).float())
 
 
@@ -132,9 +132,11 @@ class Tau:
         rows_end = torch.Size(self.source.shape(layout.name) or ()).numel()
         stop = min(start + count, rows_end)
         tau = self.source.read(layout.name, start, stop) if start < stop else torch.zeros(0)
-        if not torch.isfinite(tau).all():
+        # The sum is one pass without memory of its own; one that overflows is looked into.
+        if not (torch.isfinite(tau.sum()) or torch.isfinite(tau).all()):
             raise ValueError(f"reference_delta: {layout.name!r} holds NaN or Inf")
-        return torch.nn.functional.pad(tau, (0, count - tau.numel()))
+        missing = count - tau.numel()
+        return torch.nn.functional.pad(tau, (0, missing)) if missing else tau
 
     def chunk(self, layout: ShardLayout, start: int, count: int, device: torch.device) -> Tensor:
         """tau's elements [start, start + count), inside the layout: `dtype` on `device`."""

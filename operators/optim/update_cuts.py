@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from operators.optim.layout import ShardLayout
-from operators.optim.merger import CutName, Parameter, Update
+from operators.optim.merger import AddUp, CutName, Parameter, Update
 from operators.selection import (
     Keys,
     Search,
@@ -39,10 +39,12 @@ class SampledRuns:
     Attributes:
         place: of the first run's first element in the sample.
         offset: of it in the layout's flat tensor.
+        start: its global index.
     """
 
     place: int
     offset: int
+    start: int
     num_runs: int
     stride: int
     run: int
@@ -54,7 +56,7 @@ class SampledRuns:
         return runs.reshape(-1).clone()
 
 
-Preview = Callable[[Update, SampledRuns], Tensor]
+Preview = Callable[[Update, ShardLayout, SampledRuns], Tensor]
 
 
 @dataclass(slots=True)
@@ -94,7 +96,7 @@ class UpdateCuts:
         self,
         searches: Mapping[CutName, Search],
         owners: Sequence[Parameter],
-        add_up: Callable[[Keys], Keys] | None,
+        add_up: AddUp,
     ) -> dict[CutName, Search]:
         """The searches, each in its first bracket, which is the same on every rank."""
         found = dict(searches)
@@ -137,7 +139,7 @@ class UpdateCuts:
         for layout in layouts:
             runs = _sampled_runs(layout, total)
             if runs.num_runs * runs.run > 0:
-                keys = magnitude_keys(self._preview(update, runs)).cpu().numpy()
+                keys = magnitude_keys(self._preview(update, layout, runs)).cpu().numpy()
                 sample[runs.place : runs.place + len(keys)] = keys.astype(np.int64) + 1
         return sample
 
@@ -147,12 +149,12 @@ def _sampled_runs(layout: ShardLayout, total: int) -> SampledRuns:
     elements.
     """
     if total <= RUN * NUM_RUNS:
-        return SampledRuns(layout.start, layout.offset, 1, 1, layout.count)
+        return SampledRuns(layout.start, layout.offset, layout.start, 1, 1, layout.count)
     stride = sample_stride(total, NUM_RUNS, RUN)
     first = -(-layout.start // stride)
     last = min((layout.start + layout.count - RUN) // stride, NUM_RUNS - 1)
     offset = layout.offset + first * stride - layout.start
-    return SampledRuns(first * RUN, offset, max(0, last + 1 - first), stride, RUN)
+    return SampledRuns(first * RUN, offset, first * stride, max(0, last + 1 - first), stride, RUN)
 
 
 def _by_sample(search: Search, sample: NDArray[np.int64]) -> Search:

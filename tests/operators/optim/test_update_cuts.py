@@ -35,7 +35,7 @@ def found_cuts(
     With a grid, magnitudes are its multiples, so many are equal.
     """
     cuts, expected, all_looks = [], [], []
-    remembered = UpdateCuts(lambda update, runs: runs.of(update.theta))
+    remembered = UpdateCuts(lambda update, layout, runs: runs.of(update.theta))
     for step, scale in enumerate(scales):
         current = scale * torch.randn(SIZE, generator=torch.Generator().manual_seed(step)).abs()
         if grid:
