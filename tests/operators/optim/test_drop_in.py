@@ -1,5 +1,6 @@
 """The documented lines, as they stand in docs/optimizers.md, run on a tiny model."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -36,6 +37,33 @@ def run(code: str, names: dict) -> dict:
     moved = {n: not torch.equal(p, before[n]) for n, p in names["model"].named_parameters()}
     assert all(moved.values()) == ("trainer" in names), moved
     return names
+
+
+def stepped(names: dict) -> None:
+    """One step of the optimizer that lines have made, on the model's own loss."""
+    names["model"](input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+    names["optimizer"].step()
+
+
+def test_the_lines_of_another_pair(project_root, checkpoints) -> None:
+    names = {**checkpoints}
+    lines = documented(project_root, "breadcrumbs")
+    exec(lines.replace("lr=5e-7", "lr=1e-3, weight_decay=0.0"), names)
+    before = {n: p.detach().clone() for n, p in names["model"].named_parameters()}
+    stepped(names)
+    for name, parameter in names["model"].named_parameters():
+        moved = (parameter != before[name]).double().mean().item()
+        assert 0.2 < moved < 0.9, name  # what breadcrumbs keeps of the update or of tau
+
+
+def test_the_lines_of_the_docstring(checkpoints, monkeypatch) -> None:
+    """Pasted as they stand, beside checkpoints of these names."""
+    monkeypatch.chdir(checkpoints["base"].parent)
+    block = OnlineMergingAdamW.__doc__.split("\n\n", 1)[1].split("    Args:")[0]
+    names = {"model": checkpoints["model"]}
+    exec(inspect.cleandoc(block), names)
+    stepped(names)
+    assert names["optimizer"].param_groups[0]["consensus"] == "ties"
 
 
 def arguments(path: Path) -> dict:
