@@ -219,7 +219,7 @@ class Search:
         return replace(self, low=low, high=min(low + (1 << self.shift) - 1, self.high))
 
     def _among_equals(self, magnitude: int, left: int, tied: int) -> "Search | TopCut":
-        """The cut at a magnitude of which all stay; else where in it the `left`-th of them lies."""
+        """The cut at a magnitude, if all of it stays; else the search among its elements."""
         if left == tied:
             return self.cut(magnitude, None)
         first = magnitude << self.bits
@@ -257,7 +257,7 @@ def settle(
     Args:
         look: looks at this rank's elements for all open searches.
         add_up: adds int64 numbers up over the ranks that share the elements. Each rank must call
-            with the same searches in the same order, none of which may collect.
+            with the same searches in the same order; they must not collect.
     """
     found: dict[K, TopCut] = {}
     open_ones = dict(searches)

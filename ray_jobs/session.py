@@ -151,7 +151,7 @@ def worker_environment() -> dict[str, str]:
 
 
 def log_directory() -> str:
-    """Where the running Ray session writes its logs; empty when there is none, or none is told."""
+    """Where the running Ray session writes its logs; empty where that is not known."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return ""

@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 
 @cache
 def merging_kernels(num_elements: int) -> MergingKernels | None:
-    """The kernels for a merge of so many elements on CPUs; None: the eager way."""
+    """The kernels for a merge of this many elements on CPUs; None: the eager way."""
     ways: dict[str, Callable[[], MergingKernels]] = {"compiled": MergingKernels}
     _, kernels = _choose("merging", "auto", torch.device("cpu"), num_elements, ways)
     return kernels
@@ -81,7 +81,7 @@ def _choose(
 
 
 def _worth(device: torch.device, num_elements: int, ways: Mapping[str, object]) -> tuple[str, str]:
-    """What `auto` takes for so many elements, and why."""
+    """What `auto` takes for this many elements, and why."""
     if device.type == "cuda" and "triton" in ways and importlib.util.find_spec("triton"):
         return "triton", "on a GPU"
     if device.type != "cpu":

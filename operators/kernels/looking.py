@@ -75,7 +75,7 @@ class LookBuffer:
         self.struct.start = start
 
     def take(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """The keys that were found since the last call, all of which must have found room."""
+        """The keys found since the last call. There must have been room for all of them."""
         keys = self._found[: self.struct.inside].copy()
         self.struct.inside = 0
         return keys

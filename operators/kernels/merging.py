@@ -204,7 +204,7 @@ class CompiledTally:
 def tally_of(
     search: Search, key: Key, kernels: MergingKernels | None, keep: int = 0
 ) -> Tally | CompiledTally:
-    """What looks at float32 tensors for a search, and may keep so many keys of the bracket."""
+    """What looks at float32 tensors for a search; it may keep up to `keep` keys of the bracket."""
     if kernels is not None and is_compiled(search):
         return CompiledTally(kernels, search, key, keep)
     return Tally(search, key, keep)

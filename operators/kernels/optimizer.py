@@ -37,8 +37,8 @@ class StepRange:
 
 @dataclass(frozen=True, slots=True)
 class SparseTau:
-    """What is kept of a range of top_p(tau): ascending places, of which `origin` is that of the
-    range's first element, and their values.
+    """What is kept of a range of top_p(tau): ascending places and their values. The place of the
+    range's first element is `origin`.
     """
 
     places: Tensor  # (kept,) int32

@@ -19,7 +19,7 @@ typedef struct {
     int32_t shift;      /* bits of a key that a bucket leaves open */
     int32_t one_magnitude; /* the bracket lies inside one magnitude: words decide what is in it */
     int64_t *buckets;   /* how many keys are in each part of the bracket; NULL: not wanted */
-    uint64_t *found;    /* keys in the bracket, less `low`, of which there is `room` for so many */
+    uint64_t *found;    /* keys in the bracket, less `low`: the first `room` of them */
     int64_t room;
     int64_t above, inside; /* how many keys are above the bracket, and in it */
 } Look;
@@ -36,7 +36,7 @@ static inline uint32_t bits_of(float x) {
 static inline int list_flags(const uint8_t *flags, int *places) {
     int num = 0;
     for (int first = 0; first < FEW; first += 8) {
-        uint64_t eight; /* most of which are 0 */
+        uint64_t eight; /* flags at once; most are 0 */
         memcpy(&eight, flags + first, 8);
         if (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) eight = __builtin_bswap64(eight);
         for (; eight; eight &= eight - 1) places[num++] = first + (__builtin_ctzll(eight) >> 3);

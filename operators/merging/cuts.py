@@ -36,10 +36,10 @@ from operators.sparsify import Sparsifier
 
 Run = tuple[int, NDArray[np.int32]]  # of neighbours: the first one's index, and their magnitudes
 Vectors = Callable[[MergeInput], Sequence[Tensor]]
-_RUN = 1024  # a sample is runs of so many neighbours:
+_RUN = 1024  # neighbours in a run; a sample is several runs:
 _FEW_RUNS, _MANY_RUNS = 32, 64  # the more, the narrower the bracket, but each has its price
 _MANY = 1 << 24  # elements from which on a narrower bracket saves more than it costs
-_ALL = 1 << 17  # up to so many, all elements are the sample
+_ALL = 1 << 17  # a tensor of no more elements is its own sample
 _FEW = 1 << 19  # keys that a search may collect
 
 

@@ -17,7 +17,7 @@ from operators.merging.table import METHODS
 
 @dataclass(frozen=True, slots=True)
 class Gathering:
-    """What is known after so many passes over the tensors of a scope. Immutable, can be pickled.
+    """What is known after some passes over the tensors of a scope. Immutable, can be pickled.
 
     Attributes:
         done: whether contexts are ready; otherwise one more pass is wanted.
@@ -121,7 +121,7 @@ def begin_gathering(
 
 
 def gather(method: str, work: MergeInput) -> MergeContext:
-    """The context of a tensor of which all elements are at hand."""
+    """The context of a tensor that is here as a whole."""
     gathering = begin_gathering(
         method,
         {work.name: work.shape},

@@ -227,7 +227,7 @@ StatisticFactory = Callable[[Scope], Statistic]
 
 
 def no_statistics(parameters: Mapping[str, Any]) -> tuple[StatisticFactory, ...]:
-    """What methods gather of which every range can be merged alone."""
+    """Nothing: every range can be merged alone."""
     return ()
 
 
@@ -309,7 +309,7 @@ class Method:
     def check_models(
         self, num_models: int, *, has_base: bool, parameters: Mapping[str, Any] | None = None
     ) -> None:
-        """Raise ValueError unless the method takes so many models, with or without a base.
+        """Raise ValueError unless the method takes this many models, with or without a base.
 
         Args:
             parameters: complete ones; without them, what depends on them is not checked.

@@ -20,7 +20,7 @@ from operators.consensus import weighted_sum
 from operators.merging.method import MergeInput
 
 _FLOAT32_ROUNDING = 2.0**-23
-_PANELS = 8  # a Gram matrix is made of block rows, of which only the lower half is multiplied
+_PANELS = 8  # a Gram matrix is made of 8 block rows; only its lower half is multiplied
 _EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")
 
 
@@ -46,7 +46,7 @@ def tsvm(work: MergeInput) -> Tensor:
 def r_tsvm(work: MergeInput) -> Tensor:
     """R-TSVM: outlier weights on the singular values, and a rank that follows the sparsity.
 
-    The paper's equations are lost from the text at hand; this is a reading of its words. The main
+    The text of the paper that we have lacks its equations; this is a reading of its words. The main
     text makes a model's weight proportional to its outliers, the appendix says reduced: hence
     `outlier_weighting`. With it `none` and `rank_coupling` 0 this is TSVM. `orthogonalize:
     before_truncation` is the appendix's algorithm read literally.

@@ -111,7 +111,7 @@ class OnlineMergingBase(Optimizer):
             self._merge_from_anchors(updates)
 
     def _any_moved(self, updates: list[Update]) -> bool:
-        """Whether any parameter is no more where its anchor is, on any rank."""
+        """Whether any parameter has left its anchor, on any rank."""
         moved = any(not torch.equal(update.theta, update.base) for update in updates)
         flag = torch.tensor([moved], dtype=torch.int64, device=updates[0].theta.device)
         return bool(self._bindings.flags_anywhere(flag).item())
@@ -119,7 +119,7 @@ class OnlineMergingBase(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; the next step is bit for bit the one that would have been.
 
-        torch casts state to its parameter's dtype; moments and anchors stay as wide as they were.
+        torch casts state to its parameter's dtype; moments and anchors keep the dtype they had.
         """
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]

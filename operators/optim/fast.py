@@ -253,7 +253,7 @@ class FastPath:
         cut: TopCut | None,
         numbers: Tensor,
     ) -> Counts:
-        """OnTIES' step of a chunk, or with no cut AdamW's, of which nothing is counted."""
+        """OnTIES' step of a chunk; without a cut it is AdamW's, and nothing is counted."""
         if cut is None:
             self._kernels.ties_step(part, None, numbers, None, counting=False)
             return None

@@ -34,7 +34,7 @@ from operators.sparsify import Place
 # Streams of the counter hash.
 UPDATE_STREAM, TAU_STREAM, GRADIENT_STREAM = 0, 1, 2
 STEP_ROUNDING_STREAM, ANCHOR_ROUNDING_STREAM = 3, 4  # one step-K step may round twice
-LARGEST_SHARE = 16  # of the elements looked at, one in so many may be kept; of few, more
+LARGEST_SHARE = 16  # a look may keep one in 16 of the elements, and more of a few
 _FEW = 1 << 14
 
 
@@ -141,7 +141,7 @@ class Looking:
 
 @dataclass(slots=True)
 class Merger:
-    """Merges updates with tau; counts the merges that rounding has undone."""
+    """Merges updates with tau; counts the elements that rounding left where they were."""
 
     tau: Tau
     num_merged: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
@@ -312,7 +312,7 @@ def adding_up(group: ProcessGroup | None, device: torch.device) -> AddUp:
 
 
 def kept_of(count: int, search: Search) -> int:
-    """How many keys a look at so many elements may keep; a bracket of one magnitude needs none."""
+    """How many keys a look at `count` elements may keep: none in a bracket of one magnitude."""
     return max(count // LARGEST_SHARE, min(count, _FEW)) if search.num_buckets > 1 else 0
 
 

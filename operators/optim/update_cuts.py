@@ -26,7 +26,7 @@ from operators.selection import (
     sampled_bracket,
 )
 
-RUN, NUM_RUNS = 256, 64  # a sample is so many runs of so many neighbours
+RUN, NUM_RUNS = 256, 64  # a sample is 64 runs of 256 neighbours
 _WIDEST, _NARROWEST = 0.02, 2.0**-13  # half widths of a bracket, relative to the cut
 _MARGIN = 2.0  # half width over the largest error of late
 _FADING = 0.8  # of that from step to step

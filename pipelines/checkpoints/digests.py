@@ -56,7 +56,7 @@ class ModelDigest:
 class BlockDigests:
     """Digests of one tensor's blocks, fed with its ranges in ascending order.
 
-    A block of which not every element was seen has no digest.
+    A block gets a digest only when every element of it was seen.
     """
 
     def __init__(self, num_elements: int) -> None:

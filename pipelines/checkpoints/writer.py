@@ -113,7 +113,7 @@ def plan_layout(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     max_shard_bytes: int,
 ) -> OutputLayout:
-    """Put tensors, in their order, into one file, or into shards of at most so many bytes."""
+    """Put tensors, in their order, into one file, or into shards up to a number of bytes."""
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
     for name, (dtype, shape) in tensors.items():

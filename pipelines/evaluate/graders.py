@@ -36,7 +36,7 @@ def ends_with(completion: str, answers: Sequence[str], parameters: Mapping[str, 
 
 
 def contains(completion: str, answers: Sequence[str], parameters: Mapping[str, Any]) -> bool:
-    """One of the row's answers stands in the completion."""
+    """The completion contains one of the row's answers."""
     return any(normalise(answer) in completion for answer in answers)
 
 

@@ -36,7 +36,9 @@ class EvaluateConfig(Config):
     split: Split = "test"
     max_new_tokens: int = Field(32, ge=1, le=8192)
     batch_size: int = Field(256, ge=1)
-    limit: int | None = Field(None, ge=1, description="the first so many prompts of each task")
+    limit: int | None = Field(
+        None, ge=1, description="use only this many prompts of each task, from the first on"
+    )
     num_workers: int = Field(2, ge=1, description="Ray Data actors, one model in memory each")
     storage: Path | None = Field(None, description="where relative outputs live")
 

@@ -9,7 +9,7 @@ from pipelines.merge.executors import check_gpu
 from pipelines.merge.plan import MergePlan
 from pipelines.merge.tensor import TensorMerge
 
-SAMPLE_ELEMENTS = 1 << 22  # at most so many, if there is a tensor as small as that
+SAMPLE_ELEMENTS = 1 << 22  # a tensor of at most this size is timed, if there is one
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,9 @@ class SweepConfig(Config):
     split: Split = "development"
     max_new_tokens: int = Field(32, ge=1, le=8192)
     batch_size: int = Field(256, ge=1)
-    limit: int | None = Field(None, ge=1, description="the first so many prompts of each task")
+    limit: int | None = Field(
+        None, ge=1, description="use only this many prompts of each task, from the first on"
+    )
     metric: str = Field("average", description="average, one of the H's, or a task's name")
     mode: Literal["max", "min"] = "max"
     max_concurrent_trials: int = Field(2, ge=1)

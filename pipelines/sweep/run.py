@@ -43,7 +43,7 @@ def sweep(config: SweepConfig, out: str | Path, *, force: bool = False) -> dict[
 
 @dataclass(frozen=True, slots=True)
 class SweepPlan:
-    """A sweep of which every mistake was looked for; `fingerprint` is of config and inputs."""
+    """A sweep that was checked for every mistake; `fingerprint` is of config and inputs."""
 
     config: SweepConfig
     fingerprint: str

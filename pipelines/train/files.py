@@ -1,4 +1,4 @@
-"""What stands in a run's folder, and in the model that it becomes."""
+"""Names of the files in a run's folder and in the model that it becomes."""
 
 METRICS_FILE = "metrics.jsonl"  # one line a step
 REFERENCE_FILE = "reference.json"  # of how many rows the reference's word is there

@@ -79,7 +79,7 @@ def _keep(path: Path, steps: int) -> None:
 
 
 def _levels(path: Path, steps: int) -> list[float]:
-    """`chosen_level` of so many steps, as the first rank finds them in its lines, on all ranks."""
+    """`chosen_level` of the last steps, on all ranks; the first rank reads it from its lines."""
     found = torch.zeros(steps + 1, dtype=torch.float64)  # the last is how many there are
     if first_rank() and path.is_file():
         lines = path.read_text().splitlines(keepends=True)

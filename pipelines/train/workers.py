@@ -153,7 +153,7 @@ def _resources(on_gpu: bool) -> dict[str, float]:
 def check_cluster(config: AlignConfig) -> None:
     """Look at the Ray that is up, before a run begins.
 
-    A cluster may grow, so one that is too small is told and waited for.
+    A cluster may grow. Where it is too small now, a line says so and the run waits.
 
     Raises:
         InputError: what needs GPUs where there are none, or more workers than a Ray of this machine

@@ -13,7 +13,7 @@ PAD = 0  # nothing looks at padding, so any id serves
 
 
 def num_steps_of(num_epochs: float, num_rows: int, global_batch_size: int) -> int:
-    """Optimizer steps of so many passes over the data, rounded up to a whole step."""
+    """How many optimizer steps a number of passes over the data takes, rounded up."""
     return max(1, -(-int(num_epochs * num_rows) // global_batch_size))
 
 
@@ -33,7 +33,7 @@ def global_batch(num_rows: int, size: int, number: int, seed: int) -> list[int]:
 
 
 def rows_seen(num_rows: int, size: int, num_steps: int, seed: int) -> np.ndarray:
-    """The rows of the first so many global batches, each once, in their order in the table."""
+    """The rows of the first `num_steps` global batches, each once, in the table's order."""
     if size * num_steps >= num_rows:
         return np.arange(num_rows)
     return np.unique(global_batch(num_rows, size * num_steps, 0, seed))

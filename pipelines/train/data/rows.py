@@ -90,7 +90,7 @@ def _check_one_split(folder: Path, files: list[Path]) -> None:
 
 
 def parts_of(files: list[Path], part_bytes: int = PART_BYTES) -> list[Part]:
-    """Cut files into parts of about so many bytes, in order."""
+    """Cut files into parts of about equal bytes, in order."""
     return [part for file in files for part in _format_of(file).cut(file, part_bytes)]
 
 

@@ -142,7 +142,7 @@ class ZeroStrategy(Strategy):
 
 
 def engine_settings(config: AlignConfig, num_parameters: int) -> dict[str, Any]:
-    """DeepSpeed's config for a model of so many parameters."""
+    """DeepSpeed's config for a model of this many parameters."""
     share = config.global_batch_size // config.num_workers
     micro = config.micro_batch_size or share
     zero: dict[str, Any] = {
