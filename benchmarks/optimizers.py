@@ -1,11 +1,16 @@
 """Time and memory of a step: fused AdamW, the papers' plain recipe, OnDARE and OnTIES.
 
     python benchmarks/optimizers.py --size 68M --threads 2 [--rows NAME ...] [--json FILE]
+    python benchmarks/optimizers.py --first [--gradient-rows 64] [--alpha 1e-7]
 
 All rows step the same shapes (a Llama's) on the same gradients in one process, in turn with fused
 AdamW, so that what else the machine does falls on both; the best of the rounds is shown. `--warm`
 steps come before: a run's first steps, in which OnTIES' cuts move far, take longer. `plain` is
 the method as one would write it first: a fresh torch mask for each tensor, or a sort of each.
+
+`--first` shows OnTIES' first ten steps instead, on twelve tensors of 2,048 x 2,048, each step over
+the fused AdamW's beside it. Adam's first updates are all plus or minus the learning rate, and rows
+without gradients have none, so nearly all magnitudes are equal.
 """
 
 import argparse
@@ -102,7 +107,7 @@ def rows(named: list[tuple[str, nn.Parameter]], tau: dict[str, Tensor]) -> dict[
         for consensus in ("dare", "ties"):
             options = {"consensus": consensus, "density": p}
             found[f"plain {consensus} p={p}"] = plain(**options)
-            for path in ("reference", "compiled"):
+            for path in ("eager", "compiled"):
                 found[f"{path} {consensus} p={p}"] = online(**options, implementation=path)
     found["compiled dare p=0.5 K=10"] = online(
         consensus="dare", density=0.5, merge_every=10, implementation="compiled"
@@ -169,6 +174,63 @@ def measure(
     }
 
 
+def first_steps(gradient_rows: int, density: float, alpha: float) -> list[float]:
+    """OnTIES' first ten steps over fused AdamW's: the smaller of two fused steps, one before and one
+    after. Both have made their moments before; the first one's time holds the search for tau's cut.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape, names = (2048, 2048), [f"layers.{i}" for i in range(12)]
+    named = [(name, nn.Parameter(0.02 * torch.randn(shape, generator=generator))) for name in names]
+    tau = {name: (1e-3 * torch.randn(shape, generator=generator)).bfloat16() for name in names}
+    parameters = [parameter for _, parameter in named]
+    fused = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    own = OnlineMergingAdamW(
+        named,
+        tau if alpha else None,
+        lr=1e-6,
+        alpha=alpha,
+        consensus="ties",
+        density=density,
+        implementation="compiled",
+    )
+    for parameter in parameters:  # a step that makes the state alone
+        parameter.grad = torch.zeros(shape)
+    own.param_groups[0]["lr"] = 0.0
+    own.step()
+    own.param_groups[0]["lr"] = 1e-6
+    ratios = []
+    for step in range(11):
+        for parameter in parameters:
+            parameter.grad = torch.zeros(shape)
+            parameter.grad[:gradient_rows] = 1e-3 * torch.randn(
+                gradient_rows, shape[1], generator=generator
+            )
+        seconds = []
+        for one in (fused, own, fused) if step else (fused,):
+            begin = time.perf_counter()
+            one.step()
+            seconds.append(time.perf_counter() - begin)
+        if step:  # fused AdamW has made its state before
+            ratios.append(seconds[1] / min(seconds[0], seconds[2]))
+    return ratios
+
+
+def show_first_steps(gradient_rows: int, alpha: float) -> None:
+    """Print the ratios of the first ten steps as a Markdown table."""
+    warm = nn.Parameter(torch.zeros(1 << 20))
+    warm.grad = torch.randn(1 << 20)
+    OnlineMergingAdamW([("w", warm)], None, alpha=0.0, implementation="compiled").step()
+    print(f"| OnTIES, gradients in {gradient_rows} rows | first | second | third to tenth |")
+    print("|---|---|---|---|")
+    for density in (0.5, 0.1):
+        first, second, *others = first_steps(gradient_rows, density, alpha)
+        print(
+            f"| p = {density}, alpha {alpha:g} | {first:.1f} | {second:.1f} | "
+            f"{min(others):.1f} to {max(others):.1f} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Measure the rows that were asked for and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -178,8 +240,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", nargs="*", help="only rows whose name begins like one of these")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--first", action="store_true", help="OnTIES' first ten steps")
+    parser.add_argument("--gradient-rows", type=int, default=2048)
+    parser.add_argument("--alpha", type=float, default=1e-7)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.first:
+        show_first_steps(arguments.gradient_rows, arguments.alpha)
+        return
     generator = torch.Generator().manual_seed(0)
     named = []
     for name, shape in shapes(arguments.size).items():

@@ -16,8 +16,8 @@ from pipelines.evaluate.tasks import load_rows, load_tasks
 from pipelines.fingerprint import fingerprint_directory
 from pipelines.tiny_world import build_world, words
 from pipelines.tiny_world.content import make_content, make_problem, part_of
-from pipelines.train.data.formats import read_example
 from pipelines.train.data.tokens import tokenize
+from pipelines.train.row_kinds import ROW_KINDS
 
 SEED = 7
 HEADLINE = ("operations", "format", "known", "unknown", "harmful", "benign")
@@ -82,7 +82,7 @@ def test_align_learns_the_answers_of_sft_alone(world: Path) -> None:
     """The demo's SFT reads these rows: what it learns of one is the answer and the end token."""
     tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer", local_files_only=True)
     for row in rows_of(world / "data" / "sft.jsonl")[:200]:
-        (example,) = read_example(row, "texts")
+        (example,) = ROW_KINDS["texts"].examples(row)
         (sequence,) = tokenize(example, tokenizer).sequences
         marked = zip(sequence.ids, sequence.response, strict=True)
         learned = [token for token, mark in marked if mark]

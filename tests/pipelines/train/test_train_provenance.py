@@ -61,7 +61,7 @@ def test_an_aligned_model_has_record_and_card(
     again.write_text(card.split("```yaml\n")[1].split("```")[0])
     assert load_config(again, AlignConfig) == config
     assert verify(out).output == "same"
-    assert _finished(out, record["fingerprint"])
+    assert _finished(out, plan_alignment(config, tmp_path / "cache"))
 
 
 def test_an_export_has_them_too(
@@ -131,11 +131,11 @@ def test_a_raised_meaning_does_not_pass_for_finished(
     before = plan_alignment(config, tmp_path / "cache").fingerprint
     unfinished(config, tmp_path / "run")
     monkeypatch.setitem(MEANING, "align", 2)
-    after = plan_alignment(config, tmp_path / "cache").fingerprint
+    after = plan_alignment(config, tmp_path / "cache")
     assert not _finished(out, after)
     with (
         pytest.raises(InputError, match="holds an unfinished run of another config"),
-        _unfinished_run(tmp_path / ".run.partial", after, config, force=False),
+        _unfinished_run(tmp_path / ".run.partial", after, force=False),
     ):
         pass
     monkeypatch.setitem(MEANING, "align", 1)
