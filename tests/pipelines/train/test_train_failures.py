@@ -123,7 +123,7 @@ def test_a_reference_delta_that_does_not_fit(
         num_attention_heads=2,
     )
     LlamaForCausalLM(wide).save_pretrained(tmp_path / "wide")
-    optimizer["reference"] = {"base": tmp_path / "wide", "tuned": tmp_path / "wide"}
+    optimizer["tau"] = {"base": tmp_path / "wide", "tuned": tmp_path / "wide"}
     message = re.escape(
         "optimizer.tau: 'lm_head.weight' has shape (47, 16); the parameter's is (47, 32); or "
         "choose optimizer.missing_delta"
