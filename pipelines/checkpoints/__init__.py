@@ -1,7 +1,8 @@
 """Hugging Face checkpoints on the disk: lazy reading by slice, writing in place."""
 
 from pipelines.checkpoints.lora import open_model
-from pipelines.checkpoints.reader import Checkpoint, CheckpointDelta, StoredTensor
+from pipelines.checkpoints.reader import Checkpoint, CheckpointDelta
+from pipelines.checkpoints.safetensors_header import StoredTensor
 from pipelines.checkpoints.source import Source, TensorSpec
 from pipelines.checkpoints.writer import OutputLayout, plan_layout
 

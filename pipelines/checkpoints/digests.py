@@ -212,4 +212,4 @@ def _file_digests(files: Iterable[Path]) -> dict[str, str]:
 
 
 def _memory(values: Tensor) -> memoryview:
-    return memoryview(values.contiguous().view(torch.uint8).numpy())
+    return values.contiguous().view(torch.uint8).numpy().data

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipelines.checkpoints.reader import HEAD, Checkpoint, is_embedding, read_json
 from pipelines.checkpoints.safetensors_header import StoredTensor
-from pipelines.checkpoints.source import Source
+from pipelines.checkpoints.source import Source, TensorSpec
 from pipelines.errors import InputError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -89,7 +89,7 @@ class AdaptedCheckpoint:
         own = [*self.adapters, *self.replaced]
         return list(dict.fromkeys([*self.base.names(), *own]))
 
-    def find(self, name: str) -> StoredTensor | None:
+    def find(self, name: str) -> TensorSpec | None:
         """The base's tensor; from the adapter's file where that changes it."""
         if name in self.replaced:
             return replace(self.store.tensors[self.replaced[name]], name=name)
@@ -227,7 +227,7 @@ def _parts(store: Checkpoint) -> tuple[dict[str, Adapter], dict[str, str]]:
 
 def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
     """The product's factor for a module; patterns name modules by the end of their path."""
-    alpha = settings["lora_alpha"]
+    alpha: float = settings["lora_alpha"]
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value

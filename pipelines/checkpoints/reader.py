@@ -145,7 +145,7 @@ def read_range(tensor: StoredTensor, start: int, stop: int) -> Tensor:
     result = torch.empty(stop - start, dtype=tensor.dtype)
     if stop == start:
         return result
-    memory = memoryview(result.view(torch.uint8).numpy())
+    memory = result.view(torch.uint8).numpy().data
     place = tensor.offset + start * tensor.dtype.itemsize
     with_retries(lambda: _fill(memory, tensor, place))
     return result

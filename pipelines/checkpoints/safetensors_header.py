@@ -9,9 +9,11 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from pipelines.checkpoints.source import TensorSpec
 from pipelines.errors import InputError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -31,19 +33,10 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(TensorSpec):
     """One tensor in a file; `offset` is its first byte's place in the file."""
 
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: Path
     offset: int
-
-    @property
-    def num_elements(self) -> int:
-        """Elements of the tensor."""
-        return prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -72,7 +65,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return {name: _stored(name, entry, path, 8 + length, size) for name, entry in entries.items()}
 
 
-def _entry(entry: dict) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     """A header's entry: dtype's name, shape, first byte and the one after the last."""
     begin, end = entry["data_offsets"]
     return str(entry["dtype"]), tuple(map(int, entry["shape"])), int(begin), int(end)

@@ -1,6 +1,8 @@
 """What a merge reads from: a checkpoint on the disk, or anything that behaves like one."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,17 +14,19 @@ if TYPE_CHECKING:
     from pipelines.checkpoints.safetensors_header import StoredTensor
 
 
-class TensorSpec(Protocol):
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
     """A tensor as its header describes it; `file` is where a user finds it."""
 
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+
     @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def file(self) -> Path: ...
-    @property
-    def num_elements(self) -> int: ...
+    def num_elements(self) -> int:
+        """Elements of the tensor."""
+        return prod(self.shape)
 
 
 class Source(Protocol):

@@ -84,7 +84,7 @@ class OutputLayout:
         """Write a flat range of a tensor, in the output's dtype, whose first element is `start`."""
         tensor = self.tensors[name]
         assert values.dtype == tensor.dtype
-        memory = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+        memory = values.contiguous().view(-1).view(torch.uint8).numpy().data
         place = tensor.offset + start * tensor.dtype.itemsize
         with_retries(lambda: _write(folder / tensor.file, memory, place))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from operators.merging import MergeContext
-from pipelines.checkpoints import Checkpoint, StoredTensor
+from pipelines.checkpoints import Checkpoint, TensorSpec
 from pipelines.merge.contexts import model_contexts
 from pipelines.merge.tensor import TensorMerge
 
@@ -49,12 +49,12 @@ class MergedSource:
         """The tensors of its result."""
         return self.tensors.keys()
 
-    def find(self, name: str) -> StoredTensor | None:
+    def find(self, name: str) -> TensorSpec | None:
         """The tensor as it would be written."""
         tensor = self.tensors.get(name)
         if tensor is None:
             return None
-        return StoredTensor(name, tensor.dtype, tensor.shape, Path(self.name), 0)
+        return TensorSpec(name, tensor.dtype, tensor.shape, Path(self.name))
 
     def stored(self, name: str) -> None:
         """None of it is read as it is."""

@@ -66,7 +66,7 @@ class VocabularySource:
         found = self.rows.source.find(name)
         if found is None or not is_by_token(name):
             return found
-        return replace(found, shape=(len(self.rows.own), *found.shape[1:]))  # type: ignore[type-var]
+        return replace(found, shape=(len(self.rows.own), *found.shape[1:]))
 
     def stored(self, name: str) -> tuple[Checkpoint, StoredTensor] | None:
         """Where a tensor is read from as it is; None for embeddings."""
