@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterator
-from itertools import takewhile
 from pathlib import Path
 
 from operators.merging import mixup_lambda
@@ -107,9 +106,7 @@ def _written(config: MergeConfig) -> Iterator[str]:
     """The models that a merge is made of, base first; a named merge stands for its own."""
     for name in [config.base_model, *config.merged_models]:
         if name in config.merges:
-            earlier = dict(
-                takewhile(lambda item, last=name: item[0] != last, config.merges.items())
-            )
-            yield from _written(config.merges[name].model_copy(update={"merges": earlier}))
+            merge = config.merges[name]
+            yield from _written(merge.model_copy(update={"merges": config.merges_before(name)}))
         elif name is not None:
             yield name

@@ -1,6 +1,7 @@
 """The config of `poise merge`: mergekit's YAML for the methods both have."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -169,6 +170,10 @@ class MergeConfig(Config):
         """What is merged with each other: the models, or each slice's sources; without the base."""
         for group in [self.models] if self.models else [each.sources for each in self.slices]:
             yield [entry for entry in group if not self.is_base(entry)]
+
+    def merges_before(self, name: str) -> dict[str, "MergeConfig"]:
+        """The named merges that stand before one of them: those that it can refer to."""
+        return dict(takewhile(lambda item: item[0] != name, self.merges.items()))
 
     @property
     def merged_models(self) -> list[str]:

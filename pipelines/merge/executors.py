@@ -96,7 +96,7 @@ def in_ray(plan: MergePlan, folder: Path, items: list[int], contexts: Contexts) 
         [{"item": item} for item in items], override_num_blocks=len(items)
     )
     results = dataset.map(
-        _Actor,
+        _Actor,  # type: ignore[arg-type] # Ray takes classes too
         fn_constructor_args=(plan, str(folder.absolute()), contexts),
         compute=ray.data.ActorPoolStrategy(size=size),
         num_cpus=0.9,

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import takewhile
 from typing import Any
 
 from pipelines.checkpoints import Checkpoint, OutputLayout, Source, open_model, plan_layout
@@ -152,9 +151,10 @@ def plan_merge(config: MergeConfig) -> MergePlan:
 
 def _alone(config: MergeConfig, name: str) -> MergeConfig:
     """A named merge as a file of its own would have it: the merges before it, the file's fields."""
-    earlier = dict(takewhile(lambda item: item[0] != name, config.merges.items()))
     shared = {field: getattr(config, field) for field in OF_THE_FILE}
-    return config.merges[name].model_copy(update={"out": None, "merges": earlier, **shared})
+    return config.merges[name].model_copy(
+        update={"out": None, "merges": config.merges_before(name), **shared}
+    )
 
 
 def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:

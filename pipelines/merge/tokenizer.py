@@ -66,11 +66,11 @@ def align_vocabularies(
         size = -(-size // config.pad_rows_to) * config.pad_rows_to
     owns = {}
     for name, own in known.items():
-        places, rows = [-1] * size, num_rows(sources[name])
+        places, num_own = [-1] * size, num_rows(sources[name])
         for token, row in target.items():
             place = own.get(token, -1)
             # A token that was added without resizing the embedding has no row.
-            places[row] = place if place < rows else -1
+            places[row] = place if place < num_own else -1
         owns[name] = places
     return with_rows(sources, base, owns), tokenizer
 
