@@ -13,7 +13,7 @@ from pipelines.commit import commit_directory, partial_path
 from pipelines.errors import InputError
 from pipelines.train.config import AlignConfig
 from pipelines.train.errors import NO_ROOM
-from pipelines.train.strategies import Strategy, first_rank, wait_for_all
+from pipelines.train.strategies import StagingStrategy, Strategy, first_rank, wait_for_all
 
 CHECKPOINTS = "checkpoints"
 # What torch's own writer says of a write that was cut short, and on closing a file after one.
@@ -78,6 +78,7 @@ class CheckpointWriter:
             self._write(step, strategy.save)
             return
         self._wait()
+        assert isinstance(strategy, StagingStrategy)  # or the config would have refused it
         write = strategy.stage(self._group)
         self._writing = self._thread.submit(self._write, step, write)
 

@@ -7,15 +7,22 @@ import torch
 
 from pipelines.train.config import AlignConfig, OptimizerConfig
 from pipelines.train.optimizer import build_optimizer
-from pipelines.train.strategies.base import Strategy, first_rank, wait_for_all
+from pipelines.train.strategies.base import StagingStrategy, Strategy, first_rank, wait_for_all
 
-__all__ = ["Strategy", "build_reference", "build_strategy", "first_rank", "wait_for_all"]
+__all__ = [
+    "StagingStrategy",
+    "Strategy",
+    "build_reference",
+    "build_strategy",
+    "first_rank",
+    "wait_for_all",
+]
 
 
 def build_strategy(config: AlignConfig, device: torch.device) -> Strategy:
     """Model and optimizer of a config, laid out over the workers."""
     module, name = config.traits.implementation.split(":")
-    strategy = getattr(importlib.import_module(module), name)
+    strategy: type[Strategy] = getattr(importlib.import_module(module), name)
     return strategy(config, device, partial(build_optimizer, config))
 
 
@@ -24,10 +31,9 @@ def build_reference(config: AlignConfig, device: torch.device) -> Strategy:
 
     Whole where the policy is (single, ddp), else sharded by rows over the workers.
     """
-    settings = {"learning_rate": config.optimizer.learning_rate}
     changes = {
         "model": config.reference_model or config.model,
-        "optimizer": OptimizerConfig(**settings),
+        "optimizer": OptimizerConfig(learning_rate=config.optimizer.learning_rate),
         "lora": None,
         "gradient_checkpointing": False,
         "strategy": config.traits.beside,
@@ -36,5 +42,8 @@ def build_reference(config: AlignConfig, device: torch.device) -> Strategy:
     reference.model.eval()
     reference.model.requires_grad_(False)
     if config.traits.beside == "fsdp2":  # its root would else stay gathered
+        from torch.distributed.fsdp import FSDPModule
+
+        assert isinstance(reference.model, FSDPModule)
         reference.model.set_reshard_after_forward(True)
     return reference

@@ -33,7 +33,9 @@ def meta_model(path: Path) -> "PreTrainedModel":
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                _without_dropout(config), dtype=torch.float32
+            )
     except (ValueError, KeyError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"model {path}: not a causal language model: {first}") from None
@@ -115,7 +117,7 @@ def check_tied(model: nn.Module, checkpoint: Checkpoint) -> None:
                     )
 
 
-def materialize(model: nn.Module, device: torch.device, checkpoint: Checkpoint) -> None:
+def materialize(model: "PreTrainedModel", device: torch.device, checkpoint: Checkpoint) -> None:
     """Give a model on the meta device memory: parameters unset, buffers as they must be.
 
     Parameters that several modules share stay shared.
@@ -139,7 +141,7 @@ def places_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.M
 
 
 @torch.no_grad()
-def set_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
+def set_buffers(model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
     """Set the buffers: those that checkpoints hold are read, others computed, such as the
     frequencies of rotary embeddings.
 

@@ -33,7 +33,9 @@ def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
     except ImportError:
         raise InputError("lora: needs peft; pip install 'poise[lora]'") from None
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.target_modules
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type] # peft divides it: any number will do
+        target_modules=settings.target_modules,
     )
     try:
         inject_adapter_in_model(config, model)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -22,7 +30,7 @@ from operators.optim import OnlineMergingAdamW
 from operators.optim.layout import layout_of, local
 from pipelines.checkpoints import Checkpoint
 from pipelines.train.config import AlignConfig
-from pipelines.train.strategies.base import first_rank
+from pipelines.train.strategies.base import StagingStrategy, first_rank
 from pipelines.train.strategies.loading import (
     Owned,
     blocks_of,
@@ -40,7 +48,7 @@ from pipelines.train.strategies.lora import (
 )
 
 
-class SingleStrategy:
+class SingleStrategy(StagingStrategy):
     """`single`, the whole model in one process; `ddp` and `fsdp2` do some things in another way.
     The checkpoints of all three are interchangeable.
     """
@@ -133,7 +141,9 @@ class SingleStrategy:
         if self._stager is None:
             pinned = self.device.type == "cuda"
             self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
-        return partial(_write, self._stager.stage(self._state()), group)
+        staged = self._stager.stage(self._state())
+        assert isinstance(staged, dict)  # and no future of one: the stager has no thread
+        return partial(_write, staged, group)
 
     def _state(self) -> dict[str, Any]:
         """Parameters and optimizer state by name, as DCP takes them: no copies."""
@@ -153,6 +163,7 @@ class SingleStrategy:
         )
 
 
+@final
 class DdpStrategy(SingleStrategy):
     """`ddp`: replicas that average their gradients."""
 
@@ -161,25 +172,24 @@ class DdpStrategy(SingleStrategy):
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
         """Around forward and backward of a micro-batch: gradients are averaged at the last."""
+        assert isinstance(self.model, nn.parallel.DistributedDataParallel)
         return contextlib.nullcontext() if last else self.model.no_sync()
 
 
+@final
 class Fsdp2Strategy(SingleStrategy):
     """`fsdp2`: each worker holds some rows of every parameter."""
 
     def _shard(self, model: nn.Module) -> None:
         """Each block and then the rest, by rows over all workers."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-
-        options = {"mesh": init_device_mesh(self.device.type, (dist.get_world_size(),))}
+        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
+        precision, offload = MixedPrecisionPolicy(), OffloadPolicy()
         if self.config.precision == "bf16":
-            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+            precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         if self.config.cpu_offload:
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        for block in blocks_of(model):
-            fully_shard(block, **options)
-        fully_shard(model, **options)
+            offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        for module in [*blocks_of(model), model]:
+            fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
     def forward_context(self) -> AbstractContextManager[object]:
         """Nothing: the sharding sees to the precision."""
@@ -188,6 +198,7 @@ class Fsdp2Strategy(SingleStrategy):
     @contextlib.contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward of a micro-batch: gradients are reduced at the last."""
+        assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         yield
 

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints import Checkpoint
 from pipelines.train.config import AlignConfig
+from pipelines.train.strategies.base import Strategy
 from pipelines.train.strategies.loading import Owned, empty_model, fill, tied_names
 from pipelines.train.strategies.zero_layout import check_layouts, flat_layouts
 from pipelines.train.strategies.zero_loading import load_into_engine
@@ -28,7 +29,8 @@ from pipelines.train.strategies.zero_resume import (
 from pipelines.train.strategy_table import ZERO_BUCKET
 
 
-class ZeroStrategy:
+@final
+class ZeroStrategy(Strategy):
     """`zero1`, `zero2` and `zero3`, with any optimizer here: flat partitions are bound to it."""
 
     def __init__(

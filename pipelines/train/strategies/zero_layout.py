@@ -128,7 +128,8 @@ def check_layouts(layouts: Layouts, checkpoint: Checkpoint, engine: Any) -> None
     total = total.to(device)
     dist.all_reduce(total)
     found = dict(zip(names, total.tolist(), strict=False))
-    missing = [name for name in names if found[name] != checkpoint.find(name).num_elements]
+    stored = ((name, checkpoint.find(name)) for name in names)
+    missing = [name for name, spec in stored if spec is None or found[name] != spec.num_elements]
     if total[-1] or missing:
         raise RuntimeError(
             f"parameter {wrong or (missing or ['of another rank'])[0]!r}: DeepSpeed's partitions "

@@ -1,6 +1,6 @@
 """Weights for DeepSpeed's engine, in its precision; under stage 3 no rank ever holds them all."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,13 @@ from pipelines.train.strategies.loading import (
 )
 from pipelines.train.strategies.native import local_parameters
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
 def load_into_engine(
-    model: nn.Module, checkpoint: Checkpoint, settings: dict[str, Any], device: torch.device
+    model: "PreTrainedModel", checkpoint: Checkpoint, settings: dict[str, Any], device: torch.device
 ) -> None:
     """Give a model on the meta device the checkpoint's weights, rounded to the precision of the
     passes: whole on each rank (stages 1 and 2), or each rank its share (stage 3).
@@ -42,14 +45,15 @@ def load_into_engine(
 
 
 def _load_partitioned(
-    model: nn.Module, checkpoint: Checkpoint, settings: dict[str, Any], device: torch.device
+    model: "PreTrainedModel", checkpoint: Checkpoint, settings: dict[str, Any], device: torch.device
 ) -> None:
     """One parameter after another: the first rank reads it, DeepSpeed sends it to all, and each
     keeps its share before the next one comes.
     """
     import deepspeed
 
-    first, places = None, places_of_parameters(model)
+    first: Any = None  # DeepSpeed gives parameters methods of its own
+    places = places_of_parameters(model)
     for name, empty in list(model.named_parameters()):
         parameter = nn.Parameter(torch.empty_like(empty, device=device))
         if dist.get_rank() == 0:
