@@ -13,6 +13,7 @@ from pipelines.train.checkpoints import saved_steps, step_folder
 from pipelines.train.config import AlignConfig
 from pipelines.train.export import Owner, export_model, provenance
 from pipelines.train.strategies import build_strategy
+from pipelines.train.strategies.zero_layout import Layouts
 from pipelines.train.strategies.zero_resume import SavedShards, load_shards
 
 RUN_FILE = "run.json"
@@ -66,7 +67,9 @@ def _owner(config: AlignConfig, checkpoint: Path) -> Owner:
     strategy = build_strategy(here, torch.device("cpu"))
     if config.traits.zero_stage:
         parameters = dict(strategy.model.named_parameters())
-        layouts = {values: [layout_of(name, values)] for name, values in parameters.items()}
+        layouts: Layouts = {
+            values: [layout_of(name, values)] for name, values in parameters.items()
+        }
         load_shards(SavedShards(checkpoint), layouts, strategy.optimizer)
     else:
         strategy.load(checkpoint)

@@ -248,6 +248,7 @@ class Run:
     def _reference_point(self, micro: list[list[int]], num_rows: int) -> Tensor:
         """KTO's z0 of the global batch, before any of its gradients."""
         batches = [(r, collate_mismatched(self.table, r, PAD, self.device)) for r in micro]
+        assert self.reference is not None  # what has a point has a reference
         reference = torch.cat([self.reference.mismatched(*batch) for batch in batches])
 
         def policy() -> Tensor:

@@ -27,6 +27,7 @@ tokens in a micro-batch, L layers of width h and inner width i, and a vocabulary
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -37,6 +38,9 @@ from pipelines.train.config import (
     OptimizerConfig,
 )
 from pipelines.train.strategies.loading import blocks_of, meta_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,7 @@ def shape_of(model: str | Path) -> ModelShape:
     )
 
 
-def _adapted(model: nn.Module) -> dict[str, int]:
+def _adapted(model: "PreTrainedModel") -> dict[str, int]:
     """Inputs and outputs of the linear layers but the head, added up by their last names."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():

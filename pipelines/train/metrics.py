@@ -87,8 +87,8 @@ def _levels(path: Path, steps: int) -> list[float]:
         levels = [chosen_level(record) for record in records if record["step"] <= steps]
         found[: len(levels)] = torch.tensor(levels, dtype=torch.float64)
         found[-1] = len(levels)
-    found = add_up(found).tolist()
-    return found[: int(found[-1])]
+    on_all_ranks = add_up(found).tolist()
+    return on_all_ranks[: int(on_all_ranks[-1])]
 
 
 def chosen_level(record: dict[str, float]) -> float:

@@ -172,6 +172,7 @@ def pair_loss(
     lengths = responses.num_tokens.view(2, -1)
     before = torch.zeros_like(sums) if reference is None else reference.T
     divisor = lengths if objective.mean_over_tokens else torch.ones_like(lengths)
+    assert objective.loss is not None  # which texts alone go without
     pairs = PairLogProbabilities(*(sums / divisor), *(before / divisor))
     losses = objective.loss(pairs, **objective.loss_parameters(parameters))
     loss = losses.sum() / shares.rows
@@ -215,7 +216,9 @@ def labelled_loss(
     """
     parameters = config.parameters
     ratio = responses.log_probability - reference
-    losses = config.definition.loss(ratio, desirable, reference_point, **parameters)
+    loss = config.definition.loss
+    assert loss is not None  # which texts alone go without
+    losses = loss(ratio, desirable, reference_point, **parameters)
     beta = parameters["beta"]
     with torch.no_grad():
         good, bad = desirable.float(), (~desirable).float()

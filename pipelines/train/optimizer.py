@@ -24,7 +24,9 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
     if settings.name not in ONLINE:
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, foreach=True, **shared)
-    delta = CheckpointDelta(settings.tau.base, settings.tau.tuned)
+    tau, density, alpha = settings.tau, settings.density, settings.alpha
+    assert tau is not None and density is not None and alpha is not None  # required with the name
+    delta = CheckpointDelta(tau.base, tau.tuned)
     return OnlineMergingAdamW(
         model.named_parameters(),
         delta,
@@ -32,8 +34,8 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
         consensus=settings.consensus or ONLINE[settings.name],
         sparsifier=settings.sparsifier,
         sparsifier_parameters=settings.sparsifier_parameters,
-        density=settings.density,
-        alpha=settings.alpha,
+        density=density,
+        alpha=alpha,
         merge_every=settings.merge_every,
         alpha_schedule=settings.alpha_schedule,
         missing_delta=settings.missing_delta,

@@ -6,7 +6,7 @@ asks it only how many sequences a row has.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -111,8 +111,7 @@ class Pairs(RowKind):
         elif isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
             prompt = _common_text(chosen, rejected)
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        example = Example(prompt, (chosen, rejected))
-        return [_checked(example, ("prompt", "chosen", "rejected"))]
+        return [_checked({"prompt": prompt, "chosen": chosen, "rejected": rejected})]
 
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """A preference objective."""
@@ -137,8 +136,8 @@ class Labelled(RowKind):
         self._require(row, ("prompt", "completion", "label"))
         if not isinstance(row["label"], bool):
             raise InputError(f"label: found {row['label']!r}; allowed: true, false")
-        example = Example(row["prompt"], (row["completion"],), row["label"])
-        return [_checked(example, ("prompt", "completion"))]
+        parts = {"prompt": row["prompt"], "completion": row["completion"]}
+        return [_checked(parts, row["label"])]
 
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """KTO."""
@@ -161,12 +160,11 @@ class Texts(RowKind):
         if isinstance(row.get("messages"), list):
             if not any(_role(message) == "assistant" for message in row["messages"]):
                 raise InputError("messages: holds no message of role 'assistant' to learn")
-            return [_checked(Example([], (row["messages"],)), ("prompt", "messages"))]
+            return [_checked({"prompt": [], "messages": row["messages"]})]
         if isinstance(row.get("text"), str):
-            return [_checked(Example("", (row["text"],)), ("prompt", "text"))]
+            return [_checked({"prompt": "", "text": row["text"]})]
         self._require(row, ("prompt", "completion"))
-        example = Example(row["prompt"], (row["completion"],))
-        return [_checked(example, ("prompt", "completion"))]
+        return [_checked({"prompt": row["prompt"], "completion": row["completion"]})]
 
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """Supervised fine-tuning."""
@@ -177,14 +175,15 @@ class Texts(RowKind):
 ROW_KINDS: dict[str, RowKind] = {"pairs": Pairs(), "labelled": Labelled(), "texts": Texts()}
 
 
-def _checked(example: Example, columns: tuple[str, ...]) -> Example:
-    """The example, once its parts are of one kind and no response is empty."""
-    parts = dict(zip(columns, (example.prompt, *example.responses), strict=True))
+def _checked(parts: Mapping[str, Any], label: bool | None = None) -> Example:
+    """A prompt and its responses, by their columns' names, as an example, once they are of one kind
+    and no response is empty.
+    """
     if len({type(part) for part in parts.values()} & {str, list}) != 1 or not all(
         isinstance(part, str | list) for part in parts.values()
     ):
         found = ", ".join(f"{name} {type(part).__name__}" for name, part in parts.items())
-        raise InputError(f"{', '.join(columns)} must be all texts or all messages; found: {found}")
+        raise InputError(f"{', '.join(parts)} must be all texts or all messages; found: {found}")
     for name, part in parts.items():
         if isinstance(part, list):
             for message in part:
@@ -193,7 +192,8 @@ def _checked(example: Example, columns: tuple[str, ...]) -> Example:
                 _role(message)
         if not part and name != "prompt":
             raise InputError(f"{name}: is empty")
-    return example
+    prompt, *responses = parts.values()
+    return Example(prompt, tuple(responses), label)
 
 
 def _role(message: Any) -> str:

@@ -191,7 +191,8 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
     Raises:
         InputError: config, model or data that cannot be used.
     """
-    if cache is None and config.cache is None:
+    cache = cache or config.cache
+    if cache is None:
         cache = Path(tempfile.mkdtemp(prefix="poise-"))
         try:
             plan = plan_alignment(config, cache)
@@ -211,13 +212,14 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
         config.data,
         config.split,
         settings,
-        cache or config.cache,
+        cache,
         max_bad_share=config.max_bad_share,
     )
     _check_vocabulary(checkpoint, table)
-    num_steps = config.num_steps or num_steps_of(
-        config.num_epochs, table.num_rows, config.global_batch_size
-    )
+    num_steps = config.num_steps
+    if num_steps is None:
+        assert config.num_epochs is not None
+        num_steps = num_steps_of(config.num_epochs, table.num_rows, config.global_batch_size)
     mean_tokens = float(table.lengths.sum(axis=1).mean())
     return Plan(
         config=config,
@@ -250,15 +252,18 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
 
 def with_absolute_paths(config: AlignConfig) -> AlignConfig:
     """The config for workers, which Ray Train starts in another working directory."""
-    paths = {"model": config.model.absolute(), "data": config.data.absolute()}
+    changes: dict[str, Path | OptimizerConfig] = {
+        "model": config.model.absolute(),
+        "data": config.data.absolute(),
+    }
     if config.reference_model is not None:
-        paths["reference_model"] = config.reference_model.absolute()
+        changes["reference_model"] = config.reference_model.absolute()
     tau = config.optimizer.tau
     if tau is not None:
         places = {"base": tau.base.absolute(), "tuned": tau.tuned.absolute()}
         update = {"tau": tau.model_copy(update=places)}
-        paths["optimizer"] = config.optimizer.model_copy(update=update)
-    return config.model_copy(update=paths)
+        changes["optimizer"] = config.optimizer.model_copy(update=update)
+    return config.model_copy(update=changes)
 
 
 def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class WandbTracker:
             name=name,
             resume="allow",
             dir=place,
-            mode=os.environ.get("WANDB_MODE", online),
+            mode=os.environ.get("WANDB_MODE", online),  # type: ignore[arg-type] # wandb judges it
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True, console="off", disable_git=True),
         )

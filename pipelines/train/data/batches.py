@@ -95,5 +95,8 @@ def pad_together(
         ids[i, : len(values)] = values
         response[i, : len(values)] = marks
     first_learned = int(response.any(axis=0).argmax())
-    tensors = (torch.from_numpy(x).to(device) for x in (ids, response))
-    return Batch(*tensors, first_scored=max(0, first_learned - 1))
+    return Batch(
+        torch.from_numpy(ids).to(device),
+        torch.from_numpy(response).to(device),
+        first_scored=max(0, first_learned - 1),
+    )

@@ -136,7 +136,7 @@ def _in_ray(left: list[tuple[int, Part]], settings: TokenSettings, folder: Path)
     items = [{"number": number, "part": asdict(part)} for number, part in left]
     actors = max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        _Tokenizing,
+        _Tokenizing,  # type: ignore[arg-type] # Ray takes classes too
         fn_constructor_args=(settings, str(folder)),
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.9,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pipelines.errors import InputError
-from pipelines.train.row_kinds import Example, Messages
+from pipelines.train.row_kinds import Content, Example, Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,13 +45,15 @@ def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> TokenRow
         if tokenizer.chat_template is None:
             raise InputError("holds messages, but the tokenizer has no chat template")
         if not example.prompt:
-            return TokenRow((_conversation(example.responses[0], tokenizer),), example.label)
+            (messages,) = example.responses
+            assert isinstance(messages, list)
+            return TokenRow((_conversation(messages, tokenizer),), example.label)
         prompt = _render(tokenizer, example.prompt, ask=True)
-        wholes = [_render(tokenizer, example.prompt + r, ask=False) for r in example.responses]
+        wholes = [_whole(tokenizer, example.prompt, each) for each in example.responses]
     else:
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         prompt = _encode(tokenizer, example.prompt)
-        wholes = [_encode(tokenizer, example.prompt + r) for r in example.responses]
+        wholes = [_whole(tokenizer, example.prompt, each) for each in example.responses]
         # A tokenizer may end every text with an end token of its own: the prompt must not.
         if end and prompt[-1:] == end:
             prompt = prompt[:-1]
@@ -66,6 +68,15 @@ def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> TokenRow
     return TokenRow(tuple(sequences), example.label, prompt_shortened=cut < len(prompt))
 
 
+def _whole(tokenizer: "PreTrainedTokenizerBase", prompt: Content, response: Content) -> list[int]:
+    """A prompt with a response, which is a text or messages as the prompt is."""
+    if isinstance(prompt, str):
+        assert isinstance(response, str)
+        return _encode(tokenizer, prompt + response)
+    assert isinstance(response, list)
+    return _render(tokenizer, prompt + response, ask=False)
+
+
 def _render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, ask: bool) -> list[int]:
     """A conversation through the chat template; `ask` opens the assistant's next turn."""
     try:
@@ -73,6 +84,7 @@ def _render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, ask: bo
     except Exception as error:  # the template's own complaints, such as roles out of order
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"the chat template refuses the messages: {first}") from None
+    assert isinstance(text, str)
     return _encode(tokenizer, text, add_special_tokens=False)
 
 
