@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 from rich.table import Table
 
+from operators.merging import METHODS, Method
 from pipelines.errors import InputError
-from pipelines.merge.config import METHODS, Method
 from ray_jobs.tables import print_table
 
 

@@ -42,13 +42,15 @@ def run_report(paths: list[Path], out: Path | None, *, force: bool) -> None:
 
 def _text_of_run(path: Path, results: Results, several: bool) -> str:
     """Table and findings of one run; named only where there are several."""
+    width, colour = _terminal()
     start = f"{path.resolve().name}, " if several else ""
     return _text(
         render_table(
             table_rows(results),
             title=f"{start}seed {results.seed}, {results.split} split, percent ±standard error",
             legend=LEGEND.format(sft=results.sft_name),
-            **_terminal(),
+            width=width,
+            colour=colour,
         ),
         findings(results),
     )
@@ -56,13 +58,15 @@ def _text_of_run(path: Path, results: Results, several: bool) -> str:
 
 def _text_over_runs(runs: Sequence[Results]) -> str:
     """Table of means and findings over several runs."""
+    width, colour = _terminal()
     seeds = ", ".join(str(results.seed) for results in runs)
     return _text(
         render_table(
             table_rows_over_runs(runs),
             title=f"Means over {len(runs)} runs (seeds {seeds}), test split, percent",
             legend=LEGEND_OVER_RUNS.format(sft=runs[0].sft_name),
-            **_terminal(),
+            width=width,
+            colour=colour,
         ),
         findings_over_runs(runs),
     )
@@ -73,11 +77,11 @@ def _text(table: str, sentences: list[str]) -> str:
     return table + "\n" + "".join(f"- {sentence}\n" for sentence in sentences)
 
 
-def _terminal() -> dict[str, int | bool]:
+def _terminal() -> tuple[int, bool]:
     """Width and colour for `render_table`: the terminal's, or plain where stdout is none."""
     if not sys.stdout.isatty():
-        return {"width": PLAIN_WIDTH, "colour": False}
-    return {"width": shutil.get_terminal_size().columns, "colour": "NO_COLOR" not in os.environ}
+        return PLAIN_WIDTH, False
+    return shutil.get_terminal_size().columns, "NO_COLOR" not in os.environ
 
 
 def _print(text: str) -> None:

@@ -67,18 +67,11 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
     joins = bool(os.environ.get("RAY_ADDRESS"))
     if joins:
         check_head(os.environ["RAY_ADDRESS"])
-    local = (
-        {}
-        if joins
-        else {
-            "address": "local",
-            "num_cpus": num_cpus or max(2, os.cpu_count() or 1),
-            "include_dashboard": False,
-        }
-    )
     with _native_logs_off_the_terminal():
         ray.init(
-            **local,
+            address=None if joins else "local",
+            num_cpus=None if joins else num_cpus or max(2, os.cpu_count() or 1),
+            include_dashboard=None if joins else False,
             runtime_env=None if joins else {"env_vars": worker_environment() | LOCAL_ENVIRONMENT},
             logging_level=logging.ERROR,
             log_to_driver=log_to_driver,

@@ -37,7 +37,8 @@ class Generator:
             first = str(error).strip().splitlines()[0]
             raise InputError(f"model {path}: does not load: {first}") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: PreTrainedModel = model.to(device).eval()
+        # transformers wraps `to` in a way that hides from mypy that it is a method.
+        self.model: PreTrainedModel = model.to(device).eval()  # type: ignore[arg-type]
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
@@ -76,7 +77,8 @@ class Generator:
             batch = self.tokenizer.pad({"input_ids": [encoded[i] for i in chosen]}, padding=True)
             ids = torch.tensor(batch["input_ids"], device=self.model.device)  # (batch, length)
             mask = torch.tensor(batch["attention_mask"], device=self.model.device)
-            output = self.model.generate(
+            # transformers' types leave open which models generate.
+            output = self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=False,

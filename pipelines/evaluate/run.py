@@ -158,7 +158,7 @@ def _in_ray(
 
     dataset = ray.data.from_items(rows, override_num_blocks=num_models)
     return dataset.map(
-        CellWorker,
+        CellWorker,  # type: ignore[arg-type] # Ray takes classes too
         compute=ray.data.ActorPoolStrategy(size=min(num_workers, num_models)),
         num_cpus=0.9,
     ).iter_rows()

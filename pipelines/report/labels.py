@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
@@ -42,7 +43,9 @@ def label_points(
     Returns:
         the names that were written.
     """
-    renderer = axes.get_figure().canvas.get_renderer()
+    figure = axes.get_figure()
+    assert figure is not None and isinstance(figure.canvas, FigureCanvasAgg)
+    renderer = figure.canvas.get_renderer()
     edge = axes.get_window_extent(renderer)
     centres = axes.transData.transform(list(points.values()))
     kept_free = [_around(x, y, MARKER_PIXELS) for x, y in centres]

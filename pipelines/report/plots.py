@@ -71,8 +71,8 @@ def plot_matrix(results: Results) -> bytes:
     for line in axes.spines.values():
         line.set_visible(False)
     axes.axvline(len(COLUMNS) - 0.5, color="white", linewidth=5)
-    for y in _group_ends([results.models[name].kind for name in names]):
-        axes.axhline(y, color="white", linewidth=3)
+    for end in _group_ends([results.models[name].kind for name in names]):
+        axes.axhline(end, color="white", linewidth=3)
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.03)
     bar.outline.set_visible(False)
     bar.set_label(f"percent, {results.split} split; small: standard error")

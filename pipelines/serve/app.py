@@ -89,20 +89,22 @@ def _llm_config(model: ServedModel, device: str, environment: dict[str, str]) ->
     from ray.serve.llm import LLMConfig
 
     bundle = {"CPU": 1, "GPU": 1} if device == "gpu" else {"CPU": 1}
-    return LLMConfig(
-        model_loading_config={"model_id": model.name, "model_source": str(model.path)},
-        accelerator_config={"kind": device},
-        placement_group_config={"bundles": [bundle]},
-        deployment_config={
-            **_HEALTH_CHECK,
-            "num_replicas": 1,
-            "max_constructor_retry_count": 1,  # what fails to load once fails again
-            "ray_actor_options": {"num_cpus": _REPLICA_CPUS},
-        },
-        engine_kwargs=_engine_arguments(model, device),
-        runtime_env={"env_vars": _engine_environment(device) | environment},
-        callback_config={"callback_class": "pipelines.serve.local_files.LocalFiles"},
-        log_engine_metrics=False,
+    return LLMConfig.model_validate(
+        {
+            "model_loading_config": {"model_id": model.name, "model_source": str(model.path)},
+            "accelerator_config": {"kind": device},
+            "placement_group_config": {"bundles": [bundle]},
+            "deployment_config": {
+                **_HEALTH_CHECK,
+                "num_replicas": 1,
+                "max_constructor_retry_count": 1,  # what fails to load once fails again
+                "ray_actor_options": {"num_cpus": _REPLICA_CPUS},
+            },
+            "engine_kwargs": _engine_arguments(model, device),
+            "runtime_env": {"env_vars": _engine_environment(device) | environment},
+            "callback_config": {"callback_class": "pipelines.serve.local_files.LocalFiles"},
+            "log_engine_metrics": False,
+        }
     )
 
 

@@ -154,7 +154,12 @@ def _tune(config: SweepConfig, folder: Path, key: str) -> list[dict[str, Any]]:
     results = tuner.fit()
     if results.errors:
         raise RuntimeError(f"{len(results.errors)} trials failed; the first: {results.errors[0]}")
-    return [result.metrics["trial"] for result in results]
+    trials = []
+    for number in range(len(results)):
+        reported = results[number].metrics
+        assert reported is not None  # or there would be an error
+        trials.append(reported["trial"])
+    return trials
 
 
 def _space(values: list[Any] | Range) -> Any:
@@ -165,6 +170,7 @@ def _space(values: list[Any] | Range) -> Any:
         return tune.grid_search(values)
     if values.uniform is not None:
         return tune.uniform(*values.uniform)
+    assert values.log_uniform is not None
     return tune.loguniform(*values.log_uniform)
 
 

@@ -32,7 +32,7 @@ def pretraining_documents(content: Content, seed: int) -> list[str]:
     random = Random(f"{seed}|pretraining")
     known = [person for part in content.known.values() for person in part]
     objects = [o for parts in (content.harmful, content.benign) for p in parts.values() for o in p]
-    documents = []
+    documents: list[str] = []
     while len(documents) < NUM_DOCUMENTS:
         draw = random.random()
         if draw < OPERATION_SHARE:
