@@ -27,11 +27,11 @@ test-slow: setup ## the slow tests alone
 test-all: setup ## all tests, with the slow ones
 	@$(PYTEST) $(ARGS)
 
-lint: setup ## ruff, the import floors and the strict type check of operators/
+lint: setup ## ruff, the import floors and the types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
-	@$(BIN)/mypy operators
+	@$(BIN)/mypy
 
 bench: setup ## the benchmarks; what they print goes into benchmarks/RESULTS.md
 	@for file in benchmarks/*.py; do \
