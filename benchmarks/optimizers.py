@@ -175,8 +175,9 @@ def measure(
 
 
 def first_steps(gradient_rows: int, density: float, alpha: float) -> list[float]:
-    """OnTIES' first ten steps over fused AdamW's: the smaller of two fused steps, one before and one
-    after. Both have made their moments before; the first one's time holds the search for tau's cut.
+    """OnTIES' first ten steps over fused AdamW's: the faster of one before and one after it.
+
+    Both have made their moments before; the first step's time holds the search for tau's cut.
     """
     generator = torch.Generator().manual_seed(0)
     shape, names = (2048, 2048), [f"layers.{i}" for i in range(12)]
