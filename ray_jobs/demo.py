@@ -109,7 +109,7 @@ class Demo:
         steps = [
             Step("world", paths.world, self._world, 3),
             Step("train base", paths.model("base"), self._base, 60 if smoke else 110),
-            Step("train sft", paths.model("sft"), self._sft, 25 if smoke else 35, keeps=True),
+            Step("train sft", paths.model("sft"), self._sft, 25, keeps=True),
             Step("align", paths.model(ALIGNED[-1]), self._align, 80, keeps=True),
         ]
         for name in SWEPT:

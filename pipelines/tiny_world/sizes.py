@@ -20,6 +20,6 @@ class Size:
 
 SIZES = {
     "smoke": Size(96, 3, 1200, 4e-3, 600, 2e-3),
-    "default": Size(96, 3, 2200, 4e-3, 750, 2e-3),
+    "default": Size(96, 3, 2200, 4e-3, 600, 2e-3),
     "rich": Size(128, 4, 4500, 3e-3, 1400, 1.5e-3),
 }
