@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 WORDS = 1 << 32
 GOLDEN = 0x9E3779B9  # by which the upper half of an index is multiplied
 _IN_CACHE = 1 << 14  # words made at once: buffers of this size stay in a core's cache
-_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
 )

@@ -13,7 +13,7 @@ always exact: a function of the elements alone.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -370,27 +370,6 @@ class Kept:
         too_large = keys > search.high - search.low
         above = self.seen.above + int(np.count_nonzero(too_large))
         return search.seen(above, keys[~too_large & (keys >= 0)])
-
-
-def top_cut(
-    chunks: Callable[[], Iterator[tuple[int, Tensor]]], count: int, total: int, key: tuple[int, int]
-) -> TopCut:
-    """The cut of a tensor that this process has alone.
-
-    Args:
-        chunks: yields, each time it is called, its elements as (first global index, values).
-    """
-    search = begin_search(count, total)
-    if isinstance(search, TopCut):
-        return search
-
-    def look(searches: Mapping[int, Search]) -> dict[int, Seen]:
-        tally = Tally(searches[0], key)
-        for start, x in chunks():
-            tally.look(x, start)
-        return {0: tally.seen()}
-
-    return settle({0: search}, look)[0]
 
 
 def sample_stride(total: int, num_runs: int, run: int) -> int:

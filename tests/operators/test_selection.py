@@ -25,9 +25,9 @@ from operators.selection import (
     magnitude_of,
     sampled_bracket,
     settle,
-    top_cut,
 )
 from operators.sparsify import kept_count, top_mask
+from tests.operators.cuts import top_cut
 
 KEY = (3, 4)
 COMPILED = merging_kernels(1 << 30)

@@ -15,7 +15,8 @@ from operators.optim.layout import ShardLayout
 from operators.optim.merger import UPDATE_STREAM, Update
 from operators.optim.options import MergeOptions
 from operators.optim.update_cuts import UpdateCuts, _sampled_runs
-from operators.selection import Tally, TopCut, begin_search, settle, top_cut
+from operators.selection import Tally, TopCut, begin_search, settle
+from tests.operators.cuts import top_cut
 
 SIZE = 20_000
 
