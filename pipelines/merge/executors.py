@@ -1,5 +1,6 @@
 """Who does a plan's items: threads of this process, or a pool of Ray Data actors. Same bytes."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -97,7 +98,7 @@ def in_ray(plan: MergePlan, folder: Path, items: list[int], contexts: Contexts) 
     )
     results = dataset.map(
         _Actor,  # type: ignore[arg-type] # Ray takes classes too
-        fn_constructor_args=(plan, str(folder.absolute()), contexts),
+        fn_constructor_args=(plan, str(folder.absolute()), contexts, str(Path.cwd())),
         compute=ray.data.ActorPoolStrategy(size=size),
         num_cpus=0.9,
         num_gpus=1 if plan.works_on_gpu else 0,
@@ -106,10 +107,15 @@ def in_ray(plan: MergePlan, folder: Path, items: list[int], contexts: Contexts) 
 
 
 class _Actor:
-    """A worker in a process of its own, with one thread: the pool has a process for each core."""
+    """A worker in a process of its own, with one thread: the pool has a process for each core.
 
-    def __init__(self, plan: MergePlan, folder: str, contexts: Contexts) -> None:
+    Ray starts it in the directory where Ray was started; relative paths begin in `directory`.
+    """
+
+    def __init__(self, plan: MergePlan, folder: str, contexts: Contexts, directory: str) -> None:
         torch.set_num_threads(1)
+        if Path(directory).is_dir():
+            os.chdir(directory)
         self._worker = MergeWorker(plan, Path(folder), contexts)
 
     def __call__(self, row: dict[str, Any]) -> Result:
