@@ -299,8 +299,8 @@ class Tally:
         low, high = search.magnitudes
         above, inside, places = _inside(x, low, high)
         self._above += above
-        self._num_inside += len(inside)
-        if search.tied or search.collect or self._num_inside <= self._keep:
+        keeps = self._num_inside + len(inside) <= self._keep
+        if search.tied or search.collect or keeps:
             order = search.order(places() + start, self._key)
             keys = (inside.astype(np.int64) << search.bits | order) - (
                 search.low - (low << search.bits)
@@ -308,12 +308,14 @@ class Tally:
             too_large = keys > search.high - search.low
             self._above += int(np.count_nonzero(too_large))
             keys = keys[~too_large & (keys >= 0)]
-            self._keys.append(keys)
-            self._pending.append(keys >> search.shift)
-        elif search.shift - search.bits < WORD_BITS - 1:
-            self._pending.append(inside >> search.shift - search.bits)
+            self._num_inside += len(keys)
+            if search.collect or self._num_inside <= self._keep:
+                self._keys.append(keys)
+            if not search.collect:
+                self._pending.append(keys >> search.shift)
         else:
-            self._pending.append(np.zeros_like(inside))
+            self._num_inside += len(inside)
+            self._pending.append(inside >> min(search.shift - search.bits, WORD_BITS - 1))
         if not search.collect and sum(map(len, self._pending)) > MANY_BUCKETS:
             self._count()
 

@@ -140,7 +140,7 @@ def row_top_mask(rows: Tensor, count: int, key: Key, start: int, ties: Ties = "h
     width = rows.shape[1]
     if count >= width or count <= 0:
         return torch.full_like(rows, count > 0, dtype=torch.bool)
-    keys = magnitude_keys(rows).numpy()
+    keys = magnitude_keys(rows).cpu().numpy()
     threshold = np.partition(keys, width - count, axis=1)[:, width - count, None]
     mask, equal = keys >= threshold, keys == threshold
     missing = count - (keys > threshold).sum(axis=1)
@@ -152,7 +152,7 @@ def row_top_mask(rows: Tensor, count: int, key: Key, start: int, ties: Ties = "h
         order[row, column] = TopCut(0, 0, by_index=ties == "index").order(places, key).numpy()
         last = np.sort(order, axis=1)[np.arange(len(tied)), missing[tied] - 1]
         mask[tied] = (keys[tied] > threshold[tied]) | (order <= last[:, None])
-    return torch.from_numpy(mask)
+    return torch.from_numpy(mask).to(rows.device)
 
 
 def magprune(
@@ -186,8 +186,11 @@ def magprune(
         return kernels.magprune(rows, limits, divisors, key, start)
     ranks = _doubled_ranks(rows)
     words = unsigned_words(key, start, rows.numel()).reshape(rows.shape)
-    kept = masked(rows, torch.from_numpy(words < limits.take(ranks)), kernels)
-    return kept.div_(torch.from_numpy(divisors.take(ranks))) if rescale else kept
+    mask = torch.from_numpy(words < limits.take(ranks)).to(rows.device)
+    kept = masked(rows, mask, kernels)
+    if not rescale:
+        return kept
+    return kept.div_(torch.from_numpy(divisors.take(ranks)).to(rows.device))
 
 
 def _chance_of_rank(width: int, density: float, epsilon: float) -> NDArray[np.float64]:
@@ -201,7 +204,7 @@ def _doubled_ranks(rows: Tensor) -> NDArray[np.int32]:
     """Twice the mid-rank of each magnitude in its row, from 0 for the smallest: shape of rows."""
     count, width = rows.numel(), rows.shape[1]
     # Sorted together with their places: numpy sorts plain integers fastest.
-    keys = magnitude_keys(rows).reshape(-1).numpy().astype(np.int64) << 32
+    keys = magnitude_keys(rows).reshape(-1).cpu().numpy().astype(np.int64) << 32
     keys |= np.arange(count)
     keys = np.sort(keys.reshape(rows.shape), axis=1).reshape(-1)
     places, magnitudes = keys & 0xFFFFFFFF, (keys >> 32).astype(np.int32)

@@ -31,7 +31,8 @@ def is_compiled(search: Search) -> bool:
     """Whether the compiled look can serve a search: it knows words, but neither indices nor the
     upper halves of large ones.
     """
-    return search.bits == WORD_BITS or not (search.by_index or search.tied or search.collect)
+    by_word = search.bits == WORD_BITS and not search.by_index
+    return by_word or not (search.tied or search.collect)
 
 
 class LookBuffer:
@@ -45,8 +46,8 @@ class LookBuffer:
 
     def __init__(self, search: Search, key: tuple[int, int], start: int, room: int) -> None:
         self.search = search
-        if search.bits != WORD_BITS:
-            room = 0
+        if search.bits != WORD_BITS or search.by_index:
+            room = 0  # what is kept ends with words
         self._found = np.empty(room, dtype=np.int64)
         self._buckets = None if search.collect else search.nothing().inside
         low, high = search.low, search.high

@@ -1,6 +1,6 @@
 /* The optimizers' passes on a CPU, for loops that the compiler turns into vector instructions.
  *
- * The arithmetic is that of operators/optim/adamw.py and eager.py. Every operation is correctly
+ * The arithmetic is that of operators/optim/adamw.py and merger.py. Every operation is correctly
  * rounded and none is contracted but where it says so, so that the bits of an element depend
  * neither on the machine's vectors nor on where a range is cut. `numbers` are a step's, in the order
  * of `Numbers`. */

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -57,7 +57,7 @@ class Draws:
     @property
     def largest_word(self) -> int:
         """The largest word that is kept."""
-        return int(self.density * WORDS) - 1
+        return max(0, int(self.density * WORDS) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,10 @@ class CompiledOptimizer:
                 results[turn] = calls[turn]()
 
         others = [self._pool.submit(work) for _ in range(num_threads - 1)]
-        work()
+        try:
+            work()
+        finally:  # nothing goes on after an error has been told
+            wait(others)
         for other in others:
             other.result()
         return [results[turn] for turn in range(len(calls))]

@@ -74,7 +74,7 @@ class Bindings:
                 )
             check_dtype(layouts[0].name if layouts else "", tensor, options.rounding)
             merged = [options.merge and self._tau.covers(layout) for layout in layouts]
-            _check_rows(layouts, options)
+            _check_rows(layouts, options, tensor.device)
             self._bound[tensor] = layouts, merged
         return self._bound[tensor]
 
@@ -106,12 +106,15 @@ class Bindings:
         return flags
 
 
-def _check_rows(layouts: Sequence[ShardLayout], options: MergeOptions) -> None:
+def _check_rows(
+    layouts: Sequence[ShardLayout], options: MergeOptions, device: torch.device
+) -> None:
     """Raise ValueError where a sparsifier needs whole rows and a rank has parts of them."""
     if options.needs != "row" or not options.merge:
         return
     for layout in layouts:
-        if not layout.has_whole_rows:
+        cut = torch.tensor([not layout.has_whole_rows], dtype=torch.int64, device=device)
+        if sum_over(layout.group, cut).item():  # on any rank, so that all of them refuse
             raise ValueError(
                 f"sparsifier: found {options.names[0]!r}, which needs whole rows, on parameter "
                 f"{layout.name!r}, of which this rank has the elements [{layout.start}, "

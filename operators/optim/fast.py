@@ -261,7 +261,7 @@ class FastPath:
         if fast.update.options.current_alpha:
             tau = self._top_tau(layout, part)
         if cut.word is not None:
-            ties = Ties(fast.update.key(layout, UPDATE_STREAM), cut.word >> cut.high_bits)
+            ties = Ties(fast.update.key(layout, UPDATE_STREAM), _last_word(cut, part.start))
         return self._kernels.ties_step(part, tau, numbers, ties, counting=fast.counting)
 
     def _top_tau(self, layout: ShardLayout, part: StepRange) -> Tensor | SparseTau:
@@ -277,6 +277,15 @@ def _asked(fast: FastUpdate, layout: ShardLayout, search: Search, part: StepRang
     """The look at a chunk for a search."""
     keep = kept_of(part.mean.numel(), search)
     return Asked(search, fast.update.key(layout, UPDATE_STREAM), keep)
+
+
+def _last_word(cut: TopCut, start: int) -> int:
+    """The largest word that stays in a chunk, whose indices share their upper half: where words
+    repeat, that half decides.
+    """
+    assert cut.word is not None
+    upper = cut.word & ((1 << cut.high_bits) - 1)
+    return max(0, (cut.word >> cut.high_bits) - int(start >> 32 > upper))
 
 
 def _gathered(

@@ -107,7 +107,7 @@ def local_gradient(parameter: Tensor) -> Tensor:
     assert gradient is not None
     if isinstance(gradient, DTensor):
         gradient = gradient.to_local()
-    return gradient.detach().reshape(-1)
+    return gradient.detach().reshape(-1).contiguous()
 
 
 def sum_over(group: ProcessGroup | None, counts: Tensor) -> Tensor:

@@ -283,7 +283,10 @@ def open_searches(
     """The searches for the parameters' cuts, and the cuts that are known without one."""
     states = {
         (id(update), layouts[0].name, i): begin_search(
-            count, layouts[0].num_elements, may_collect=False
+            count,
+            layouts[0].num_elements,
+            by_index=update.options.keep_parameters.get("ties") == "index",
+            may_collect=False,
         )
         for update, layouts in selected
         for i, count in enumerate(update.cut_counts(layouts[0]))

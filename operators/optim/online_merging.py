@@ -75,8 +75,8 @@ class OnlineMergingAdamW(OnlineMergingBase):
         sparsifier, sparsifier_parameters: a name of `operators.sparsify.SPARSIFIERS`, and what it
             takes beside density and rescale. Pairs other than the two named ones go the eager way.
 
-    With density 1 and alpha 0 it is torch's AdamW (`foreach=False, fused=False`) bit for bit. Masks
-    and thresholds follow the global index, so they are the same under any sharding.
+    With density 1 and alpha 0 it is torch's AdamW (`foreach=False, fused=False`), bit for bit on the
+    eager way. Masks and thresholds follow the global index, so they are the same under any sharding.
 
     Raises:
         ValueError: a value out of range or without effect, an unnamed parameter, one of a dtype
@@ -290,9 +290,9 @@ class OnlineMergingAdamW(OnlineMergingBase):
                 path, kernels = "eager", None
             self._path = path
             self._fast = FastPath(kernels, self._merger) if kernels is not None else None
-            for group in self.param_groups:
-                group["path"] = path
             self._say_eager_pairs()
+        for group in self.param_groups:
+            group["path"] = self._path  # a state that was loaded may name another
         return self._fast
 
     def _say_eager_pairs(self) -> None:

@@ -29,7 +29,10 @@ class DeltaSource(Protocol):
         ...
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a parameter's tau, row-major: (stop - start,) float32."""
+        """Elements [start, stop) of a parameter's tau, row-major: (stop - start,) float32.
+
+        Several threads may ask at once.
+        """
         ...
 
 
@@ -45,7 +48,8 @@ class MappingDelta:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """A flat range of the tensor of that name."""
-        return self._tensors[name].detach().reshape(-1)[start:stop].to(torch.float32)
+        part = self._tensors[name].detach().reshape(-1)[start:stop]
+        return part.to(torch.float32, copy=True)
 
 
 @dataclass(slots=True)
@@ -136,6 +140,8 @@ class Tau:
         if not (torch.isfinite(tau.sum()) or torch.isfinite(tau).all()):
             raise ValueError(f"reference_delta: {layout.name!r} holds NaN or Inf")
         missing = count - tau.numel()
+        # Passes in C read it by its address.
+        tau = tau.to(torch.float32).contiguous()
         return torch.nn.functional.pad(tau, (0, missing)) if missing else tau
 
     def chunk(self, layout: ShardLayout, start: int, count: int, device: torch.device) -> Tensor:

@@ -232,3 +232,25 @@ def test_more_elements_than_words() -> None:
         state = begin_search(123, total, by_index=by_index)
         cut, _ = run(state, [(start, x) for start in starts])
         assert sum(int(top_mask(x, cut, KEY, start).sum()) for start in starts) == 123
+
+
+@pytest.mark.parametrize("total", [3 << 30, 5 << 32])
+def test_the_compiled_look_leaves_indices_to_the_eager_one(total: int) -> None:
+    """Whose ties it cannot decide, also where an index has as many bits as a word."""
+    x, start = torch.full((100,), 3.0), (1 << 31) + 17
+    cut, _ = run(begin_search(50, total, by_index=True), [(start, x)], kernels=COMPILED)
+    assert top_mask(x, cut, KEY, start).tolist() == [True] * 50 + [False] * 50
+
+
+def test_keys_are_kept_of_the_part_that_a_tied_look_is_for() -> None:
+    """Not of all that is equal."""
+    x, search = torch.ones(100_000), begin_search(40_000, 100_000, may_collect=False)
+    looks = []
+    while isinstance(search, Search):
+        tally = Tally(search, KEY, 10_000)
+        tally.look(x, 0)
+        seen = tally.seen()
+        if search.tied:
+            looks.append(len(seen.kept))
+        search = search.advance(seen)
+    assert looks and max(looks) < 10_000

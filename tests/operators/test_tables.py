@@ -106,3 +106,14 @@ def test_every_entry_says_what_it_needs() -> None:
         assert entry.needs in ("element", "threshold", "row"), name
         assert (entry.counts is not None) == (entry.needs == "threshold"), name
     assert {name for name, entry in CONSENSUS.items() if entry.needs == "merge"} == {"mixup"}
+
+
+def test_the_first_of_equal_updates_stay_where_ties_go_by_index() -> None:
+    parameter = nn.Parameter(torch.zeros(10))
+    optimizer = OnlineMergingAdamW(
+        [("w", parameter)], None, alpha=0.0, density=0.5, weight_decay=0.0,
+        sparsifier="top", consensus="sum", sparsifier_parameters={"ties": "index"},
+    )  # fmt: skip
+    parameter.grad = torch.ones(10)
+    optimizer.step()
+    assert (parameter.detach() != 0).tolist() == [True] * 5 + [False] * 5

@@ -362,3 +362,30 @@ def test_triton_needs_a_gpu() -> None:
     set_gradients(parameters, 0)
     with pytest.raises(ValueError, match="'triton' needs a GPU, found parameters on cpu"):
         merging(implementation="triton")(parameters).step()
+
+
+@pytest.mark.parametrize("consensus", ["dare", "ties"])
+@pytest.mark.parametrize("placement", ["device", "source"])
+def test_strided_gradients_and_taus_are_read_as_they_are(consensus: str, placement: str) -> None:
+    """Beside the same numbers in a row."""
+    generator = torch.Generator().manual_seed(5)
+    gradient, tau = torch.randn(2, 6000, generator=generator)
+    wide = torch.randn(1, generator=generator).expand(3000)
+    for own in (tau[::2], wide):
+        results = []
+        for strided in (True, False):
+            parameter = nn.Parameter(torch.zeros(3000))
+            optimizer = OnlineMergingAdamW(
+                [("w", parameter)],
+                {"w": own if strided else own.clone()},
+                consensus=consensus,
+                density=0.3,
+                alpha=0.1,
+                delta_placement=placement,
+                delta_dtype=torch.float32,
+                implementation="compiled",
+            )
+            parameter.grad = gradient[::2] if strided else gradient[::2].clone()
+            optimizer.step()
+            results.append(parameter.detach())
+        assert torch.equal(*results)
