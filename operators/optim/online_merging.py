@@ -75,8 +75,8 @@ class OnlineMergingAdamW(OnlineMergingBase):
         sparsifier, sparsifier_parameters: a name of `operators.sparsify.SPARSIFIERS`, and what it
             takes beside density and rescale. Pairs other than the two named ones go the eager way.
 
-    With density 1 and alpha 0 it is torch's AdamW (`foreach=False, fused=False`), bit for bit on the
-    eager way. Masks and thresholds follow the global index, so they are the same under any sharding.
+    With density 1 and alpha 0 the eager way is torch's AdamW (`foreach=False, fused=False`) bit for
+    bit. Masks and thresholds follow the global index: they are the same under any sharding.
 
     Raises:
         ValueError: a value out of range or without effect, an unnamed parameter, one of a dtype
