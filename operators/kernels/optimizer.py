@@ -18,7 +18,7 @@ from operators.kernels.looking import LookBuffer, is_compiled
 from operators.selection import Search, Seen, Tally, TopCut, magnitude_of
 
 Key = tuple[int, int]  # of the counter hash
-Counts = tuple[Tensor, Tensor] | None
+MoveCounts = tuple[Tensor, Tensor] | None
 T = TypeVar("T")
 
 
@@ -61,7 +61,7 @@ class Draws:
 
 
 @dataclass(frozen=True, slots=True)
-class Ties:
+class TieLimit:
     """Which updates at the cut stay: those whose word, by this key, is at most `last_word`."""
 
     key: Key
@@ -99,7 +99,7 @@ class OptimizerKernels(Protocol):
 
     def dare_step(
         self, part: StepRange, tau: Tensor | None, draws: Draws, numbers: Tensor, *, counting: bool
-    ) -> Counts:
+    ) -> MoveCounts:
         """OnDARE around AdamW, in one pass; without tau (alpha 0) dropout of the update.
 
         With `counting`, how many elements rounding left where they were, and how many were to move.
@@ -119,10 +119,10 @@ class OptimizerKernels(Protocol):
         part: StepRange,
         tau: Tensor | SparseTau | None,
         numbers: Tensor,
-        ties: Ties | None,
+        ties: TieLimit | None,
         *,
         counting: bool,
-    ) -> Counts:
+    ) -> MoveCounts:
         """OnTIES' second pass: eq. 7 of the updates that top-p keeps, and top_p(tau)."""
 
 
@@ -249,7 +249,7 @@ class CompiledOptimizer:
 
     def dare_step(
         self, part: StepRange, tau: Tensor | None, draws: Draws, numbers: Tensor, *, counting: bool
-    ) -> Counts:
+    ) -> MoveCounts:
         """OnDARE around AdamW."""
         counts, largest = torch.zeros(2, dtype=torch.int64), draws.largest_word
         self._library.dare_step(
@@ -299,10 +299,10 @@ class CompiledOptimizer:
         part: StepRange,
         tau: Tensor | SparseTau | None,
         numbers: Tensor,
-        ties: Ties | None,
+        ties: TieLimit | None,
         *,
         counting: bool,
-    ) -> Counts:
+    ) -> MoveCounts:
         """OnTIES' second pass."""
         counts = torch.zeros(2, dtype=torch.int64)
         self._library.ties_step(

@@ -14,12 +14,12 @@ from operators.counter_random import GOLDEN, WORDS
 from operators.kernels import CHUNK
 from operators.kernels.optimizer import (
     Asked,
-    Counts,
     Draws,
     Key,
+    MoveCounts,
     SparseTau,
     StepRange,
-    Ties,
+    TieLimit,
     first_not_finite,
 )
 from operators.selection import Seen, Tally
@@ -217,7 +217,7 @@ class TritonOptimizer:
 
     def dare_step(
         self, part: StepRange, tau: Tensor | None, draws: Draws, numbers: Tensor, *, counting: bool
-    ) -> Counts:
+    ) -> MoveCounts:
         """OnDARE around AdamW."""
         counts = torch.zeros(2, dtype=torch.int32, device=part.theta.device)
         largest = draws.largest_word
@@ -260,10 +260,10 @@ class TritonOptimizer:
         part: StepRange,
         tau: Tensor | SparseTau | None,
         numbers: Tensor,
-        ties: Ties | None,
+        ties: TieLimit | None,
         *,
         counting: bool,
-    ) -> Counts:
+    ) -> MoveCounts:
         """OnTIES' second pass."""
         assert not isinstance(tau, SparseTau)
         counts = torch.zeros(2, dtype=torch.int32, device=part.theta.device)

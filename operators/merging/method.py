@@ -46,7 +46,7 @@ from operators.sparsify import Place
 
 Unit = Literal["element", "row", "tensor"]
 CHOOSING = ("sparsifier", "consensus")  # parameters that name another method
-BLOCK = 1 << 20  # elements of a block of a sum: partial sums do not depend on chunks
+SUM_BLOCK = 1 << 20  # elements of a block of a sum: partial sums do not depend on chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def of_model(parameters: Mapping[str, Any], position: int) -> dict[str, Any]:
 
 def rows_of_block(width: int) -> int:
     """Rows of a block of a sum, where a method works on whole rows."""
-    return max(1, BLOCK // max(1, width))
+    return max(1, SUM_BLOCK // max(1, width))
 
 
 MergeFunction = Callable[[MergeInput], Tensor]
@@ -271,7 +271,7 @@ class Method:
         if unit == "row":
             width = max(1, shape[-1] if shape else 1)
             return width * rows_of_block(width) if sums else width
-        return BLOCK if sums else 1
+        return SUM_BLOCK if sums else 1
 
     def complete(self, given: Mapping[str, Any], num_models: int) -> dict[str, Any]:
         """Parameters with defaults put in, the per-model ones as lists.

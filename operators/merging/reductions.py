@@ -14,7 +14,7 @@ from torch import Tensor
 
 from operators.kernels import CHUNK
 from operators.merging.method import (
-    BLOCK,
+    SUM_BLOCK,
     MergeContext,
     MergeInput,
     Scope,
@@ -50,7 +50,7 @@ class BlockSums:
 
     def observe(self, work: MergeInput, offset: int) -> Partials:
         """The partial sums of the range's blocks."""
-        size = rows_of_block(work.width) * work.width if self.by_rows else BLOCK
+        size = rows_of_block(work.width) * work.width if self.by_rows else SUM_BLOCK
         assert work.start % size == 0, "a range starts inside a block"
         return {
             (work.name, work.start + first): self.of_block(block)

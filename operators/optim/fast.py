@@ -16,12 +16,12 @@ from operators.kernels.merging import MergingKernels
 from operators.kernels.optimizer import (
     Asked,
     CompiledOptimizer,
-    Counts,
     Draws,
+    MoveCounts,
     OptimizerKernels,
     SparseTau,
     StepRange,
-    Ties,
+    TieLimit,
     step_numbers,
 )
 from operators.optim.adamw import AdamWStep
@@ -110,7 +110,7 @@ class FastPath:
         if selecting:
             self._two_passes(selecting)
 
-    def _run(self, calls: Iterable[Callable[[], Counts]]) -> None:
+    def _run(self, calls: Iterable[Callable[[], MoveCounts]]) -> None:
         """Run calls that each move a chunk; add what they count to the merges that moved nothing,
         and to all.
         """
@@ -124,7 +124,7 @@ class FastPath:
         for start, at in layout.chunks(self._kernels.chunk):
             yield fast.part(start, at)
 
-    def _one_pass(self, fast: FastUpdate) -> Iterator[Callable[[], Counts]]:
+    def _one_pass(self, fast: FastUpdate) -> Iterator[Callable[[], MoveCounts]]:
         """OnDARE, and parameters that are let through."""
         numbers, device = fast.numbers_on_device(), fast.mean.device
         for layout, merged in zip(fast.update.layouts, fast.update.merged, strict=True):
@@ -146,7 +146,7 @@ class FastPath:
         draws: Draws,
         numbers: Tensor,
         counting: bool,
-    ) -> Counts:
+    ) -> MoveCounts:
         """OnDARE's step of a chunk, with the layout's tau if there is one."""
         tau = None
         if layout is not None:
@@ -235,7 +235,7 @@ class FastPath:
 
     def _second_pass(
         self, fast: FastUpdate, cuts: Mapping[CutName, TopCut]
-    ) -> Iterator[Callable[[], Counts]]:
+    ) -> Iterator[Callable[[], MoveCounts]]:
         """Merge what the cut leaves with top_p(tau)."""
         through = fast.numbers_on_device(merged=False)
         for layout, merged in zip(fast.update.layouts, fast.update.merged, strict=True):
@@ -252,7 +252,7 @@ class FastPath:
         part: StepRange,
         cut: TopCut | None,
         numbers: Tensor,
-    ) -> Counts:
+    ) -> MoveCounts:
         """OnTIES' step of a chunk; without a cut it is AdamW's, and nothing is counted."""
         if cut is None:
             self._kernels.ties_step(part, None, numbers, None, counting=False)
@@ -261,7 +261,7 @@ class FastPath:
         if fast.update.options.current_alpha:
             tau = self._top_tau(layout, part)
         if cut.word is not None:
-            ties = Ties(fast.update.key(layout, UPDATE_STREAM), _last_word(cut, part.start))
+            ties = TieLimit(fast.update.key(layout, UPDATE_STREAM), _last_word(cut, part.start))
         return self._kernels.ties_step(part, tau, numbers, ties, counting=fast.counting)
 
     def _top_tau(self, layout: ShardLayout, part: StepRange) -> Tensor | SparseTau:

@@ -34,7 +34,7 @@ from operators.sparsify import Place
 # Streams of the counter hash.
 UPDATE_STREAM, TAU_STREAM, GRADIENT_STREAM = 0, 1, 2
 STEP_ROUNDING_STREAM, ANCHOR_ROUNDING_STREAM = 3, 4  # one step-K step may round twice
-LARGEST_SHARE = 16  # a look may keep one in 16 of the elements, and more of a few
+SHARE_KEPT = 1 / 16  # of the elements, which a look may keep; of few elements, more
 _FEW = 1 << 14
 
 
@@ -70,12 +70,14 @@ class Update:
         return layout.row_chunks() if self.options.needs == "row" else layout.chunks()
 
 
-Parameter = tuple[Update, list[ShardLayout]]  # of an update, and its ranges on this rank
+SelectedParameter = tuple[Update, list[ShardLayout]]  # of an update, and its ranges on this rank
 CutName = tuple[int, str, int]  # id of the update, the parameter's name, number of the cut
 Cuts = Mapping[CutName, TopCut]
 Values = Callable[[Update, ShardLayout], Iterator[tuple[int, Tensor]]]
 AddUp = Callable[[Keys], Keys] | None
-Bracketed = Callable[[Mapping[CutName, Search], Sequence[Parameter], AddUp], dict[CutName, Search]]
+Bracketed = Callable[
+    [Mapping[CutName, Search], Sequence[SelectedParameter], AddUp], dict[CutName, Search]
+]
 T = TypeVar("T")
 
 
@@ -102,7 +104,7 @@ class Looking:
     bracketed: Bracketed | None = None
     together: Callable[[Sequence[Callable[[], Any]]], list[Any]] = in_turn
 
-    def cuts(self, selected: Sequence[Parameter]) -> dict[CutName, TopCut]:
+    def cuts(self, selected: Sequence[SelectedParameter]) -> dict[CutName, TopCut]:
         """Where each parameter is cut, exactly and over all its ranks; collectives serve all."""
         found: dict[CutName, TopCut] = {}
         for group, chosen in by_group(selected):
@@ -118,7 +120,7 @@ class Looking:
 
     def _look(
         self,
-        owners: Mapping[tuple[int, str], Parameter],
+        owners: Mapping[tuple[int, str], SelectedParameter],
         kept: dict[CutName, Kept],
         searches: Mapping[CutName, Search],
     ) -> dict[CutName, Seen]:
@@ -198,7 +200,9 @@ class Merger:
         weights = [1 - alpha, alpha]
         return options.agree.merge([kept, tau], weights, options.merge_parameters, None)
 
-    def keep_taus(self, selected: Sequence[Parameter], looking: Looking | None = None) -> None:
+    def keep_taus(
+        self, selected: Sequence[SelectedParameter], looking: Looking | None = None
+    ) -> None:
         """Find what a threshold keeps of tau, which does not change, for the parameters that are
         merged first now.
 
@@ -262,7 +266,7 @@ def _write(
     return (moves & (theta == before)).sum(), moves.sum()
 
 
-def selected_parameters(updates: Sequence[Update]) -> list[Parameter]:
+def selected_parameters(updates: Sequence[Update]) -> list[SelectedParameter]:
     """The parameters that need thresholds, each with all its ranges on this rank."""
     found = []
     for update in updates:
@@ -278,7 +282,7 @@ def selected_parameters(updates: Sequence[Update]) -> list[Parameter]:
 
 
 def open_searches(
-    selected: Sequence[Parameter],
+    selected: Sequence[SelectedParameter],
 ) -> tuple[dict[CutName, Search], dict[CutName, TopCut]]:
     """The searches for the parameters' cuts, and the cuts that are known without one."""
     states = {
@@ -296,8 +300,8 @@ def open_searches(
 
 
 def by_group(
-    selected: Sequence[Parameter],
-) -> Iterator[tuple[ProcessGroup | None, list[Parameter]]]:
+    selected: Sequence[SelectedParameter],
+) -> Iterator[tuple[ProcessGroup | None, list[SelectedParameter]]]:
     """Parameters, those of one group of ranks together."""
     for group in dict.fromkeys(layouts[0].group for _, layouts in selected):
         yield group, [item for item in selected if item[1][0].group is group]
@@ -316,7 +320,7 @@ def adding_up(group: ProcessGroup | None, device: torch.device) -> AddUp:
 
 def kept_of(count: int, search: Search) -> int:
     """How many keys a look at `count` elements may keep: none in a bracket of one magnitude."""
-    return max(count // LARGEST_SHARE, min(count, _FEW)) if search.num_buckets > 1 else 0
+    return max(int(count * SHARE_KEPT), min(count, _FEW)) if search.num_buckets > 1 else 0
 
 
 def _cuts_of(update: Update, layout: ShardLayout, cuts: Cuts) -> tuple[TopCut, ...]:

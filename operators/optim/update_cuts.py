@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from operators.optim.layout import ShardLayout
-from operators.optim.merger import AddUp, CutName, Parameter, Update
+from operators.optim.merger import AddUp, CutName, SelectedParameter, Update
 from operators.selection import (
     Keys,
     Search,
@@ -95,7 +95,7 @@ class UpdateCuts:
     def bracketed(
         self,
         searches: Mapping[CutName, Search],
-        owners: Sequence[Parameter],
+        owners: Sequence[SelectedParameter],
         add_up: AddUp,
     ) -> dict[CutName, Search]:
         """The searches, each in its first bracket, which is the same on every rank."""
