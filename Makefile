@@ -18,7 +18,7 @@ setup: ## create .venv and install the locked packages (does nothing when nothin
 demo: setup ## the whole story on the tiny world
 	@$(BIN)/poise demo $(ARGS)
 
-test: setup ## the tests, without the slow ones (at most 15 minutes)
+test: setup ## the tests, without the slow ones (four to twelve minutes)
 	@$(PYTEST) -m "not slow" --timeout 240 $(ARGS)
 
 test-slow: setup ## the slow tests alone
