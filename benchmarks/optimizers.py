@@ -220,7 +220,8 @@ def show_first_steps(gradient_rows: int, alpha: float) -> None:
     """Print the ratios of the first ten steps as a Markdown table."""
     warm = nn.Parameter(torch.zeros(1 << 20))
     warm.grad = torch.randn(1 << 20)
-    OnlineMergingAdamW([("w", warm)], None, alpha=0.0, implementation="compiled").step()
+    options = {"consensus": "ties", "density": 0.5, "implementation": "compiled"}
+    OnlineMergingAdamW([("w", warm)], {"w": torch.randn(1 << 20)}, **options).step()
     print(f"| OnTIES, gradients in {gradient_rows} rows | first | second | third to tenth |")
     print("|---|---|---|---|")
     for density in (0.5, 0.1):

@@ -156,7 +156,7 @@ class FastPath:
     def _two_passes(self, updates: list[FastUpdate]) -> None:
         """OnTIES."""
         selected = selected_parameters([fast.update for fast in updates])
-        self._merger.keep_taus(selected, self._looking_at_taus())
+        self._merger.keep_taus(selected, self._looking_at_taus)
         self._by_id = {id(fast.update): fast for fast in updates}
         searches: dict[CutName, Search] = {}
         cuts: dict[CutName, TopCut] = {}

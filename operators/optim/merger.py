@@ -201,20 +201,24 @@ class Merger:
         return options.agree.merge([kept, tau], weights, options.merge_parameters, None)
 
     def keep_taus(
-        self, selected: Sequence[SelectedParameter], looking: Looking | None = None
+        self,
+        selected: Sequence[SelectedParameter],
+        how: Callable[[], Looking] | None = None,
     ) -> None:
         """Find what a threshold keeps of tau, which does not change, for the parameters that are
         merged first now.
 
         Args:
-            looking: a faster way to look for its cuts than the eager one.
+            how: makes a faster way to look for its cuts than the eager one.
         """
-        looking = Looking(TAU_STREAM, self.taus) if looking is None else looking
         new = [
             (update, layouts)
             for update, layouts in selected
             if update.options.alpha and not self.tau.has_kept(layouts[0])
         ]
+        if not new:
+            return
+        looking = Looking(TAU_STREAM, self.taus) if how is None else how()
         cuts = looking.cuts(new)
         keeps = [
             partial(self._keep_tau, update, layout, _cuts_of(update, layout, cuts), looking.kernels)
