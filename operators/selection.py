@@ -29,7 +29,7 @@ TOP_MAGNITUDE = 0x7FFFFFFF
 WORD_BITS = 32
 MANY_BUCKETS = 1 << 20  # where counts stay in this process
 FEW_BUCKETS = 1 << 11  # where ranks add them up
-_MARGIN = 6.0  # a bracket's half width, in standard deviations of a sample's quantile
+_MARGIN = 4.5  # a bracket's half width, in standard deviations of a sample's quantile
 _TIE_MARGIN = 8.0  # the same for counter words, which are uniform
 K = TypeVar("K", bound=Hashable)
 

@@ -154,17 +154,14 @@ void ties_advance(const Range *range, const Numbers *numbers, Look *look) {
     for (int64_t first = 0; first < range->size; first += BLOCK) {
         const int64_t left = range->size - first;
         const int length = left < BLOCK ? (int)left : BLOCK;
-        float update[BLOCK];
         uint32_t magnitude[BLOCK];
         for (int i = 0; i < length; i++) {
             float m = mean[first + i], s = square[first + i];
-            update[i] = advance(gradient[first + i], &m, &s, &n);
+            magnitude[i] = magnitude_of(bits_of(advance(gradient[first + i], &m, &s, &n)));
             mean[first + i] = m;
             square[first + i] = s;
         }
-        if (!look) continue;
-        for (int i = 0; i < length; i++) magnitude[i] = magnitude_of(bits_of(update[i]));
-        look_at(magnitude, length, first, &own);
+        if (look) look_at(magnitude, length, first, &own);
     }
     if (look) *look = own;
 }
@@ -247,13 +244,16 @@ LOOP ties_loop(const Range *range, const TopTau *tau, const Numbers *numbers, co
     for (int64_t first = 0; first < range->size; first += BLOCK) {
         const int64_t left = range->size - first;
         const int length = left < BLOCK ? (int)left : BLOCK;
-        float drift[BLOCK], update[BLOCK];
+        float drift[BLOCK], kept[BLOCK];
         if (tau_width != NO_TAU) fill_drift(tau, first, length, &next, drift);
-        for (int i = 0; i < length; i++)
-            update[i] = update_of(mean[first + i], square[first + i], &n);
-        if (ties) drop_ties(update, length, range->start + (uint64_t)first, n.cut, ties);
+        if (ties) {
+            for (int i = 0; i < length; i++)
+                kept[i] = update_of(mean[first + i], square[first + i], &n);
+            drop_ties(kept, length, range->start + (uint64_t)first, n.cut, ties);
+        }
         for (int i = 0; i < length; i++) {
-            float change = (fabsf(update[i]) >= n.cut ? update[i] : 0.0f) * n.update_weight;
+            float update = ties ? kept[i] : update_of(mean[first + i], square[first + i], &n);
+            float change = (fabsf(update) >= n.cut ? update : 0.0f) * n.update_weight;
             if (tau_width != NO_TAU) change = consensus(change, drift[i] * n.tau_weight);
             write(theta + first + i, change, &n, counting, count);
         }
@@ -265,7 +265,10 @@ LOOP ties_loop(const Range *range, const TopTau *tau, const Numbers *numbers, co
 void ties_step(const Range *range, const TopTau *top, const Numbers *numbers, const Ties *ties,
                int counting, int64_t *counts) {
     const int tau_width = top->width == NO_TAU ? NO_TAU : FLOAT32; /* once it is taken out */
-    CHOOSE(ties_loop, range, top, numbers, ties, counts);
+    if (ties)
+        CHOOSE(ties_loop, range, top, numbers, ties, counts);
+    else
+        CHOOSE(ties_loop, range, top, numbers, NULL, counts);
 }
 
 /* Whether no gradient is NaN or Inf, whose exponents are all ones. */

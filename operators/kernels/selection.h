@@ -10,7 +10,7 @@
 
 #include "counter_hash.h"
 
-enum { BLOCK = 1024, FEW = 32 }; /* elements that stay in the first cache; that are looked at once */
+enum { BLOCK = 1024, FEW = 64 }; /* elements that stay in the first cache; that are looked at once */
 
 typedef struct {
     uint64_t low, high; /* the bracket's first and last key */

@@ -165,7 +165,8 @@ def _by_sample(search: Search, sample: NDArray[np.int64]) -> Search:
         )
         return search.between(low, high)
     runs = sample.reshape(-1, RUN)
-    whole = runs[(runs > 0).all(axis=1)].reshape(-1) - 1
+    # In 32 bits, which numpy sorts several times as fast.
+    whole = (runs[(runs > 0).all(axis=1)].reshape(-1) - 1).astype(np.int32)
     if len(whole) == 0:  # no rank has a whole run
         return search
     low, high, _ = sampled_bracket(whole, RUN, search.count, search.total)
