@@ -17,7 +17,7 @@ import yaml
 
 from pipelines.commit import lock, partial_path
 from pipelines.errors import InputError
-from pipelines.merge import MergeConfig, merge
+from pipelines.merge import MergeConfig, executors, merge
 from pipelines.merge.journal import JOURNAL_FILE
 from tests.pipelines.merge.conftest import Family
 
@@ -49,16 +49,14 @@ import pipelines.merge.plan, pipelines.merge.executors, pipelines.merge.journal
 from pipelines.merge import load_merge_config, merge
 from ray_jobs.session import ray_session
 
-class Slow:
-    def __init__(self, plan, folder, contexts):
-        self.actor = Plain(plan, folder, contexts)
+class Slow(pipelines.merge.executors._Actor):
     def __call__(self, row):
         time.sleep(1)
-        return self.actor(row)
+        return super().__call__(row)
 
 pipelines.merge.plan.PIECE_ELEMENTS = 500
 pipelines.merge.journal.SYNC_INTERVAL_S = 0.0
-Plain, pipelines.merge.executors._Actor = pipelines.merge.executors._Actor, Slow
+pipelines.merge.executors._Actor = Slow
 with ray_session():
     merge(load_merge_config(sys.argv[1]), sys.argv[2], executor="ray")
 """
@@ -165,21 +163,16 @@ def test_killed_actor(
     undisturbed = merge(config, tmp_path / "undisturbed")
     marker = tmp_path / "killed"
 
-    class Dying:
-        """An actor whose process is killed once, with its item half done."""
-
-        def __init__(self, plan, folder: str, contexts) -> None:
-            from pipelines.merge.worker import MergeWorker
-
-            self.worker = MergeWorker(plan, Path(folder), contexts)
+    class Dying(executors._Actor):
+        """An actor whose process is killed once, before its fifth item."""
 
         def __call__(self, row):
             if row["item"] == 4 and not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return self.worker(row)
+            return super().__call__(row)
 
-    monkeypatch.setattr("pipelines.merge.executors._Actor", Dying)
+    monkeypatch.setattr(executors, "_Actor", Dying)
     out = merge(config, tmp_path / "out", executor="ray")
     assert marker.exists()
     assert files_of(out) == files_of(undisturbed)
