@@ -14,14 +14,18 @@ from operators.kernels.merging import MergingKernels
 from operators.parameters import Parameter
 
 SMALLEST_SUM = 1e-8
+Deltas = Sequence[Tensor]
+Weights = Sequence[float]
+Values = Mapping[str, Any]  # of parameters
+Kernels = MergingKernels | None
 
 
 def weighted_sum(
-    deltas: Sequence[Tensor],
-    weights: Sequence[float],
+    deltas: Deltas,
+    weights: Weights,
     *,
     normalize: bool,
-    kernels: MergingKernels | None = None,
+    kernels: Kernels = None,
 ) -> Tensor:
     """`sum_i w_i d_i`, divided by `sum_i w_i` with `normalize`.
 
@@ -40,12 +44,12 @@ def weighted_sum(
 
 
 def sign_elect(
-    deltas: Sequence[Tensor],
-    weights: Sequence[float],
+    deltas: Deltas,
+    weights: Weights,
     *,
     normalize: bool,
     like_mergekit: bool = False,
-    kernels: MergingKernels | None = None,
+    kernels: Kernels = None,
 ) -> Tensor:
     """TIES's election (Yadav et al. 2023, section 4): per element, the sign of the weighted sum
     wins, and the weighted deltas of that sign are summed; with `normalize` divided by their
@@ -88,9 +92,7 @@ def mixup(a: Tensor, b: Tensor, share: float) -> Tensor:
     return (a * share).add_(b, alpha=1 - share)
 
 
-Merge = Callable[
-    [Sequence[Tensor], Sequence[float], Mapping[str, Any], MergingKernels | None], Tensor
-]
+Merge = Callable[[Deltas, Weights, Values, Kernels], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,22 +121,12 @@ MIXUP_PARAMETERS = {
 }
 
 
-def add(
-    deltas: Sequence[Tensor],
-    weights: Sequence[float],
-    parameters: Mapping[str, Any],
-    kernels: MergingKernels | None,
-) -> Tensor:
+def add(deltas: Deltas, weights: Weights, parameters: Values, kernels: Kernels) -> Tensor:
     """⊕ as a weighted sum."""
     return weighted_sum(deltas, weights, normalize=parameters["normalize"], kernels=kernels)
 
 
-def elect(
-    deltas: Sequence[Tensor],
-    weights: Sequence[float],
-    parameters: Mapping[str, Any],
-    kernels: MergingKernels | None,
-) -> Tensor:
+def elect(deltas: Deltas, weights: Weights, parameters: Values, kernels: Kernels) -> Tensor:
     """⊕ by TIES's election of signs."""
     return sign_elect(
         deltas,
@@ -145,23 +137,13 @@ def elect(
     )
 
 
-def agree(
-    deltas: Sequence[Tensor],
-    weights: Sequence[float],
-    parameters: Mapping[str, Any],
-    kernels: MergingKernels | None,
-) -> Tensor:
+def agree(deltas: Deltas, weights: Weights, parameters: Values, kernels: Kernels) -> Tensor:
     """⊕ of two deltas by eq. 7."""
     first, second = (delta * weight for delta, weight in zip(deltas, weights, strict=True))
     return sign_consensus(first, second)
 
 
-def mix(
-    deltas: Sequence[Tensor],
-    weights: Sequence[float],
-    parameters: Mapping[str, Any],
-    kernels: MergingKernels | None,
-) -> Tensor:
+def mix(deltas: Deltas, weights: Weights, parameters: Values, kernels: Kernels) -> Tensor:
     """⊕ of two deltas by the `share` that was drawn for the merge (M3)."""
     first, second = deltas
     return mixup(first, second, parameters["share"])

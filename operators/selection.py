@@ -27,8 +27,8 @@ from operators.counter_random import WORDS, counter_words_at
 Keys = NDArray[np.int64]
 TOP_MAGNITUDE = 0x7FFFFFFF
 WORD_BITS = 32
-MANY_BUCKETS = 1 << 20  # where counts stay in this process
-FEW_BUCKETS = 1 << 11  # where ranks add them up
+MANY_BUCKETS = 1 << 20  # enough for all magnitudes of a bracket, as a rule
+FEW_BUCKETS = 1 << 11  # where ranks add them up, or keys are kept as well
 _MARGIN = 4.5  # a bracket's half width, in standard deviations of a sample's quantile
 _TIE_MARGIN = 8.0  # the same for counter words, which are uniform
 K = TypeVar("K", bound=Hashable)
@@ -65,10 +65,9 @@ class Seen:
 
     Attributes:
         above: keys above the bracket.
-        inside: how many keys are in each part of the bracket, (buckets,) int64; of a search that
-            collects the keys themselves, less the bracket's lower end.
-        kept: the keys inside, where the look was asked to keep them and they were not too many.
-            They stay where they were found, and are not added up over ranks.
+        inside: how many keys are in each part of the bracket, (buckets,) int64.
+        kept: the keys inside, less the bracket's lower end, where the look was asked to keep them
+            and they were not too many. They are not added up over ranks.
     """
 
     above: int
@@ -84,8 +83,7 @@ class Search:
         low, high: the bracket, both ends in it: whole magnitudes, or a part of one magnitude.
         by_index: the first of equal magnitudes stay, instead of those with the smallest words.
         tied: the bracket is a part of one magnitude, known to hold the key.
-        collect: the keys in the bracket are few, and are looked for instead of their numbers.
-        may_collect: everything that is seen comes together in one process.
+        most_buckets: into how many parts a bracket is cut at most.
     """
 
     count: int
@@ -94,8 +92,7 @@ class Search:
     high: int
     by_index: bool = False
     tied: bool = False
-    collect: bool = False
-    may_collect: bool = True
+    most_buckets: int = FEW_BUCKETS
 
     @property
     def bits(self) -> int:
@@ -117,8 +114,7 @@ class Search:
     @property
     def shift(self) -> int:
         """Bits of a key that a bucket leaves open: all below the magnitude, in whole magnitudes."""
-        most = MANY_BUCKETS if self.may_collect else FEW_BUCKETS
-        shift = max(0, ((self.high - self.low) // most).bit_length())
+        shift = ((self.high - self.low) // self.most_buckets).bit_length()
         return shift if self.tied else max(shift, self.bits)
 
     @property
@@ -130,7 +126,7 @@ class Search:
     def _mask(self) -> int:
         return (1 << self.bits) - 1
 
-    def between(self, low: int, high: int, *, collect: bool = False) -> "Search":
+    def between(self, low: int, high: int) -> "Search":
         """The search in a bracket of whole magnitudes.
 
         0 is never in it: where fewer elements than are to stay have a larger one, all stay, which
@@ -138,7 +134,7 @@ class Search:
         """
         low = max(low, 1)
         ends = low << self.bits, (max(low, high) + 1 << self.bits) - 1
-        return replace(self, low=ends[0], high=ends[1], collect=collect)
+        return replace(self, low=ends[0], high=ends[1])
 
     def cut(self, magnitude: int, word: int | None) -> TopCut:
         """A cut with this search's rule for equal magnitudes."""
@@ -151,40 +147,31 @@ class Search:
 
     def nothing(self) -> Seen:
         """What is seen of no elements."""
-        none = np.zeros(0, dtype=np.int64)
-        return Seen(0, none if self.collect else np.zeros(self.num_buckets, dtype=np.int64), none)
+        return Seen(0, np.zeros(self.num_buckets, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
-    def seen(self, above: int, inside: Keys, *, keep: int = 0) -> Seen:
-        """An observation.
-
-        Args:
-            inside: keys in the bracket, less its lower end.
-            keep: how many of them may be kept.
+    def add(self, parts: Sequence[Seen], keep: float = math.inf) -> Seen:
+        """Several observations of this bracket together, with all keys that they have kept, if
+        there are no more than `keep`.
         """
-        if self.collect:
-            return Seen(above, inside)
-        counts = np.bincount(inside >> self.shift, minlength=self.num_buckets)
-        return Seen(above, counts, inside if len(inside) <= keep else None)
-
-    def add(self, parts: Sequence[Seen]) -> Seen:
-        """Several observations of this bracket together."""
         if not parts:
             return self.nothing()
-        above = sum(part.above for part in parts)
-        if self.collect:
-            return Seen(above, np.concatenate([part.inside for part in parts]))
         inside = parts[0].inside if len(parts) == 1 else sum(part.inside for part in parts)
         kept = [part.kept for part in parts if part.kept is not None]
-        complete = len(kept) == len(parts)
-        return Seen(above, np.asarray(inside), np.concatenate(kept) if complete else None)
+        complete = len(kept) == len(parts) and sum(map(len, kept)) <= keep
+        return Seen(
+            sum(part.above for part in parts),
+            np.asarray(inside),
+            np.concatenate(kept) if complete else None,
+        )
 
     def advance(self, seen: Seen) -> "Search | TopCut":
         """The cut; or the next bracket, which is a part of this one, or beside it if it missed."""
-        num_inside = len(seen.inside) if self.collect else int(seen.inside.sum())
         left = self.count - seen.above
-        if left <= 0 or left > num_inside:
+        if left <= 0 or left > int(seen.inside.sum()):
             return self._beside(above=left <= 0)
-        return self._choose(seen.inside, left) if self.collect else self._narrow(seen.inside, left)
+        if seen.kept is None:
+            return self._narrow(seen.inside, left)
+        return self._choose(seen.kept, left)
 
     def _beside(self, *, above: bool) -> "Search | TopCut":
         """The rest above or below a bracket that missed."""
@@ -193,14 +180,15 @@ class Search:
         first = self.low & ~self._mask if self.tied else 1 << self.bits
         last = first + self._mask if self.tied else (TOP_MAGNITUDE + 1 << self.bits) - 1
         ends = (self.high + 1, last) if above else (first, self.low - 1)
-        return replace(self, low=ends[0], high=ends[1], collect=False)
+        return replace(self, low=ends[0], high=ends[1])
 
     def _choose(self, keys: Keys, left: int) -> TopCut:
         """The cut at the `left`-th largest of the keys in the bracket."""
         place = len(keys) - left
         key = int(np.partition(keys, place)[place]) + self.low
         magnitude = key >> self.bits
-        if left == np.count_nonzero(keys >= (magnitude << self.bits) - self.low):
+        equal = keys >= (magnitude << self.bits) - self.low
+        if not self.tied and left == np.count_nonzero(equal):
             return self.cut(magnitude, None)
         return self.cut(magnitude, self._mask - (key & self._mask))
 
@@ -231,11 +219,11 @@ class Search:
         high = math.ceil((1 - (left - margin) / tied) * WORDS)
         low, high = max(low, 0) << self.high_bits, (high + 1 << self.high_bits) - 1
         ends = first + low, first + min(high, self._mask)
-        return replace(self, low=ends[0], high=ends[1], tied=True, collect=self.may_collect)
+        return replace(self, low=ends[0], high=ends[1], tied=True)
 
 
 def begin_search(
-    count: int, total: int, *, by_index: bool = False, may_collect: bool = True
+    count: int, total: int, *, by_index: bool = False, most_buckets: int = FEW_BUCKETS
 ) -> Search | TopCut:
     """The search before anything is seen; the cut where everything stays.
 
@@ -243,7 +231,7 @@ def begin_search(
         count: elements that stay, at least 1.
         total: elements over all chunks and ranks.
     """
-    search = Search(count, total, 0, 0, by_index, may_collect=may_collect)
+    search = Search(count, total, 0, 0, by_index, most_buckets=most_buckets)
     return search.cut(0, None) if count >= total else search.between(1, TOP_MAGNITUDE)
 
 
@@ -257,7 +245,7 @@ def settle(
     Args:
         look: looks at this rank's elements for all open searches.
         add_up: adds int64 numbers up over the ranks that share the elements. Each rank must call
-            with the same searches in the same order; they must not collect.
+            with the same searches in the same order.
     """
     found: dict[K, TopCut] = {}
     open_ones = dict(searches)
@@ -286,52 +274,55 @@ class Tally:
 
     def __init__(self, search: Search, key: tuple[int, int], keep: int = 0) -> None:
         low, high = search.magnitudes
-        self.search, self._key = search, key
-        self._keep = keep if (high - low).bit_length() + search.bits < 64 else -1
-        self._above = self._num_inside = 0
-        self._keys: list[Keys] = []
-        self._buckets = search.nothing().inside
-        self._pending: list[NDArray[Any]] = []  # numbers of buckets that are still to be counted
+        self._search, self._key = search, key
+        # How many more keys may be kept; below 0 where some were not.
+        self._room = keep if (high - low).bit_length() + search.bits < 64 else -1
+        self._above, self._buckets = 0, search.nothing().inside
+        self._kept = [self._buckets[:0]]
 
     def look(self, x: Tensor, start: int) -> None:
         """Look at x, (n,) of any floating dtype on any device; `start` is x[0]'s global index."""
-        search = self.search
+        search = self._search
         low, high = search.magnitudes
         above, inside, places = _inside(x, low, high)
         self._above += above
-        keeps = self._num_inside + len(inside) <= self._keep
-        if search.tied or search.collect or keeps:
+        if search.tied or len(inside) <= self._room:
             order = search.order(places() + start, self._key)
-            keys = (inside.astype(np.int64) << search.bits | order) - (
-                search.low - (low << search.bits)
-            )
-            too_large = keys > search.high - search.low
-            self._above += int(np.count_nonzero(too_large))
-            keys = keys[~too_large & (keys >= 0)]
-            self._num_inside += len(keys)
-            if search.collect or self._num_inside <= self._keep:
-                self._keys.append(keys)
-            if not search.collect:
-                self._pending.append(keys >> search.shift)
+            keys = inside.astype(np.int64) << search.bits | order
+            num_above, keys = _part(keys, search.low - (low << search.bits), search)
+            self._above += num_above
+            self._keep(keys)
+            self._count(keys >> search.shift)
         else:
-            self._num_inside += len(inside)
-            self._pending.append(inside >> min(search.shift - search.bits, WORD_BITS - 1))
-        if not search.collect and sum(map(len, self._pending)) > MANY_BUCKETS:
-            self._count()
+            self._room = -1
+            self._count(inside >> min(search.shift - search.bits, WORD_BITS - 1))
 
     def seen(self) -> Seen:
         """What all looks have seen."""
-        keys = np.concatenate([np.zeros(0, np.int64), *self._keys])
-        if self.search.collect:
-            return Seen(self._above, keys)
-        self._count()
-        return Seen(self._above, self._buckets, keys if self._num_inside <= self._keep else None)
+        complete = self._room >= 0
+        return Seen(self._above, self._buckets, np.concatenate(self._kept) if complete else None)
 
-    def _count(self) -> None:
-        for pending in self._pending:
-            if len(pending) > 0:
-                self._buckets += np.bincount(pending, minlength=len(self._buckets))
-        self._pending.clear()
+    def _keep(self, keys: Keys) -> None:
+        """Keep all of these keys, if there is room for them."""
+        self._room -= len(keys)
+        if self._room >= 0:
+            self._kept.append(keys)
+
+    def _count(self, buckets: NDArray[Any]) -> None:
+        """Count elements in their parts of the bracket."""
+        if len(buckets) < len(self._buckets):
+            np.add.at(self._buckets, buckets, 1)
+        else:
+            self._buckets += np.bincount(buckets, minlength=len(self._buckets))
+
+
+def _part(keys: Keys, low: int, search: Search) -> tuple[int, Keys]:
+    """How many keys are above a search's bracket, which begins at `low` among them; and those
+    inside, less its lower end.
+    """
+    keys = keys - low
+    too_large = keys > search.high - search.low
+    return int(np.count_nonzero(too_large)), keys[~too_large & (keys >= 0)]
 
 
 def _inside(
@@ -368,10 +359,9 @@ class Kept:
         if search == self.search:
             return self.seen
         assert self.seen.kept is not None
-        keys = self.seen.kept - (search.low - self.search.low)
-        too_large = keys > search.high - search.low
-        above = self.seen.above + int(np.count_nonzero(too_large))
-        return search.seen(above, keys[~too_large & (keys >= 0)])
+        above, keys = _part(self.seen.kept, search.low - self.search.low, search)
+        counts = np.bincount(keys >> search.shift, minlength=search.num_buckets)
+        return Seen(self.seen.above + above, counts)
 
 
 def sample_stride(total: int, num_runs: int, run: int) -> int:

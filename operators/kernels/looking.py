@@ -32,7 +32,7 @@ def is_compiled(search: Search) -> bool:
     upper halves of large ones.
     """
     by_word = search.bits == WORD_BITS and not search.by_index
-    return by_word or not (search.tied or search.collect)
+    return by_word or not search.tied
 
 
 class LookBuffer:
@@ -41,7 +41,7 @@ class LookBuffer:
     Args:
         key: the counter hash's.
         start: global index of the first element.
-        room: how many keys may be kept, or must be where the search collects them.
+        room: how many keys may be kept.
     """
 
     def __init__(self, search: Search, key: tuple[int, int], start: int, room: int) -> None:
@@ -49,7 +49,7 @@ class LookBuffer:
         if search.bits != WORD_BITS or search.by_index:
             room = 0  # what is kept ends with words
         self._found = np.empty(room, dtype=np.int64)
-        self._buckets = None if search.collect else search.nothing().inside
+        self._buckets = search.nothing().inside
         low, high = search.low, search.high
         if not search.tied:  # whole magnitudes
             first, last = search.magnitudes
@@ -61,7 +61,7 @@ class LookBuffer:
             key=(ctypes.c_uint32 * 2)(*key),
             shift=search.shift - search.bits + WORD_BITS,
             one_magnitude=search.tied,
-            buckets=None if self._buckets is None else self._buckets.ctypes.data,
+            buckets=self._buckets.ctypes.data,
             found=self._found.ctypes.data,
             room=room,
         )
@@ -75,15 +75,8 @@ class LookBuffer:
         """Go on with elements from another global index on."""
         self.struct.start = start
 
-    def take(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """The keys found since the last call. There must have been room for all of them."""
-        keys = self._found[: self.struct.inside].copy()
-        self.struct.inside = 0
-        return keys
-
     def seen(self) -> Seen:
-        """What was seen of the elements so far, by a search that does not collect."""
-        assert self._buckets is not None
+        """What was seen of the elements so far."""
         num_inside, above = self.struct.inside, self.struct.above
         complete = num_inside == 0 or num_inside <= len(self._found)
         kept = self._found[:num_inside].copy() if complete else None

@@ -5,7 +5,7 @@ None is the eager way. `operators.kernels.choice` says when they are worth compi
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from operators.kernels.compiler import compile_library
 from operators.kernels.looking import LookBuffer, is_compiled
-from operators.selection import Keys, Search, Seen, Tally
+from operators.selection import Search, Seen, Tally
 
 Key = tuple[int, int]  # of the counter hash
 _POINTER, _LONG, _INDEX = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
@@ -36,7 +36,6 @@ _ARGUMENTS = {
     "sign_elect": [_LONG, _INT, _POINTER, _POINTER, _INT, _POINTER],
 }
 _EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
-_NUM_LOOKED_AT = 1 << 18  # elements of one call, whose keys may all be collected
 
 
 @cache
@@ -95,17 +94,7 @@ class MergingKernels:
         self, deltas: Sequence[Tensor], weights: Sequence[float], divisor: float
     ) -> Tensor:
         """`sum_i w_i d_i / divisor`."""
-        merged, places = torch.empty_like(deltas[0]), _places(deltas)
-        numbers = np.array(weights, dtype=np.float32)
-        self._library.weighted_sum(
-            merged.numel(),
-            len(deltas),
-            places.ctypes.data,
-            numbers.ctypes.data,
-            divisor,
-            merged.data_ptr(),
-        )
-        return merged
+        return self._merged(self._library.weighted_sum, deltas, weights, divisor)
 
     def kept_between(
         self,
@@ -165,16 +154,20 @@ class MergingKernels:
         self, deltas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool
     ) -> Tensor:
         """TIES's election."""
+        return self._merged(self._library.sign_elect, deltas, weights, normalize)
+
+    def _merged(
+        self,
+        merge: Callable[..., None],
+        deltas: Sequence[Tensor],
+        weights: Sequence[float],
+        option: float,
+    ) -> Tensor:
+        """What a function makes of weighted deltas."""
         merged, places = torch.empty_like(deltas[0]), _places(deltas)
         numbers = np.array(weights, dtype=np.float32)
-        self._library.sign_elect(
-            merged.numel(),
-            len(deltas),
-            places.ctypes.data,
-            numbers.ctypes.data,
-            normalize,
-            merged.data_ptr(),
-        )
+        ends = places.ctypes.data, numbers.ctypes.data
+        merge(merged.numel(), len(deltas), *ends, option, merged.data_ptr())
         return merged
 
 
@@ -182,23 +175,16 @@ class CompiledTally:
     """`Tally` through the compiled look, for searches that it can serve."""
 
     def __init__(self, kernels: MergingKernels, search: Search, key: Key, keep: int) -> None:
-        self._kernels, self._search = kernels, search
-        self._buffer = LookBuffer(search, key, 0, _NUM_LOOKED_AT if search.collect else keep)
-        self._keys: list[Keys] = []
+        self._kernels, self._buffer = kernels, LookBuffer(search, key, 0, keep)
 
     def look(self, x: Tensor, start: int) -> None:
         """Look at x, (n,); `start` is x[0]'s global index."""
-        for first in range(0, x.numel(), _NUM_LOOKED_AT):
-            self._buffer.begin(start + first)
-            self._kernels.look(x[first : first + _NUM_LOOKED_AT], self._buffer)
-            if self._search.collect:
-                self._keys.append(self._buffer.take())
+        self._buffer.begin(start)
+        self._kernels.look(x, self._buffer)
 
     def seen(self) -> Seen:
         """What all looks have seen."""
-        if not self._search.collect:
-            return self._buffer.seen()
-        return Seen(self._buffer.struct.above, np.concatenate([np.zeros(0, np.int64), *self._keys]))
+        return self._buffer.seen()
 
 
 def tally_of(

@@ -29,6 +29,7 @@ typedef struct {
     float *theta;
     const float *gradient;
     float *mean, *square;
+    const Numbers *numbers;
 } Range;
 
 /* One mask of a step: the counter hash's key, and the largest word that is kept. */
@@ -81,8 +82,8 @@ static inline void write(float *theta, float change, const Numbers *n, int count
 }
 
 /* AdamW. */
-void plain_step(const Range *range, const Numbers *numbers) {
-    const Numbers n = *numbers;
+void plain_step(const Range *range) {
+    const Numbers n = *range->numbers;
     float *restrict theta = range->theta, *restrict mean = range->mean;
     float *restrict square = range->square;
     const float *restrict gradient = range->gradient;
@@ -107,9 +108,9 @@ void plain_step(const Range *range, const Numbers *numbers) {
     } while (0)
 #define LOOP static inline __attribute__((always_inline)) void
 
-LOOP dare_loop(const Range *range, const void *restrict tau, const Draw *draws,
-               const Numbers *numbers, int64_t *counts, int tau_width, int counting) {
-    const Numbers n = *numbers;
+LOOP dare_loop(const Range *range, const void *restrict tau, const Draw *draws, int64_t *counts,
+               int tau_width, int counting) {
+    const Numbers n = *range->numbers;
     float *restrict theta = range->theta, *restrict mean = range->mean;
     float *restrict square = range->square;
     const float *restrict gradient = range->gradient;
@@ -139,14 +140,14 @@ LOOP dare_loop(const Range *range, const void *restrict tau, const Draw *draws,
 }
 
 /* OnDARE around AdamW, all in one pass; one draw for the update, one for tau. */
-void dare_step(const Range *range, const void *tau, int tau_width, const Draw *draws,
-               const Numbers *numbers, int counting, int64_t *counts) {
-    CHOOSE(dare_loop, range, tau, draws, numbers, counts);
+void dare_step(const Range *range, const void *tau, int tau_width, const Draw *draws, int counting,
+               int64_t *counts) {
+    CHOOSE(dare_loop, range, tau, draws, counts);
 }
 
 /* OnTIES' first pass: advances the moments; with a look, looks at what AdamW would add. */
-void ties_advance(const Range *range, const Numbers *numbers, Look *look) {
-    const Numbers n = *numbers;
+void ties_advance(const Range *range, Look *look) {
+    const Numbers n = *range->numbers;
     float *restrict mean = range->mean, *restrict square = range->square;
     const float *restrict gradient = range->gradient;
     Look own = {0};
@@ -167,8 +168,8 @@ void ties_advance(const Range *range, const Numbers *numbers, Look *look) {
 }
 
 /* Looks at an update whose moments are advanced already. */
-void ties_look(const Range *range, const Numbers *numbers, Look *look) {
-    const Numbers n = *numbers;
+void ties_look(const Range *range, Look *look) {
+    const Numbers n = *range->numbers;
     Look own = *look;
     for (int64_t first = 0; first < range->size; first += BLOCK) {
         const int64_t left = range->size - first;
@@ -184,8 +185,8 @@ void ties_look(const Range *range, const Numbers *numbers, Look *look) {
 }
 
 /* The update of moments that are advanced already. */
-void note_update(const Range *range, const Numbers *numbers, float *restrict update) {
-    const Numbers n = *numbers;
+void note_update(const Range *range, float *restrict update) {
+    const Numbers n = *range->numbers;
     for (int64_t i = 0; i < range->size; i++)
         update[i] = update_of(range->mean[i], range->square[i], &n);
 }
@@ -216,7 +217,7 @@ static inline void fill_drift(const TopTau *tau, int64_t first, int length, int6
         drift[tau->places[*next] - begin] = tau_at(tau->values, tau->width, *next);
 }
 
-/* Which updates top-p keeps: those from `numbers->cut` on; with `last_word`, of those that equal it
+/* Which updates top-p keeps: those from `cut` on; with `last_word`, of those that equal it
  * only the ones whose words are at most that. */
 typedef struct {
     uint32_t key[2], last_word;
@@ -235,9 +236,9 @@ static inline void drop_ties(float *update, int length, uint64_t index, float cu
         update[i] = fabsf(update[i]) == cut && words[i] > ties->last_word ? 0.0f : update[i];
 }
 
-LOOP ties_loop(const Range *range, const TopTau *tau, const Numbers *numbers, const Ties *ties,
-               int64_t *counts, int tau_width, int counting) {
-    const Numbers n = *numbers;
+LOOP ties_loop(const Range *range, const TopTau *tau, const Ties *ties, int64_t *counts,
+               int tau_width, int counting) {
+    const Numbers n = *range->numbers;
     float *restrict theta = range->theta;
     const float *restrict mean = range->mean, *restrict square = range->square;
     int64_t count[2] = {0, 0}, next = 0;
@@ -262,13 +263,13 @@ LOOP ties_loop(const Range *range, const TopTau *tau, const Numbers *numbers, co
 }
 
 /* OnTIES' second pass: eq. 7 of the updates that top-p keeps, and top_p(tau). `ties` may be NULL. */
-void ties_step(const Range *range, const TopTau *top, const Numbers *numbers, const Ties *ties,
-               int counting, int64_t *counts) {
+void ties_step(const Range *range, const TopTau *top, const Ties *ties, int counting,
+               int64_t *counts) {
     const int tau_width = top->width == NO_TAU ? NO_TAU : FLOAT32; /* once it is taken out */
     if (ties)
-        CHOOSE(ties_loop, range, top, numbers, ties, counts);
+        CHOOSE(ties_loop, range, top, ties, counts);
     else
-        CHOOSE(ties_loop, range, top, numbers, NULL, counts);
+        CHOOSE(ties_loop, range, top, NULL, counts);
 }
 
 /* Whether no gradient is NaN or Inf, whose exponents are all ones. */

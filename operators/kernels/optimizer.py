@@ -18,14 +18,15 @@ from operators.kernels.looking import LookBuffer, is_compiled
 from operators.selection import Search, Seen, Tally, TopCut, magnitude_of
 
 Key = tuple[int, int]  # of the counter hash
-MoveCounts = tuple[Tensor, Tensor] | None
+# Of a pass: elements that rounding left where they were, and those that were to move, (2,).
+MoveCounts = Tensor | None
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class StepRange:
-    """A flat range of a parameter in an optimizer's step: float32 tensors of one length, and the
-    global index of their first element.
+    """A flat range of a parameter in an optimizer's step: float32 tensors of one length, the global
+    index of their first element, and the step's numbers as optimizer.c has them, (10,) float32.
     """
 
     start: int
@@ -33,6 +34,7 @@ class StepRange:
     gradient: Tensor
     mean: Tensor
     square: Tensor
+    numbers: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,9 @@ class SparseTau:
     places: Tensor  # (kept,) int32
     values: Tensor  # (kept,)
     origin: int
+
+
+AnyTau = Tensor | SparseTau | None  # of a range
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +81,15 @@ class Asked:
     key: Key
     keep: int
 
+    def look(self, x: Tensor, start: int) -> Seen:
+        """What is seen of x, (n,); `start` is x[0]'s global index."""
+        tally = Tally(self.search, self.key, self.keep)
+        tally.look(x, start)
+        return tally.seen()
+
 
 class OptimizerKernels(Protocol):
-    """Fused passes over a range. `numbers` are a step's, as optimizer.c has them: (10,) float32.
+    """Fused passes over a range.
 
     Attributes:
         chunk: elements of a call at most, a multiple of `kernels.CHUNK`.
@@ -90,38 +101,31 @@ class OptimizerKernels(Protocol):
 
     def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Results of calls that touch different elements, in any order or at the same time."""
+        return [call() for call in calls]
 
     def first_not_finite(self, gradients: Sequence[Tensor]) -> int | None:
         """Position of the first gradient, of any dtype, with Inf or NaN; None if there is none."""
+        return first_not_finite(gradients)
 
-    def plain_step(self, part: StepRange, numbers: Tensor) -> None:
+    def plain_step(self, part: StepRange) -> None:
         """AdamW."""
 
     def dare_step(
-        self, part: StepRange, tau: Tensor | None, draws: Draws, numbers: Tensor, *, counting: bool
+        self, part: StepRange, tau: Tensor | None, draws: Draws, *, counting: bool
     ) -> MoveCounts:
-        """OnDARE around AdamW, in one pass; without tau (alpha 0) dropout of the update.
+        """OnDARE around AdamW, in one pass; without tau (alpha 0) dropout of the update."""
 
-        With `counting`, how many elements rounding left where they were, and how many were to move.
-        """
-
-    def advance(self, part: StepRange, numbers: Tensor, asked: Asked | None) -> Seen | None:
+    def advance(self, part: StepRange, asked: Asked | None) -> Seen | None:
         """OnTIES' first pass: advance the moments, and look at what AdamW would then add."""
 
-    def look(self, part: StepRange, numbers: Tensor, asked: Asked) -> Seen:
+    def look(self, part: StepRange, asked: Asked) -> Seen:
         """The same look once the moments are advanced."""
 
-    def updates(self, part: StepRange, numbers: Tensor) -> Tensor:
+    def updates(self, part: StepRange) -> Tensor:
         """What AdamW adds, of moments that are advanced, with the bits that looks have seen."""
 
     def ties_step(
-        self,
-        part: StepRange,
-        tau: Tensor | SparseTau | None,
-        numbers: Tensor,
-        ties: TieLimit | None,
-        *,
-        counting: bool,
+        self, part: StepRange, tau: AnyTau, ties: TieLimit | None, *, counting: bool
     ) -> MoveCounts:
         """OnTIES' second pass: eq. 7 of the updates that top-p keeps, and top_p(tau)."""
 
@@ -129,12 +133,12 @@ class OptimizerKernels(Protocol):
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ALL = -1  # as in optimizer.c: every element has a value
 _ARGUMENTS: dict[str, list[Any]] = {
-    "plain_step": [_POINTER, _POINTER],
-    "dare_step": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _POINTER],
-    "ties_advance": [_POINTER, _POINTER, _POINTER],
-    "ties_look": [_POINTER, _POINTER, _POINTER],
-    "note_update": [_POINTER, _POINTER, _POINTER],
-    "ties_step": [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER],
+    "plain_step": [_POINTER],
+    "dare_step": [_POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER],
+    "ties_advance": [_POINTER, _POINTER],
+    "ties_look": [_POINTER, _POINTER],
+    "note_update": [_POINTER, _POINTER],
+    "ties_step": [_POINTER, _POINTER, _POINTER, _INT, _POINTER],
     "all_finite": [_LONG, _POINTER, _POINTER],
 }
 
@@ -159,12 +163,13 @@ class _Range(ctypes.Structure):
         ("gradient", _POINTER),
         ("mean", _POINTER),
         ("square", _POINTER),
+        ("numbers", _POINTER),
     )
 
     @classmethod
     def of(cls, part: StepRange) -> "_Range":
         """The struct of a range."""
-        tensors = (part.theta, part.gradient, part.mean, part.square)
+        tensors = (part.theta, part.gradient, part.mean, part.square, part.numbers)
         return cls(part.mean.numel(), part.start, *(tensor.data_ptr() for tensor in tensors))
 
 
@@ -180,7 +185,7 @@ class _TopTau(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, tau: Tensor | SparseTau | None) -> "_TopTau":
+    def of(cls, tau: AnyTau) -> "_TopTau":
         """The struct of what is kept: everything, or some places, or nothing."""
         if isinstance(tau, SparseTau):
             places, values = tau.places, tau.values
@@ -189,7 +194,7 @@ class _TopTau(ctypes.Structure):
         return cls(_address(tau), 0 if tau is None else tau.element_size(), None, _ALL, 0)
 
 
-class CompiledOptimizer:
+class CompiledOptimizer(OptimizerKernels):
     """`OptimizerKernels` on a CPU: a call works on one thread, calls made `together` on as many as
     torch uses.
 
@@ -243,12 +248,12 @@ class CompiledOptimizer:
         self._library.all_finite(gradient.numel(), gradient.data_ptr(), ctypes.byref(finite))
         return bool(finite.value)
 
-    def plain_step(self, part: StepRange, numbers: Tensor) -> None:
+    def plain_step(self, part: StepRange) -> None:
         """AdamW."""
-        self._library.plain_step(ctypes.byref(_Range.of(part)), numbers.data_ptr())
+        self._library.plain_step(ctypes.byref(_Range.of(part)))
 
     def dare_step(
-        self, part: StepRange, tau: Tensor | None, draws: Draws, numbers: Tensor, *, counting: bool
+        self, part: StepRange, tau: Tensor | None, draws: Draws, *, counting: bool
     ) -> MoveCounts:
         """OnDARE around AdamW."""
         counts, largest = torch.zeros(2, dtype=torch.int64), draws.largest_word
@@ -257,63 +262,50 @@ class CompiledOptimizer:
             _address(tau),
             0 if tau is None else tau.element_size(),
             (ctypes.c_uint32 * 6)(*draws.update, largest, *draws.tau, largest),
-            numbers.data_ptr(),
             counting,
             counts.data_ptr(),
         )
-        return (counts[0], counts[1]) if counting else None
+        return counts if counting else None
 
-    def advance(self, part: StepRange, numbers: Tensor, asked: Asked | None) -> Seen | None:
+    def advance(self, part: StepRange, asked: Asked | None) -> Seen | None:
         """OnTIES' first pass."""
         if asked is None or not is_compiled(asked.search):
-            self._library.ties_advance(ctypes.byref(_Range.of(part)), numbers.data_ptr(), None)
-            return None if asked is None else self.look(part, numbers, asked)
-        return self._looked(self._library.ties_advance, part, numbers, asked)
+            self._library.ties_advance(ctypes.byref(_Range.of(part)), None)
+            return None if asked is None else self.look(part, asked)
+        return self._looked(self._library.ties_advance, part, asked)
 
-    def look(self, part: StepRange, numbers: Tensor, asked: Asked) -> Seen:
+    def look(self, part: StepRange, asked: Asked) -> Seen:
         """The same look once the moments are advanced."""
         if not is_compiled(asked.search):
-            tally = Tally(asked.search, asked.key, asked.keep)
-            tally.look(self.updates(part, numbers), part.start)
-            return tally.seen()
-        return self._looked(self._library.ties_look, part, numbers, asked)
+            return asked.look(self.updates(part), part.start)
+        return self._looked(self._library.ties_look, part, asked)
 
-    def _looked(
-        self, function: Callable[..., None], part: StepRange, numbers: Tensor, asked: Asked
-    ) -> Seen:
+    def _looked(self, function: Callable[..., None], part: StepRange, asked: Asked) -> Seen:
         """What a function sees."""
         room = min(asked.keep, part.mean.numel())
         buffer = LookBuffer(asked.search, asked.key, part.start, room)
-        function(ctypes.byref(_Range.of(part)), numbers.data_ptr(), buffer.address)
+        function(ctypes.byref(_Range.of(part)), buffer.address)
         return buffer.seen()
 
-    def updates(self, part: StepRange, numbers: Tensor) -> Tensor:
+    def updates(self, part: StepRange) -> Tensor:
         """What AdamW adds."""
         update = torch.empty_like(part.mean)
-        place = ctypes.byref(_Range.of(part))
-        self._library.note_update(place, numbers.data_ptr(), update.data_ptr())
+        self._library.note_update(ctypes.byref(_Range.of(part)), update.data_ptr())
         return update
 
     def ties_step(
-        self,
-        part: StepRange,
-        tau: Tensor | SparseTau | None,
-        numbers: Tensor,
-        ties: TieLimit | None,
-        *,
-        counting: bool,
+        self, part: StepRange, tau: AnyTau, ties: TieLimit | None, *, counting: bool
     ) -> MoveCounts:
         """OnTIES' second pass."""
         counts = torch.zeros(2, dtype=torch.int64)
         self._library.ties_step(
             ctypes.byref(_Range.of(part)),
             ctypes.byref(_TopTau.of(tau)),
-            numbers.data_ptr(),
             None if ties is None else (ctypes.c_uint32 * 3)(*ties.key, ties.last_word),
             counting,
             counts.data_ptr(),
         )
-        return (counts[0], counts[1]) if counting else None
+        return counts if counting else None
 
 
 def _address(tensor: Tensor | None) -> int | None:

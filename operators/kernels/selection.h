@@ -18,7 +18,7 @@ typedef struct {
     uint32_t key[2];    /* the counter hash's */
     int32_t shift;      /* bits of a key that a bucket leaves open */
     int32_t one_magnitude; /* the bracket lies inside one magnitude: words decide what is in it */
-    int64_t *buckets;   /* how many keys are in each part of the bracket; NULL: not wanted */
+    int64_t *buckets;   /* how many keys are in each part of the bracket */
     uint64_t *found;    /* keys in the bracket, less `low`: the first `room` of them */
     int64_t room;
     int64_t above, inside; /* how many keys are above the bracket, and in it */
@@ -46,7 +46,7 @@ static inline int list_flags(const uint8_t *flags, int *places) {
 
 /* Takes in a key of the bracket, less `low`; its lower half may be missing where no room is left. */
 static inline void take_key(Look *look, uint64_t key, int has_word) {
-    if (look->buckets) look->buckets[key >> look->shift]++;
+    look->buckets[key >> look->shift]++;
     if (has_word && look->inside < look->room) look->found[look->inside] = key;
     look->inside++;
 }

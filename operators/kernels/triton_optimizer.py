@@ -2,8 +2,8 @@
 # Triton's decorator is untyped, and what kernels take are no Python types.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -13,19 +13,19 @@ from torch import Tensor
 from operators.counter_random import GOLDEN, WORDS
 from operators.kernels import CHUNK
 from operators.kernels.optimizer import (
+    AnyTau,
     Asked,
     Draws,
     Key,
     MoveCounts,
+    OptimizerKernels,
     SparseTau,
     StepRange,
     TieLimit,
-    first_not_finite,
 )
-from operators.selection import Seen, Tally
+from operators.selection import Seen
 
 BLOCK = 1024  # elements of a program
-T = TypeVar("T")
 
 
 def interpreted() -> bool:
@@ -56,11 +56,24 @@ def _kept(index, words, first: tl.constexpr):
 
 
 @triton.jit
-def _advance(gradient, mean, square, numbers):
-    """Both moments with a gradient taken in."""
+def _advance(gradient_ptr, mean_ptr, square_ptr, at, inside, numbers):
+    """Take a gradient into both moments; what AdamW then adds."""
+    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
+    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+    square = tl.load(square_ptr + at, mask=inside, other=0.0)
     mean = mean + (gradient - mean) * tl.load(numbers + 0)
     square = square * tl.load(numbers + 1) + gradient * gradient * tl.load(numbers + 2)
-    return mean, square
+    tl.store(mean_ptr + at, mean, mask=inside)
+    tl.store(square_ptr + at, square, mask=inside)
+    return _delta(mean, square, numbers)
+
+
+@triton.jit
+def _update(mean_ptr, square_ptr, at, inside, numbers):
+    """What AdamW adds, of moments that are advanced already."""
+    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+    square = tl.load(square_ptr + at, mask=inside, other=0.0)
+    return _delta(mean, square, numbers)
 
 
 @triton.jit
@@ -89,13 +102,8 @@ def _plain_kernel(
     """AdamW."""
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < size
-    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
-    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
-    square = tl.load(square_ptr + at, mask=inside, other=0.0)
-    mean, square = _advance(gradient, mean, square, numbers)
-    tl.store(mean_ptr + at, mean, mask=inside)
-    tl.store(square_ptr + at, square, mask=inside)
-    _write(theta_ptr, at, inside, _delta(mean, square, numbers), numbers, numbers, False)
+    delta = _advance(gradient_ptr, mean_ptr, square_ptr, at, inside, numbers)
+    _write(theta_ptr, at, inside, delta, numbers, numbers, False)
 
 
 @triton.jit
@@ -107,8 +115,8 @@ def _dare_kernel(
     tau_ptr,
     start,
     words,
-    numbers,
     counts,
+    numbers,
     size,
     has_tau: tl.constexpr,
     counting: tl.constexpr,
@@ -117,14 +125,8 @@ def _dare_kernel(
     """OnDARE around AdamW, all in one pass."""
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < size
-    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
-    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
-    square = tl.load(square_ptr + at, mask=inside, other=0.0)
-    mean, square = _advance(gradient, mean, square, numbers)
-    tl.store(mean_ptr + at, mean, mask=inside)
-    tl.store(square_ptr + at, square, mask=inside)
+    delta = _advance(gradient_ptr, mean_ptr, square_ptr, at, inside, numbers)
     index = start.to(tl.uint32) + at.to(tl.uint32)
-    delta = _delta(mean, square, numbers)
     change = tl.where(_kept(index, words, 0), delta, 0.0) * tl.load(numbers + 7)
     if has_tau:
         tau = tl.load(tau_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -139,13 +141,8 @@ def _advance_kernel(
     """OnTIES' first pass."""
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < size
-    gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
-    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
-    square = tl.load(square_ptr + at, mask=inside, other=0.0)
-    mean, square = _advance(gradient, mean, square, numbers)
-    tl.store(mean_ptr + at, mean, mask=inside)
-    tl.store(square_ptr + at, square, mask=inside)
-    tl.store(delta_ptr + at, _delta(mean, square, numbers), mask=inside)
+    delta = _advance(gradient_ptr, mean_ptr, square_ptr, at, inside, numbers)
+    tl.store(delta_ptr + at, delta, mask=inside)
 
 
 @triton.jit
@@ -153,9 +150,8 @@ def _update_kernel(mean_ptr, square_ptr, delta_ptr, numbers, size, block: tl.con
     """The update of moments that are advanced already."""
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < size
-    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
-    square = tl.load(square_ptr + at, mask=inside, other=0.0)
-    tl.store(delta_ptr + at, _delta(mean, square, numbers), mask=inside)
+    delta = _update(mean_ptr, square_ptr, at, inside, numbers)
+    tl.store(delta_ptr + at, delta, mask=inside)
 
 
 @triton.jit
@@ -166,8 +162,8 @@ def _ties_kernel(
     tau_ptr,
     start,
     words,
-    numbers,
     counts,
+    numbers,
     size,
     has_tau: tl.constexpr,
     has_ties: tl.constexpr,
@@ -177,9 +173,7 @@ def _ties_kernel(
     """OnTIES' second pass: eq. 7 of the updates that top-p keeps, and top_p(tau)."""
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < size
-    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
-    square = tl.load(square_ptr + at, mask=inside, other=0.0)
-    delta = _delta(mean, square, numbers)
+    delta = _update(mean_ptr, square_ptr, at, inside, numbers)
     cut = tl.load(numbers + 9)
     keeps = tl.abs(delta) >= cut
     if has_ties:
@@ -196,113 +190,90 @@ def _ties_kernel(
     _write(theta_ptr, at, inside, change, numbers, counts, counting)
 
 
-class TritonOptimizer:
+class TritonOptimizer(OptimizerKernels):
     """`OptimizerKernels` on a GPU, or on a CPU in Triton's interpreter."""
 
     chunk = 4 * CHUNK
     takes_sparse = False
 
-    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """Results of calls, which the GPU works off in their order."""
-        return [call() for call in calls]
-
-    def first_not_finite(self, gradients: Sequence[Tensor]) -> int | None:
-        """Position of the first gradient with Inf or NaN."""
-        return first_not_finite(gradients)
-
-    def plain_step(self, part: StepRange, numbers: Tensor) -> None:
+    def plain_step(self, part: StepRange) -> None:
         """AdamW."""
         tensors = (part.theta, part.gradient, part.mean, part.square)
-        _launch(_plain_kernel, part.mean.numel(), *tensors, numbers)
+        _launch(_plain_kernel, part, *tensors)
 
     def dare_step(
-        self, part: StepRange, tau: Tensor | None, draws: Draws, numbers: Tensor, *, counting: bool
+        self, part: StepRange, tau: Tensor | None, draws: Draws, *, counting: bool
     ) -> MoveCounts:
         """OnDARE around AdamW."""
-        counts = torch.zeros(2, dtype=torch.int32, device=part.theta.device)
-        largest = draws.largest_word
-        _launch(
-            _dare_kernel,
-            part.mean.numel(),
-            part.theta,
-            part.gradient,
-            part.mean,
-            part.square,
-            part.theta if tau is None else tau,
-            part.start % WORDS,
-            _words(part, (draws.update, largest), (draws.tau, largest)),
-            numbers,
-            counts,
-            has_tau=tau is not None,
-            counting=counting,
-        )
-        return (counts[0], counts[1]) if counting else None
+        words = ((draws.update, draws.largest_word), (draws.tau, draws.largest_word))
+        tensors = (part.theta, part.gradient, part.mean, part.square)
+        return _launch_merge(_dare_kernel, part, tensors, tau, words, counting=counting)
 
-    def advance(self, part: StepRange, numbers: Tensor, asked: Asked | None) -> Seen | None:
+    def advance(self, part: StepRange, asked: Asked | None) -> Seen | None:
         """OnTIES' first pass."""
         delta = torch.empty_like(part.mean)
-        tensors = (part.gradient, part.mean, part.square)
-        _launch(_advance_kernel, delta.numel(), *tensors, delta, numbers)
-        return None if asked is None else _looked(delta, part, asked)
+        _launch(_advance_kernel, part, part.gradient, part.mean, part.square, delta)
+        return None if asked is None else asked.look(delta, part.start)
 
-    def look(self, part: StepRange, numbers: Tensor, asked: Asked) -> Seen:
+    def look(self, part: StepRange, asked: Asked) -> Seen:
         """The same look once the moments are advanced."""
-        return _looked(self.updates(part, numbers), part, asked)
+        return asked.look(self.updates(part), part.start)
 
-    def updates(self, part: StepRange, numbers: Tensor) -> Tensor:
+    def updates(self, part: StepRange) -> Tensor:
         """What AdamW adds, of moments that are advanced."""
         delta = torch.empty_like(part.mean)
-        _launch(_update_kernel, delta.numel(), part.mean, part.square, delta, numbers)
+        _launch(_update_kernel, part, part.mean, part.square, delta)
         return delta
 
     def ties_step(
-        self,
-        part: StepRange,
-        tau: Tensor | SparseTau | None,
-        numbers: Tensor,
-        ties: TieLimit | None,
-        *,
-        counting: bool,
+        self, part: StepRange, tau: AnyTau, ties: TieLimit | None, *, counting: bool
     ) -> MoveCounts:
         """OnTIES' second pass."""
         assert not isinstance(tau, SparseTau)
-        counts = torch.zeros(2, dtype=torch.int32, device=part.theta.device)
-        chosen = ((0, 0), 0) if ties is None else (ties.key, ties.last_word)
-        _launch(
-            _ties_kernel,
-            part.mean.numel(),
-            part.theta,
-            part.mean,
-            part.square,
-            part.theta if tau is None else tau,
-            part.start % WORDS,
-            _words(part, chosen),
-            numbers,
-            counts,
-            has_tau=tau is not None,
-            has_ties=ties is not None,
-            counting=counting,
+        words = [] if ties is None else [(ties.key, ties.last_word)]
+        tensors = (part.theta, part.mean, part.square)
+        has_ties = ties is not None
+        return _launch_merge(
+            _ties_kernel, part, tensors, tau, words, counting=counting, has_ties=has_ties
         )
-        return (counts[0], counts[1]) if counting else None
 
 
-def _words(part: StepRange, *chosen: tuple[Key, int]) -> Tensor:
-    """Keys, with the upper half of a range's indices folded in, and the largest words that stay:
-    int32 with the bits of unsigned words.
+def _launch_merge(
+    kernel: Any,
+    part: StepRange,
+    tensors: Sequence[Tensor],
+    tau: Tensor | None,
+    chosen: Sequence[tuple[Key, int]],
+    *,
+    counting: bool,
+    **constants: bool,
+) -> MoveCounts:
+    """Run a kernel that merges.
+
+    Args:
+        chosen: keys of the counter hash, and the largest words that stay.
     """
+    counts = torch.zeros(2, dtype=torch.int32, device=part.theta.device)
+    # Words carry the upper half of the range's indices: int32 with the bits of unsigned ones.
     upper = (part.start >> 32) * GOLDEN % WORDS
     words = [word for (low, high), last in chosen for word in (low, high ^ upper, last)]
     signed = [word - WORDS if word >= WORDS // 2 else word for word in words]
-    return torch.tensor(signed, dtype=torch.int32, device=part.theta.device)
+    _launch(
+        kernel,
+        part,
+        *tensors,
+        part.theta if tau is None else tau,
+        part.start % WORDS,
+        torch.tensor(signed, dtype=torch.int32, device=part.theta.device),
+        counts,
+        has_tau=tau is not None,
+        counting=counting,
+        **constants,
+    )
+    return counts if counting else None
 
 
-def _looked(delta: Tensor, part: StepRange, asked: Asked) -> Seen:
-    """What a look sees of updates."""
-    tally = Tally(asked.search, asked.key, asked.keep)
-    tally.look(delta, part.start)
-    return tally.seen()
-
-
-def _launch(kernel: Any, size: int, *arguments: Any, **constants: Any) -> None:
-    """Run a kernel over `size` elements."""
-    kernel[(triton.cdiv(size, BLOCK),)](*arguments, size, block=BLOCK, **constants)
+def _launch(kernel: Any, part: StepRange, *arguments: Any, **constants: bool) -> None:
+    """Run a kernel over a range."""
+    size = part.mean.numel()
+    kernel[(triton.cdiv(size, BLOCK),)](*arguments, part.numbers, size, block=BLOCK, **constants)

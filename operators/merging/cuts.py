@@ -25,6 +25,8 @@ from operators.merging.method import (
     of_model,
 )
 from operators.selection import (
+    FEW_BUCKETS,
+    MANY_BUCKETS,
     Search,
     TopCut,
     begin_search,
@@ -40,20 +42,7 @@ _RUN = 1024  # neighbours in a run; a sample is several runs:
 _FEW_RUNS, _MANY_RUNS = 32, 64  # the more, the narrower the bracket, but each has its price
 _MANY = 1 << 24  # elements from which on a narrower bracket saves more than it costs
 _ALL = 1 << 17  # a tensor of no more elements is its own sample
-_FEW = 1 << 19  # keys that a search may collect
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One threshold: the cut of a model's delta, or the search for it."""
-
-    model: int
-    state: Search | TopCut
-
-    @property
-    def done(self) -> bool:
-        """Whether the cut is found."""
-        return isinstance(self.state, TopCut)
+_FEW, _MOST_KEPT = 1 << 19, 1 << 20  # keys that are expected to be kept, and that may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +51,19 @@ class CutSearch:
 
     Attributes:
         vectors: what is cut, made of a range: one float32 tensor for each model.
+        targets: for each threshold, its model, and the cut or the search for it.
         sampled: whether the sample was seen.
     """
 
     scope: Scope
     vectors: Vectors
-    targets: tuple[Target, ...]
+    targets: tuple[tuple[int, Search | TopCut], ...]
     sampled: bool = False
 
     @property
     def done(self) -> bool:
         """Whether all thresholds are found."""
-        return all(target.done for target in self.targets)
+        return not self._open
 
     def wanted(self, first: int, last: int) -> list[tuple[int, int]]:
         """The sample's part of the elements [first, last); after the first pass, all of them."""
@@ -85,7 +75,7 @@ class CutSearch:
             return self._observe_sample(work, offset)
         kernels = work.kernels if work.models[0].device.type == "cpu" else None
         tallies = [
-            (model, tally_of(search, tie_key(self.scope, model), kernels))
+            (model, tally_of(search, tie_key(self.scope, model), kernels, _kept_by(search)))
             for model, search in self._open
         ]
         for first, part in work.parts(CHUNK):
@@ -99,41 +89,38 @@ class CutSearch:
         if not self.sampled:
             return [runs + others for runs, others in zip(one, other, strict=True)]
         pairs = zip(self._open, one, other, strict=True)
-        return [search.add([seen, also]) for (_, search), seen, also in pairs]
+        return [search.add([seen, also], _MOST_KEPT) for (_, search), seen, also in pairs]
 
     def advance(self, total: Any) -> "CutSearch":
         """Brackets from the sample; then narrower ones, until the cuts are exact."""
-        if not self.sampled:
+        if self.sampled:
+            states = [
+                search.advance(seen) for (_, search), seen in zip(self._open, total, strict=True)
+            ]
+        else:
             samples = [
                 np.concatenate([keys for _, keys in sorted(runs, key=_place)]) for runs in total
             ]
-            return replace(
-                self,
-                sampled=True,
-                targets=tuple(self._bracketed(target, samples) for target in self.targets),
-            )
-        seen = iter(total)
-        targets = [
-            replace(target, state=target.state.advance(next(seen)))
-            if isinstance(target.state, Search)
-            else target
-            for target in self.targets
-        ]
-        return replace(self, targets=tuple(targets))
+            states = [self._bracketed(search, samples[model]) for model, search in self._open]
+        ahead = iter(states)
+        targets = tuple(
+            (model, next(ahead) if isinstance(state, Search) else state)
+            for model, state in self.targets
+        )
+        return replace(self, sampled=True, targets=targets)
 
     def fill(self, context: MergeContext, name: str) -> MergeContext:
         """The context with every model's cuts."""
         cuts: list[list[TopCut]] = [[] for _ in range(self.scope.num_models)]
-        for target in self.targets:
-            assert isinstance(target.state, TopCut)
-            cuts[target.model].append(target.state)
+        for model, state in self.targets:
+            assert isinstance(state, TopCut)
+            cuts[model].append(state)
         return replace(context, cuts=tuple(map(tuple, cuts)), cut_offset=self.scope.offset(name))
 
     @property
     def _open(self) -> list[tuple[int, Search]]:
         """The searches that go on, each with its model."""
-        pairs = ((target.model, target.state) for target in self.targets)
-        return [(model, state) for model, state in pairs if isinstance(state, Search)]
+        return [(model, state) for model, state in self.targets if isinstance(state, Search)]
 
     @property
     def _num_runs(self) -> int:
@@ -158,17 +145,21 @@ class CutSearch:
                 own.append((first, magnitude_keys(vector).cpu().numpy()))
         return runs
 
-    def _bracketed(self, target: Target, samples: Sequence[NDArray[np.int32]]) -> Target:
-        """A target with the bracket that the sample gives."""
-        search, count = target.state, self.scope.count
-        if isinstance(search, TopCut):
-            return target
+    def _bracketed(self, search: Search, sample: NDArray[np.int32]) -> Search:
+        """A search in the bracket that the sample gives."""
+        count = self.scope.count
         everything = count <= _ALL
-        low, high, share = sampled_bracket(
-            samples[target.model], _RUN, search.count, count, everything=everything
-        )
-        few = share * count <= _FEW and count <= WORDS and not everything
-        return replace(target, state=search.between(low, high, collect=few))
+        low, high, share = sampled_bracket(sample, _RUN, search.count, count, everything=everything)
+        # Keys are kept by their words, which repeat.
+        few = share * count <= _FEW and count <= WORDS and not search.by_index
+        most_buckets = FEW_BUCKETS if few else MANY_BUCKETS
+        return replace(search.between(low, high), most_buckets=most_buckets)
+
+
+def _kept_by(search: Search) -> int:
+    """How many keys a look may keep: none where they are not few, or all of one magnitude."""
+    few = search.tied or search.most_buckets == FEW_BUCKETS
+    return _MOST_KEPT if few and search.num_buckets > 1 else 0
 
 
 def tie_key(scope: Scope, model: int) -> tuple[int, int]:
@@ -194,7 +185,7 @@ def _begin(sparsifier: Sparsifier, vectors: Vectors, scope: Scope) -> CutSearch:
     assert sparsifier.counts is not None
     by_index = scope.parameters.get("ties") == "index"
     targets = [
-        Target(model, begin_search(kept, scope.count, by_index=by_index))
+        (model, begin_search(kept, scope.count, by_index=by_index))
         for model in range(scope.num_models)
         for kept in sparsifier.counts(of_model(scope.parameters, model), scope.count)
     ]

@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 from operators.kernels.optimizer import first_not_finite
 from operators.optim.binding import Bindings
 from operators.optim.layout import ShardLayout, local, local_gradient
-from operators.optim.merger import Merger, Update
+from operators.optim.merger import Merger
 from operators.optim.options import MergeOptions, check_choice, names_of
 from operators.optim.tau import DeltaPlacement, DeltaSource, MissingDelta, Tau
+from operators.optim.update import Update
 
 Nonfinite = Literal["raise", "skip"]
 AnyTau = Mapping[str, Tensor] | DeltaSource | None
@@ -81,7 +82,7 @@ class OnlineMergingBase(Optimizer):
         """Of the elements that the last (counted) merge was to move on this rank, how many rounding
         left where they were; and all: (2,) int64.
         """
-        return torch.stack([self._merger.num_unchanged, self._merger.num_merged]).cpu()
+        return self._merger.counts.cpu()
 
     def unchanged_share(self) -> float:
         """Of what the last merge added on this rank, the share of elements that rounding undid: 0

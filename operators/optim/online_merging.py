@@ -12,7 +12,6 @@ from operators.optim.adamw import AdamWStep, moments, new_state
 from operators.optim.base import AnyTau, Nonfinite, OnlineMergingBase, Stepped
 from operators.optim.fast import FastPath, FastUpdate
 from operators.optim.layout import ShardLayout, local, local_gradient
-from operators.optim.merger import GRADIENT_STREAM, Update
 from operators.optim.options import (
     NAMED_PAIRS,
     AlphaSchedule,
@@ -22,6 +21,7 @@ from operators.optim.options import (
     check_choice,
 )
 from operators.optim.tau import DeltaPlacement, MissingDelta
+from operators.optim.update import GRADIENT_STREAM, Update
 from operators.sparsify import Rescale, bernoulli
 
 NamedParameters = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]

@@ -10,9 +10,9 @@ from torch.optim import LBFGS, Adafactor, Muon, Optimizer
 
 from operators.optim.base import AnyTau, Nonfinite, OnlineMergingBase, Stepped
 from operators.optim.layout import local
-from operators.optim.merger import Update
 from operators.optim.options import AlphaSchedule, MergeOptions, Rounding
 from operators.optim.tau import DeltaPlacement, MissingDelta
+from operators.optim.update import Update
 
 # Names, since libraries have their own: their update of an element depends on other elements.
 _NOT_ELEMENTWISE = {"Adafactor", "Muon", "Shampoo", "SOAP"}

@@ -118,10 +118,9 @@ def masks(kernels) -> list[torch.Tensor]:
         theta, gradient, mean, square = torch.zeros(4, count)
         numbers = torch.tensor([0.1, 0.999, 0.001, 1.0, -1e-3, 1.0, 1.0, 0.0, 1.0, 0.0])
         kernels.dare_step(
-            StepRange(start, theta, gradient, mean, square),
+            StepRange(start, theta, gradient, mean, square, numbers),
             torch.ones(count, dtype=torch.bfloat16),
             Draws((0, 0), key, 0.3),
-            numbers,
             counting=False,
         )
         found.append(theta)
@@ -185,14 +184,14 @@ def updates(kernels) -> list[torch.Tensor]:
     gradient = torch.randn(5000, generator=generator)
     mean, square = torch.zeros(2, 5000)
     numbers = torch.tensor([0.1, 0.999, 0.001, 1e-8, -3e-4, 0.0316, 1.0, 1.0, 0.0, 0.0])
-    part = StepRange(0, torch.zeros(5000), gradient, mean, square)
-    asked = Asked(begin_search(2500, 5000, may_collect=False), (1, 2), 5000)
-    first = kernels.advance(part, numbers, asked)
-    again = kernels.look(part, numbers, asked)
+    part = StepRange(0, torch.zeros(5000), gradient, mean, square, numbers)
+    asked = Asked(begin_search(2500, 5000), (1, 2), 5000)
+    first = kernels.advance(part, asked)
+    again = kernels.look(part, asked)
     assert torch.equal(torch.from_numpy(again.kept), torch.from_numpy(first.kept))
     assert first.inside.tolist() == again.inside.tolist()
     assert (first.above, first.inside.sum()) == (0, 5000)
-    return [mean, square, torch.from_numpy(first.kept), kernels.updates(part, numbers)]
+    return [mean, square, torch.from_numpy(first.kept), kernels.updates(part)]
 
 
 def test_an_update_has_the_same_bits_in_every_pass(by_triton) -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from operators.counter_random import counter_key, counter_words
 from operators.optim import OnlineMergingAdamW
-from operators.optim.rounding import round_stochastically
+from operators.optim.merger import round_stochastically
 from tests.operators.optim.helpers import assert_same, make_parameters, merging, run
 
 LOW = [torch.bfloat16, torch.float16, torch.float32]

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from operators.kernels.optimizer import CompiledOptimizer
 from operators.optim import OnlineMergingAdamW
+from operators.optim.cuts import Brackets, _sampled_runs
 from operators.optim.fast import FastPath
 from operators.optim.layout import ShardLayout
-from operators.optim.merger import UPDATE_STREAM, Update
 from operators.optim.options import MergeOptions
-from operators.optim.update_cuts import UpdateCuts, _sampled_runs
+from operators.optim.update import UPDATE_STREAM, Update
 from operators.selection import Tally, TopCut, begin_search, settle
 from tests.operators.cuts import top_cut
 
@@ -36,7 +36,7 @@ def found_cuts(
     With a grid, magnitudes are its multiples, so many are equal.
     """
     cuts, expected, all_looks = [], [], []
-    remembered = UpdateCuts(lambda update, layout, runs: runs.of(update.theta))
+    remembered = Brackets(lambda update, layout, runs: runs.of(update.theta))
     for step, scale in enumerate(scales):
         current = scale * torch.randn(SIZE, generator=torch.Generator().manual_seed(step)).abs()
         if grid:
@@ -45,7 +45,7 @@ def found_cuts(
         key, [layout] = update.key(update.layouts[0], UPDATE_STREAM), update.layouts
         count = max(1, int(density * SIZE))
         name = (id(update), "w", 0)
-        begun = begin_search(count, SIZE, may_collect=False)
+        begun = begin_search(count, SIZE)
         search = remembered.bracketed({name: begun}, [(update, [layout])], None)[name]
 
         def look(searches, current=current, key=key, looks=looks):
@@ -110,9 +110,9 @@ class CountedLooks(CompiledOptimizer):
         super().__init__()
         self.num_seen = 0
 
-    def look(self, part, numbers, asked):
+    def look(self, part, asked):
         self.num_seen += part.mean.numel()
-        return super().look(part, numbers, asked)
+        return super().look(part, asked)
 
 
 @pytest.mark.parametrize("rows", [16, 512])
