@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from operators.losses import OBJECTIVES, Objective
 from operators.optim import MergeOptions
+from operators.optim.options import AlphaSchedule
+from operators.optim.tau import DeltaPlacement, MissingDelta
 from pipelines.config import Config, NamedIn
 from pipelines.train.row_kinds import ROW_KINDS, RowKind
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
@@ -92,14 +94,14 @@ class OptimizerConfig(Config):
     density: float | None = Field(None, gt=0, le=1, description="fraction kept (online merging)")
     alpha: float | None = Field(None, ge=0, lt=1, description="weight of tau (online merging)")
     merge_every: int = Field(1, ge=1, description="K of step-K (online merging)")
-    alpha_schedule: Literal["constant", "lr"] = Field(
+    alpha_schedule: AlphaSchedule = Field(
         "constant", description="alpha as it is, or in proportion to the learning rate"
     )
     tau: TauConfig | None = Field(None, description="where tau comes from")
-    missing_delta: Literal["error", "zero_rows", "exclude"] = Field(
+    missing_delta: MissingDelta = Field(
         "error", description="for tensors of which tau has none, or fewer rows"
     )
-    delta_placement: Literal["device", "host", "source"] = Field(
+    delta_placement: DeltaPlacement = Field(
         "device", description="where tau is kept, or read from its files at every step"
     )
     implementation: Literal["auto", "eager", "compiled", "triton"] = "auto"
