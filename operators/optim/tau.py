@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -193,7 +194,8 @@ class Tau:
         """What is kept of chunks, by its indices."""
         indices, found, chunks, num_kept = [], [], {}, 0
         for done, values in parts:
-            places = values.nonzero().squeeze(1)
+            # numpy finds them several times as fast as torch's nonzero.
+            places = torch.from_numpy(np.flatnonzero(values.numpy() != 0))
             indices.append((places + done).int())
             found.append(values[places].to(self._dtype))
             chunks[done] = slice(num_kept, num_kept + len(places))
