@@ -4,8 +4,10 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, wraps
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 COMPILERS = ("cc", "gcc", "clang")
@@ -39,4 +41,16 @@ def compile_library(source: Path, arguments: Mapping[str, Sequence[Any]]) -> cty
     for name, types in arguments.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, None
+    return library
+
+
+def built_once(build: Callable[[], ctypes.CDLL]) -> Callable[[], ctypes.CDLL]:
+    """A build whose library is kept; threads that want it at the same time wait for one build."""
+    lock, kept = Lock(), cache(build)
+
+    @wraps(build)
+    def library() -> ctypes.CDLL:
+        with lock:
+            return kept()
+
     return library

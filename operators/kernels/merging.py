@@ -6,7 +6,6 @@ None is the eager way. `operators.kernels.choice` says when they are worth compi
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from operators.kernels.compiler import compile_library
+from operators.kernels.compiler import built_once, compile_library
 from operators.kernels.looking import LookBuffer, is_compiled
 from operators.selection import Search, Seen, Tally
 
@@ -38,7 +37,7 @@ _ARGUMENTS = {
 _EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
-@cache
+@built_once
 def _library() -> ctypes.CDLL:
     return compile_library(Path(__file__).with_name("merging.c"), _ARGUMENTS)
 

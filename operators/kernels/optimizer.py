@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from operators.counter_random import WORDS
 from operators.kernels import CHUNK
-from operators.kernels.compiler import compile_library
+from operators.kernels.compiler import built_once, compile_library
 from operators.kernels.looking import LookBuffer, is_compiled
 from operators.selection import Search, Seen, Tally, TopCut, magnitude_of
 
@@ -143,7 +143,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
 }
 
 
-@cache
+@built_once
 def _library() -> ctypes.CDLL:
     """The passes as machine code.
 

@@ -1,7 +1,11 @@
 """The compiled passes beside the eager ones: the same bits, whatever the numbers."""
 
+import ctypes
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from operators.consensus import sign_elect, weighted_sum
 from operators.counter_random import keep_mask
 from operators.kernels import merging
 from operators.kernels.choice import WORTH_COMPILING, merging_kernels
+from operators.kernels.compiler import built_once
 from operators.kernels.merging import MergingKernels
 from operators.merging import merge_tensor
 from operators.merging.method import MergeInput
@@ -182,9 +187,29 @@ def test_they_are_compiled_where_it_is_worth_it_and_said(caplog) -> None:
 
 def test_without_a_compiler_all_goes_on(monkeypatch) -> None:
     monkeypatch.setattr("operators.kernels.compiler.COMPILERS", ("no-such-compiler",))
-    merging._library.cache_clear()
+    monkeypatch.setattr(merging, "_library", built_once(merging._library.__wrapped__))
     merging_kernels.cache_clear()
     assert merging_kernels(1 << 30) is None
     merging_kernels.cache_clear()
     merged = merge_tensor("ties", [torch.ones(4)], torch.zeros(4), name="x", density=1.0)
     assert torch.equal(merged, torch.ones(4))
+
+
+def test_threads_wait_for_one_build() -> None:
+    built = []
+
+    def build() -> ctypes.CDLL:
+        built.append(1)
+        time.sleep(0.05)  # long enough that all would begin, if none waited
+        return ctypes.CDLL(None)
+
+    barrier, library = Barrier(4), built_once(build)
+
+    def ask(_: int) -> ctypes.CDLL:
+        barrier.wait()
+        return library()
+
+    with ThreadPoolExecutor(4) as pool:
+        libraries = list(pool.map(ask, range(4)))
+    assert len(built) == 1
+    assert all(one is libraries[0] for one in libraries)

@@ -11,13 +11,13 @@ from torch import nn
 
 from operators.counter_random import counter_key, counter_words, keep_mask
 from operators.kernels import CHUNK
-from operators.kernels.compiler import CompilerError
+from operators.kernels import optimizer as optimizer_passes
+from operators.kernels.compiler import CompilerError, built_once
 from operators.kernels.optimizer import (
     Asked,
     CompiledOptimizer,
     Draws,
     StepRange,
-    _library,
 )
 from operators.optim import OnlineMergingAdamW
 from operators.optim.fast import FastPath
@@ -330,10 +330,18 @@ def test_a_state_from_a_machine_with_another_path_goes_on() -> None:
     assert resumed.path == "eager"
 
 
+def build_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the library that was built."""
+    build = optimizer_passes._library.__wrapped__
+    monkeypatch.setattr(optimizer_passes, "_library", built_once(build))
+
+
 def test_auto_does_without_a_compiler_and_compiled_says_what_is_missing(monkeypatch) -> None:
     monkeypatch.setattr("operators.kernels.choice.WORTH_COMPILING", 1)
     monkeypatch.setattr("operators.kernels.compiler.COMPILERS", ("no-such-compiler",))
-    _library.cache_clear()
+    monkeypatch.setattr(
+        optimizer_passes, "_library", built_once(optimizer_passes._library.__wrapped__)
+    )
     parameters = make_parameters()
     set_gradients(parameters, 0)
     optimizer = merging(alpha=0.1)(parameters)
@@ -351,7 +359,9 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path) -> None:
     compiler.write_text("#!/bin/sh\necho 'cannot find math.h' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setattr("operators.kernels.compiler.COMPILERS", (str(compiler),))
-    _library.cache_clear()
+    monkeypatch.setattr(
+        optimizer_passes, "_library", built_once(optimizer_passes._library.__wrapped__)
+    )
     with pytest.raises(CompilerError, match=r"^cannot find math\.h$"):
         CompiledOptimizer()
 
