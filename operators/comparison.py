@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Sums over elements of two tensors x and y; those of ranges add up.
+    """Sums over the elements of two tensors x and y; the sums of ranges add up.
 
     Attributes:
         xx, yy, xy: inner products, float64.

@@ -1,6 +1,6 @@
 """Consensus ⊕: one delta from several sparse ones, shared by offline and online merging.
 
-`CONSENSUS` is the table that both read: a new entry is a function and a line.
+Offline and online merging read the table `CONSENSUS`: a new entry is a function and a line.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,12 +52,12 @@ def sign_elect(
     kernels: Kernels = None,
 ) -> Tensor:
     """TIES's election (Yadav et al. 2023, section 4): per element, the sign of the weighted sum
-    wins, and the weighted deltas of that sign are summed; with `normalize` divided by their
-    absolute weights. 0 where the sum is 0 or none agrees.
+    wins, and the weighted deltas of that sign are summed. `normalize` divides by the sum of their
+    absolute weights. The result is 0 where the sum is 0 or no delta agrees.
 
     Args:
-        like_mergekit: a sum of 0 elects plus, and `normalize` divides by the agreeing weights with
-            their signs, by 1 where these sum to 0.
+        like_mergekit: a sum of 0 elects plus, and `normalize` divides by the signed sum of the
+            agreeing weights (by 1 where it is 0).
     """
     if kernels is not None and kernels.fit(*deltas) and not like_mergekit:
         return kernels.sign_elect(deltas, weights, normalize=normalize)
@@ -80,8 +80,8 @@ def sign_elect(
 
 
 def sign_consensus(a: Tensor, b: Tensor) -> Tensor:
-    """Online ⊕ (Lu et al. 2024, eq. 7): `a + b` where the signs agree or one is zero, else the one
-    of larger magnitude; equal and opposite: 0.
+    """Online ⊕ (Lu et al. 2024, eq. 7): `a + b` where the signs agree or one is zero, else the
+    larger magnitude; 0 where a = -b.
     """
     larger = torch.where(a.abs() > b.abs(), a, torch.where(b.abs() > a.abs(), b, 0.0))
     return torch.where(torch.sign(a) * torch.sign(b) < 0, larger, a + b)
@@ -101,9 +101,9 @@ class Consensus:
 
     Attributes:
         merge: ⊕: sparse deltas (n,), one weight each, parameters, compiled passes -> (n,).
-        parameters: by name; online, where two deltas are merged, they have their defaults.
-        num_deltas: the fewest and the most (None: any number).
-        needs: an `element`; or what is drawn once a `merge`, which an optimizer does not have.
+        parameters: by name; online merging uses their defaults.
+        num_deltas: the fewest and the most deltas (None: any number).
+        needs: one `element`; or a number drawn once for the whole `merge` (offline only).
     """
 
     merge: Merge
@@ -112,12 +112,10 @@ class Consensus:
     needs: Literal["element", "merge"] = "element"
 
 
-FIDELITY = Parameter("whose definition, where they differ", "paper", choices=("paper", "mergekit"))
+FIDELITY = Parameter("whose definition to follow", "paper", choices=("paper", "mergekit"))
 MIXUP_PARAMETERS = {
-    "mixup_alpha": Parameter(
-        "of Beta(alpha, alpha), from which lam is drawn", None, 0, above_low=True
-    ),
-    "mixup_lambda": Parameter("lam, instead of drawing it", None, low=0, high=1),
+    "mixup_alpha": Parameter("lam is drawn from Beta(alpha, alpha)", None, 0, above_low=True),
+    "mixup_lambda": Parameter("a fixed lam instead of a drawn one", None, low=0, high=1),
 }
 
 

@@ -1,8 +1,9 @@
-"""Random numbers as a function of (seed, name, stream, step, index): no state, no order of work.
+"""Random numbers as a function of (seed, name, stream, step, index), without any state.
 
-One pinned function serves offline and online merging, every device and every sharding. A key is two
-32-bit words from a hash of the text `seed|name|stream|step`; the word of the element with global
-row-major index i is `mix(mix(lo32(i) ^ k0) ^ k1 ^ hi32(i) * 0x9E3779B9)` modulo 2^32.
+Offline and online merging use the same function on every device and under every sharding; it must
+not change. A key is two 32-bit words from a hash of the text `seed|name|stream|step`. The word of
+the element with global row-major index i is
+`mix(mix(lo32(i) ^ k0) ^ k1 ^ hi32(i) * 0x9E3779B9)` modulo 2^32.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from operators.kernels.merging import MergingKernels
 
 WORDS = 1 << 32
-GOLDEN = 0x9E3779B9  # by which the upper half of an index is multiplied
+GOLDEN = 0x9E3779B9  # factor of an index's upper half
 _IN_CACHE = 1 << 14  # words made at once: buffers of this size stay in a core's cache
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
@@ -30,7 +31,7 @@ Integers = Any  # an array of unsigned 32-bit integers, or a tensor of int64
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's name in the checkpoint: without what DDP, FSDP, compile and peft add."""
+    """A parameter's name in the checkpoint, without the prefixes of DDP, FSDP, compile and peft."""
     name = _WRAPPERS.sub("", name)
     return name.removeprefix(_PEFT_PREFIX)
 
@@ -41,7 +42,7 @@ def counter_key(seed: int, name: str, stream: int, step: int) -> tuple[int, int]
     Args:
         seed: of the run.
         name: the tensor's name in the checkpoint.
-        stream: the model's position in an offline merge; online 0 for the update and 1 for tau.
+        stream: offline the model's position in the merge; online 0 for the update, 1 for tau.
         step: the optimizer's step count; 0 offline.
     """
     text = f"{seed}|{name}|{stream}|{step}"
@@ -118,8 +119,8 @@ def _chunks(
 
 
 def _words(key: tuple[int, int], low: Integers, upper: Integers) -> Integers:
-    """The hash of indices given by their halves, on unsigned 32-bit integers or on int64 ones in
-    [0, 2^32), of whose products the lower 32 bits alone are kept.
+    """The hash of indices, given by their halves: unsigned 32-bit integers, or int64 in [0, 2^32)
+    (then only the lower 32 bits of each product are kept).
     """
     folded = (upper * GOLDEN & (WORDS - 1)) ^ key[1]
     words = _mix(low ^ key[0])

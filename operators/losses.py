@@ -1,8 +1,8 @@
 """Objectives of alignment training on log-probabilities of responses.
 
-Losses are per pair or per response and unreduced, and token-level terms are sums: whoever calls
-divides by the counts of the global batch, so that micro-batches and the number of workers change
-nothing. Names and parameters are TRL's.
+Losses are unreduced, one per pair or per response, and token-level terms are sums. The caller
+divides by the counts of the global batch, so results do not depend on micro-batches or on the
+number of workers. Names and parameters are TRL's.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 class PairLogProbabilities:
     """Log-probabilities of the chosen and rejected responses, each (pairs,), prompts left out.
 
-    `policy_*` carry gradients; `reference_*` do not, and are 0 where an objective has no reference.
-    All are sums over response tokens, or means where the objective asks for them.
+    `policy_*` carry gradients; `reference_*` do not, and are 0 if the objective has no reference.
+    All are sums over response tokens, or means if the objective has `mean_over_tokens`.
     """
 
     policy_chosen: Tensor
@@ -44,7 +44,7 @@ class PairLogProbabilities:
 
 
 def token_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each label under the logits before it.
+    """Log-probability of each label under the logits of the position before it.
 
     Args:
         logits: (batch, length, vocabulary), any floating dtype; computed in float32.
@@ -88,15 +88,15 @@ def simpo_loss(pairs: PairLogProbabilities, *, beta: float, simpo_gamma: float) 
 
 def odds_ratio_loss(pairs: PairLogProbabilities, *, beta: float) -> Tensor:
     """ORPO's odds-ratio term (Hong et al. 2024, eq. 7): `-beta log sigmoid(log odds(chosen) -
-    log odds(rejected))`, `odds = P / (1 - P)`, P from means over response tokens. The likelihood
-    term of its eq. 6 is added by the caller, with weight 1.
+    log odds(rejected))`, `odds = P / (1 - P)`, P from means over response tokens. The caller adds
+    the likelihood term of eq. 6, with weight 1.
     """
     log_odds = _log_odds(pairs.policy_chosen) - _log_odds(pairs.policy_rejected)
     return -beta * F.logsigmoid(log_odds)
 
 
 def _log_odds(log_probability: Tensor) -> Tensor:
-    """`log(P / (1 - P))`; a P that rounds to 1 counts as just below it, and gets no gradient."""
+    """`log(P / (1 - P))`; a P that rounds to 1 is taken just below 1, and gets no gradient."""
     x = log_probability.clamp(max=-torch.finfo(torch.float32).eps)
     return x - torch.log(-torch.expm1(x))
 
@@ -110,8 +110,8 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """KTO (Ethayarajh et al. 2024, eq. 8): `w (1 - sigmoid(s beta (r - z0)))`, s = 1 and w the
-    desirable weight for desirable responses, s = -1 and w the other weight for undesirable ones.
+    """KTO (Ethayarajh et al. 2024, eq. 8): `w (1 - sigmoid(s beta (r - z0)))`, with s = 1 and
+    w = desirable_weight for desirable responses, s = -1 and w = undesirable_weight for the others.
 
     Args:
         log_ratio: (responses,), r = log pi(y|x) - log ref(y|x), summed over response tokens.
@@ -124,8 +124,8 @@ def kto_loss(
 
 
 def kto_reference_point(log_ratio_sum: Tensor, count: int) -> Tensor:
-    """KTO's z0: mean of log pi(y'|x) - log ref(y'|x) over mismatched pairs of prompts x and
-    responses y' of the global batch, at least 0, without gradient.
+    """KTO's z0: the mean of log pi(y'|x) - log ref(y'|x) over mismatched pairs (prompt x, response
+    y' of another prompt) of the global batch, at least 0, without gradient.
     """
     return (log_ratio_sum.detach() / count).clamp(min=0)
 
@@ -134,10 +134,10 @@ def kto_reference_point(log_ratio_sum: Tensor, count: int) -> Tensor:
 class Objective:
     """What a training objective needs and computes.
 
-    `loss` gives one number per pair (`PairLogProbabilities`) or per response (`kto_loss`); None
-    where the likelihood is all. `likelihood` is the weight of the mean negative log-likelihood per
-    response token (of chosen responses, where there are pairs): a number or a parameter's name.
-    `parameters` are the names with their defaults.
+    `loss` gives one number per pair (`PairLogProbabilities`) or per response (`kto_loss`); None if
+    the objective is the likelihood alone. `likelihood` is the weight of the mean negative
+    log-likelihood per response token (for pairs, of the chosen response): a number, or the name of
+    a parameter. `parameters` maps names to defaults.
     """
 
     rows: Literal["pairs", "labelled", "texts"]
@@ -152,7 +152,7 @@ class Objective:
         return parameters[self.likelihood] if isinstance(self.likelihood, str) else self.likelihood
 
     def loss_parameters(self, parameters: Mapping[str, float]) -> dict[str, float]:
-        """Those of the parameters that `loss` takes."""
+        """The parameters that `loss` takes."""
         return {name: value for name, value in parameters.items() if name != self.likelihood}
 
 

@@ -1,4 +1,4 @@
-"""Numbers that are watched during alignment, as sums that add up over shards."""
+"""Metrics of alignment, computed from sums that add up over shards."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def delta_sums(now: Tensor, before: Tensor, tau: Tensor | None = None) -> Tensor:
-    """Sums over one shard, from which `norm_and_cosine` makes its numbers.
+    """Sums over one shard for `norm_and_cosine`.
 
     Args:
         now, before: (n,) a parameter's shard, now and before training.
@@ -38,14 +38,14 @@ def kl_divergences(policy: Tensor, reference: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw_next_tokens(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A token for each position, drawn from the logits' distribution.
+    """Draw a token at each position from the logits' distribution.
 
     Args:
         logits: (n, vocabulary), any floating dtype; computed in float32.
         generator: on the device of the logits.
 
     Returns:
-        (n,) int64 tokens, and (n,) float32 their log-probabilities.
+        (n,) int64 tokens, and their log-probabilities, (n,) float32.
     """
     log_probabilities = logits.float().log_softmax(-1)
     tokens = torch.multinomial(log_probabilities.exp(), 1, generator=generator)
@@ -54,9 +54,9 @@ def draw_next_tokens(logits: Tensor, generator: torch.Generator) -> tuple[Tensor
 
 @torch.no_grad()
 def kl_estimates(log_ratio: Tensor) -> Tensor:
-    """Estimates of KL(policy || reference) from tokens that the reference drew: `r log r - (r - 1)`
-    with `r = p / q`. Its mean under q is the KL, as that of `r log r` is and r - 1 has mean 0; so
-    subtracted, no estimate is negative.
+    """Estimates of KL(policy || reference) from tokens drawn by the reference: `r log r - (r - 1)`
+    with `r = p / q`. Under q, `r log r` has the KL as its mean and `r - 1` has mean 0; subtracting
+    `r - 1` makes every estimate nonnegative.
 
     Args:
         log_ratio: (...) log p - log q of each drawn token.
@@ -65,8 +65,8 @@ def kl_estimates(log_ratio: Tensor) -> Tensor:
 
 
 def norm_and_cosine(sums: Tensor) -> tuple[float, float]:
-    """Norm of the delta, and its cosine with tau (0 where one of them is 0), from the added-up
-    sums of all shards.
+    """Norm of the delta, and its cosine with tau (0 where one of them is 0), from the sums added
+    over all shards.
     """
     square, dot, tau_square = sums.tolist()
     product = math.sqrt(square) * math.sqrt(tau_square)

@@ -1,4 +1,4 @@
-"""Parameters of merge methods: defaults, ranges, and one clear error for what is out of them."""
+"""Parameters of merge methods: defaults, ranges, and the errors for values out of range."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ REQUIRED = "required"
 class Parameter:
     """One parameter of a method: its default (or REQUIRED), its range or choices.
 
-    A number lies in [low, high]; `above_low` leaves `low` itself out. A parameter with a boolean
-    default is a switch; one with `choices` is one of these texts; one whose default is None may be
-    left open. `per_model` ones may be given as a list with one value for each model. `mergekit` is
-    the default under `fidelity: mergekit`, where it is another one.
+    A number lies in [low, high]; `above_low` excludes `low` itself. A parameter with a boolean
+    default is a switch; a parameter with `choices` is one of these texts; a default of None may
+    stay unset. A `per_model` parameter may be a list with one value for each model. `mergekit` is
+    the default under `fidelity: mergekit` if it differs.
     """
 
     meaning: str
@@ -54,7 +54,7 @@ class Parameter:
 def complete_parameters(
     parameters: Mapping[str, Parameter], given: Mapping[str, Any], num_models: int
 ) -> dict[str, Any]:
-    """Parameters with defaults put in, the per-model ones as lists.
+    """All parameters: given values or defaults; per-model ones as lists.
 
     Raises:
         ValueError: an unknown or missing parameter, or a value out of its range.

@@ -1,15 +1,15 @@
-"""The one search for the k largest magnitudes of many numbers: found by counting, not by sorting.
+"""The search for the k largest magnitudes of many numbers, by counting instead of sorting.
 
-Every element has a key: its magnitude's bits (float32 bit patterns order like magnitudes), followed
-by what decides between equal magnitudes. Of those the ones with the smallest words of the counter
-hash stay, which is unbiased and the same for any sharding; or, where parity asks for it, the ones
-with the smallest indices. So no two keys are equal, and exactly k elements stay.
+Every element has a key: the bits of its magnitude (float32 bit patterns order like magnitudes),
+followed by bits that decide between equal magnitudes. Among equal magnitudes, the smallest words of
+the counter hash stay: unbiased, and the same for any sharding. For parity with mergekit, the
+smallest indices stay instead. So no two keys are equal, and exactly k elements stay.
 
-A `Search` holds a bracket in which the k-th largest key lies. Whoever has the elements looks at
-them, in any chunks, on any ranks: how many keys are above the bracket, and how those inside spread
-over its parts (a `Seen`, which adds up). That narrows the bracket, until one key is left. A first
-bracket comes from a sample, or from a step before. A bracket that missed is moved, so the result is
-always exact: a function of the elements alone.
+A `Search` holds a bracket for the k-th largest key. The holders of the elements look at them, in
+any chunks, on any ranks. A look counts the keys above the bracket and the keys in each part of the
+bracket (a `Seen`; these add up). The counts narrow the bracket until one key is left. The first
+bracket comes from a sample or from an earlier step. If a bracket does not hold the key, the search
+moves it; so the result is always exact and depends only on the elements.
 """
 
 import math
@@ -27,8 +27,8 @@ from operators.counter_random import WORDS, counter_words_at
 Keys = NDArray[np.int64]
 TOP_MAGNITUDE = 0x7FFFFFFF
 WORD_BITS = 32
-MANY_BUCKETS = 1 << 20  # enough for all magnitudes of a bracket, as a rule
-FEW_BUCKETS = 1 << 11  # where ranks add them up, or keys are kept as well
+MANY_BUCKETS = 1 << 20  # usually one for every magnitude of a bracket
+FEW_BUCKETS = 1 << 11  # for buckets that ranks add up, or beside kept keys
 _MARGIN = 4.5  # a bracket's half width, in standard deviations of a sample's quantile
 _TIE_MARGIN = 8.0  # the same for counter words, which are uniform
 K = TypeVar("K", bound=Hashable)
@@ -36,9 +36,9 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class TopCut:
-    """Where a search has cut: magnitude keys above `key` stay, and of those equal to it the ones
-    whose counter word (`by_index`: whose global index) is at most `word` (None: all). Counter words
-    repeat every 2^32 elements: where there are more, `high_bits` of the index's upper half follow.
+    """The result of a search: larger magnitude keys than `key` stay, and equal ones whose counter
+    word (`by_index`: whose global index) is at most `word` (None: all). Beyond 2^32 elements words
+    repeat; then `high_bits` bits of the index's upper half are appended to the word.
     """
 
     key: int
@@ -48,11 +48,11 @@ class TopCut:
 
     @property
     def by_words(self) -> bool:
-        """Whether counter words alone decide between equal magnitudes, if anything has to."""
+        """Whether counter words alone decide between equal magnitudes (or nothing has to)."""
         return self.word is None or not (self.by_index or self.high_bits)
 
     def order(self, places: Tensor, key: tuple[int, int]) -> Tensor:
-        """What decides between equal magnitudes at global indices: int64, the smallest stay."""
+        """The order of equal magnitudes at these global indices: int64, the smallest stay."""
         if self.by_index:
             return places
         words = counter_words_at(key, places)
@@ -61,13 +61,13 @@ class TopCut:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What looks have seen.
+    """What looks have counted.
 
     Attributes:
-        above: keys above the bracket.
-        inside: how many keys are in each part of the bracket, (buckets,) int64.
-        kept: the keys inside, less the bracket's lower end, where the look was asked to keep them
-            and they were not too many. They are not added up over ranks.
+        above: number of keys above the bracket.
+        inside: number of keys in each part of the bracket, (buckets,) int64.
+        kept: the keys inside, minus the bracket's lower end; None if the look was not asked to keep
+            them or they were too many. Ranks do not exchange them.
     """
 
     above: int
@@ -80,10 +80,10 @@ class Search:
     """The search for the `count`-th largest key of `total` elements. Immutable, can be pickled.
 
     Attributes:
-        low, high: the bracket, both ends in it: whole magnitudes, or a part of one magnitude.
-        by_index: the first of equal magnitudes stay, instead of those with the smallest words.
-        tied: the bracket is a part of one magnitude, known to hold the key.
-        most_buckets: into how many parts a bracket is cut at most.
+        low, high: the bracket, both ends included: whole magnitudes, or a part of one magnitude.
+        by_index: among equal magnitudes the smallest indices stay, not the smallest words.
+        tied: the bracket is a part of one magnitude, the magnitude of the key.
+        most_buckets: the most parts of a bracket.
     """
 
     count: int
@@ -103,7 +103,7 @@ class Search:
 
     @property
     def high_bits(self) -> int:
-        """Bits of an index's upper half that follow its word."""
+        """Bits of the index's upper half that are appended to its word."""
         return 0 if self.by_index else ((self.total - 1) >> WORD_BITS).bit_length()
 
     @property
@@ -113,7 +113,9 @@ class Search:
 
     @property
     def shift(self) -> int:
-        """Bits of a key that a bucket leaves open: all below the magnitude, in whole magnitudes."""
+        """Keys that differ only in these lower bits share a bucket; without `tied`, a bucket holds
+        whole magnitudes.
+        """
         shift = ((self.high - self.low) // self.most_buckets).bit_length()
         return shift if self.tied else max(shift, self.bits)
 
@@ -127,10 +129,10 @@ class Search:
         return (1 << self.bits) - 1
 
     def between(self, low: int, high: int) -> "Search":
-        """The search in a bracket of whole magnitudes.
+        """The search in a bracket of whole magnitudes, without the magnitude 0.
 
-        0 is never in it: where fewer elements than are to stay have a larger one, all stay, which
-        changes nothing, so that zeros need not be counted.
+        Zeros need no counting: if fewer than `count` elements are nonzero, all elements stay, and
+        keeping a zero changes nothing.
         """
         low = max(low, 1)
         ends = low << self.bits, (max(low, high) + 1 << self.bits) - 1
@@ -141,17 +143,17 @@ class Search:
         return TopCut(magnitude, word, self.by_index, self.high_bits if word is not None else 0)
 
     def order(self, places: NDArray[np.int64], key: tuple[int, int]) -> Keys:
-        """A key's bits below the magnitude: what stays first is largest."""
+        """The bits of keys below the magnitude: the largest stay first."""
         order = TopCut(0, 0, self.by_index, self.high_bits).order(torch.from_numpy(places), key)
         return self._mask - order.numpy()
 
     def nothing(self) -> Seen:
-        """What is seen of no elements."""
+        """A look at no elements."""
         return Seen(0, np.zeros(self.num_buckets, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
     def add(self, parts: Sequence[Seen], keep: float = math.inf) -> Seen:
-        """Several observations of this bracket together, with all keys that they have kept, if
-        there are no more than `keep`.
+        """Add several looks at this bracket. The sum has their kept keys if all looks kept theirs
+        and these are at most `keep`.
         """
         if not parts:
             return self.nothing()
@@ -165,7 +167,7 @@ class Search:
         )
 
     def advance(self, seen: Seen) -> "Search | TopCut":
-        """The cut; or the next bracket, which is a part of this one, or beside it if it missed."""
+        """The cut; or the next bracket: a part of this one, or beside it if the key is not here."""
         left = self.count - seen.above
         if left <= 0 or left > int(seen.inside.sum()):
             return self._beside(above=left <= 0)
@@ -174,7 +176,7 @@ class Search:
         return self._choose(seen.kept, left)
 
     def _beside(self, *, above: bool) -> "Search | TopCut":
-        """The rest above or below a bracket that missed."""
+        """The range above or below a bracket that does not hold the key."""
         if not above and not self.tied and self.magnitudes[0] == 1:
             return self.cut(0, None)
         first = self.low & ~self._mask if self.tied else 1 << self.bits
@@ -193,7 +195,7 @@ class Search:
         return self.cut(magnitude, self._mask - (key & self._mask))
 
     def _narrow(self, counts: Keys, left: int) -> "Search | TopCut":
-        """The cut, or the bracket of the part that holds it."""
+        """The cut, or the part of the bracket that holds it as the next bracket."""
         at_least = counts[::-1].cumsum()
         place = int(np.searchsorted(at_least, left))
         bucket = len(counts) - 1 - place
@@ -207,13 +209,13 @@ class Search:
         return replace(self, low=low, high=min(low + (1 << self.shift) - 1, self.high))
 
     def _among_equals(self, magnitude: int, left: int, tied: int) -> "Search | TopCut":
-        """The cut at a magnitude, if all of it stays; else the search among its elements."""
+        """The cut at a magnitude if all its elements stay; else the search among them."""
         if left == tied:
             return self.cut(magnitude, None)
         first = magnitude << self.bits
         if self.by_index:
             return replace(self, low=first, high=first + self._mask, tied=True)
-        # Counter words are uniform, so that the one that is looked for is near its expectation.
+        # Counter words are uniform, so the wanted one is near its expectation.
         margin = _TIE_MARGIN * math.sqrt(left * (tied - left) / tied) + _TIE_MARGIN
         low = math.floor((1 - (left + margin) / tied) * WORDS)
         high = math.ceil((1 - (left - margin) / tied) * WORDS)
@@ -225,7 +227,7 @@ class Search:
 def begin_search(
     count: int, total: int, *, by_index: bool = False, most_buckets: int = FEW_BUCKETS
 ) -> Search | TopCut:
-    """The search before anything is seen; the cut where everything stays.
+    """The search before the first look; the cut if everything stays.
 
     Args:
         count: elements that stay, at least 1.
@@ -240,12 +242,12 @@ def settle(
     look: Callable[[Mapping[K, Search]], Mapping[K, Seen]],
     add_up: Callable[[Keys], Keys] | None = None,
 ) -> dict[K, TopCut]:
-    """Carry searches to their ends.
+    """Run searches until each has its cut.
 
     Args:
         look: looks at this rank's elements for all open searches.
-        add_up: adds int64 numbers up over the ranks that share the elements. Each rank must call
-            with the same searches in the same order.
+        add_up: sums int64 numbers over the ranks that share the elements. Each rank must call with
+            the same searches in the same order.
     """
     found: dict[K, TopCut] = {}
     open_ones = dict(searches)
@@ -265,17 +267,17 @@ def settle(
 
 
 class Tally:
-    """Looks for a search at flat ranges of elements, one after the other.
+    """Looks at flat ranges of elements for a search, one range after the other.
 
     Args:
-        key: the counter hash's, which decides between equal magnitudes.
+        key: of the counter hash, which decides between equal magnitudes.
         keep: how many keys inside the bracket may be kept.
     """
 
     def __init__(self, search: Search, key: tuple[int, int], keep: int = 0) -> None:
         low, high = search.magnitudes
         self._search, self._key = search, key
-        # How many more keys may be kept; below 0 where some were not.
+        # How many more keys may be kept; negative once a key was not kept.
         self._room = keep if (high - low).bit_length() + search.bits < 64 else -1
         self._above, self._buckets = 0, search.nothing().inside
         self._kept = [self._buckets[:0]]
@@ -298,12 +300,12 @@ class Tally:
             self._count(inside >> min(search.shift - search.bits, WORD_BITS - 1))
 
     def seen(self) -> Seen:
-        """What all looks have seen."""
+        """The counts and kept keys of all looks."""
         complete = self._room >= 0
         return Seen(self._above, self._buckets, np.concatenate(self._kept) if complete else None)
 
     def _keep(self, keys: Keys) -> None:
-        """Keep all of these keys, if there is room for them."""
+        """Keep these keys if there is room for all of them."""
         self._room -= len(keys)
         if self._room >= 0:
             self._kept.append(keys)
@@ -317,8 +319,8 @@ class Tally:
 
 
 def _part(keys: Keys, low: int, search: Search) -> tuple[int, Keys]:
-    """How many keys are above a search's bracket, which begins at `low` among them; and those
-    inside, less its lower end.
+    """How many keys are above a search's bracket; and the keys inside, minus its lower end, which
+    is `low` in the units of `keys`.
     """
     keys = keys - low
     too_large = keys > search.high - search.low
@@ -328,7 +330,7 @@ def _part(keys: Keys, low: int, search: Search) -> tuple[int, Keys]:
 def _inside(
     x: Tensor, low: int, high: int
 ) -> tuple[int, NDArray[np.int32], Callable[[], NDArray[np.int64]]]:
-    """How many magnitudes are above a bracket; those inside, less its lower end; where they are."""
+    """How many magnitudes are above a bracket; those inside, minus its lower end; their places."""
     keys = magnitude_keys(x)
     if x.device.type != "cpu":
         found = ((keys >= low) & (keys <= high)).nonzero().squeeze(1)
@@ -342,20 +344,20 @@ def _inside(
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What one look has kept, which answers every look inside its bracket."""
+    """A look and its kept keys, which can answer later looks inside its bracket."""
 
     search: Search
     seen: Seen
 
     def covers(self, search: Search) -> bool:
-        """Whether a search's bracket is that of the look, or lies inside and all of it was kept."""
+        """Whether a search has the same bracket, or one inside it with all keys kept."""
         if search == self.search:
             return True
         within = self.search.low <= search.low and search.high <= self.search.high
         return self.seen.kept is not None and within
 
     def look(self, search: Search) -> Seen:
-        """What a look at the elements would see in the bracket, or in a part of it."""
+        """The same as a look at the elements, for the bracket or a part of it."""
         if search == self.search:
             return self.seen
         assert self.seen.kept is not None
@@ -365,19 +367,19 @@ class Kept:
 
 
 def sample_stride(total: int, num_runs: int, run: int) -> int:
-    """From where to where the runs of neighbours begin that a sample of `total` elements is."""
+    """The distance between the first elements of two runs in a sample of `total` elements."""
     return (total - run) // max(1, num_runs - 1)
 
 
 def sampled_bracket(
     keys: NDArray[Any], run: int, count: int, total: int, *, everything: bool = False
 ) -> tuple[int, int, float]:
-    """Two magnitudes between which the `count`-th largest almost certainly lies, and what share of
-    all elements is expected between them.
+    """A bracket of two magnitudes that almost certainly holds the `count`-th largest, and the
+    expected share of all elements in it.
 
     Args:
-        keys: magnitudes of a sample of `total` elements, run after run of `run` neighbours.
-        everything: the sample is all there is: the bracket is the one magnitude.
+        keys: magnitudes of a sample of `total` elements: runs of `run` neighbours.
+        everything: the sample is all elements, so the bracket is a single magnitude.
     """
     ordered, size = np.sort(keys), len(keys)
     if everything:
@@ -385,7 +387,7 @@ def sampled_bracket(
         return magnitude, magnitude, 0.0
     middle = min(max(round(count / total * size), 1), size)
     above = (keys > ordered[size - middle]).reshape(-1, run).mean(axis=1)
-    # Neighbours are alike, so a run is one draw and not as many as it has elements.
+    # Neighbours are correlated, so the spread is measured between runs.
     share = count / total
     spread = max(float(above.std()) * math.sqrt(run), math.sqrt(share * (1 - share)))
     margin = _MARGIN * spread * math.sqrt(size) + 2
@@ -401,5 +403,5 @@ def magnitude_keys(x: Tensor) -> Tensor:
 
 
 def magnitude_of(key: int) -> float:
-    """The magnitude that a key stands for."""
+    """The magnitude of a key."""
     return torch.tensor(key, dtype=torch.int32).view(torch.float32).item()

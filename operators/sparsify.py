@@ -1,11 +1,11 @@
-"""Sparsifiers F: which elements of a delta stay, and how those are rescaled.
+"""Sparsifiers F: which elements of a delta stay, and how they are rescaled.
 
-The same functions serve offline merging, where they see a task vector, and online merging, where
-they see an optimizer's update. Each works on a flat range of a tensor and knows the range's first
-global index, so chunks and shards give what the whole gives.
+Offline merging applies them to task vectors, online merging to an optimizer's updates. Each works
+on a flat range of a tensor and knows the global index of the range's first element, so chunks and
+shards give the same result as the whole tensor.
 
-`SPARSIFIERS` is the table that both read: a new entry is a function and a line, and works with
-every consensus, offline (`merge_method: composed`) and online (`sparsifier=`).
+Both read the table `SPARSIFIERS`: a new entry is a function and a line, and works with every
+consensus, offline (`merge_method: composed`) and online (`sparsifier=`).
 """
 
 import math
@@ -40,7 +40,7 @@ def kept_count(density: float, count: int) -> int:
 
 
 def dropped_count(density: float, gamma: float, count: int) -> int:
-    """How many of the largest breadcrumbs drops: `min(floor(gamma * count), count - kept)`."""
+    """How many largest elements breadcrumbs drops: `min(floor(gamma * count), count - kept)`."""
     return min(math.floor(gamma * count), count - kept_count(density, count))
 
 
@@ -53,7 +53,8 @@ def check_density(density: float) -> None:
 def masked(x: Tensor, mask: Tensor, kernels: MergingKernels | None = None) -> Tensor:
     """x where the bool mask is true, else exactly 0.
 
-    On float32 the mask multiplies the bits, several times as fast as `torch.where` on a CPU.
+    For float32 the mask multiplies the bits; on a CPU that is several times faster than
+    `torch.where`.
     """
     if x.dtype != torch.float32:
         return torch.where(mask, x, 0.0)
@@ -76,8 +77,8 @@ def bernoulli(
         x: flat range, (n,).
         key: of the counter hash: seed, name, stream and step.
         start: global index of x[0].
-        rescale: `inverse_density` divides what is kept by `density` (offline), `none` does not
-            (online).
+        rescale: `inverse_density` (offline) divides the kept elements by `density`; `none` (online)
+            does not.
     """
     mask = keep_mask(key, density, start, x.numel(), x.device, kernels)
     kept = masked(x, mask, kernels)
@@ -105,7 +106,7 @@ def kept_between(
     start: int,
     kernels: MergingKernels | None = None,
 ) -> Tensor:
-    """x where it is above the cut `outer` and not above `inner`, else exactly 0: a flat range."""
+    """A flat x where it is above the cut `outer` but not above `inner`, else exactly 0."""
     cuts = [outer] if inner is None else [outer, inner]
     if kernels is not None and kernels.fit(x) and all(cut.by_words for cut in cuts):
         ends = [(cut.key, cut.word) for cut in cuts]
@@ -117,7 +118,7 @@ def kept_between(
 
 
 def _top_mask_by_numpy(x: Tensor, cut: TopCut, key: Key, start: int) -> NDArray[np.bool_]:
-    """The mask on a CPU, where numpy compares and searches several times as fast as torch."""
+    """The mask on a CPU, where numpy compares and searches several times faster than torch."""
     magnitudes = x.detach().numpy().view(np.int32) & np.int32(0x7FFFFFFF)
     mask: NDArray[np.bool_] = magnitudes >= cut.key
     if cut.word is not None:
@@ -131,8 +132,9 @@ def row_top_mask(rows: Tensor, count: int, key: Key, start: int, ties: Ties = "h
 
     Args:
         rows: whole rows, (r, width).
-        start: global index of rows[0, 0]; equal magnitudes are decided by the counter hash of the
-            global index, or with `ties: index` the first ones stay.
+        start: global index of rows[0, 0].
+        ties: which equal magnitudes stay: by the counter hash of the global index, or the first
+            ones (`index`).
 
     Returns:
         bool, shape of rows, with exactly `min(count, width)` in each row.
@@ -144,7 +146,7 @@ def row_top_mask(rows: Tensor, count: int, key: Key, start: int, ties: Ties = "h
     threshold = np.partition(keys, width - count, axis=1)[:, width - count, None]
     mask, equal = keys >= threshold, keys == threshold
     missing = count - (keys > threshold).sum(axis=1)
-    tied = np.flatnonzero(equal.sum(axis=1) > missing)  # rows in which not all of them stay
+    tied = np.flatnonzero(equal.sum(axis=1) > missing)  # rows where some equal ones must go
     if len(tied):
         row, column = np.nonzero(equal[tied])
         places = torch.from_numpy(tied[row] * width + column + start)
@@ -169,8 +171,8 @@ def magprune(
     al. 2024): larger magnitudes are kept more often.
 
     `p_r = (p - eps) + 2 eps (rank - 1) / (width - 1)`, rank 1 = smallest magnitude of its row;
-    equal magnitudes get their mid-rank, a row of width 1 has p_r = p. eps is the half width of the
-    window; the paper's is the full width.
+    equal magnitudes get their mid-rank; a row of width 1 has p_r = p. eps is half the width of the
+    window (in the paper it is the full width).
 
     Args:
         rows: whole rows, (r, width), float32.
@@ -203,7 +205,7 @@ def _chance_of_rank(width: int, density: float, epsilon: float) -> NDArray[np.fl
 def _doubled_ranks(rows: Tensor) -> NDArray[np.int32]:
     """Twice the mid-rank of each magnitude in its row, from 0 for the smallest: shape of rows."""
     count, width = rows.numel(), rows.shape[1]
-    # Sorted together with their places: numpy sorts plain integers fastest.
+    # Magnitude and place are packed into one integer, because numpy sorts plain integers fastest.
     keys = magnitude_keys(rows).reshape(-1).cpu().numpy().astype(np.int64) << 32
     keys |= np.arange(count)
     keys = np.sort(keys.reshape(rows.shape), axis=1).reshape(-1)
@@ -224,15 +226,15 @@ def _doubled_ranks(rows: Tensor) -> NDArray[np.int32]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a flat range of a delta lies, and what is known of the whole.
+    """The position of a flat range in its delta, and the delta's cuts.
 
     Attributes:
-        key: of the counter hash: seed, name, stream (the model, offline) and step.
+        key: of the counter hash: seed, name, stream (offline: the model) and step.
         start: global index of the range's first element.
-        width: elements of a row: of the tensor's last dimension, or of all of a vector.
-        cuts: where the delta is cut, one for each of the sparsifier's `counts`.
-        cut_key, cut_start: the hash's key and the range's first index in what the cuts run over,
-            which with `scope: model` are all tensors of a merge.
+        width: elements of a row (the tensor's last dimension; a vector is one row).
+        cuts: of the delta, one for each of the sparsifier's `counts`.
+        cut_key, cut_start: key and start for the cuts if these run over more than the tensor
+            (`scope: model`); None: `key` and `start`.
         kernels: compiled passes.
     """
 
@@ -254,13 +256,13 @@ class Sparsifier:
     """An entry of the table.
 
     Attributes:
-        keep: F: a float32 range (n,), its place, this delta's parameters -> the kept elements, the
-            others exactly 0.
-        parameters: by name; `density`, where there is one, is online an option of every group.
-        needs: what F must see at once: an `element`; an element and a `threshold` over the whole
-            tensor (`counts`); or whole rows (`row`).
-        counts: of the parameters and the number of elements: how many stay above each cut.
-        check: raises ValueError for parameters that do not fit together.
+        keep: F: (float32 range (n,), its place, this delta's parameters) -> (n,), dropped elements
+            exactly 0.
+        parameters: by name; online, `density` is an option of each parameter group.
+        needs: the input F needs: one `element`; an element and a `threshold` over the whole tensor
+            (see `counts`); or whole rows (`row`).
+        counts: (parameters, number of elements) -> how many elements are above each cut.
+        check: raises ValueError for parameters that contradict each other.
     """
 
     keep: Keep
@@ -303,7 +305,7 @@ def keep_top(x: Tensor, at: Place, parameters: Mapping[str, Any]) -> Tensor:
 
 
 def keep_middle(x: Tensor, at: Place, parameters: Mapping[str, Any]) -> Tensor:
-    """F of breadcrumbs (Davari and Belilovsky 2024): without the largest and the smallest."""
+    """F of breadcrumbs (Davari and Belilovsky 2024): neither the largest nor the smallest."""
     if parameters["scope"] != "row":
         return _rescaled(_above_cuts(x, at), parameters)
     outer, *inner = middle_counts(parameters, at.width)
@@ -314,15 +316,13 @@ def keep_middle(x: Tensor, at: Place, parameters: Mapping[str, Any]) -> Tensor:
 
 
 def keep_at_random(x: Tensor, at: Place, parameters: Mapping[str, Any]) -> Tensor:
-    """F of DARE (Yu et al. 2024): each element with probability `density`, divided by it."""
+    """F of DARE (Yu et al. 2024): keep each element with probability `density`."""
     kept = bernoulli(x, parameters["density"], at.key, at.start, "none", at.kernels)
     return _rescaled(kept, parameters)
 
 
 def keep_by_magnitude(x: Tensor, at: Place, parameters: Mapping[str, Any]) -> Tensor:
-    """F of DELLA (Deep et al. 2024): kept with a probability that grows with the rank in the row,
-    divided by that probability.
-    """
+    """F of DELLA (Deep et al. 2024): the probability to keep grows with the rank in the row."""
     rescale = parameters["rescale"] == "inverse_density"
     density, epsilon = parameters["density"], parameters["epsilon"]
     rows = x.view(-1, at.width)
@@ -336,7 +336,7 @@ def top_counts(parameters: Mapping[str, Any], count: int) -> list[int]:
 
 
 def middle_counts(parameters: Mapping[str, Any], count: int) -> list[int]:
-    """Breadcrumbs' cuts: what stays and what is too large; of these, what is too large."""
+    """Breadcrumbs' cuts: how many elements are kept or too large; how many are too large."""
     density = parameters["density"]
     dropped = dropped_count(density, parameters["gamma"], count)
     kept = kept_count(density, count)
@@ -368,7 +368,7 @@ def _row_mask(x: Tensor, at: Place, parameters: Mapping[str, Any], count: int) -
 
 
 def _rescaled(kept: Tensor, parameters: Mapping[str, Any]) -> Tensor:
-    """What was kept, divided by the density where the parameters say so."""
+    """The kept elements, divided by the density with `rescale: inverse_density`."""
     if parameters["rescale"] == "inverse_density":
         return kept.div_(parameters["density"])
     return kept

@@ -21,7 +21,7 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> tuple[fl
         mean and standard error, in the values' unit; the error of a single cluster is NaN.
 
     Raises:
-        ValueError: no values, or as many clusters as values were not given.
+        ValueError: no values, or another number of clusters than of values.
     """
     if len(values) == 0 or len(values) != len(clusters):
         raise ValueError(

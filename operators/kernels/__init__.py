@@ -1,7 +1,7 @@
 """Ways to run the arithmetic: eager torch and numpy, compiled C, Triton; `choice` picks one.
 
-`counter_hash.h` and `selection.h` are the counter hash and the look of a search in C; `merging.c`
-and `optimizer.c` are the passes that use them, each with the Python module of its name.
+`counter_hash.h` has the counter hash in C, `selection.h` the look of a search. `merging.c` and
+`optimizer.c` have the passes that use both; the Python module of the same name calls them.
 """
 
 CHUNK = (

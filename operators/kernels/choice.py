@@ -1,7 +1,7 @@
-"""Which way arithmetic goes: compiled C, Triton, or eager torch and numpy.
+"""The choice of an implementation: compiled C, Triton, or eager torch and numpy.
 
-One place decides for merges and for optimizers, by the number of elements and by what the machine
-has. A choice is handed on as a value: nothing is switched behind anybody's back.
+This module chooses for merges and optimizers, by the number of elements and by what the machine
+has. A choice is passed on as a value; there is no global switch.
 """
 
 import importlib.util
@@ -18,8 +18,8 @@ from operators.kernels.optimizer import CompiledOptimizer, OptimizerKernels
 
 Implementation = Literal["auto", "eager", "compiled", "triton", "reference"]
 IMPLEMENTATIONS = ("auto", "eager", "compiled", "triton")
-# Elements of all tensors together, so that no sharding changes the way. Compiling takes a second,
-# which passes over fewer elements do not save again.
+# Elements of all tensors together, so that the choice does not depend on the sharding. Compiling
+# takes a second; with fewer elements the faster passes save less than that.
 WORTH_COMPILING = 1 << 20
 Kernels = TypeVar("Kernels")
 _LOG = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 
 @cache
 def merging_kernels(num_elements: int) -> MergingKernels | None:
-    """The kernels for a merge of this many elements on CPUs; None: the eager way."""
+    """The kernels for a merge of this many elements on a CPU; None: eager."""
     ways: dict[str, Callable[[], MergingKernels]] = {"compiled": MergingKernels}
     _, kernels = _choose("merging", "auto", torch.device("cpu"), num_elements, ways)
     return kernels
@@ -36,15 +36,15 @@ def merging_kernels(num_elements: int) -> MergingKernels | None:
 def optimizer_kernels(
     wanted: str, device: torch.device, num_elements: int
 ) -> tuple[str, OptimizerKernels | None]:
-    """The way that online merging takes, and its kernels (None: eager).
+    """The implementation for online merging, and its kernels (None: eager).
 
     Args:
-        wanted: of `IMPLEMENTATIONS`.
+        wanted: one of `IMPLEMENTATIONS`.
         device: of the parameters.
         num_elements: their float32 elements, on all ranks together.
 
     Raises:
-        ValueError: a way was asked for that this machine cannot take.
+        ValueError: this machine cannot run the implementation that was asked for.
     """
     ways: dict[str, Callable[[], OptimizerKernels]] = {
         "compiled": CompiledOptimizer,
@@ -60,7 +60,7 @@ def _choose(
     num_elements: int,
     ways: Mapping[str, Callable[[], Kernels]],
 ) -> tuple[str, Kernels | None]:
-    """The way to take, which is logged, and what it is taken with."""
+    """The implementation and its kernels (None: eager); the choice is logged."""
     way, reason = wanted, "as asked for"
     if wanted == "auto":
         way, reason = _worth(device, num_elements, ways)
@@ -81,18 +81,18 @@ def _choose(
 
 
 def _worth(device: torch.device, num_elements: int, ways: Mapping[str, object]) -> tuple[str, str]:
-    """What `auto` takes for this many elements, and why."""
+    """The implementation that `auto` takes for this many elements, and the reason."""
     if device.type == "cuda" and "triton" in ways and importlib.util.find_spec("triton"):
         return "triton", "on a GPU"
     if device.type != "cpu":
-        return "eager", f"on {device.type}, for which there is no faster one"
+        return "eager", f"on {device.type}, where there is no faster one"
     if num_elements < WORTH_COMPILING:
         return "eager", f"{num_elements:,} float32 elements are too few to compile for"
     return "compiled", f"{num_elements:,} float32 elements on a CPU"
 
 
 def _check_device(way: str, device: torch.device) -> None:
-    """Raise ValueError where a way does not go with the device of the parameters."""
+    """Raise ValueError where an implementation cannot run on the parameters' device."""
     if way == "compiled" and device.type != "cpu":
         raise ValueError(
             f"implementation: 'compiled' is for a CPU, found parameters on {device.type}; "
@@ -111,7 +111,7 @@ def _check_device(way: str, device: torch.device) -> None:
 
 
 def _triton() -> OptimizerKernels:
-    """Triton's kernels, which are imported only where they are wanted."""
+    """Triton's kernels; imported only here, because triton may be missing."""
     from operators.kernels.triton_optimizer import TritonOptimizer
 
     return TritonOptimizer()

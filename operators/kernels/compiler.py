@@ -1,4 +1,4 @@
-"""Building C for this machine, when it is first wanted."""
+"""Compile C for this machine at its first use."""
 
 import ctypes
 import shutil
@@ -11,22 +11,22 @@ from threading import Lock
 from typing import Any
 
 COMPILERS = ("cc", "gcc", "clang")
-# Every operation is rounded once, as written, so that bits do not depend on the machine's vectors.
+# Every operation is rounded once, as written, so that bits do not depend on the vector width.
 FLAGS = "-O3 -march=native -std=c11 -fno-math-errno -fno-trapping-math -ffp-contract=off".split()
 
 
 class CompilerError(RuntimeError):
-    """There is no C compiler, or it does not compile."""
+    """There is no C compiler, or it fails."""
 
 
 def compile_library(source: Path, arguments: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:
-    """A C file as machine code. It takes a second, and nothing is left on the disk.
+    """Compile a C file and load it. This takes a second and leaves nothing on the disk.
 
     Args:
-        arguments: of each function, their ctypes; all functions return nothing.
+        arguments: for each function, the ctypes of its arguments; all functions return nothing.
 
     Raises:
-        CompilerError: with the compiler's first line.
+        CompilerError: with the first line of the compiler's message.
     """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-/* mix() without the shifts by 16 at its two ends. */
+/* mix() without its first and last shift by 16. */
 static inline uint32_t mix_core(uint32_t x) {
     x *= 0x7feb352du;
     return (x ^ (x >> 15)) * 0x846ca68bu;
@@ -17,7 +17,7 @@ static inline uint32_t mix(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-/* What the upper half of an index makes of a key's second word. */
+/* A key's second word, mixed with the upper half of an index. */
 static inline uint32_t upper_key(uint64_t index, const uint32_t *key) {
     return key[1] ^ (uint32_t)(index >> 32) * 0x9e3779b9u;
 }
@@ -26,7 +26,8 @@ static inline uint32_t hash_word(uint64_t index, const uint32_t *key) {
     return mix(mix((uint32_t)index ^ key[0]) ^ upper_key(index, key));
 }
 
-/* Words of up to `size` neighbours, until the upper half of the index changes; how many. */
+/* Writes the words of up to `size` neighbours and returns their number; it stops where the upper
+ * half of the index changes. */
 static inline int hash_words(uint64_t index, int size, const uint32_t *key, uint32_t *words) {
     const uint32_t low = (uint32_t)index, high = upper_key(index, key);
     const uint64_t left = ((uint64_t)1 << 32) - low;
@@ -35,9 +36,9 @@ static inline int hash_words(uint64_t index, int size, const uint32_t *key, uint
     return length;
 }
 
-/* A Bernoulli mask for indices that share their upper 48 bits. Between the two mixes, the shift
- * that ends one and the shift that begins the other cancel: only high ^ high >> 16 is left of them.
- * The very first shift moves nothing down but the upper half of the index. */
+/* A Bernoulli mask for indices that share their upper 48 bits. The last shift of the first mix and
+ * the first shift of the second one cancel; only high ^ high >> 16 remains. The very first shift
+ * depends only on the bits that the indices share, so prepared_mask() does it once. */
 typedef struct {
     uint32_t low, high, largest;
 } Mask;

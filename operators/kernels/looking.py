@@ -1,4 +1,4 @@
-"""The compiled looks of a search (`selection.h`), for passes on merges and on optimizers alike."""
+"""The compiled looks of a search (`selection.h`), for the passes of merges and optimizers."""
 
 import ctypes
 
@@ -28,18 +28,18 @@ class CLook(ctypes.Structure):
 
 
 def is_compiled(search: Search) -> bool:
-    """Whether the compiled look can serve a search: it knows words, but neither indices nor the
-    upper halves of large ones.
+    """Whether the compiled look can serve a search: it decides ties by words, but neither by
+    indices nor by their upper halves.
     """
     by_word = search.bits == WORD_BITS and not search.by_index
     return by_word or not search.tied
 
 
 class LookBuffer:
-    """A look on its way through compiled passes.
+    """The state of a look while compiled passes fill it.
 
     Args:
-        key: the counter hash's.
+        key: of the counter hash.
         start: global index of the first element.
         room: how many keys may be kept.
     """
@@ -47,7 +47,7 @@ class LookBuffer:
     def __init__(self, search: Search, key: tuple[int, int], start: int, room: int) -> None:
         self.search = search
         if search.bits != WORD_BITS or search.by_index:
-            room = 0  # what is kept ends with words
+            room = 0  # kept keys have 32-bit words as their lower half
         self._found = np.empty(room, dtype=np.int64)
         self._buckets = search.nothing().inside
         low, high = search.low, search.high
@@ -68,15 +68,15 @@ class LookBuffer:
 
     @property
     def address(self) -> int:
-        """Where the struct lies."""
+        """The address of the struct."""
         return ctypes.addressof(self.struct)
 
     def begin(self, start: int) -> None:
-        """Go on with elements from another global index on."""
+        """Continue with a range whose first element has this global index."""
         self.struct.start = start
 
     def seen(self) -> Seen:
-        """What was seen of the elements so far."""
+        """The counts and kept keys of the elements so far."""
         num_inside, above = self.struct.inside, self.struct.above
         complete = num_inside == 0 or num_inside <= len(self._found)
         kept = self._found[:num_inside].copy() if complete else None

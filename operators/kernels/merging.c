@@ -1,13 +1,13 @@
-/* Passes of the merge methods over a range, for loops that the compiler turns into vector
- * instructions. The arithmetic is that of operators/sparsify.py, consensus.py and selection.py, to
- * the last bit: no operation is contracted but where it says so. `key` is the counter hash's,
- * `start` the global index of a range's first element. */
+/* Passes of the merge methods over a range, as loops that the compiler can vectorise. The results
+ * have the same bits as operators/sparsify.py, consensus.py and selection.py: operations are fused
+ * only where fmaf is written. `key` is the key of the counter hash, `start` the global index of the
+ * range's first element. */
 
 #include <math.h>
 
 #include "selection.h"
 
-/* A Bernoulli mask: which words are below the limit. */
+/* A Bernoulli mask: 1 where the element's word is below the limit. */
 void keep_mask(int64_t size, uint64_t start, const uint32_t *key, uint32_t limit, uint8_t *mask) {
     uint32_t words[BLOCK];
     for (int64_t done = 0; done < size;) {
@@ -25,12 +25,12 @@ static inline float widened(uint16_t bits) {
     return value;
 }
 
-/* Bfloat16 numbers as floats. */
+/* Widens bfloat16 numbers to floats. */
 void widen(int64_t size, const uint16_t *restrict x, float *restrict wide) {
     for (int64_t i = 0; i < size; i++) wide[i] = widened(x[i]);
 }
 
-/* The differences of bfloat16 models and their base, one model's after the other's. */
+/* The deltas of bfloat16 models from their base, one model after the other. */
 void widened_deltas(int64_t size, int num_models, const uint16_t *const *models,
                     const uint16_t *restrict base, float *restrict deltas) {
     for (int64_t first = 0; first < size; first += BLOCK) {
@@ -45,7 +45,7 @@ void widened_deltas(int64_t size, int num_models, const uint16_t *const *models,
     }
 }
 
-/* Whether no number has an exponent of all ones, as NaN and Inf have; of 16 bits, of 32. */
+/* Whether all numbers are finite: the exponent of NaN and Inf is all ones. For 16 and 32 bits. */
 void all_finite_16(int64_t size, const uint16_t *x, uint16_t ones, uint8_t *finite) {
     uint16_t found = 0;
     for (int64_t i = 0; i < size; i++) found |= (uint16_t)((x[i] & ones) == ones);
@@ -58,7 +58,7 @@ void all_finite_32(int64_t size, const uint32_t *x, uint32_t ones, uint8_t *fini
     *finite = !found;
 }
 
-/* The sum of weighted deltas, fused as torch's `add(alpha=...)`, over the divisor. */
+/* The sum of the weighted deltas, fused like torch's `add(alpha=...)`, divided by the divisor. */
 void weighted_sum(int64_t size, int num_models, const float *const *deltas, const float *weights,
                   float divisor, float *restrict merged) {
     for (int64_t first = 0; first < size; first += BLOCK) {
@@ -84,8 +84,8 @@ void masked(int64_t size, const uint32_t *restrict x, const uint8_t *restrict ma
 
 #define PART static inline __attribute__((always_inline))
 
-/* Runs `part(first, length)` over a range, FEW elements at a time: for all but the last the compiler
- * knows the length. */
+/* Runs `part(first, length)` over a range, FEW elements at a time. Except for the last part, the
+ * length is a constant for the compiler. */
 #define OVER_PARTS(part, ...)                                                                      \
     do {                                                                                           \
         int64_t first = 0;                                                                         \
@@ -93,7 +93,7 @@ void masked(int64_t size, const uint32_t *restrict x, const uint8_t *restrict ma
         if (first < size) part(first, (int)(size - first), __VA_ARGS__);                           \
     } while (0)
 
-/* Words are only made where a magnitude is equal to one of the cuts'. */
+/* Words are computed only if a magnitude of the part equals that of a cut. */
 PART void keep_part(int64_t first, int length, const uint32_t *restrict x, Cut outer, Cut inner,
                     uint64_t start, const uint32_t *key, uint32_t *restrict kept) {
     uint32_t tied = 0;
@@ -119,7 +119,7 @@ PART void keep_part(int64_t first, int length, const uint32_t *restrict x, Cut o
     }
 }
 
-/* x where it is above the cut `outer` and not above `inner`, else 0. */
+/* x where it is above the cut `outer` but not above the cut `inner`, else 0. */
 void keep_between(int64_t size, const uint32_t *x, const Cut *cuts, uint64_t start,
                   const uint32_t *key, uint32_t *kept) {
     OVER_PARTS(keep_part, x, cuts[0], cuts[1], start, key, kept);
@@ -137,14 +137,14 @@ void look(int64_t size, const uint32_t *x, Look *look) {
     *look = own;
 }
 
-/* What a row is sorted with; `sorted` and `other` hold magnitude << 32 | column. */
+/* The buffers to sort a row; `sorted` and `other` hold magnitude << 32 | column. */
 typedef struct {
     uint64_t *sorted, *other;
     uint32_t *place, *counts;
     struct { uint32_t limit; float chance; } *odds;
 } Row;
 
-/* Sorts by the magnitude, digit by digit: for any distribution. */
+/* Radix sort by the magnitude, for any distribution. */
 static void sort_by_digits(Row *row, const uint32_t *x, int64_t width) {
     enum { DIGITS = 3, BITS = 11, VALUES = 1 << BITS };
     uint64_t *from = row->sorted, *to = row->other;
@@ -167,9 +167,10 @@ static void sort_by_digits(Row *row, const uint32_t *x, int64_t width) {
     row->other = to;
 }
 
-/* Sorts by the magnitude: first into even intervals up to the largest, twice as many as elements,
- * where a normal distribution has one or two in each; then each one past its larger neighbours.
- * Returns 0 where that moves more than a few places on average: too many share an interval. */
+/* Sorts by the magnitude: first into equal intervals up to the largest magnitude, twice as many
+ * intervals as elements (a normal distribution has one or two elements in each); then by insertion.
+ * Returns 0 if the insertion moves elements more than 8 places on average: too many elements share
+ * an interval. */
 static int sort_by_intervals(Row *row, const uint32_t *x, int64_t width) {
     uint32_t top = 0, total = 0;
     for (int64_t i = 0; i < width; i++) top = magnitude_of(x[i]) > top ? magnitude_of(x[i]) : top;
@@ -205,7 +206,7 @@ static int sort_by_intervals(Row *row, const uint32_t *x, int64_t width) {
     return 1;
 }
 
-/* Every element's limit and chance, by its doubled mid-rank. */
+/* Looks up every element's limit and chance by its doubled mid-rank. */
 static void find_odds(Row *row, int64_t width, const uint32_t *limits, const float *chances) {
     const uint64_t *sorted = row->sorted;
     for (int64_t first = 0, last; first < width; first = last) {
@@ -218,8 +219,8 @@ static void find_odds(Row *row, int64_t width, const uint32_t *limits, const flo
     }
 }
 
-/* DELLA: each element is kept if its word is below the limit of its doubled mid-rank in the row,
- * and divided by that rank's chance. `scratch` has room for 9 * width + 1 numbers of 32 bits. */
+/* DELLA: an element is kept if its word is below the limit for its doubled mid-rank in the row, and
+ * divided by the chance for that rank. `scratch` has room for 9 * width + 1 numbers of 32 bits. */
 void magprune(int64_t num_rows, int64_t width, const uint32_t *x, uint64_t start,
               const uint32_t *key, const uint32_t *limits, const float *chances, void *scratch,
               float *kept) {
@@ -248,7 +249,7 @@ void magprune(int64_t num_rows, int64_t width, const uint32_t *x, uint64_t start
 
 static inline float sign(float x) { return (float)((x > 0.0f) - (x < 0.0f)); }
 
-/* The election of signs. Sums are fused where torch's `add(alpha=...)` is. */
+/* TIES's election of signs. Sums are fused where torch's `add(alpha=...)` fuses them. */
 void sign_elect(int64_t size, int num_models, const float *const *deltas, const float *weights,
                 int normalize, float *restrict merged) {
     for (int64_t first = 0; first < size; first += BLOCK) {

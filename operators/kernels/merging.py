@@ -1,7 +1,7 @@
-"""The merge methods' passes in C (`merging.c`): the bits of the eager ones, several times as fast.
+"""The merge methods' passes in C (`merging.c`): same bits as the eager ones, several times faster.
 
 Functions of operators.sparsify, consensus and counter_random take `MergingKernels` as `kernels`;
-None is the eager way. `operators.kernels.choice` says when they are worth compiling.
+None means eager. `operators.kernels.choice` decides when compiling pays.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from operators.selection import Search, Seen, Tally
 Key = tuple[int, int]  # of the counter hash
 _POINTER, _LONG, _INDEX = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
 _INT, _WORD, _HALF_WORD, _FLOAT = ctypes.c_int, ctypes.c_uint32, ctypes.c_uint16, ctypes.c_float
-_NO_CUT = 0xFFFFFFFF  # larger than any magnitude; or a word that all are at most
+_NO_CUT = 0xFFFFFFFF  # as a magnitude: above every magnitude; as a word: the largest one
 _ARGUMENTS = {
     "keep_mask": [_LONG, _INDEX, _POINTER, _WORD, _POINTER],
     "widen": [_LONG, _POINTER, _POINTER],
@@ -46,14 +46,14 @@ class MergingKernels:
     """The compiled passes. Tensors are contiguous, float32, on the CPU; results are new.
 
     Raises:
-        CompilerError: there is no C compiler, or it does not compile.
+        CompilerError: there is no C compiler, or it fails.
     """
 
     def __init__(self) -> None:
         self._library = _library()
 
     def fit(self, *tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-        """Whether the passes can work on all of these, which must be of a dtype."""
+        """Whether the passes can work on these tensors: contiguous, of this dtype, on the CPU."""
         return all(
             x.dtype == dtype and x.device.type == "cpu" and x.is_contiguous() for x in tensors
         )
@@ -63,7 +63,7 @@ class MergingKernels:
         return x.dtype in _EXPONENTS and self.fit(x, dtype=x.dtype)
 
     def keep_mask(self, key: Key, limit: int, start: int, count: int) -> Tensor:
-        """Which words of [start, start + count) are below `limit`, in [0, 2^32)."""
+        """Which words of [start, start + count) are below `limit`: bool (count,)."""
         mask = torch.empty(count, dtype=torch.bool)
         self._library.keep_mask(count, start, _words(key), limit, mask.data_ptr())
         return mask
@@ -75,7 +75,7 @@ class MergingKernels:
         return wide
 
     def widened_deltas(self, models: Sequence[Tensor], base: Tensor) -> list[Tensor]:
-        """What bfloat16 models add to a bfloat16 base, in float32."""
+        """The float32 deltas of bfloat16 models from a bfloat16 base."""
         deltas, places = torch.empty(len(models), base.numel()), _places(models)
         self._library.widened_deltas(
             base.numel(), len(models), places.ctypes.data, base.data_ptr(), deltas.data_ptr()
@@ -103,8 +103,8 @@ class MergingKernels:
         key: Key,
         start: int,
     ) -> Tensor:
-        """x where it is above one cut and not above the other, else 0; a cut is a magnitude and
-        the last word that is above among its equals (None: all are).
+        """x where it is above the cut `outer` but not above the cut `inner`, else 0. A cut is a
+        magnitude and the largest word that is above it at that magnitude (None: all words).
         """
         kept = torch.empty_like(x)
         numbers = [outer, (_NO_CUT, None) if inner is None else inner]
@@ -122,7 +122,7 @@ class MergingKernels:
         return kept
 
     def look(self, x: Tensor, buffer: LookBuffer) -> None:
-        """Look at x for a search."""
+        """Count the elements of x for a search."""
         self._library.look(x.numel(), x.data_ptr(), buffer.address)
 
     def magprune(
@@ -133,7 +133,7 @@ class MergingKernels:
         key: Key,
         start: int,
     ) -> Tensor:
-        """DELLA's choice; `limits` of words and divisors `chances` are by doubled mid-rank."""
+        """DELLA's mask and rescale; limits of words and divisors are given by doubled mid-rank."""
         kept, width = torch.empty_like(rows), rows.shape[1]
         scratch = torch.empty(9 * width + 1, dtype=torch.int32)
         self._library.magprune(
@@ -162,7 +162,7 @@ class MergingKernels:
         weights: Sequence[float],
         option: float,
     ) -> Tensor:
-        """What a function makes of weighted deltas."""
+        """The result of a C function of weighted deltas."""
         merged, places = torch.empty_like(deltas[0]), _places(deltas)
         numbers = np.array(weights, dtype=np.float32)
         ends = places.ctypes.data, numbers.ctypes.data
@@ -182,24 +182,24 @@ class CompiledTally:
         self._kernels.look(x, self._buffer)
 
     def seen(self) -> Seen:
-        """What all looks have seen."""
+        """The counts and kept keys of all looks."""
         return self._buffer.seen()
 
 
 def tally_of(
     search: Search, key: Key, kernels: MergingKernels | None, keep: int = 0
 ) -> Tally | CompiledTally:
-    """What looks at float32 tensors for a search; it may keep up to `keep` keys of the bracket."""
+    """A tally of float32 tensors for a search; it may keep up to `keep` keys of the bracket."""
     if kernels is not None and is_compiled(search):
         return CompiledTally(kernels, search, key, keep)
     return Tally(search, key, keep)
 
 
 def _places(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
-    """Where tensors lie."""
+    """The addresses of tensors."""
     return np.array([tensor.data_ptr() for tensor in tensors], dtype=np.uint64)
 
 
 def _words(key: Key) -> ctypes.Array[ctypes.c_uint32]:
-    """A key as C's numbers."""
+    """A key as a C array."""
     return (ctypes.c_uint32 * 2)(*key)

@@ -1,21 +1,21 @@
-/* The optimizers' passes on a CPU, for loops that the compiler turns into vector instructions.
+/* The optimizers' passes on a CPU, as loops that the compiler can vectorise.
  *
  * The arithmetic is that of operators/optim/adamw.py and merger.py. Every operation is correctly
- * rounded and none is contracted but where it says so, so that the bits of an element depend
- * neither on the machine's vectors nor on where a range is cut. `numbers` are a step's, in the order
- * of `Numbers`. */
+ * rounded, and operations are fused only where fmaf is written. So an element's bits depend neither
+ * on the vector width nor on where ranges begin. */
 
 #include <math.h>
 
 #include "selection.h"
 
+/* The numbers of a step. */
 typedef struct {
     float take;          /* 1 - beta1 */
     float keep_square;   /* beta2 */
     float take_square;   /* 1 - beta2 */
     float eps;
     float scale;         /* minus the step size */
-    float root;          /* root of the second moment's bias correction */
+    float root;          /* square root of the second moment's bias correction */
     float decay;
     float update_weight; /* 1 - a */
     float tau_weight;    /* a */
@@ -32,7 +32,7 @@ typedef struct {
     const Numbers *numbers;
 } Range;
 
-/* One mask of a step: the counter hash's key, and the largest word that is kept. */
+/* One random mask of a step: the key of the counter hash, and the largest word that is kept. */
 typedef struct {
     uint32_t key[2], largest;
 } Draw;
@@ -44,8 +44,9 @@ static inline float update_of(float mean, float square, const Numbers *n) {
     return mean * n->scale / (sqrtf(square) / n->root + n->eps);
 }
 
-/* Takes a gradient into both moments, fused where torch's lerp and addcmul are, so that these are
- * the eager path's bits (its square root is not); what AdamW then adds. */
+/* Updates both moments with a gradient and returns what AdamW then adds. Operations are fused where
+ * torch's lerp and addcmul fuse them, so the moments have the eager path's bits. (The square root
+ * in update_of may differ from the eager path's in the last bit.) */
 static inline float advance(float gradient, float *mean, float *square, const Numbers *n) {
     *mean = fmaf(n->take, gradient - *mean, *mean);
     *square = fmaf(n->take_square * gradient, gradient, *square * n->keep_square);
@@ -61,7 +62,7 @@ static inline float tau_at(const void *tau, int width, int64_t i) {
     return value;
 }
 
-/* Eq. 7: the sum where signs agree or one is zero, else the larger magnitude; 0 where equal. */
+/* Eq. 7: the sum where signs agree or one is zero, else the larger magnitude (0 if both are equal). */
 static inline float consensus(float change, float drift) {
     int against = ((change > 0.0f) & (drift < 0.0f)) | ((change < 0.0f) & (drift > 0.0f));
     float stronger = fabsf(drift) > fabsf(change) ? drift : change;
@@ -69,8 +70,8 @@ static inline float consensus(float change, float drift) {
     return against ? stronger : change + drift;
 }
 
-/* theta * decay + change; counts[0] of what that does not move although it should, counts[1] of
- * all that it should move. */
+/* theta = theta * decay + change. counts[1] counts the elements with a nonzero change, counts[0]
+ * those of them that rounding left unchanged. */
 static inline void write(float *theta, float change, const Numbers *n, int counting,
                          int64_t *counts) {
     float before = *theta * n->decay, after = before + change;
@@ -96,7 +97,7 @@ void plain_step(const Range *range) {
     }
 }
 
-/* Each loop is compiled once for every constant combination of what is decided once a call. */
+/* Compiles a loop once for each combination of tau's width and `counting`, and calls the right one. */
 #define CHOOSE(loop, ...)                                                                          \
     do {                                                                                           \
         if (tau_width == BFLOAT16 && counting) loop(__VA_ARGS__, BFLOAT16, 1);                     \
@@ -139,13 +140,13 @@ LOOP dare_loop(const Range *range, const void *restrict tau, const Draw *draws, 
     memcpy(counts, count, sizeof count);
 }
 
-/* OnDARE around AdamW, all in one pass; one draw for the update, one for tau. */
+/* OnDARE around AdamW in one pass; draws[0] is the mask of the update, draws[1] of tau. */
 void dare_step(const Range *range, const void *tau, int tau_width, const Draw *draws, int counting,
                int64_t *counts) {
     CHOOSE(dare_loop, range, tau, draws, counts);
 }
 
-/* OnTIES' first pass: advances the moments; with a look, looks at what AdamW would add. */
+/* OnTIES' first pass: advances the moments, and with a look counts the magnitudes of the update. */
 void ties_advance(const Range *range, Look *look) {
     const Numbers n = *range->numbers;
     float *restrict mean = range->mean, *restrict square = range->square;
@@ -167,7 +168,7 @@ void ties_advance(const Range *range, Look *look) {
     if (look) *look = own;
 }
 
-/* Looks at an update whose moments are advanced already. */
+/* Counts the magnitudes of an update whose moments are already advanced. */
 void ties_look(const Range *range, Look *look) {
     const Numbers n = *range->numbers;
     Look own = *look;
@@ -184,24 +185,24 @@ void ties_look(const Range *range, Look *look) {
     *look = own;
 }
 
-/* The update of moments that are advanced already. */
+/* The update from moments that are already advanced. */
 void note_update(const Range *range, float *restrict update) {
     const Numbers n = *range->numbers;
     for (int64_t i = 0; i < range->size; i++)
         update[i] = update_of(range->mean[i], range->square[i], &n);
 }
 
-/* top_p(tau) of a range: a value for each element (num_kept ALL), or `num_kept` of them at ascending
- * places, the others 0. */
+/* top_p(tau) of a range: a value for each element (num_kept = ALL), or only the `num_kept` nonzero
+ * values and their ascending places. */
 enum { ALL = -1 };
 typedef struct {
     const void *values;
     int width; /* bytes of a value; NO_TAU where there is none */
-    const int32_t *places; /* the range's first element is at `origin` */
+    const int32_t *places; /* the place of the range's first element is `origin` */
     int64_t num_kept, origin;
 } TopTau;
 
-/* Takes the elements [first, first + length) of tau out; `*next` is the first value of those to come. */
+/* Writes the elements [first, first + length) of tau; `*next` is the position of the next value. */
 static inline void fill_drift(const TopTau *tau, int64_t first, int length, int64_t *next,
                               float *drift) {
     if (tau->num_kept == ALL) {
@@ -217,13 +218,12 @@ static inline void fill_drift(const TopTau *tau, int64_t first, int length, int6
         drift[tau->places[*next] - begin] = tau_at(tau->values, tau->width, *next);
 }
 
-/* Which updates top-p keeps: those from `cut` on; with `last_word`, of those that equal it
- * only the ones whose words are at most that. */
+/* Which updates top-p keeps at the cut: those whose words are at most `last_word`. */
 typedef struct {
     uint32_t key[2], last_word;
 } Ties;
 
-/* Sets the updates at the cut to 0 whose words are too large. */
+/* Sets the updates that equal the cut and have too large words to 0. */
 static inline void drop_ties(float *update, int length, uint64_t index, float cut,
                              const Ties *ties) {
     int any = 0;
@@ -262,17 +262,17 @@ LOOP ties_loop(const Range *range, const TopTau *tau, const Ties *ties, int64_t 
     memcpy(counts, count, sizeof count);
 }
 
-/* OnTIES' second pass: eq. 7 of the updates that top-p keeps, and top_p(tau). `ties` may be NULL. */
+/* OnTIES' second pass: eq. 7 of top_p(update) and top_p(tau). `ties` NULL: all ties are kept. */
 void ties_step(const Range *range, const TopTau *top, const Ties *ties, int counting,
                int64_t *counts) {
-    const int tau_width = top->width == NO_TAU ? NO_TAU : FLOAT32; /* once it is taken out */
+    const int tau_width = top->width == NO_TAU ? NO_TAU : FLOAT32; /* of `drift` */
     if (ties)
         CHOOSE(ties_loop, range, top, ties, counts);
     else
         CHOOSE(ties_loop, range, top, NULL, counts);
 }
 
-/* Whether no gradient is NaN or Inf, whose exponents are all ones. */
+/* Whether all gradients are finite: the exponent of NaN and Inf is all ones. */
 void all_finite(int64_t size, const uint32_t *gradient, uint8_t *finite) {
     uint32_t found = 0;
     for (int64_t i = 0; i < size; i++) found |= (gradient[i] & 0x7f800000u) == 0x7f800000u;

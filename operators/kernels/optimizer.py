@@ -1,4 +1,4 @@
-"""The optimizers' passes: what they are asked for, and the compiled ones (`optimizer.c`)."""
+"""The optimizers' passes: their interface, and the compiled implementation (`optimizer.c`)."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from operators.kernels.looking import LookBuffer, is_compiled
 from operators.selection import Search, Seen, Tally, TopCut, magnitude_of
 
 Key = tuple[int, int]  # of the counter hash
-# Of a pass: elements that rounding left where they were, and those that were to move, (2,).
+# Of a pass, (2,): elements that should move but that rounding left unchanged; all that should move.
 MoveCounts = Tensor | None
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class StepRange:
     """A flat range of a parameter in an optimizer's step: float32 tensors of one length, the global
-    index of their first element, and the step's numbers as optimizer.c has them, (10,) float32.
+    index of their first element, and the step's `Numbers` of optimizer.c, (10,) float32.
     """
 
     start: int
@@ -39,8 +39,8 @@ class StepRange:
 
 @dataclass(frozen=True, slots=True)
 class SparseTau:
-    """What is kept of a range of top_p(tau): ascending places and their values. The place of the
-    range's first element is `origin`.
+    """The kept elements of a range of top_p(tau): ascending places and their values. The place of
+    the range's first element is `origin`.
     """
 
     places: Tensor  # (kept,) int32
@@ -53,7 +53,7 @@ AnyTau = Tensor | SparseTau | None  # of a range
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """The Bernoulli masks of update and tau: the counter hash's keys, and the density."""
+    """The Bernoulli masks of update and tau: keys of the counter hash, and the density."""
 
     update: Key
     tau: Key
@@ -67,7 +67,7 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class TieLimit:
-    """Which updates at the cut stay: those whose word, by this key, is at most `last_word`."""
+    """Which updates at the cut stay: the ones whose word (from `key`) is at most `last_word`."""
 
     key: Key
     last_word: int
@@ -75,14 +75,14 @@ class TieLimit:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A look that is asked for: by which search, with which hash key, keeping how many keys."""
+    """A request for a look: the search, the hash key, and how many keys may be kept."""
 
     search: Search
     key: Key
     keep: int
 
     def look(self, x: Tensor, start: int) -> Seen:
-        """What is seen of x, (n,); `start` is x[0]'s global index."""
+        """The look at x, (n,); `start` is x[0]'s global index."""
         tally = Tally(self.search, self.key, self.keep)
         tally.look(x, start)
         return tally.seen()
@@ -92,7 +92,7 @@ class OptimizerKernels(Protocol):
     """Fused passes over a range.
 
     Attributes:
-        chunk: elements of a call at most, a multiple of `kernels.CHUNK`.
+        chunk: the most elements of a call, a multiple of `kernels.CHUNK`.
         takes_sparse: whether `ties_step` takes a SparseTau.
     """
 
@@ -100,7 +100,7 @@ class OptimizerKernels(Protocol):
     takes_sparse: bool
 
     def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """Results of calls that touch different elements, in any order or at the same time."""
+        """Results of calls on different elements, which may run in any order or in parallel."""
         return [call() for call in calls]
 
     def first_not_finite(self, gradients: Sequence[Tensor]) -> int | None:
@@ -113,21 +113,21 @@ class OptimizerKernels(Protocol):
     def dare_step(
         self, part: StepRange, tau: Tensor | None, draws: Draws, *, counting: bool
     ) -> MoveCounts:
-        """OnDARE around AdamW, in one pass; without tau (alpha 0) dropout of the update."""
+        """OnDARE around AdamW in one pass; without tau (alpha 0), only dropout of the update."""
 
     def advance(self, part: StepRange, asked: Asked | None) -> Seen | None:
-        """OnTIES' first pass: advance the moments, and look at what AdamW would then add."""
+        """OnTIES' first pass: advance the moments, and look at the update if asked to."""
 
     def look(self, part: StepRange, asked: Asked) -> Seen:
-        """The same look once the moments are advanced."""
+        """The same look at an update whose moments are already advanced."""
 
     def updates(self, part: StepRange) -> Tensor:
-        """What AdamW adds, of moments that are advanced, with the bits that looks have seen."""
+        """AdamW's update from advanced moments, (n,), with the same bits as in the looks."""
 
     def ties_step(
         self, part: StepRange, tau: AnyTau, ties: TieLimit | None, *, counting: bool
     ) -> MoveCounts:
-        """OnTIES' second pass: eq. 7 of the updates that top-p keeps, and top_p(tau)."""
+        """OnTIES' second pass: eq. 7 of top_p(update) and top_p(tau)."""
 
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -145,10 +145,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
 
 @built_once
 def _library() -> ctypes.CDLL:
-    """The passes as machine code.
+    """The compiled passes.
 
     Raises:
-        CompilerError: there is no C compiler, or it does not compile.
+        CompilerError: there is no C compiler, or it fails.
     """
     return compile_library(Path(__file__).with_name("optimizer.c"), _ARGUMENTS)
 
@@ -186,7 +186,7 @@ class _TopTau(ctypes.Structure):
 
     @classmethod
     def of(cls, tau: AnyTau) -> "_TopTau":
-        """The struct of what is kept: everything, or some places, or nothing."""
+        """The struct of tau: all values, or values at some places, or none."""
         if isinstance(tau, SparseTau):
             places, values = tau.places, tau.values
             width, count = values.element_size(), len(places)
@@ -195,14 +195,14 @@ class _TopTau(ctypes.Structure):
 
 
 class CompiledOptimizer(OptimizerKernels):
-    """`OptimizerKernels` on a CPU: a call works on one thread, calls made `together` on as many as
-    torch uses.
+    """`OptimizerKernels` on a CPU: one call uses one thread; `together` uses as many threads as
+    torch.
 
     Raises:
-        CompilerError: there is no C compiler, or it does not compile.
+        CompilerError: there is no C compiler, or it fails.
     """
 
-    chunk = 4 * CHUNK  # enough to hide Python, few enough to share out
+    chunk = 4 * CHUNK  # large against the cost of a call, small enough to balance threads
     takes_sparse = True
 
     def __init__(self) -> None:
@@ -210,9 +210,9 @@ class CompiledOptimizer(OptimizerKernels):
         self._pool: ThreadPoolExecutor | None = None
 
     def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """Results of calls, each on the first thread that is free.
+        """Results of calls, each on the first free thread.
 
-        A call into the library lets go of the interpreter's lock.
+        A call into the library releases the interpreter's lock (GIL).
         """
         num_threads = min(torch.get_num_threads(), len(calls))
         if num_threads <= 1:
@@ -223,13 +223,13 @@ class CompiledOptimizer(OptimizerKernels):
         turns = iter(range(len(calls)))
 
         def work() -> None:
-            for turn in turns:  # one step of an iterator is one step of the interpreter
+            for turn in turns:  # threads share the iterator; its step is atomic under the GIL
                 results[turn] = calls[turn]()
 
         others = [self._pool.submit(work) for _ in range(num_threads - 1)]
         try:
             work()
-        finally:  # nothing goes on after an error has been told
+        finally:  # after an error, no thread may still be working
             wait(others)
         for other in others:
             other.result()
@@ -275,20 +275,20 @@ class CompiledOptimizer(OptimizerKernels):
         return self._looked(self._library.ties_advance, part, asked)
 
     def look(self, part: StepRange, asked: Asked) -> Seen:
-        """The same look once the moments are advanced."""
+        """The same look at an update whose moments are already advanced."""
         if not is_compiled(asked.search):
             return asked.look(self.updates(part), part.start)
         return self._looked(self._library.ties_look, part, asked)
 
     def _looked(self, function: Callable[..., None], part: StepRange, asked: Asked) -> Seen:
-        """What a function sees."""
+        """The look of a C function."""
         room = min(asked.keep, part.mean.numel())
         buffer = LookBuffer(asked.search, asked.key, part.start, room)
         function(ctypes.byref(_Range.of(part)), buffer.address)
         return buffer.seen()
 
     def updates(self, part: StepRange) -> Tensor:
-        """What AdamW adds."""
+        """AdamW's update from advanced moments."""
         update = torch.empty_like(part.mean)
         self._library.note_update(ctypes.byref(_Range.of(part)), update.data_ptr())
         return update
@@ -309,7 +309,7 @@ class CompiledOptimizer(OptimizerKernels):
 
 
 def _address(tensor: Tensor | None) -> int | None:
-    """Where a flat tensor begins."""
+    """The address of a flat tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -317,7 +317,7 @@ def first_not_finite(gradients: Sequence[Tensor]) -> int | None:
     """Position of the first gradient with Inf or NaN; None if there is none."""
     if not gradients:
         return None
-    # One pass each and one transfer for all; a sum that overflows is looked into below.
+    # One pass for each and one transfer for all; a sum may also overflow, so it is checked below.
     sums = torch.stack([gradient.sum(dtype=_wide(gradient)).double() for gradient in gradients])
     for i in (~torch.isfinite(sums)).nonzero().flatten().tolist():
         if not torch.isfinite(gradients[i]).all():
@@ -333,6 +333,6 @@ def _wide(gradient: Tensor) -> torch.dtype:
 def step_numbers(
     values: Sequence[float], device: torch.device, cut: TopCut | None = None
 ) -> Tensor:
-    """A step's numbers and where its update is cut, as passes want them: (10,) float32."""
+    """A step's numbers followed by the magnitude of its cut: (10,) float32, `Numbers` in C."""
     last = 0.0 if cut is None else magnitude_of(cut.key)
     return torch.tensor([*values, last], dtype=torch.float32, device=device)

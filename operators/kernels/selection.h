@@ -1,7 +1,7 @@
-/* The look of operators/selection.py: how many elements lie above a bracket, and which inside it.
+/* The look of operators/selection.py: how many keys are above a bracket, and which are inside it.
  *
- * An element's key is magnitude << 32 | ~word: larger keys stay, and of equal magnitudes the ones
- * with the smallest words of the counter hash. */
+ * An element's key is magnitude << 32 | ~word. The largest keys stay; so among equal magnitudes the
+ * smallest words of the counter hash stay. */
 
 #ifndef SELECTION_H
 #define SELECTION_H
@@ -10,16 +10,16 @@
 
 #include "counter_hash.h"
 
-enum { BLOCK = 1024, FEW = 64 }; /* elements that stay in the first cache; that are looked at once */
+enum { BLOCK = 1024, FEW = 64 }; /* elements that fit the first cache; elements of one look */
 
 typedef struct {
     uint64_t low, high; /* the bracket's first and last key */
     uint64_t start;     /* global index of a range's first element */
-    uint32_t key[2];    /* the counter hash's */
-    int32_t shift;      /* bits of a key that a bucket leaves open */
+    uint32_t key[2];    /* of the counter hash */
+    int32_t shift;      /* keys that differ only in these lower bits share a bucket */
     int32_t one_magnitude; /* the bracket lies inside one magnitude: words decide what is in it */
     int64_t *buckets;   /* how many keys are in each part of the bracket */
-    uint64_t *found;    /* keys in the bracket, less `low`: the first `room` of them */
+    uint64_t *found;    /* the first `room` keys in the bracket, minus `low` */
     int64_t room;
     int64_t above, inside; /* how many keys are above the bracket, and in it */
 } Look;
@@ -32,11 +32,11 @@ static inline uint32_t bits_of(float x) {
     return bits;
 }
 
-/* Which of FEW flags are 1, in order; how many. */
+/* Writes the places of the flags that are 1, in order, and returns their number. */
 static inline int list_flags(const uint8_t *flags, int *places) {
     int num = 0;
     for (int first = 0; first < FEW; first += 8) {
-        uint64_t eight; /* flags at once; most are 0 */
+        uint64_t eight; /* eight flags at once, because most are 0 */
         memcpy(&eight, flags + first, 8);
         if (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) eight = __builtin_bswap64(eight);
         for (; eight; eight &= eight - 1) places[num++] = first + (__builtin_ctzll(eight) >> 3);
@@ -44,14 +44,15 @@ static inline int list_flags(const uint8_t *flags, int *places) {
     return num;
 }
 
-/* Takes in a key of the bracket, less `low`; its lower half may be missing where no room is left. */
+/* Counts a key of the bracket (minus `low`), and keeps it if there is room. `has_word`: the lower
+ * half is set. */
 static inline void take_key(Look *look, uint64_t key, int has_word) {
     look->buckets[key >> look->shift]++;
     if (has_word && look->inside < look->room) look->found[look->inside] = key;
     look->inside++;
 }
 
-/* FEW magnitudes or less, where the bracket holds whole magnitudes. */
+/* Looks at up to FEW magnitudes if the bracket holds whole magnitudes. */
 static inline __attribute__((always_inline)) void look_by_magnitude(
     const uint32_t *magnitude, int length, uint64_t index, Look *look) {
     const uint32_t low = (uint32_t)(look->low >> 32), high = (uint32_t)(look->high >> 32);
@@ -79,7 +80,7 @@ static inline __attribute__((always_inline)) void look_by_magnitude(
     }
 }
 
-/* The same where the bracket lies inside one magnitude. */
+/* The same if the bracket lies inside one magnitude. */
 static inline __attribute__((always_inline)) void look_by_word(
     const uint32_t *magnitude, int length, uint64_t index, Look *look) {
     const uint32_t own = (uint32_t)(look->low >> 32);
@@ -106,7 +107,7 @@ static inline __attribute__((always_inline)) void look_by_word(
     for (int i = 0; i < num; i++) take_key(look, (uint64_t)(~words[places[i]] - low), 1);
 }
 
-/* Looks at the magnitudes of the elements from `first` on in a range. */
+/* Looks at the magnitudes of a range's elements from `first` on. */
 static inline void look_at(const uint32_t *magnitude, int length, int64_t first, Look *look) {
     for (int done = 0; done < length; done += FEW) {
         const int left = length - done;
@@ -120,8 +121,7 @@ static inline void look_at(const uint32_t *magnitude, int length, int64_t first,
     }
 }
 
-/* Where top-p cuts: larger magnitudes are above, and of those equal to it the ones whose word is at
- * most `last`. */
+/* The cut of top-p: above it are larger magnitudes, and equal ones whose word is at most `last`. */
 typedef struct { uint32_t magnitude, last; } Cut;
 
 static inline int is_above(uint32_t magnitude, uint32_t word, Cut cut) {

@@ -1,5 +1,5 @@
 """The optimizers' passes on a GPU, as Triton kernels: the same arithmetic as `optimizer.c`."""
-# Triton's decorator is untyped, and what kernels take are no Python types.
+# Triton's decorator is untyped, and the arguments of kernels have no Python types.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def _mix(x):
 
 @triton.jit
 def _word(index, words, first: tl.constexpr):
-    """The counter hash's words of elements, by the prepared key at `words + first`."""
+    """The words of elements by the counter hash; its prepared key is at `words + first`."""
     low = tl.load(words + first).to(tl.uint32, bitcast=True)
     high = tl.load(words + first + 1).to(tl.uint32, bitcast=True)
     return _mix(_mix(index ^ low) ^ high)
@@ -51,13 +51,13 @@ def _word(index, words, first: tl.constexpr):
 
 @triton.jit
 def _kept(index, words, first: tl.constexpr):
-    """Whether elements' words are at most the one that follows the key at `words + first`."""
+    """Whether elements' words are at most the limit, which follows the key at `words + first`."""
     return _word(index, words, first) <= tl.load(words + first + 2).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _advance(gradient_ptr, mean_ptr, square_ptr, at, inside, numbers):
-    """Take a gradient into both moments; what AdamW then adds."""
+    """Update both moments with a gradient; return AdamW's update."""
     gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0)
     mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
     square = tl.load(square_ptr + at, mask=inside, other=0.0)
@@ -70,7 +70,7 @@ def _advance(gradient_ptr, mean_ptr, square_ptr, at, inside, numbers):
 
 @triton.jit
 def _update(mean_ptr, square_ptr, at, inside, numbers):
-    """What AdamW adds, of moments that are advanced already."""
+    """AdamW's update from advanced moments."""
     mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
     square = tl.load(square_ptr + at, mask=inside, other=0.0)
     return _delta(mean, square, numbers)
@@ -78,14 +78,14 @@ def _update(mean_ptr, square_ptr, at, inside, numbers):
 
 @triton.jit
 def _delta(mean, square, numbers):
-    """What AdamW adds, without decay, correctly rounded at every operation."""
+    """AdamW's update without decay; every operation is correctly rounded."""
     denominator = tl.div_rn(tl.sqrt_rn(square), tl.load(numbers + 5)) + tl.load(numbers + 3)
     return tl.div_rn(mean * tl.load(numbers + 4), denominator)
 
 
 @triton.jit
 def _write(theta_ptr, at, inside, change, numbers, counts, counting: tl.constexpr):
-    """`theta * decay + change`; with `counting`, adds up what does not move, and what should."""
+    """`theta * decay + change`; `counting` counts elements that did not move, and that should."""
     before = tl.load(theta_ptr + at, mask=inside, other=0.0) * tl.load(numbers + 6)
     after = before + change
     tl.store(theta_ptr + at, after, mask=inside)
@@ -122,7 +122,7 @@ def _dare_kernel(
     counting: tl.constexpr,
     block: tl.constexpr,
 ):
-    """OnDARE around AdamW, all in one pass."""
+    """OnDARE around AdamW in one pass."""
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < size
     delta = _advance(gradient_ptr, mean_ptr, square_ptr, at, inside, numbers)
@@ -147,7 +147,7 @@ def _advance_kernel(
 
 @triton.jit
 def _update_kernel(mean_ptr, square_ptr, delta_ptr, numbers, size, block: tl.constexpr):
-    """The update of moments that are advanced already."""
+    """The update from advanced moments."""
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < size
     delta = _update(mean_ptr, square_ptr, at, inside, numbers)
@@ -170,7 +170,7 @@ def _ties_kernel(
     counting: tl.constexpr,
     block: tl.constexpr,
 ):
-    """OnTIES' second pass: eq. 7 of the updates that top-p keeps, and top_p(tau)."""
+    """OnTIES' second pass: eq. 7 of top_p(update) and top_p(tau)."""
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < size
     delta = _update(mean_ptr, square_ptr, at, inside, numbers)
@@ -216,11 +216,11 @@ class TritonOptimizer(OptimizerKernels):
         return None if asked is None else asked.look(delta, part.start)
 
     def look(self, part: StepRange, asked: Asked) -> Seen:
-        """The same look once the moments are advanced."""
+        """The same look at an update whose moments are already advanced."""
         return asked.look(self.updates(part), part.start)
 
     def updates(self, part: StepRange) -> Tensor:
-        """What AdamW adds, of moments that are advanced."""
+        """AdamW's update from advanced moments."""
         delta = torch.empty_like(part.mean)
         _launch(_update_kernel, part, part.mean, part.square, delta)
         return delta
@@ -251,10 +251,10 @@ def _launch_merge(
     """Run a kernel that merges.
 
     Args:
-        chosen: keys of the counter hash, and the largest words that stay.
+        chosen: for each mask, the key of the counter hash and the largest word that stays.
     """
     counts = torch.zeros(2, dtype=torch.int32, device=part.theta.device)
-    # Words carry the upper half of the range's indices: int32 with the bits of unsigned ones.
+    # The second word of a key includes the upper half of the indices. int32 carries uint32 bits.
     upper = (part.start >> 32) * GOLDEN % WORDS
     words = [word for (low, high), last in chosen for word in (low, high ^ upper, last)]
     signed = [word - WORDS if word >= WORDS // 2 else word for word in words]

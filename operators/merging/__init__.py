@@ -1,4 +1,4 @@
-"""Offline merge methods: pure functions on tensors, and the table of them."""
+"""Offline merge methods: pure functions on tensors, and their table."""
 
 from operators.merging.entry import merge_range, merge_tensor
 from operators.merging.gathering import Gathering, begin_gathering

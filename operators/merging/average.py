@@ -1,4 +1,4 @@
-"""Averages of the models themselves: weighted, by preference, and Model Stock's."""
+"""Averages of models: linear, rewarded soup, Model Stock; and passthrough."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +28,7 @@ def linear(work: MergeInput) -> Tensor:
 
 
 def passthrough(work: MergeInput) -> Tensor:
-    """The one model's values, times `scale`: for stacking layers of several models."""
+    """The values of the one model, times `scale`: for stacking layers of several models."""
     [model], [scale] = work.weights(), work.parameters["scale"]
     return model.clone() if scale == 1 else model * scale
 
@@ -41,7 +41,7 @@ def rewarded_soup(work: MergeInput) -> Tensor:
 
 
 def check_simplex(parameters: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the weights sum to 1; that none is negative is in their range."""
+    """Raise ValueError unless the weights sum to 1 (their range already excludes negative ones)."""
     total = sum(parameters["weight"])
     if abs(total - 1) > SIMPLEX_TOLERANCE:
         raise ValueError(f"weight: found weights that sum to {total:g}; allowed: a sum of 1")
@@ -67,15 +67,15 @@ def model_stock(work: MergeInput) -> Tensor:
 def stock_ratio(gram: NDArray[np.float64], *, clip: bool = True) -> NDArray[np.float64]:
     """Model Stock's t from inner products (T, T, ...) of the deltas: float64 (...).
 
-    With `clip`, t = 0 for cos <= 0; without, as mergekit has it, t is what the formula gives, of
-    any sign and size, and 0 only where its denominator is below 1e-6.
+    With `clip`, t = 0 for cos <= 0. Without it (as in mergekit), t follows the formula and may have
+    any sign and size; t = 0 only where the denominator is below 1e-6.
     """
     count = len(gram)
     norms = np.sqrt(np.einsum("ii...->i...", gram))
     total = np.zeros(gram.shape[2:])
     for i in range(count):
         for j in range(i):
-            # Norms one after the other: their product underflows for tiny deltas.
+            # Divide by one norm after the other: their product underflows for tiny deltas.
             known = (norms[i] > 0) & (norms[j] > 0)
             cosine = gram[i, j] / np.where(known, norms[i], 1.0) / np.where(known, norms[j], 1.0)
             total += np.where(known, np.clip(cosine, -1.0, 1.0), 0.0)
@@ -88,5 +88,5 @@ def stock_ratio(gram: NDArray[np.float64], *, clip: bool = True) -> NDArray[np.f
 
 
 def stock_statistics(parameters: Mapping[str, Any]) -> tuple[StatisticFactory, ...]:
-    """Inner products of the deltas, unless each row has its own."""
+    """Inner products of the deltas; with `scope: row` none, because rows compute their own."""
     return () if parameters["scope"] == "row" else (gram_of(MergeInput.deltas),)

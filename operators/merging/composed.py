@@ -1,4 +1,4 @@
-"""The method whose sparsifier and consensus are parameters: any pair of their tables."""
+"""The method `composed`: its parameters name a sparsifier and a consensus of the tables."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,8 +15,8 @@ SUMMARY = "any sparsifier and any consensus of their tables, by their names"
 
 
 class _Parameters(Mapping[str, Parameter]):
-    """The two names, and the parameters of all entries as the tables are now: each open, since only
-    those of the chosen pair have an effect.
+    """The two names, and the parameters of all entries that the tables hold now. Only the
+    parameters of the chosen pair have an effect.
     """
 
     def _all(self) -> dict[str, Parameter]:
@@ -65,7 +65,7 @@ def merge_composed(work: MergeInput) -> Tensor:
 
 
 def composed_statistics(parameters: Mapping[str, Any]) -> tuple[StatisticFactory, ...]:
-    """What the named pair gathers."""
+    """The statistics of the named pair."""
     return chosen_pair(parameters).statistics(parameters)
 
 

@@ -1,8 +1,7 @@
-"""The statistic of thresholds: where each model's delta is cut so that exactly k elements stay.
+"""The statistic of thresholds: the cut of each model's delta that keeps exactly k elements.
 
-The first pass looks at a sample (of a small tensor: at all of it) and brackets each threshold; the
-search goes on from there (operators.selection), as a rule for one pass more, or two in large
-tensors.
+The first pass looks at a sample (at all of a small tensor) and brackets each threshold. The search
+(operators.selection) continues from there, usually for one more pass, or two in large tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,13 +35,13 @@ from operators.selection import (
 )
 from operators.sparsify import Sparsifier
 
-Run = tuple[int, NDArray[np.int32]]  # of neighbours: the first one's index, and their magnitudes
+Run = tuple[int, NDArray[np.int32]]  # neighbours: the first index, and all magnitudes
 Vectors = Callable[[MergeInput], Sequence[Tensor]]
-_RUN = 1024  # neighbours in a run; a sample is several runs:
-_FEW_RUNS, _MANY_RUNS = 32, 64  # the more, the narrower the bracket, but each has its price
-_MANY = 1 << 24  # elements from which on a narrower bracket saves more than it costs
-_ALL = 1 << 17  # a tensor of no more elements is its own sample
-_FEW, _MOST_KEPT = 1 << 19, 1 << 20  # keys that are expected to be kept, and that may be
+_RUN = 1024  # neighbours in a run; a sample is several runs
+_FEW_RUNS, _MANY_RUNS = 32, 64  # more runs cost more and give a narrower bracket
+_MANY = 1 << 24  # from this many elements on, the narrower bracket pays
+_ALL = 1 << 17  # up to this many elements, the sample is the whole tensor
+_FEW, _MOST_KEPT = 1 << 19, 1 << 20  # keep keys if at most _FEW are expected; limit of kept keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +49,9 @@ class CutSearch:
     """All thresholds of a tensor, or of all tensors of a merge (`scope: model`).
 
     Attributes:
-        vectors: what is cut, made of a range: one float32 tensor for each model.
+        vectors: makes the vectors to cut from a range: one float32 tensor for each model.
         targets: for each threshold, its model, and the cut or the search for it.
-        sampled: whether the sample was seen.
+        sampled: whether the pass over the sample is done.
     """
 
     scope: Scope
@@ -70,7 +69,7 @@ class CutSearch:
         return [(first, last)] if self.sampled else self._sample(first, last)
 
     def observe(self, work: MergeInput, offset: int) -> Any:
-        """The range's part of the sample, for each model; or what each open search sees of it."""
+        """The range's part of the sample, for each model; later, each open search's look at it."""
         if not self.sampled:
             return self._observe_sample(work, offset)
         kernels = work.kernels if work.models[0].device.type == "cpu" else None
@@ -85,14 +84,14 @@ class CutSearch:
         return [tally.seen() for _, tally in tallies]
 
     def add(self, one: Any, other: Any) -> Any:
-        """Samples side by side; what searches have seen added."""
+        """Join two parts of the sample, or add the looks of each search."""
         if not self.sampled:
             return [runs + others for runs, others in zip(one, other, strict=True)]
         pairs = zip(self._open, one, other, strict=True)
         return [search.add([seen, also], _MOST_KEPT) for (_, search), seen, also in pairs]
 
     def advance(self, total: Any) -> "CutSearch":
-        """Brackets from the sample; then narrower ones, until the cuts are exact."""
+        """Set brackets from the sample; later, narrow them until the cuts are exact."""
         if self.sampled:
             states = [
                 search.advance(seen) for (_, search), seen in zip(self._open, total, strict=True)
@@ -119,7 +118,7 @@ class CutSearch:
 
     @property
     def _open(self) -> list[tuple[int, Search]]:
-        """The searches that go on, each with its model."""
+        """The unfinished searches, each with its model."""
         return [(model, state) for model, state in self.targets if isinstance(state, Search)]
 
     @property
@@ -150,14 +149,14 @@ class CutSearch:
         count = self.scope.count
         everything = count <= _ALL
         low, high, share = sampled_bracket(sample, _RUN, search.count, count, everything=everything)
-        # Keys are kept by their words, which repeat.
+        # Kept keys end with words, which repeat after WORDS elements.
         few = share * count <= _FEW and count <= WORDS and not search.by_index
         most_buckets = FEW_BUCKETS if few else MANY_BUCKETS
         return replace(search.between(low, high), most_buckets=most_buckets)
 
 
 def _kept_by(search: Search) -> int:
-    """How many keys a look may keep: none where they are not few, or all of one magnitude."""
+    """How many keys a look may keep: none if many are expected, or if there is one bucket."""
     few = search.tied or search.most_buckets == FEW_BUCKETS
     return _MOST_KEPT if few and search.num_buckets > 1 else 0
 
@@ -172,16 +171,16 @@ def tie_key(scope: Scope, model: int) -> tuple[int, int]:
 
 
 def thresholds(sparsifier: Sparsifier, vectors: Vectors) -> StatisticFactory:
-    """The statistic of the cuts that a sparsifier makes through each model's vector.
+    """The statistic of a sparsifier's cuts through each model's vector.
 
     Args:
-        vectors: what is cut, made of a range: one float32 tensor for each model.
+        vectors: makes the vectors to cut from a range: one float32 tensor for each model.
     """
     return partial(_begin, sparsifier, vectors)
 
 
 def _begin(sparsifier: Sparsifier, vectors: Vectors, scope: Scope) -> CutSearch:
-    """The search before its first pass; a cut that keeps everything is known."""
+    """The search before its first pass; a cut that keeps everything needs no search."""
     assert sparsifier.counts is not None
     by_index = scope.parameters.get("ties") == "index"
     targets = [

@@ -33,18 +33,18 @@ def merge_tensor(
     Args:
         method: a name of `METHODS`.
         models: the tensor of each model, all of one shape, in any floating dtypes.
-        base: the tensor of the base model, where the method has one.
+        base: the tensor of the base model, if the method takes one.
         name: the tensor's name in the checkpoint; random masks depend on it.
         seed: of the random masks.
         start: first global index of a flat range, a multiple of `Method.grain(shape, parameters)`.
-        shape: global shape of the tensor that the range is from; default the models' own.
-        context: what a gathering found of the whole (operators.merging.method); without one it is
-            found here, for which the whole tensor is needed.
-        kernels: compiled passes (operators.kernels.choice), which give the same bits; None: eager.
+        shape: global shape of the tensor that holds the range; default: the shape of `models`.
+        context: the result of a gathering (operators.merging.method). None: it is gathered here,
+            which needs the whole tensor.
+        kernels: compiled passes (operators.kernels.choice), with the same bits; None: eager.
         **parameters: the method's parameters; `lambda_` is `lambda`; per-model ones may be lists.
 
     Returns:
-        the merged values, float32, in the shape of the models' tensors.
+        the merged values, float32, in the shape of `models`.
 
     Raises:
         ValueError: an unknown method or parameter, a value out of range, shapes that differ, or
@@ -74,10 +74,10 @@ def merge_tensor(
 
 
 def merge_range(method: str, work: MergeInput, context: MergeContext | None = None) -> Tensor:
-    """As `merge_tensor`, of an input that is checked and flat: (n,) float32.
+    """As `merge_tensor`, for a checked and flat input: (n,) float32.
 
     Raises:
-        ValueError: a range where the whole tensor or a context is needed, or rows cut in two.
+        ValueError: a range where the whole tensor or a context is needed, or a row that is split.
     """
     entry = METHODS[method]
     unit = entry.unit_of(work.parameters)
@@ -100,7 +100,7 @@ def merge_range(method: str, work: MergeInput, context: MergeContext | None = No
 
 
 def _in_chunks(entry: Method, work: MergeInput) -> Tensor:
-    """The merge, a piece at a time that stays in a core's cache."""
+    """The merge, in chunks that fit a core's cache."""
     unit = entry.unit_of(work.parameters)
     if unit == "tensor":
         return entry.merge(work)

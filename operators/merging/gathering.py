@@ -1,6 +1,6 @@
-"""Gathering: what ranges must know of the whole, found in passes over ranges.
+"""Gathering: passes over ranges that compute statistics of the whole tensor or model.
 
-The protocol for an engine that streams is in the docstring of operators.merging.method.
+The protocol for a streaming engine is in the docstring of operators.merging.method.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ from operators.merging.table import METHODS
 
 @dataclass(frozen=True, slots=True)
 class Gathering:
-    """What is known after some passes over the tensors of a scope. Immutable, can be pickled.
+    """The state after some passes over the tensors of a scope. Immutable, can be pickled.
 
     Attributes:
-        done: whether contexts are ready; otherwise one more pass is wanted.
-        found: statistics that are complete; `current` is being gathered.
+        found: the complete statistics.
+        current: the statistic that is being gathered; None if all are complete.
     """
 
     method: str
@@ -31,11 +31,11 @@ class Gathering:
 
     @property
     def done(self) -> bool:
-        """Whether no further pass is needed."""
+        """Whether the contexts are ready; otherwise one more pass is needed."""
         return self.current is None
 
     def wanted(self, name: str, start: int, stop: int) -> list[tuple[int, int]]:
-        """The ranges of [start, stop) that this pass looks at; nothing else need be shown."""
+        """The ranges of [start, stop) that this pass looks at; `observe` needs only these."""
         assert self.current is not None
         offset = self.scope.offset(name)
         ranges = self.current.wanted(offset + start, offset + stop)
@@ -49,12 +49,12 @@ class Gathering:
         start: int = 0,
         kernels: MergingKernels | None = None,
     ) -> Any:
-        """What a range of a tensor adds to this pass.
+        """The observation of one range of a tensor in this pass.
 
         Args:
             models: the range of each model, of any shape and floating dtype, in row-major order.
             start: global index of the range's first element, a multiple of the method's grain.
-            kernels: compiled passes, which give the same bits; None: eager.
+            kernels: compiled passes, with the same bits; None: eager.
         """
         assert self.current is not None
         work = MergeInput(
@@ -71,7 +71,7 @@ class Gathering:
         return self.current.observe(work, self.scope.offset(name))
 
     def add(self, one: Any, other: Any) -> Any:
-        """What two observations of this pass are together; the order does not matter."""
+        """Combine two observations of this pass; the order does not matter."""
         assert self.current is not None
         return self.current.add(one, other)
 
@@ -81,7 +81,7 @@ class Gathering:
         return replace(self, current=self.current.advance(total)).settled()
 
     def context(self, name: str) -> MergeContext:
-        """The context of a tensor, as far as it is known."""
+        """The context of a tensor from the complete statistics."""
         parameters = self.scope.parameters
         drawn = mixup_lambda(parameters, self.scope.seed) if "mixup_lambda" in parameters else None
         context = MergeContext(mixup_lambda=drawn)
@@ -90,7 +90,7 @@ class Gathering:
         return context
 
     def settled(self) -> "Gathering":
-        """Complete statistics put aside, the next one begun."""
+        """Move complete statistics to `found` and begin the next one."""
         found, current = self.found, self.current
         factories = METHODS[self.method].statistics(self.scope.parameters)
         while current is None or current.done:
@@ -121,7 +121,7 @@ def begin_gathering(
 
 
 def gather(method: str, work: MergeInput) -> MergeContext:
-    """The context of a tensor that is here as a whole."""
+    """The context of a whole tensor."""
     gathering = begin_gathering(
         method,
         {work.name: work.shape},

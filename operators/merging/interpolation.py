@@ -1,4 +1,4 @@
-"""Interpolation between two models: along the arc, and beyond the end."""
+"""Interpolation between two models (slerp) and extrapolation beyond the second one (ExPO)."""
 
 import math
 from collections.abc import Mapping, Sequence

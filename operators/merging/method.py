@@ -1,9 +1,9 @@
-"""What a merge method is, and how an engine streams one.
+"""The definition of a merge method, and the protocol to stream one.
 
 A method is a pure function of one flat range of one tensor: `Method.merge(MergeInput) -> Tensor`.
-What a range cannot know by itself (a threshold over the whole tensor, a norm, M3's lambda) is in
-its `MergeContext`. The context is found beforehand by a `Gathering` (operators.merging.gathering),
-which sees the same ranges in one or more passes and keeps only small sums of them:
+Values that depend on more than the range (a threshold over the whole tensor, a norm, M3's lambda)
+are in its `MergeContext`. A `Gathering` (operators.merging.gathering) computes the context first:
+it sees the same ranges in one or more passes and keeps only small sums of them:
 
     gathering = begin_gathering(method, {name: shape}, num_models=T, seed=seed, parameters=values)
     while not gathering.done:
@@ -16,17 +16,16 @@ which sees the same ranges in one or more passes and keeps only small sums of th
     merged = merge_tensor(method, models, base, name=name, start=start, shape=shape,
                           context=context, **values)   # any range, in any order
 
-- Ranges must start at multiples of `Method.grain(shape, parameters)` and end at such a multiple or
-  at the tensor's end. Within that rule neither their sizes nor their order change a bit of the
-  result. Each element is shown once in each pass.
-- Models and base may be handed over in the checkpoint's dtype and of any size, for example as views
-  of mapped files: they are worked on in float32, in chunks that stay in a core's cache. A pass over
-  a sample looks only at the ranges that `gathering.wanted(name, start, stop)` lists of one; these
-  alone may be shown instead of it.
-- `gathering`, what `observe` returns and contexts can be pickled and are small (a few MB at most).
-- `scope: model` (`parameters["scope"]`) wants one gathering over all tensors that are merged,
-  `{name: shape}` of all of them; otherwise one for each tensor. Methods that need nothing give a
-  gathering that is done at once.
+- Ranges start at multiples of `Method.grain(shape, parameters)` and end at such a multiple or at
+  the tensor's end. Apart from that, their sizes and their order do not change a bit of the result.
+  Each pass sees each element once.
+- Models and base may have any size and the checkpoint's dtype, for example views of mapped files;
+  the arithmetic is float32, in chunks that fit a core's cache. A pass over a sample needs only the
+  parts of a range that `gathering.wanted(name, start, stop)` lists.
+- Gatherings, observations and contexts can be pickled and are small (a few MB at most).
+- `scope: model` (`parameters["scope"]`) needs one gathering over all merged tensors, with
+  `{name: shape}` of all of them; otherwise each tensor has its own. A method without statistics
+  gives a gathering that is done at once.
 - `merge_tensor(..., context=None)` of a whole tensor does all of this itself.
 """
 
@@ -46,17 +45,17 @@ from operators.sparsify import Place
 
 Unit = Literal["element", "row", "tensor"]
 CHOOSING = ("sparsifier", "consensus")  # parameters that name another method
-SUM_BLOCK = 1 << 20  # elements of a block of a sum: partial sums do not depend on chunks
+SUM_BLOCK = 1 << 20  # elements of a partial sum; fixed, so that sums do not depend on chunks
 
 
 @dataclass(frozen=True, slots=True)
 class MergeContext:
-    """What only the whole tensor, or the whole merge, can tell the merge of a range.
+    """Statistics of the whole tensor, or of the whole merge, for the merge of a range.
 
     Attributes:
-        cuts: for each model, where its delta is cut: top-p has one cut, breadcrumbs two.
-        cut_offset: global index of the tensor's first element in what the cuts run over.
-        rescale: for each model, the factor of what was kept (`rescale: l1`).
+        cuts: for each model, the cuts of its delta: top-p has one, breadcrumbs up to two.
+        cut_offset: index of the tensor's first element in the scope of the cuts.
+        rescale: for each model, the factor of the kept elements (`rescale: l1`).
         gram: inner products of the method's vectors over the tensor, float64.
         mixup_lambda: M3's lambda, drawn once for the merge.
     """
@@ -70,11 +69,11 @@ class MergeContext:
 
 @dataclass(frozen=True, slots=True)
 class MergeInput:
-    """One flat range of one tensor of all models, and all that a method may need to know of it.
+    """The input of a method: one flat range of one tensor, of all models.
 
     models and base are (n,) of any floating dtype; element 0 is element `start` of the tensor of
     global `shape`. `parameters` are complete; the per-model ones are lists. `kernels` are compiled
-    passes; None: the eager way, with the same bits.
+    passes; None: eager, with the same bits.
     """
 
     models: Sequence[Tensor]
@@ -94,20 +93,20 @@ class MergeInput:
 
     @property
     def width(self) -> int:
-        """Elements of a row: of the last dimension, or of all of a vector."""
+        """Elements of a row: the last dimension; a vector is one row."""
         return self.shape[-1] if self.shape else 1
 
     def weights(self) -> list[Tensor]:
-        """The models' values in float32; may be the models themselves: not to be changed."""
+        """The models' values in float32. Do not change them: they may be the models themselves."""
         return [self._widened(model) for model in self.models]
 
     def origin(self) -> Tensor:
-        """`W_0` in float32, which may be the base itself: not to be changed in place."""
+        """`W_0` in float32. Do not change it: it may be the base itself."""
         assert self.base is not None
         return self._widened(self.base)
 
     def deltas(self) -> list[Tensor]:
-        """The task vectors `W_i - W_0` in float32: bf16 would lose most of their bits."""
+        """The task vectors `W_i - W_0` in float32 (bf16 would lose most of their bits)."""
         assert self.base is not None
         tensors = (*self.models, self.base)
         if self.kernels is not None and self.kernels.fit(*tensors, dtype=torch.bfloat16):
@@ -119,13 +118,13 @@ class MergeInput:
         ]
 
     def _widened(self, x: Tensor) -> Tensor:
-        """x in float32; x itself where it is."""
+        """x in float32; x itself if it is float32 already."""
         if self.kernels is not None and self.kernels.fit(x, dtype=torch.bfloat16):
             return self.kernels.widened(x)
         return x.to(torch.float32)
 
     def place(self, position: int) -> Place:
-        """Where a model's delta lies; the counter hash's stream is its position."""
+        """The place of a model's delta; the stream of the counter hash is the model's position."""
         key = counter_key(self.seed, self.name, position, 0)
         if not self.context.cuts:
             return Place(key, self.start, self.width, kernels=self.kernels)
@@ -141,7 +140,7 @@ class MergeInput:
         )
 
     def parameters_of(self, position: int) -> dict[str, Any]:
-        """The parameters, with one model's values of those that are per model."""
+        """The parameters of one model: a per-model parameter has that model's value."""
         return of_model(self.parameters, position)
 
     def part(self, first: int, last: int) -> "MergeInput":
@@ -160,7 +159,7 @@ class MergeInput:
 
 
 def of_model(parameters: Mapping[str, Any], position: int) -> dict[str, Any]:
-    """A merge's complete parameters, with one model's values of those that are per model."""
+    """A merge's complete parameters for one model: a list becomes that model's value."""
     return {
         name: value[position] if isinstance(value, list) else value
         for name, value in parameters.items()
@@ -168,7 +167,7 @@ def of_model(parameters: Mapping[str, Any], position: int) -> dict[str, Any]:
 
 
 def rows_of_block(width: int) -> int:
-    """Rows of a block of a sum, where a method works on whole rows."""
+    """Rows of a partial sum, for methods that work on whole rows."""
     return max(1, SUM_BLOCK // max(1, width))
 
 
@@ -177,7 +176,7 @@ MergeFunction = Callable[[MergeInput], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What a gathering runs over: tensors in the order of their names, and the settings."""
+    """The tensors of a gathering, in the order of their names, and the merge's settings."""
 
     shapes: Mapping[str, tuple[int, ...]]
     num_models: int
@@ -186,7 +185,7 @@ class Scope:
 
     @property
     def count(self) -> int:
-        """Elements of all tensors."""
+        """Number of elements of all tensors."""
         return sum(map(prod, self.shapes.values()))
 
     @property
@@ -195,55 +194,55 @@ class Scope:
         return self.parameters.get("scope") == "model"
 
     def offset(self, name: str) -> int:
-        """Global index of a tensor's first element."""
+        """Index of a tensor's first element in the scope."""
         before = (own for own in self.shapes if own < name)
         return sum(prod(self.shapes[own]) for own in before) if self.over_model else 0
 
 
 class Statistic(Protocol):
-    """One thing to gather, in one or more passes; each state is immutable and can be pickled."""
+    """A statistic that takes one or more passes; each state is immutable and can be pickled."""
 
     @property
     def done(self) -> bool:
-        """Whether nothing has to be seen any more."""
+        """Whether no further pass is needed."""
 
     def wanted(self, first: int, last: int) -> list[tuple[int, int]]:
         """The ranges of the elements [first, last) of the scope that this pass looks at."""
 
     def observe(self, work: MergeInput, offset: int) -> Any:
-        """What a range adds to this pass; `offset` is its tensor's first index in the scope."""
+        """The observation of a range; `offset` is its tensor's first index in the scope."""
 
     def add(self, one: Any, other: Any) -> Any:
-        """What two ranges add together."""
+        """Combine the observations of two ranges."""
 
     def advance(self, total: Any) -> "Statistic":
-        """The state after a pass in which all ranges added `total`."""
+        """The state after a pass; `total` is the sum of its observations."""
 
     def fill(self, context: MergeContext, name: str) -> MergeContext:
-        """The context of a tensor with what was found."""
+        """The context of a tensor with this statistic filled in."""
 
 
 StatisticFactory = Callable[[Scope], Statistic]
 
 
 def no_statistics(parameters: Mapping[str, Any]) -> tuple[StatisticFactory, ...]:
-    """Nothing: every range can be merged alone."""
+    """No statistics: every range can be merged alone."""
     return ()
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A merge method as the table has it.
+    """An entry of the table of merge methods.
 
     Attributes:
-        unit: the smallest part that can be merged alone, without a context, at default parameters:
-            an element, a row, the whole tensor. An engine that gathers contexts asks `unit_of`.
-        streamed_unit: the same for one that is given the context.
-        needs_base: whether there is a base model; the name of a parameter: where that is given.
+        needs_base: whether the method takes a base model; a parameter's name: only if that is set.
+        unit: the smallest part that can be merged without a context, at default parameters: an
+            element, a row or the whole tensor. Engines that gather contexts use `unit_of`.
+        streamed_unit: the smallest part that can be merged with a context.
         num_models: the fewest and the most models (None: any number).
-        statistics: what must be gathered with these parameters, in this order.
-        check: raises ValueError for combinations of parameters that cannot be.
-        chosen: the method that parameters name, where that is how one is chosen.
+        statistics: parameters -> the statistics to gather, in this order.
+        check: raises ValueError for parameters that contradict each other.
+        chosen: parameters -> the method that they name (only for `composed`).
     """
 
     merge: MergeFunction
@@ -274,11 +273,11 @@ class Method:
         return SUM_BLOCK if sums else 1
 
     def complete(self, given: Mapping[str, Any], num_models: int) -> dict[str, Any]:
-        """Parameters with defaults put in, the per-model ones as lists.
+        """All parameters: given values or defaults; per-model ones as lists.
 
         Raises:
-            ValueError: an unknown or missing parameter, a value out of its range, or a combination
-                that cannot be.
+            ValueError: an unknown or missing parameter, a value out of its range, or parameters
+                that contradict each other.
         """
         if self.chosen is not None:
             names = {name: given[name] for name in CHOOSING if name in given}
@@ -296,7 +295,7 @@ class Method:
         return values
 
     def _translated(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """mergekit's `rescale`, a switch, as one of the names: on is the method's own, or l1."""
+        """Translate mergekit's boolean `rescale`: true is the method's default, or l1."""
         values = dict(given)
         parameter = self.parameters.get("rescale")
         if parameter is not None and isinstance(values.get("rescale"), bool):
@@ -312,7 +311,7 @@ class Method:
         """Raise ValueError unless the method takes this many models, with or without a base.
 
         Args:
-            parameters: complete ones; without them, what depends on them is not checked.
+            parameters: complete; None skips the checks that depend on them.
         """
         if self.chosen is not None and parameters is not None:
             self.chosen(parameters).check_models(num_models, has_base=has_base)

@@ -1,7 +1,7 @@
-"""Mixup Model Merge, M3 (Zhou et al. 2025): two models, mixed in a proportion drawn at random.
+"""Mixup Model Merge, M3 (Zhou et al. 2025): two models, mixed in a random proportion.
 
-`lam ~ Beta(alpha, alpha)` is drawn once for the merge, from its seed. With DARE (`dare_density`)
-the deltas are dropped at random and rescaled beforehand.
+`lam ~ Beta(alpha, alpha)` is drawn once for the merge, from its seed. With `dare_density`, DARE
+first drops elements of the deltas at random and rescales the rest.
 """
 
 from collections.abc import Mapping
@@ -19,22 +19,22 @@ from operators.sparsify import SPARSIFIERS, bernoulli, keep_top, masked
 
 
 def draw_mixup_lambda(alpha: float, seed: int) -> float:
-    """lam of a merge: Beta(alpha, alpha), a function of the seed alone.
+    """Draw a merge's lam from Beta(alpha, alpha), as a function of the seed alone.
 
-    numpy's RandomState, whose stream is frozen, seeded by the counter hash.
+    The generator is numpy's RandomState, because its stream is frozen; the counter hash seeds it.
     """
     generator = np.random.RandomState(counter_key(seed, "mixup_lambda", 0, 0))
     return float(generator.beta(alpha, alpha))
 
 
 def mixup_lambda(parameters: Mapping[str, Any], seed: int) -> float:
-    """lam of a merge with these parameters: the given one, or the one that the seed draws."""
+    """The lam of a merge with these parameters: given, or drawn from the seed."""
     fixed = parameters["mixup_lambda"]
     return draw_mixup_lambda(parameters["mixup_alpha"], seed) if fixed is None else float(fixed)
 
 
 def check_mixup(parameters: Mapping[str, Any]) -> None:
-    """Raise ValueError unless there is either a lam or an alpha to draw it with."""
+    """Raise ValueError unless exactly one of lam and alpha is given."""
     alpha, fixed = parameters["mixup_alpha"], parameters["mixup_lambda"]
     if alpha is None and fixed is None:
         raise ValueError("mixup_alpha: required where mixup_lambda is not given; allowed: above 0")
@@ -90,6 +90,6 @@ def _mixed(work: MergeInput) -> Tensor:
 
 
 def mixup_share(work: MergeInput) -> float:
-    """The merge's lam: the context's, or what the seed draws, which is the same."""
+    """The merge's lam: from the context, or drawn from the seed (the same number)."""
     known = work.context.mixup_lambda
     return mixup_lambda(work.parameters, work.seed) if known is None else known

@@ -1,7 +1,7 @@
-"""Sums over whole tensors that do not depend on chunks, on threads or on the order of work.
+"""Sums over whole tensors that do not depend on chunks, threads or the order of work.
 
-Float64 partial sums over fixed blocks, added in the order of their indices. Blocks are 2^20
-elements; where a method works on rows, as many whole rows as fit into that (at least one).
+Partial sums over fixed blocks are float64, and are added in the order of their indices. A block has
+2^20 elements; for methods on rows, as many whole rows as fit into that (at least one).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,13 +26,13 @@ Partials = dict[tuple[str, int], NDArray[np.float64]]
 Vectors = Callable[[MergeInput], Sequence[Tensor]]
 BlockFunction = Callable[[MergeInput], NDArray[np.float64]]
 Fill = Callable[[MergeContext, NDArray[np.float64]], MergeContext]
-# mergekit too leaves a delta alone whose L1 norm, or what is kept of it, is smaller.
+# Deltas with a smaller L1 norm, before or after F, are not rescaled; mergekit has the same limit.
 SMALLEST_NORM = 1e-7
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSums:
-    """A statistic: the sum over a tensor's blocks of what `of_block` makes of each."""
+    """The statistic of a sum of `of_block(block)` over a tensor's blocks."""
 
     of_block: BlockFunction
     into: Fill
@@ -41,11 +41,11 @@ class BlockSums:
 
     @property
     def done(self) -> bool:
-        """Whether the one pass is over."""
+        """Whether the only pass is over."""
         return self.totals is not None
 
     def wanted(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Every element counts."""
+        """All elements."""
         return [(first, last)]
 
     def observe(self, work: MergeInput, offset: int) -> Partials:
@@ -58,7 +58,7 @@ class BlockSums:
         }
 
     def add(self, one: Partials, other: Partials) -> Partials:
-        """The blocks of both."""
+        """The partial sums of both."""
         return one | other
 
     def advance(self, total: Partials) -> "BlockSums":
@@ -69,7 +69,7 @@ class BlockSums:
         return replace(self, totals=sums)
 
     def fill(self, context: MergeContext, name: str) -> MergeContext:
-        """The context with what follows from a tensor's sum."""
+        """The context with the result of a tensor's sum."""
         assert self.totals is not None
         return context if name not in self.totals else self.into(context, self.totals[name])
 
@@ -77,7 +77,7 @@ class BlockSums:
 def gram_matrix(vectors: Sequence[Tensor]) -> NDArray[np.float64]:
     """Inner products of float32 vectors of one shape (..., n) along n: float64 (T, T, ...).
 
-    numpy adds pairwise on one thread, so the result is the same for any number of them.
+    numpy adds pairwise on one thread, so the result does not depend on the number of threads.
     """
     parts = [vector.numpy().astype(np.float64) for vector in vectors]
     count = len(parts)
@@ -89,15 +89,15 @@ def gram_matrix(vectors: Sequence[Tensor]) -> NDArray[np.float64]:
 
 
 def gram_of(vectors: Vectors) -> StatisticFactory:
-    """The statistic of inner products of the vectors that `vectors` makes of a range."""
+    """The statistic of the inner products of `vectors(range)`, summed over the tensor."""
     return partial(_begin, BlockSums(partial(_block_gram, vectors), _with_gram))
 
 
 def rescale_by_l1(sparse: Vectors, *, by_rows: bool) -> StatisticFactory:
-    """The statistic of `||D_i||_1 / ||F(D_i)||_1`, by which `rescale: l1` multiplies what is kept.
+    """The statistic of `||D_i||_1 / ||F(D_i)||_1`, the factor of `rescale: l1`.
 
     Args:
-        sparse: the kept parts of a range's deltas, not rescaled.
+        sparse: makes the kept parts of a range's deltas, not rescaled.
         by_rows: F needs whole rows.
     """
     of_block = partial(_block_norms, sparse, by_rows)
@@ -121,7 +121,7 @@ def _with_gram(context: MergeContext, gram: NDArray[np.float64]) -> MergeContext
 
 
 def _block_norms(sparse: Vectors, by_rows: bool, block: MergeInput) -> NDArray[np.float64]:
-    """L1 norms over a block: of the deltas, and of what is kept of them; (2, T)."""
+    """L1 norms over a block: of the deltas, and of their kept parts; (2, T)."""
     sums = np.zeros((2, len(block.models)))
     size = max(1, CHUNK // block.width) * block.width if by_rows else CHUNK
     for _, part in block.parts(size):

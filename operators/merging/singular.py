@@ -1,13 +1,13 @@
 """Task Singular Vectors Merging (Gargiulo et al. 2025) and its reweighted form R-TSVM.
 
-Per matrix `D_i = U_i S_i V_i'`; the k largest singular triplets of each delta stay; all U and all V
-stand side by side and are made orthogonal by their polar factors (`P S Q' -> P Q'`), so that models
-do not interfere; `D = U* diag(S) V*'` and `W = W_0 + lambda * D`.
+For each matrix `D_i = U_i S_i V_i'`, the k largest singular triplets stay. All U (and all V) are
+stacked side by side and replaced by their polar factor (`P S Q' -> P Q'`), so that the models do
+not interfere. Then `D = U* diag(S) V*'` and `W = W_0 + lambda * D`.
 
-Singular vectors come from float64 Gram matrices of the short side: several times as fast as an SVD,
-and right to 1e-5 (relative, Frobenius) where the singular values have a relative gap of 1e-3 at k
-and the stacked vectors a condition of at most 1e3. Triplets within rounding of zero are dropped:
-their vectors are arbitrary.
+Singular vectors come from float64 Gram matrices of the short side: several times faster than an
+SVD, and accurate to 1e-5 (relative, Frobenius) if the singular values have a relative gap of 1e-3
+at k and the stacked vectors a condition number of at most 1e3. Triplets that are zero up to
+rounding are dropped, because their vectors are arbitrary.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from operators.consensus import weighted_sum
 from operators.merging.method import MergeInput
 
 _FLOAT32_ROUNDING = 2.0**-23
-_PANELS = 8  # a Gram matrix is made of 8 block rows; only its lower half is multiplied
+_PANELS = 8  # block rows of a Gram matrix; only its lower half is multiplied
 _EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")
 
 
@@ -34,7 +34,7 @@ class Triplets:
 
 
 def tsvm(work: MergeInput) -> Tensor:
-    """TSVM with `k = floor(min(m, n) / T)`; the mean of the deltas where there is no such rank."""
+    """TSVM with `k = floor(min(m, n) / T)`; the mean of the deltas where `is_matrix` is false."""
     deltas = work.deltas()
     if not is_matrix(work):
         return _mean(work, deltas)
@@ -46,10 +46,10 @@ def tsvm(work: MergeInput) -> Tensor:
 def r_tsvm(work: MergeInput) -> Tensor:
     """R-TSVM: outlier weights on the singular values, and a rank that follows the sparsity.
 
-    The text of the paper that we have lacks its equations; this is a reading of its words. The main
-    text makes a model's weight proportional to its outliers, the appendix says reduced: hence
-    `outlier_weighting`. With it `none` and `rank_coupling` 0 this is TSVM. `orthogonalize:
-    before_truncation` is the appendix's algorithm read literally.
+    Our copy of the paper lacks the equations, so this follows its words. The main text makes a
+    model's weight proportional to its outliers; the appendix says that outliers reduce it. Hence
+    the option `outlier_weighting`. With `outlier_weighting: none` and `rank_coupling: 0` this is
+    TSVM. `orthogonalize: before_truncation` is the literal algorithm of the appendix.
     """
     deltas, parameters = work.deltas(), work.parameters
     if not is_matrix(work):
@@ -65,8 +65,8 @@ def r_tsvm(work: MergeInput) -> Tensor:
 
 
 def is_matrix(work: MergeInput) -> bool:
-    """Whether a tensor is merged by its singular vectors: a matrix (further dimensions count as
-    columns) with at least T rows and columns, and no embedding where these go by the mean.
+    """Whether a tensor is merged by singular vectors: a matrix (further dimensions count as
+    columns) with at least T rows and T columns, and not an embedding under `embeddings: mean`.
     """
     if work.parameters["embeddings"] == "mean" and any(x in work.name for x in _EMBEDDINGS):
         return False
@@ -77,7 +77,7 @@ def is_matrix(work: MergeInput) -> bool:
 
 
 def triplets(matrix: Tensor, most: int | None = None) -> Triplets:
-    """The singular triplets of a float32 matrix (m, n) that are above rounding; the `most` largest.
+    """The singular triplets of a float32 matrix (m, n) above rounding, at most the `most` largest.
 
     From `D D' = U S^2 U'` of the short side in float64, `V = D' U / S`; triplets with
     `s_j <= max(m, n) * 2^-23 * s_1` are dropped.
@@ -99,7 +99,7 @@ def triplets(matrix: Tensor, most: int | None = None) -> Triplets:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """`A A'` of A (r, n), multiplying only what is on or below the diagonal: (r, r)."""
+    """`A A'` of A (r, n): (r, r). Only blocks on or below the diagonal are multiplied."""
     size = rows.shape[0]
     product = rows.new_empty(size, size)
     step = max(1, -(-size // _PANELS))
@@ -124,7 +124,7 @@ def inverse_root(square: Tensor, tolerance: float) -> Tensor:
 def joined(kept: Sequence[Triplets]) -> Tensor:
     """`U* diag(S) V*'`, U* and V* the polar factors of all U and all V side by side.
 
-    `U* = U (U'U)^(-1/2)`: the small matrices in between are multiplied first, then the short side.
+    `U* = U (U'U)^(-1/2)`. The small inner matrices are multiplied first, then the short side.
 
     Returns:
         (m, n), float64.
@@ -141,10 +141,10 @@ def joined(kept: Sequence[Triplets]) -> Tensor:
 
 
 def joined_then_cut(found: Sequence[Triplets], rank: int) -> Tensor:
-    """As `joined`, of the full-rank factors, each cut to `rank` only afterwards.
+    """As `joined`, but from full-rank factors that are truncated to `rank` afterwards.
 
-    For square matrices of full rank the stacked U satisfies `U U' = T I`, so that its polar factor
-    is `U / sqrt(T)`, and the result the truncated deltas' mean: nothing is decorrelated.
+    For square matrices of full rank the stacked U has `U U' = T I`, so its polar factor is
+    `U / sqrt(T)` and the result is the mean of the truncated deltas: nothing is decorrelated.
     """
     u = polar(torch.cat([one.u for one in found], dim=1))
     v = polar(torch.cat([one.v for one in found], dim=1))
@@ -167,11 +167,11 @@ def polar(stacked: Tensor) -> Tensor:
 
 
 def outlier_weights(matrices: Sequence[Tensor], weighting: str) -> list[float]:
-    """R-TSVM's weight of each model, 1 on average: how much of it lies in outliers.
+    """R-TSVM's weight of each model, 1 on average, from the norms of their outliers.
 
-    `w_t = T ||O(D_t)||_1 / sum_s ||O(D_s)||_1`, where O keeps what is more than three standard
-    deviations from its row's mean; all zero: 1. `inverse` takes 1 over the norms, among the models
-    that have outliers (others: 1); `none` gives 1 to all.
+    `w_t = T ||O(D_t)||_1 / sum_s ||O(D_s)||_1`; O keeps the elements that are more than three
+    standard deviations from their row's mean. If all norms are 0, all weights are 1. `inverse` uses
+    1 / norm among the models that have outliers, and gives 1 to the others; `none` gives 1 to all.
     """
     if weighting == "none":
         return [1.0] * len(matrices)

@@ -1,4 +1,4 @@
-"""The table of merge methods: a name, the function, its parameters, what it needs."""
+"""The table of merge methods: name, function, parameters, and what the method needs."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +29,7 @@ from operators.parameters import REQUIRED, Parameter
 from operators.sparsify import DENSITY, SCOPE, TIES
 
 MEAN = Parameter("divide by the sum of the weights", True)
-EMBEDDINGS = Parameter("by singular vectors or by the mean", "svd", choices=("svd", "mean"))
+EMBEDDINGS = Parameter("merged by singular vectors or the mean", "svd", choices=("svd", "mean"))
 SPARSITY_EPSILON = Parameter("what counts as zero, in standard deviations", 0.1, 0)
 MIXUP = {
     **MIXUP_PARAMETERS,
@@ -38,13 +38,13 @@ MIXUP = {
 
 
 def check_mixup_ties(parameters: Mapping[str, Any]) -> None:
-    """Raise ValueError for what neither mixup nor a threshold allows."""
+    """Raise ValueError for parameters that mixup or a common threshold forbids."""
     check_mixup(parameters)
     check_scope(parameters)
 
 
 def check_sparsity(parameters: Mapping[str, Any]) -> None:
-    """Raise ValueError for a measure of sparsity that nothing depends on."""
+    """Raise ValueError for a `sparsity_epsilon` that has no effect."""
     epsilon = parameters["sparsity_epsilon"]
     if parameters["rank_coupling"] == 0 and epsilon != SPARSITY_EPSILON.default:
         raise ValueError("sparsity_epsilon: has no effect with rank_coupling: 0")
@@ -175,10 +175,10 @@ METHODS: dict[str, Method] = {
                 "proportional",
                 choices=("proportional", "inverse", "none"),
             ),
-            "rank_coupling": Parameter("how much density lowers the rank; 0: not", 0.1, 0, 1),
+            "rank_coupling": Parameter("how much density lowers the rank; 0: none", 0.1, 0, 1),
             "sparsity_epsilon": SPARSITY_EPSILON,
             "orthogonalize": Parameter(
-                "when",
+                "when to take the polar factors",
                 "after_truncation",
                 choices=("after_truncation", "before_truncation"),
             ),

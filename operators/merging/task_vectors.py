@@ -1,7 +1,7 @@
 """Merges of task vectors: a sparsifier F on each delta, a consensus ⊕ over them, added to the base.
 
 `W = W_0 + lambda * (F(D_1) ⊕ ... ⊕ F(D_T))` with `D_i = W_i - W_0`. `composition` makes the entry
-of any pair of `SPARSIFIERS` and `CONSENSUS`; TIES, DARE, DELLA and breadcrumbs are such entries.
+for a pair of `SPARSIFIERS` and `CONSENSUS`, for example TIES, DARE, DELLA and breadcrumbs.
 """
 
 from collections.abc import Mapping
@@ -21,17 +21,17 @@ from operators.sparsify import SPARSIFIERS, Sparsifier
 
 WEIGHT = Parameter("merge weight", 1.0, per_model=True)
 LAMBDA = Parameter("factor of the merged delta", 1.0)
-# As methods list them; what a table's entry adds comes after what belongs to it.
+# The order in lists of parameters; "" stands for names that are not in the list.
 _ORDER = ("weight", "density", "gamma", "epsilon", "", "lambda", "normalize", "scope", "ties")
 
 
 def composition(
     sparsifier: str, consensus: str, summary: str, *, normalize: bool = False
 ) -> Method:
-    """The entry of a method that is a sparsifier and a consensus.
+    """The entry of a method that consists of a sparsifier and a consensus.
 
     Args:
-        normalize: the default of that parameter, where the consensus has it.
+        normalize: the default of the parameter `normalize`, if the consensus has it.
     """
     keeps, merges = SPARSIFIERS[sparsifier], CONSENSUS[consensus]
     parameters = {**keeps.parameters, "lambda": LAMBDA, **merges.parameters}
@@ -55,13 +55,13 @@ def composition(
 
 
 def _rank(item: tuple[str, Parameter]) -> int:
-    """Where a parameter stands in a method's list."""
+    """The position of a parameter in a method's list."""
     name, last = item[0], {"rescale": 90, "fidelity": 91}
     return last.get(name, _ORDER.index(name if name in _ORDER else ""))
 
 
 def _merge(sparsifier: Sparsifier, consensus: Consensus, work: MergeInput) -> Tensor:
-    """A range of the merge."""
+    """Merge a range."""
     parameters = work.parameters
     sparse = [
         sparsifier.keep(delta, work.place(i), work.parameters_of(i))
@@ -80,7 +80,7 @@ def _merge(sparsifier: Sparsifier, consensus: Consensus, work: MergeInput) -> Te
 def _statistics(
     sparsifier: Sparsifier, parameters: Mapping[str, Any]
 ) -> tuple[StatisticFactory, ...]:
-    """What a composition gathers: cuts over tensor or model, and L1 norms to rescale by."""
+    """The statistics of a composition: cuts over tensor or model, and factors of `rescale: l1`."""
     needs = sparsifier.needs_with(parameters)
     found: list[StatisticFactory] = []
     if needs == "threshold":
@@ -91,7 +91,7 @@ def _statistics(
 
 
 def _kept(sparsifier: Sparsifier, work: MergeInput) -> list[Tensor]:
-    """The deltas' kept parts, not rescaled."""
+    """The kept parts of the deltas, not rescaled."""
     plain = replace(work, parameters={**work.parameters, "rescale": "none"})
     return [
         sparsifier.keep(delta, plain.place(i), plain.parameters_of(i))
@@ -100,7 +100,7 @@ def _kept(sparsifier: Sparsifier, work: MergeInput) -> list[Tensor]:
 
 
 def _check(sparsifier: Sparsifier, consensus: Consensus, parameters: Mapping[str, Any]) -> None:
-    """Raise ValueError for values that do not fit together."""
+    """Raise ValueError for values that contradict each other."""
     check_scope(parameters)
     if sparsifier.check is not None:
         num_models = max(len(value) for value in parameters.values() if isinstance(value, list))
@@ -111,7 +111,7 @@ def _check(sparsifier: Sparsifier, consensus: Consensus, parameters: Mapping[str
 
 
 def check_scope(parameters: Mapping[str, Any]) -> None:
-    """Raise ValueError for several densities under one common threshold."""
+    """Raise ValueError for different densities under one threshold (`scope: model`)."""
     densities = parameters.get("density", [])
     if parameters.get("scope") == "model" and len(set(densities)) > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Online merging optimizers: merge at every step of training instead of once after it."""
+"""Online merging optimizers: they merge at every training step instead of once at the end."""
 
 from operators.optim.ema import ExponentialMovingAverage
 from operators.optim.layout import ShardLayout

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019), split for merging: moments first, then what they add."""
+"""AdamW (Loshchilov and Hutter 2019), split for merging: first the moments, then the update."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +11,15 @@ from operators.optim.layout import local
 
 @dataclass(frozen=True, slots=True)
 class AdamWStep:
-    """One step's numbers, in torch's order of operations, so that p = 1 and a = 0 is its AdamW
-    (`foreach=False, fused=False`) to the bit.
+    """The numbers of one step. The order of operations is torch's, so p = 1 and a = 0 gives the
+    same bits as torch's AdamW (`foreach=False, fused=False`).
     """
 
     beta1: float
     beta2: float
     eps: float
-    step_size: float  # lr over the first moment's bias correction
-    root_correction: float  # square root of the second moment's
+    step_size: float  # lr / the first moment's bias correction
+    root_correction: float  # square root of the second moment's bias correction
     decay: float  # 1 - lr * weight_decay, for theta and anchor
 
     @classmethod
@@ -36,14 +36,14 @@ class AdamWStep:
         )
 
     def advance(self, mean: Tensor, square: Tensor, gradient: Tensor) -> None:
-        """Take a gradient into both moments, in place; all of one shape and dtype."""
+        """Update both moments with a gradient, in place; all of one shape and dtype."""
         mean.lerp_(gradient, 1 - self.beta1)
         square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
 
     def delta(self, mean: Tensor, square: Tensor) -> Tensor:
-        """What the step adds, without decay: `-lr * m_hat / (sqrt(v_hat) + eps)`."""
+        """The step's update without decay: `-lr * m_hat / (sqrt(v_hat) + eps)`."""
         denominator = (square.sqrt() / self.root_correction).add_(self.eps)
-        # addcdiv's order: `theta + delta` rounds as torch's AdamW does.
+        # The order of addcdiv, so that `theta + delta` rounds as torch's AdamW does.
         return (mean * -self.step_size).div_(denominator)
 
 

@@ -1,4 +1,4 @@
-"""What online merging optimizers share: options, tau, guards, the tail of step-K."""
+"""The common part of online merging optimizers: options, tau, guards, the tail of step-K."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -23,12 +23,12 @@ Stepped = list[tuple[Tensor, dict[str, Any]]]  # parameters with their groups
 class OnlineMergingBase(Optimizer):
     """The part of an online merging optimizer that does not depend on its base optimizer.
 
-    A group's `merge` False lets its updates through. `anchor` in a parameter's state is its value
-    after the last merge (step-K).
+    A group with `merge` False has its updates applied unmerged. `anchor` in a parameter's state is
+    its value after the last merge (step-K).
     """
 
     _step_supports_amp_scaling = True  # a GradScaler leaves unscaling and skipping to `step`
-    _prefix = ""  # of the options' keys in a group
+    _prefix = ""  # of the options' keys in a parameter group
 
     def _prepare(
         self,
@@ -38,7 +38,7 @@ class OnlineMergingBase(Optimizer):
         delta_dtype: torch.dtype,
         nonfinite: Nonfinite,
     ) -> None:
-        """Set what `add_param_group` needs, which torch's constructor calls."""
+        """Set the attributes that `add_param_group` needs; torch's constructor calls it."""
         check_choice("nonfinite", nonfinite, ("raise", "skip"))
         self._nonfinite = nonfinite
         self._tau = Tau(tau, missing_delta, delta_placement, delta_dtype)
@@ -46,10 +46,10 @@ class OnlineMergingBase(Optimizer):
         self._merger = Merger(self._tau)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of named parameters, with options of its own where it has some.
+        """Add a group of named parameters, with its own options if it has some.
 
         Raises:
-            ValueError: as the constructor.
+            ValueError: as in the constructor.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -59,19 +59,19 @@ class OnlineMergingBase(Optimizer):
         self._bindings.add(names, group["params"], self._options(group))
 
     def _options(self, group: dict[str, Any]) -> MergeOptions:
-        """A group's options of merging, as they are now."""
+        """A group's current merging options."""
         return MergeOptions.of(group, self._prefix)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._options(group).check(has_tau=self._tau.source is not None)
 
     def bind(self, layouts: Mapping[Tensor, Sequence[ShardLayout]]) -> None:
-        """Say which parameters lie in tensors that have taken the parameters' place, such as
-        ZeRO's flat partitions; from then on those are the ones that `step` accepts.
+        """Replace the parameters by other tensors that hold them, such as ZeRO's flat partitions;
+        afterwards `step` accepts only these tensors.
 
         Args:
-            layouts: for each tensor, its ranges, with their offsets. A parameter of which this
-                rank owns nothing has a layout of count 0, wherever other ranks have some of it.
+            layouts: for each tensor, the ranges of parameters in it. If this rank owns no element
+                of a parameter but other ranks do, the parameter needs a layout of count 0.
 
         Raises:
             ValueError: ranges that overlap or leave their tensor.
@@ -79,26 +79,27 @@ class OnlineMergingBase(Optimizer):
         self._bindings.replace(layouts)
 
     def merge_counts(self) -> Tensor:
-        """Of the elements that the last (counted) merge was to move on this rank, how many rounding
-        left where they were; and all: (2,) int64.
+        """Counts of the last counted merge on this rank, (2,) int64: elements that should move but
+        that rounding left unchanged, and all elements that should move.
         """
         return self._merger.counts.cpu()
 
     def unchanged_share(self) -> float:
-        """Of what the last merge added on this rank, the share of elements that rounding undid: 0
-        to 1, NaN before the first merge. High: use `rounding="stochastic"` or a larger alpha.
+        """Of the elements that the last counted merge should move on this rank, the share that
+        rounding left unchanged: 0 to 1, NaN before the first merge. If it is high, use
+        `rounding="stochastic"` or a larger alpha.
         """
         num_unchanged, num_merged = self.merge_counts()
         return float(num_unchanged / num_merged)
 
     def reference_bytes(self) -> int:
-        """Bytes that tau takes on this rank, on the device or the host."""
+        """Bytes of tau on this rank, on the device or the host."""
         return self._tau.num_bytes()
 
     @torch.no_grad()
     def merge_pending(self) -> None:
-        """Merge the tail of step-K that is shorter than K; nothing where no step is pending: where
-        on no rank a weight has moved since the last merge.
+        """Merge the last steps of step-K if they are fewer than K. Does nothing if no weight has
+        moved since the last merge on any rank.
         """
         updates = []
         for group in self.param_groups:
@@ -118,9 +119,9 @@ class OnlineMergingBase(Optimizer):
         return bool(self._bindings.flags_anywhere(flag).item())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; the next step is bit for bit the one that would have been.
+        """Load the result of `state_dict`; the next step has the same bits as without the reload.
 
-        torch casts state to its parameter's dtype; moments and anchors keep the dtype they had.
+        torch casts state to its parameter's dtype; moments and anchors keep their own dtype here.
         """
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -132,11 +133,11 @@ class OnlineMergingBase(Optimizer):
                         self.state[tensor][name] = value.detach().to(tensor.device, copy=True)
 
     def _steps_of(self, state: dict[str, Any]) -> int:
-        """Steps that a parameter has taken."""
+        """The number of steps of a parameter."""
         return int(state["step"])
 
     def _since_anchor(self, parameter: Tensor, options: MergeOptions) -> Update:
-        """All that plain steps have added since the last merge, as one update."""
+        """The sum of the plain steps since the last merge, as one update."""
         state = self.state[parameter]
         theta, anchor = local(parameter), local(state["anchor"])
 
@@ -153,7 +154,7 @@ class OnlineMergingBase(Optimizer):
         anchor: Tensor | None = None,
         decay: float = 1.0,
     ) -> Update:
-        """An update of a parameter, to be added to its anchor or else to itself."""
+        """An update of a parameter, relative to its anchor, or to the parameter itself."""
         layouts, merged = self._bindings.of(parameter, options)
         step = self._steps_of(self.state[parameter])
         theta = local(parameter)
@@ -161,7 +162,7 @@ class OnlineMergingBase(Optimizer):
         return Update(theta, base, decay, delta, layouts, merged, step, options)
 
     def _merge_from_anchors(self, updates: list[Update]) -> None:
-        """theta = anchor + merge(theta - anchor), which is the next anchor."""
+        """Set theta and the next anchor to anchor + merge(theta - anchor)."""
         self._merger.merge(updates)
         for update in updates:
             update.base.copy_(update.theta)
@@ -187,8 +188,8 @@ class OnlineMergingBase(Optimizer):
         return found
 
     def _is_rehearsal(self, parameters: Stepped) -> bool:
-        """Whether a first step is one at learning rate 0 on gradients of zero, by which
-        torch.distributed.checkpoint makes an optimizer's state: it must not move along tau.
+        """Whether this is the step by which torch.distributed.checkpoint creates an optimizer's
+        state: the first one, at learning rate 0, with zero gradients. It must not move along tau.
         """
         if self.state or not parameters or any(float(g["lr"]) for _, g in parameters):
             return False
@@ -204,9 +205,9 @@ class OnlineMergingBase(Optimizer):
         """Whether a gradient with Inf or NaN, on any rank, forbids this step.
 
         Raises:
-            ValueError: there is one, no GradScaler looks after it, and `nonfinite` is "raise".
+            ValueError: there is one, there is no GradScaler, and `nonfinite` is "raise".
         """
-        parts, owners = [], []  # not the padding of flat tensors, which may be anything
+        parts, owners = [], []  # without the padding of flat tensors, which is undefined
         for parameter, group in parameters:
             layouts, _ = self._bindings.of(parameter, self._options(group))
             gradient = local_gradient(parameter)

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer's tensors hold, and the checks that need all of its ranks."""
+"""Which parameters an optimizer's tensors hold, and the checks that need all ranks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,7 +13,7 @@ Bound = tuple[list[ShardLayout], list[bool]]
 
 
 class Bindings:
-    """For each tensor that is stepped, the ranges of parameters in it; built at first sight."""
+    """For each tensor of the optimizer, the ranges of parameters in it; built at first use."""
 
     def __init__(self, tau: Tau) -> None:
         self._tau = tau
@@ -24,14 +24,14 @@ class Bindings:
     def add(
         self, names: Iterable[str], parameters: Iterable[Tensor], options: MergeOptions
     ) -> None:
-        """Note the names of a group's parameters and check those that will be trained."""
+        """Store the names of a group's parameters, and check the trainable ones."""
         for name, parameter in zip(names, parameters, strict=True):
             self._names[parameter] = name
             if parameter.requires_grad:
                 self.of(parameter, options)
 
     def replace(self, layouts: Mapping[Tensor, Sequence[ShardLayout]]) -> None:
-        """Bind flat tensors that now stand for the parameters.
+        """Bind the flat tensors that now hold the parameters.
 
         Raises:
             ValueError: ranges that overlap or leave their tensor.
@@ -54,9 +54,9 @@ class Bindings:
         """A tensor's ranges of parameters, and for each whether it is merged.
 
         Raises:
-            ValueError: an unknown tensor, one whose dtype does not go with the group's rounding,
-                a parameter without a fitting tau,
-                or one cut inside a row where the sparsifier needs whole ones.
+            ValueError: an unknown or non-contiguous tensor, a dtype that the group's rounding does
+                not support, a parameter without a tau of its shape, or a row that is split where
+                the sparsifier needs whole rows.
         """
         if tensor not in self._bound:
             if tensor in self._names:
@@ -79,12 +79,12 @@ class Bindings:
         return self._bound[tensor]
 
     def name(self, tensor: Tensor) -> str:
-        """What to call a tensor in a message."""
+        """The name of a tensor for messages."""
         return ", ".join(repr(layout.name) for layout in self._layouts.get(tensor, [])[:3])
 
     def num_elements(self, dtype: torch.dtype) -> int:
-        """Elements of all bound parameters in tensors of this dtype: the same number on every rank
-        and for every sharding.
+        """The number of elements of all bound parameters in tensors of this dtype; it is the same
+        on every rank and for every sharding.
         """
         sizes = {
             layout.name: layout.num_elements
@@ -95,7 +95,7 @@ class Bindings:
         return sum(sizes.values())
 
     def flags_anywhere(self, flags: Tensor) -> Tensor:
-        """Flags that are set on this rank or any that shares a parameter with it.
+        """Nonzero for each flag that is set on this rank or on a rank that shares a parameter.
 
         Args:
             flags: int64 (n,), 0 where not set; the same n on every rank.
@@ -109,12 +109,12 @@ class Bindings:
 def _check_rows(
     layouts: Sequence[ShardLayout], options: MergeOptions, device: torch.device
 ) -> None:
-    """Raise ValueError where a sparsifier needs whole rows and a rank has parts of them."""
+    """Raise ValueError if the sparsifier needs whole rows and a rank has parts of rows."""
     if options.needs != "row" or not options.merge:
         return
     for layout in layouts:
         cut = torch.tensor([not layout.has_whole_rows], dtype=torch.int64, device=device)
-        if sum_over(layout.group, cut).item():  # on any rank, so that all of them refuse
+        if sum_over(layout.group, cut).item():  # summed over ranks, so that all ranks raise
             raise ValueError(
                 f"sparsifier: found {options.names[0]!r}, which needs whole rows, on parameter "
                 f"{layout.name!r}, of which this rank has the elements [{layout.start}, "

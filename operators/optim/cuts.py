@@ -1,11 +1,10 @@
-"""Where updates and tau are cut so that exactly k elements of a parameter stay, over all its ranks.
+"""The cuts of updates and tau that keep exactly k elements of a parameter, over all its ranks.
 
-The search is `operators.selection`'s. It asks for looks at this rank's elements, which the eager
-way and the fast ways make each in their own way; and it begins in a bracket, where there is one. A
-cut moves little from step to step, so that the last one and its recent moves give a narrow bracket.
-In a run's first steps, and wherever a cut has moved far of late, a sample of this step's updates
-gives it, which costs a little more. Either way one look decides almost every cut; the search goes
-on where it does not.
+The search is in `operators.selection`. It requests looks at this rank's elements; the eager path
+and the fast paths implement them. The search starts from a bracket if there is one. A cut moves
+little from step to step, so the last cut and its recent moves give a narrow bracket. In the first
+steps of a run, and after a large move, a sample of this step's updates gives the bracket, which
+costs a little more. In both cases one look decides almost every cut; otherwise the search goes on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,11 +36,11 @@ from operators.selection import (
     settle,
 )
 
-_SHARE_KEPT, _FEW = 1 / 16, 1 << 14  # the share of keys that a look keeps; of so few, all
+_SHARE_KEPT, _FEW = 1 / 16, 1 << 14  # a look may keep this share of keys, and at least _FEW
 RUN, NUM_RUNS = 256, 64  # a sample is 64 runs of 256 neighbours
 _WIDEST, _NARROWEST = 0.02, 2.0**-13  # half widths of a bracket, relative to the cut
-_MARGIN = 2.0  # half width over the largest error of late
-_FADING = 0.8  # of that from step to step
+_MARGIN = 2.0  # half width of a bracket / the largest recent move
+_FADING = 0.8  # factor of the largest recent move at each step
 T = TypeVar("T")
 Look = Callable[[], Seen]
 Looks = Callable[[Update, Sequence[ShardLayout], Search], list[Look]]
@@ -50,12 +49,14 @@ Values = Callable[[Update, ShardLayout], Iterator[tuple[int, Tensor]]]
 
 @dataclass(frozen=True, slots=True)
 class SampledRuns:
-    """The runs of a sample that lie in a layout: equally far apart.
+    """The runs of a sample that lie in a layout, at equal distances.
 
     Attributes:
-        place: of the first run's first element in the sample.
-        offset: of it in the layout's flat tensor.
-        start: its global index.
+        place: position of the first run's first element in the sample.
+        offset: position of that element in the layout's flat tensor.
+        start: global index of that element.
+        stride: distance between the first elements of two runs.
+        run: elements of a run.
     """
 
     place: int
@@ -77,31 +78,31 @@ Preview = Callable[[Update, ShardLayout, SampledRuns], Tensor]
 
 @dataclass(slots=True)
 class _Past:
-    """A parameter's last cut, and by how much of itself it has moved of late (None: not known)."""
+    """A parameter's last cut, and its largest recent relative move (None: unknown)."""
 
     cut: float
     moved: float | None = None
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """Between which magnitudes the next cut is expected; None where it moves too far."""
+        """The magnitudes between which the next cut is expected; None if it moves too far."""
         if self.moved is None or _MARGIN * self.moved > _WIDEST:
             return None
         width = max(_MARGIN * self.moved, _NARROWEST)
         return self.cut * (1 - width), self.cut * (1 + width)
 
     def learn(self, cut: float) -> None:
-        """Take in the next cut."""
+        """Store the next cut."""
         moved = abs(cut - self.cut) / max(cut, 1e-38)
         self.moved = moved if self.moved is None else max(moved, _FADING * self.moved)
         self.cut = cut
 
 
 class Brackets:
-    """Remembers the cuts of updates.
+    """First brackets of searches, from earlier cuts or from samples.
 
     Args:
-        preview: an update's sampled elements, as they will be once the moments are advanced.
+        preview: gives the sampled elements of an update, as they are after the moments advance.
     """
 
     def __init__(self, preview: Preview) -> None:
@@ -114,7 +115,7 @@ class Brackets:
         owners: Sequence[SelectedParameter],
         add_up: AddUp,
     ) -> dict[CutName, Search]:
-        """The searches, each in its first bracket, which is the same on every rank."""
+        """The searches with their first brackets, which are the same on every rank."""
         found = dict(searches)
         unsure = []
         for name, search in searches.items():
@@ -138,7 +139,7 @@ class Brackets:
         return found
 
     def learn(self, cuts: Mapping[CutName, TopCut]) -> None:
-        """Take in a step's cuts."""
+        """Store a step's cuts."""
         for (_, name, _), cut in cuts.items():
             value = magnitude_of(cut.key)
             if name in self._past:
@@ -147,8 +148,8 @@ class Brackets:
                 self._past[name] = _Past(value)
 
     def _sample(self, update: Update, layouts: Sequence[ShardLayout]) -> Keys:
-        """The sampled magnitudes that this rank has, each plus 1, in the places that they have in
-        the sample; 0 where another rank has them. So ranks add their parts up.
+        """This rank's part of the sample: each magnitude plus 1 at its position in the sample, 0
+        for elements of other ranks. The sum over ranks is the whole sample.
         """
         total = layouts[0].num_elements
         sample = np.zeros(min(total, RUN * NUM_RUNS), dtype=np.int64)
@@ -161,8 +162,8 @@ class Brackets:
 
 
 def _sampled_runs(layout: ShardLayout, total: int) -> SampledRuns:
-    """The runs that lie in a layout as a whole; of a parameter that is no larger than a sample, all
-    elements.
+    """The whole runs that lie in a layout; all elements if the parameter is not larger than a
+    sample.
     """
     if total <= RUN * NUM_RUNS:
         return SampledRuns(layout.start, layout.offset, layout.start, 1, 1, layout.count)
@@ -174,14 +175,14 @@ def _sampled_runs(layout: ShardLayout, total: int) -> SampledRuns:
 
 
 def _by_sample(search: Search, sample: NDArray[np.int64]) -> Search:
-    """A search in the bracket of a sample, as `_sample` makes it."""
+    """A search in the bracket of a sample from `_sample`, summed over ranks."""
     if search.total <= RUN * NUM_RUNS:
         low, high, _ = sampled_bracket(
             sample - 1, len(sample), search.count, search.total, everything=True
         )
         return search.between(low, high)
     runs = sample.reshape(-1, RUN)
-    # In 32 bits, which numpy sorts several times as fast.
+    # int32, because numpy sorts it several times faster.
     whole = (runs[(runs > 0).all(axis=1)].reshape(-1) - 1).astype(np.int32)
     if len(whole) == 0:  # no rank has a whole run
         return search
@@ -199,9 +200,9 @@ class Cutting:
     """How cuts are found.
 
     Attributes:
-        looks: a search's looks at a parameter's elements on this rank, still to be called.
-        brackets: gives searches their first brackets, and learns where they ended.
-        together: results of calls, which may run at the same time.
+        looks: gives the looks of a search at a parameter's elements on this rank, as functions.
+        brackets: gives searches their first brackets, and stores the cuts.
+        together: returns the results of calls, which may run in parallel.
     """
 
     looks: Looks
@@ -213,10 +214,10 @@ class Cutting:
         selected: Sequence[SelectedParameter],
         first_look: Callable[[Mapping[CutName, Search]], dict[CutName, Kept]] | None = None,
     ) -> dict[CutName, TopCut]:
-        """Where each parameter is cut; every rank of a group calls with the same ones in order.
+        """The cuts of each parameter; every rank of a group calls with the same ones in order.
 
         Args:
-            first_look: looks for all searches at once, in what is done with the elements anyway.
+            first_look: the first look of all searches, as part of another pass over the elements.
         """
         cuts: dict[CutName, TopCut] = {}
         begun: list[tuple[dict[CutName, Search], AddUp]] = []
@@ -243,7 +244,7 @@ class Cutting:
         kept: dict[CutName, Kept],
         searches: Mapping[CutName, Search],
     ) -> dict[CutName, Seen]:
-        """Look through what earlier looks have kept, or where that is not enough through all."""
+        """Look at the kept keys of earlier looks or, if these do not suffice, at all elements."""
         missing = {
             name: search
             for name, search in searches.items()
@@ -260,7 +261,7 @@ class Cutting:
 
 
 def looks_at(stream: int, values: Values, kernels: MergingKernels | None = None) -> Looks:
-    """Looks at elements that are made for them.
+    """Looks at the elements that `values` makes.
 
     Args:
         stream: of the counter hash.
@@ -281,7 +282,7 @@ def looks_at(stream: int, values: Values, kernels: MergingKernels | None = None)
 def gathered(
     searches: Mapping[CutName, Search], names: Sequence[CutName], seen: Sequence[Seen | None]
 ) -> dict[CutName, Kept]:
-    """What looks have seen, by the search that each was for; nothing where this rank has none."""
+    """The sum of each search's looks; a search without elements on this rank has an empty look."""
     parts: dict[CutName, list[Seen]] = {name: [] for name in searches}
     for name, part in zip(names, seen, strict=True):
         if part is not None:
@@ -307,7 +308,7 @@ def selected_parameters(updates: Sequence[Update]) -> list[SelectedParameter]:
 def _open_searches(
     selected: Sequence[SelectedParameter],
 ) -> tuple[dict[CutName, Search], dict[CutName, TopCut]]:
-    """The searches for the parameters' cuts, and the cuts that are known without one."""
+    """The searches for the parameters' cuts, and the cuts that need no search."""
     states = {
         (id(update), layouts[0].name, i): begin_search(
             count,
@@ -324,13 +325,13 @@ def _open_searches(
 def _by_group(
     selected: Sequence[SelectedParameter],
 ) -> Iterator[tuple[ProcessGroup | None, list[SelectedParameter]]]:
-    """Parameters, those of one group of ranks together."""
+    """The parameters of each group of ranks."""
     for group in dict.fromkeys(layouts[0].group for _, layouts in selected):
         yield group, [item for item in selected if item[1][0].group is group]
 
 
 def _adding_up(group: ProcessGroup | None, device: torch.device) -> AddUp:
-    """What adds counts up over a group of ranks; None where this process has everything."""
+    """The function that sums counts over a group of ranks; None if this process has everything."""
     if group is None:
         return None
 
@@ -341,5 +342,5 @@ def _adding_up(group: ProcessGroup | None, device: torch.device) -> AddUp:
 
 
 def kept_of(count: int, search: Search) -> int:
-    """How many keys a look at `count` elements may keep: none in a bracket of one magnitude."""
+    """How many keys a look at `count` elements may keep; none if the bracket has one part."""
     return max(int(count * _SHARE_KEPT), min(count, _FEW)) if search.num_buckets > 1 else 0

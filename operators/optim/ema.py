@@ -11,13 +11,13 @@ from operators.optim.layout import local
 
 
 class ExponentialMovingAverage:
-    """`ema = (1 - c) * ema + c * theta` after each step, exported and never fed back.
+    """`ema = (1 - c) * ema + c * theta` after each step; training never reads it.
 
-    It begins at the parameters as they are when it is made: those of the reference model, from
-    which preference training starts.
+    It starts from the parameters at its construction: those of the reference model, where
+    preference training starts.
 
     Args:
-        named_parameters: those to follow; plain tensors, or DTensors of any placement.
+        named_parameters: to average; plain tensors, or DTensors of any placement.
         coefficient: c in (0, 1]; the paper's are 1e-2, 1e-3 and 1e-4.
 
     Raises:
@@ -36,7 +36,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters as they are now; call it once after each optimizer step."""
+        """Update the averages with the current parameters; call it after each optimizer step."""
         for name, average in self._averages.items():
             theta = local(self._parameters[name])
             local(average).lerp_(theta.to(average.dtype), self.coefficient)
@@ -46,7 +46,7 @@ class ExponentialMovingAverage:
         """Write the averages into parameters of these names, rounded to their dtype.
 
         Raises:
-            ValueError: a name that is not followed.
+            ValueError: a name without an average.
         """
         for name, tensor in named_parameters:
             name = canonical_name(name)
@@ -55,15 +55,15 @@ class ExponentialMovingAverage:
             local(tensor).copy_(local(self._averages[name]))
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by name, float32 or wider, sharded as the parameters are."""
+        """The averages by name, float32 or wider, sharded like the parameters."""
         return dict(self._averages)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from averages that `state_dict` gave.
+        """Load the result of `state_dict`.
 
         Raises:
-            ValueError: other names than those that are followed.
+            ValueError: its names differ from the averages' names.
         """
         if set(state) != set(self._averages):
             [name, *_] = sorted(set(state) ^ set(self._averages))

@@ -1,8 +1,8 @@
-"""The fast ways: one fused pass a step for OnDARE, two for OnTIES.
+"""The fast paths: each step takes one fused pass for OnDARE, two for OnTIES.
 
-The passes are those of `optimizer.c` on a CPU and Triton's on a GPU, with the same arithmetic. The
-first pass of OnTIES advances the moments and looks for the cut in a bracket (operators.optim.cuts);
-almost always that decides it, else the search looks again. So cuts are exact.
+The passes are in `optimizer.c` for a CPU and in Triton for a GPU, with the same arithmetic. The
+first pass of OnTIES advances the moments and looks for the cut in a bracket (operators.optim.cuts).
+This look almost always decides the cut; otherwise the search looks again. So cuts are exact.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,12 +39,12 @@ from operators.optim.merger import Merger
 from operators.optim.update import TAU_STREAM, UPDATE_STREAM, CutName, SelectedParameter, Update
 from operators.selection import Kept, Search, Seen, TopCut
 
-COUNT_EVERY = 16  # steps between those in which merges without effect are counted
+COUNT_EVERY = 16  # one in this many steps counts the elements that rounding left unchanged
 
 
 @dataclass(slots=True)
 class FastUpdate:
-    """A tensor's step with all that a pass wants; its moments are not yet advanced."""
+    """A tensor's step with all inputs of the passes; its moments are not yet advanced."""
 
     update: Update
     numbers: AdamWStep
@@ -58,7 +58,7 @@ class FastUpdate:
         return StepRange(start, theta, gradient, self.mean[at], self.square[at], numbers)
 
     def numbers_on_device(self, cut: TopCut | None = None, *, merged: bool = True) -> Tensor:
-        """The step's numbers, as passes want them."""
+        """The step's `Numbers` of optimizer.c; `merged` False: alpha is 0."""
         step, alpha = self.numbers, self.update.options.current_alpha if merged else 0.0
         values = (
             1 - step.beta1,
@@ -81,7 +81,7 @@ class FastUpdate:
 
     @property
     def counting(self) -> bool:
-        """Whether this step counts merges without effect."""
+        """Whether this step counts the elements that rounding left unchanged."""
         return self.update.step % COUNT_EVERY == 1
 
 
@@ -108,20 +108,18 @@ class FastPath:
             self._two_passes(selecting)
 
     def _run(self, calls: Iterable[Callable[[], MoveCounts]]) -> None:
-        """Run calls that each move a chunk; add what they count to the merges that moved nothing,
-        and to all.
-        """
+        """Run calls that each step a chunk, and add up their counts."""
         for counts in self._kernels.together(list(calls)):
             if counts is not None:
                 self._merger.counts = self._merger.counts.to(counts.device) + counts
 
     def _parts(self, fast: FastUpdate, layout: ShardLayout, numbers: Tensor) -> Iterator[StepRange]:
-        """A layout in the chunks of a call."""
+        """A layout in chunks for the passes."""
         for start, at in layout.chunks(self._kernels.chunk):
             yield fast.part(start, at, numbers)
 
     def _one_pass(self, fast: FastUpdate) -> Iterator[Callable[[], MoveCounts]]:
-        """OnDARE, and parameters that are let through."""
+        """The calls for OnDARE and for unmerged parameters."""
         numbers, device = fast.numbers_on_device(), fast.mean.device
         for layout, merged in zip(fast.update.layouts, fast.update.merged, strict=True):
             with_tau = merged and fast.update.options.current_alpha != 0
@@ -155,7 +153,7 @@ class FastPath:
         self._run(call for fast in updates for call in self._second_pass(fast, cuts))
 
     def _keep_taus(self, selected: Sequence[SelectedParameter]) -> None:
-        """Keep top_p(tau): compiled where updates are, its cuts in brackets of a sample."""
+        """Compute and keep top_p(tau), with compiled passes if the kernels are compiled."""
         merger, kernels = self._merger, None
         if isinstance(self._kernels, CompiledOptimizer):
             kernels = MergingKernels()
@@ -169,7 +167,7 @@ class FastPath:
         return torch.cat([self._merger.tau.read(layout, start, runs.run) for start in starts])
 
     def _preview(self, update: Update, layout: ShardLayout, runs: SampledRuns) -> Tensor:
-        """A sample of an update, of moments as they will be."""
+        """A sample of an update, from copies of the moments that are advanced here."""
         fast = self._by_id[id(update)]
         gradient, mean, square = (runs.of(x) for x in (fast.gradient, fast.mean, fast.square))
         part = StepRange(0, mean, gradient, mean, square, fast.numbers_on_device())
@@ -195,7 +193,7 @@ class FastPath:
     def _looks(
         self, update: Update, layouts: Sequence[ShardLayout], search: Search
     ) -> list[Callable[[], Seen]]:
-        """Looks at an update of moments that are advanced, chunk by chunk."""
+        """The looks at an update whose moments are advanced, one for each chunk."""
         fast = self._by_id[id(update)]
         numbers = fast.numbers_on_device()
         return [
@@ -207,11 +205,11 @@ class FastPath:
     def _second_pass(
         self, fast: FastUpdate, cuts: Mapping[CutName, TopCut]
     ) -> Iterator[Callable[[], MoveCounts]]:
-        """Merge what the cut leaves with top_p(tau)."""
+        """The calls that merge top_p(update) with top_p(tau)."""
         through = fast.numbers_on_device(merged=False)
         for layout, merged in zip(fast.update.layouts, fast.update.merged, strict=True):
             cut = cuts[id(fast.update), layout.name, 0] if merged and layout.count else None
-            # A cut of 0 keeps all of a parameter that is let through.
+            # An unmerged parameter has a cut of 0, which keeps everything.
             numbers = through if cut is None else fast.numbers_on_device(cut)
             for part in self._parts(fast, layout, numbers):
                 yield partial(self._ties_part, fast, layout, part, cut)
@@ -219,7 +217,7 @@ class FastPath:
     def _ties_part(
         self, fast: FastUpdate, layout: ShardLayout, part: StepRange, cut: TopCut | None
     ) -> MoveCounts:
-        """OnTIES' step of a chunk; without a cut it is AdamW's, and nothing is counted."""
+        """OnTIES' step of a chunk; without a cut it is AdamW's step, without counts."""
         if cut is None:
             return self._kernels.ties_step(part, None, None, counting=False)
         tau, ties = None, None
@@ -230,7 +228,7 @@ class FastPath:
         return self._kernels.ties_step(part, tau, ties, counting=fast.counting)
 
     def _top_tau(self, layout: ShardLayout, part: StepRange) -> Tensor | SparseTau:
-        """top_p(tau) of a chunk, as it is kept if the kernels take it so."""
+        """top_p(tau) of a chunk; sparse if it is kept sparse and the kernels take that."""
         tau, size = self._merger.tau, part.mean.numel()
         sparse = tau.kept_sparse(layout, part.start, size) if self._kernels.takes_sparse else None
         if sparse is not None:
@@ -239,14 +237,14 @@ class FastPath:
 
 
 def _asked(fast: FastUpdate, layout: ShardLayout, search: Search, part: StepRange) -> Asked:
-    """The look at a chunk for a search."""
+    """The request for a search's look at a chunk."""
     keep = kept_of(part.mean.numel(), search)
     return Asked(search, fast.update.key(layout, UPDATE_STREAM), keep)
 
 
 def _last_word(cut: TopCut, start: int) -> int:
-    """The largest word that stays in a chunk, whose indices share their upper half: where words
-    repeat, that half decides.
+    """The largest word that stays in a chunk. The indices of a chunk share their upper half, which
+    decides between equal words.
     """
     assert cut.word is not None
     upper = cut.word & ((1 << cut.high_bits) - 1)

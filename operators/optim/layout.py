@@ -17,11 +17,11 @@ from operators.kernels import CHUNK
 class ShardLayout:
     """One flat range of a parameter on this rank.
 
-    `name` is the parameter's name in the checkpoint, `shape` its global shape; the rank owns the
-    row-major elements [start, start + count), which may be none. They lie from `offset` on in this
-    rank's flat tensor: 0 for a parameter's own tensor, more in a flat partition that holds several
-    parameters. A parameter of which a rank owns several ranges has a layout for each. `group`
-    holds the ranks that share the parameter; None where this process has all of it.
+    `name` is the parameter's name in the checkpoint, `shape` its global shape. The rank owns the
+    row-major elements [start, start + count); count may be 0. In this rank's flat tensor they begin
+    at `offset`, which is 0 unless the tensor is a flat partition of several parameters. If a rank
+    owns several ranges of a parameter, each has a layout. `group` holds the ranks that share the
+    parameter; None if this process has all of it.
     """
 
     name: str
@@ -38,25 +38,25 @@ class ShardLayout:
 
     @property
     def width(self) -> int:
-        """Elements of a row: of the last dimension, or of all of a vector."""
+        """Elements of a row: the last dimension; a vector is one row."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def has_whole_rows(self) -> bool:
-        """Whether the range cuts no row in two."""
+        """Whether the range splits no row."""
         width = max(1, self.width)
         return self.start % width == 0 and self.count % width == 0
 
     def row_chunks(self) -> Iterator[tuple[int, slice]]:
-        """The range in chunks of whole rows, as `chunks`."""
+        """As `chunks`, but in chunks of whole rows."""
         size = max(1, CHUNK // max(1, self.width)) * self.width
         for done in range(0, self.count, max(1, size)):
             last = min(done + size, self.count)
             yield self.start + done, slice(self.offset + done, self.offset + last)
 
     def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, slice]]:
-        """The range in chunks: the first global index of each, and its place in the tensor. None
-        crosses a multiple of 2^32: in a chunk the upper half of the index is one number.
+        """The range in chunks: the first global index of each, and its place in the flat tensor.
+        No chunk crosses a multiple of 2^32, so its indices share their upper half.
         """
         done = 0
         while done < self.count:
@@ -71,7 +71,7 @@ def layout_of(name: str, parameter: Tensor) -> ShardLayout:
     and replicated over all others (FSDP2, and its hybrid form).
 
     Raises:
-        ValueError: a DTensor with another placement; names parameter and placement.
+        ValueError: a DTensor with another placement; the message names parameter and placement.
     """
     name, shape = canonical_name(name), tuple(parameter.shape)
     if not isinstance(parameter, DTensor):
@@ -86,7 +86,7 @@ def layout_of(name: str, parameter: Tensor) -> ShardLayout:
         )
     mesh, [axis] = parameter.device_mesh, axes
     rows, row_size = shape[0], prod(shape[1:])
-    # torch.chunk's rule: equal shares, rounded up, so that the last ranks may own less or nothing.
+    # As torch.chunk: equal shares, rounded up, so the last ranks may own less or nothing.
     share = -(-rows // mesh.size(axis))
     first = min(mesh.get_local_rank(axis) * share, rows)
     count = local(parameter).numel()
@@ -102,7 +102,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_gradient(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter's gradient, which it must have: flat, row-major."""
+    """This rank's part of a parameter's gradient (not None): flat, row-major."""
     gradient = parameter.grad
     assert gradient is not None
     if isinstance(gradient, DTensor):
@@ -111,7 +111,7 @@ def local_gradient(parameter: Tensor) -> Tensor:
 
 
 def sum_over(group: ProcessGroup | None, counts: Tensor) -> Tensor:
-    """Counts summed over the ranks of a group; unchanged without one."""
+    """Sum counts over the ranks of a group; without a group they are unchanged."""
     if group is not None:
         torch.distributed.all_reduce(counts, group=group)
     return counts

@@ -1,14 +1,14 @@
 """The merge step: updates of a base optimizer, merged chunk by chunk into its parameters.
 
-`delta` is what the base optimizer would add, without weight decay; `tau = theta_ref - theta_base`;
-a is alpha and p the density (Lu et al. 2024, section 3.3; eq. 6 and 7):
+`delta` is the base optimizer's update without weight decay; `tau = theta_ref - theta_base`; a is
+alpha and p the density (Lu et al. 2024, section 3.3; eq. 6 and 7):
 
     theta += ((1 - a) F(delta)) ⊕ (a F'(tau))
 
     OnDARE:  theta += (1 - a) B_p(delta) + a B'_p(tau)             fresh masks each step, no rescale
     OnTIES:  theta += ((1 - a) top_p(delta)) ⊕sign (a top_p(tau))
 
-This is the eager way, for any F and ⊕ of the tables; `fast` has fused passes for the two.
+This is the eager path, for any F and ⊕ of the tables; `fast` has fused passes for these two.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,13 +39,13 @@ from operators.sparsify import Place
 
 @dataclass(slots=True)
 class Merger:
-    """Merges updates with tau; counts the elements that rounding left where they were."""
+    """Merges updates with tau; counts the elements that rounding left unchanged."""
 
     tau: Tau
     counts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
 
     def forget_counts(self) -> None:
-        """Begin to count anew."""
+        """Reset the counts."""
         self.counts = torch.zeros_like(self.counts)
 
     def merge(self, updates: Sequence[Update]) -> None:
@@ -77,7 +77,7 @@ class Merger:
         delta: Tensor,
         cuts: tuple[TopCut, ...],
     ) -> Tensor:
-        """What is added to a chunk of a parameter: the module's equation."""
+        """The merged update of a chunk, by the equation at the top of this module."""
         options, alpha = update.options, update.options.current_alpha
         keep, parameters = options.sparsify.keep, options.keep_parameters
         place = Place(update.key(layout, UPDATE_STREAM), start, layout.width, cuts)
@@ -95,7 +95,7 @@ class Merger:
         return options.agree.merge([kept, tau], weights, options.merge_parameters, None)
 
     def without_tau(self, selected: Sequence[SelectedParameter]) -> list[SelectedParameter]:
-        """The parameters that are merged first now: of which tau is not yet kept."""
+        """The parameters whose F(tau) is not yet kept: this is their first merge."""
         return [
             (update, layouts)
             for update, layouts in selected
@@ -108,10 +108,10 @@ class Merger:
         cutting: Cutting,
         kernels: MergingKernels | None = None,
     ) -> None:
-        """Find what a threshold keeps of tau, which does not change.
+        """Compute and keep F(tau), which is constant if F has a threshold.
 
         Args:
-            cutting: finds its cuts.
+            cutting: finds the cuts of tau.
             kernels: compiled passes.
         """
         cuts = cutting.cuts(selected)
@@ -140,14 +140,14 @@ class Merger:
         self.tau.keep(layout, keep, options.density, update.theta.device)
 
     def taus(self, update: Update, layout: ShardLayout) -> Iterator[tuple[int, Tensor]]:
-        """tau of a layout in chunks, exactly as its source has it."""
+        """tau of a layout in chunks, exactly as the source gives it."""
         for start, at in layout.chunks():
             yield start, self.tau.read(layout, start, at.stop - at.start)
 
 
 def _write(update: Update, layout: ShardLayout, start: int, at: slice, change: Tensor) -> Tensor:
-    """Add a change to a chunk, rounded as the group wants it; how many elements kept their value
-    although they were to move, and how many were to move: (2,) int64.
+    """Add a change to a chunk, with the group's rounding. Returns (2,) int64: how many elements
+    should move but kept their value, and how many should move.
     """
     theta, before = update.theta[at], update.base[at].clone()
     if update.options.rounding == "stochastic":
@@ -162,10 +162,10 @@ def _write(update: Update, layout: ShardLayout, start: int, at: slice, change: T
 
 
 def round_stochastically(exact: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
-    """One of the two neighbours of each value in `dtype`, such that the mean is the value.
+    """Round each value to one of its two neighbours in `dtype`, so that the mean is the value.
 
     A merge moves a weight by about `alpha * tau`, often less than half the distance to the next
-    number of its dtype: rounded to nearest, such a move is lost every time.
+    number of its dtype: rounding to nearest would always lose this move.
 
     Args:
         exact: float64, (n,).
@@ -173,13 +173,13 @@ def round_stochastically(exact: Tensor, dtype: torch.dtype, words: Tensor) -> Te
         words: of the counter hash, integers in [0, 2^32), (n,): one draw for each element.
 
     Returns:
-        (n,) in `dtype`. A value that `dtype` has is returned unchanged, and so is one that lies
-        beyond its range (as an infinity) or is not a number.
+        (n,) in `dtype`. Unchanged are values that `dtype` can represent and NaN; values beyond its
+        range become infinite.
     """
     near = exact.to(dtype)
     error = exact - near
     beyond = torch.copysign(torch.full_like(near, torch.inf), error.to(dtype))
     other = torch.nextafter(near, beyond)
     gap = (other.double() - near).abs()
-    # Without an error, or with an infinity, the comparison is with 0 or NaN: never true.
+    # If the error is 0 or a number is infinite, the comparison is with 0 or NaN: never true.
     return torch.where(words < error.abs() / gap * WORDS, other, near)

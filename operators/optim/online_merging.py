@@ -25,14 +25,14 @@ from operators.optim.update import GRADIENT_STREAM, Update
 from operators.sparsify import Rescale, bernoulli
 
 NamedParameters = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-_OLD_NAMES = {"reference": "eager"}  # of implementations
+_OLD_NAMES = {"reference": "eager"}  # renamed implementations
 _LOG = logging.getLogger(__name__)
 
 
 class OnlineMergingAdamW(OnlineMergingBase):
-    """AdamW whose updates are merged, step by step, with the reference delta
-    `tau = theta_ref - theta_base`: what fine-tuning had changed before this training began. A
-    little of it, added at each step, keeps the model near where it had learned to be useful.
+    """AdamW that merges each update with the reference delta `tau = theta_ref - theta_base`, the
+    change made by the earlier fine-tuning. A small part of tau in each step keeps the model close
+    to its earlier abilities.
 
         from operators.optim import OnlineMergingAdamW
         from pipelines.checkpoints import CheckpointDelta
@@ -45,43 +45,44 @@ class OnlineMergingAdamW(OnlineMergingBase):
     Args:
         named_parameters: `model.named_parameters()`, or groups of them (`{"params": [(name,
             tensor), ...], ...}`), as torch's optimizers take them. Plain tensors, or DTensors
-            sharded by rows. A group may have its own value of every option up to `seed`, and
-            `"merge": False`, which makes it plain AdamW.
+            sharded by rows. A group may have its own value of every option up to `seed`;
+            `"merge": False` makes it plain AdamW.
         reference_delta: tau by parameter name, or a `DeltaSource` such as
-            `pipelines.checkpoints.CheckpointDelta`; None where alpha is 0.
+            `pipelines.checkpoints.CheckpointDelta`; None is allowed if alpha is 0.
         lr, betas, eps, weight_decay: as `torch.optim.AdamW`.
         consensus: `dare` (random masks, sum) or `ties` (largest magnitudes, sign consensus); with
             `sparsifier`, a name of `operators.consensus.CONSENSUS`.
         density: p in (0, 1], the fraction kept of update and tau.
         alpha: a in [0, 1), the weight of tau.
         merge_every: K >= 1, merge once in K steps (step-K); call `merge_pending()` at the end.
-        rescale: divide what is kept by chance by the density (the paper does not).
-        rounding: how parameters are written. `stochastic` keeps small updates on average;
+        rescale: divide the randomly kept elements by the density (the paper does not).
+        rounding: how parameters are rounded. `stochastic` keeps small updates on average;
             bfloat16 and float16 parameters need it.
-        alpha_schedule: `constant`, or alpha in proportion to the learning rate (`lr`).
-        gradient_density, gradient_rescale: ChildTuning-F: keep this share of the gradient, by
-            chance, before the moments see it, and divide it by the share.
+        alpha_schedule: `constant`, or `lr`: alpha in proportion to the learning rate.
+        gradient_density, gradient_rescale: ChildTuning-F: keep a random share of the gradient for
+            the moments, and divide it by the share.
         seed: of the masks and of the rounding.
-        missing_delta: `error`, `zero_rows` or `exclude`: what to do without a tau of the
-            parameter's shape; `zero_rows` takes rows that tau lacks as zero, `exclude` lets the
-            parameter's updates through.
+        missing_delta: if a parameter has no tau of its shape: `error`; `zero_rows` takes missing
+            rows of tau as zero; `exclude` does not merge the parameter's updates.
         delta_placement: keep tau on the parameter's `device`, on the `host`, or read it from its
             `source` at every use.
-        delta_dtype: of the tau that is kept: bfloat16 or float32.
-        nonfinite: a gradient with Inf or NaN is an error (`raise`), or its step is left out on
-            all ranks (`skip`); either way nothing has changed.
-        implementation: the arithmetic's way: `eager`, `compiled` (C) or `triton`; `auto` takes
-            what size and machine are worth, says so once, and keeps it on resumption.
-        sparsifier, sparsifier_parameters: a name of `operators.sparsify.SPARSIFIERS`, and what it
-            takes beside density and rescale. Pairs other than the two named ones go the eager way.
+        delta_dtype: of the kept tau: bfloat16 or float32.
+        nonfinite: a gradient with Inf or NaN raises an error (`raise`), or all ranks skip the step
+            (`skip`); in both cases nothing has changed.
+        implementation: `eager`, `compiled` (C) or `triton`; `auto` chooses by size and device, logs
+            the choice once, and keeps it on resumption.
+        sparsifier, sparsifier_parameters: a name of `operators.sparsify.SPARSIFIERS`, and its
+            parameters other than density and rescale. Pairs other than OnDARE's and OnTIES' take
+            the eager path.
 
-    With density 1 and alpha 0 the eager way is torch's AdamW (`foreach=False, fused=False`) bit for
-    bit. Masks and thresholds follow the global index: they are the same under any sharding.
+    With density 1 and alpha 0 the eager path has the same bits as torch's AdamW (`foreach=False,
+    fused=False`). Masks and thresholds depend on global indices, so they are the same under any
+    sharding.
 
     Raises:
-        ValueError: a value out of range or without effect, an unnamed parameter, one of a dtype
-            that `rounding` does not go with, one whose tau is missing or of another shape, one cut
-            inside a row where the sparsifier needs whole ones.
+        ValueError: a value out of range or without effect, an unnamed parameter, a dtype that
+            `rounding` does not support, a parameter whose tau is missing or has another shape, or a
+            sharding that splits rows where the sparsifier needs whole rows.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class OnlineMergingAdamW(OnlineMergingBase):
 
     @property
     def path(self) -> str | None:
-        """The way taken: eager, compiled or triton; None before the first step."""
+        """The path: eager, compiled or triton; None before the first step."""
         return self._path
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -151,7 +152,7 @@ class OnlineMergingAdamW(OnlineMergingBase):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimizer step; parameters without a gradient are left alone.
+        """One optimizer step; parameters without a gradient stay unchanged.
 
         Raises:
             ValueError: a sparse gradient, or one with Inf or NaN (see `nonfinite`).
@@ -193,7 +194,7 @@ class OnlineMergingAdamW(OnlineMergingBase):
         return loss
 
     def _first_not_finite(self, gradients: list[Tensor]) -> int | None:
-        """Position of the first gradient with Inf or NaN, by the fused passes if there are."""
+        """Position of the first gradient with Inf or NaN, by the fused passes if there are any."""
         if self._fast is None:
             return super()._first_not_finite(gradients)
         return self._fast.first_not_finite(gradients)
@@ -204,9 +205,9 @@ class OnlineMergingAdamW(OnlineMergingBase):
         return options.is_anchored and steps % int(options.merge_every) == 0
 
     def _begin(self, parameter: Tensor, group: dict[str, Any], options: MergeOptions) -> FastUpdate:
-        """Count a parameter's step and make its update, of moments that are not yet advanced.
+        """Count a parameter's step and make its update; its moments are not yet advanced.
 
-        With step-K it is not to be merged: a plain step moves theta.
+        With step-K this update is not merged: theta takes a plain step.
         """
         state, anchored = self.state[parameter], options.is_anchored
         if not state:
@@ -225,7 +226,7 @@ class OnlineMergingAdamW(OnlineMergingBase):
         return FastUpdate(update, numbers, local_gradient(parameter), mean, square)
 
     def _advance(self, begun: FastUpdate, group: dict[str, Any]) -> Update:
-        """Advance the moments, apply the decay, and return what AdamW would add."""
+        """Advance the moments, apply the decay, and return AdamW's update."""
         update, numbers = begun.update, begun.numbers
         stochastic = update.options.rounding == "stochastic"
         if stochastic:
@@ -246,7 +247,7 @@ class OnlineMergingAdamW(OnlineMergingBase):
         start: int,
         at: slice,
     ) -> Tensor:
-        """A chunk of the gradient, unscaled and after gradient dropout: in the moments' dtype."""
+        """A chunk of the gradient, unscaled and after gradient dropout, in the moments' dtype."""
         gradient, density = begun.gradient[at].to(begun.mean.dtype), group["gradient_density"]
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
@@ -258,7 +259,7 @@ class OnlineMergingAdamW(OnlineMergingBase):
         return gradient
 
     def _goes_fast(self, parameter: Tensor, group: dict[str, Any], options: MergeOptions) -> bool:
-        """Whether the fused passes can do a parameter's step; the same on every rank."""
+        """Whether the fused passes support a parameter's step; the same on every rank."""
         assert parameter.grad is not None
         return (
             parameter.dtype == parameter.grad.dtype == torch.float32
@@ -269,7 +270,7 @@ class OnlineMergingAdamW(OnlineMergingBase):
         )
 
     def _fast_path(self, parameters: Stepped) -> FastPath | None:
-        """The fused passes, once they are chosen; None on the eager way."""
+        """The fused passes, chosen at the first call; None on the eager path."""
         if self._path is None and parameters:
             saved = self.param_groups[0]["path"]
             wanted = self._wanted
@@ -282,9 +283,9 @@ class OnlineMergingAdamW(OnlineMergingBase):
             except ValueError:
                 if self._wanted != "auto":
                     raise
-                # A state from a machine that could take a way which this one cannot.
+                # The state is from a machine with a path that this machine does not have.
                 path, kernels = optimizer_kernels("auto", device, size)
-            # One rank without a compiler keeps all from it: they count updates together.
+            # If one rank has no compiler, all take the eager path, because they search together.
             alone = torch.tensor([kernels is None], dtype=torch.int64, device=device)
             if self._bindings.flags_anywhere(alone).item():
                 path, kernels = "eager", None
@@ -292,20 +293,20 @@ class OnlineMergingAdamW(OnlineMergingBase):
             self._fast = FastPath(kernels, self._merger) if kernels is not None else None
             self._say_eager_pairs()
         for group in self.param_groups:
-            group["path"] = self._path  # a state that was loaded may name another
+            group["path"] = self._path  # a loaded state may name another path
         return self._fast
 
     def _say_eager_pairs(self) -> None:
-        """Log which pairs have no fused passes, where there are any to have."""
+        """Log the pairs that have no fused passes, unless everything is eager."""
         if self._fast is None:
             return
         for names in sorted({self._options(group).names for group in self.param_groups}):
             if names not in NAMED_PAIRS.values():
-                _LOG.info("online merging: %s with %s goes the eager way", *names)
+                _LOG.info("online merging: %s with %s takes the eager path", *names)
 
 
 def _renamed(implementation: str) -> str:
-    """An implementation's present name, told where the old one was given."""
+    """An implementation's current name; an old name logs a warning."""
     if implementation in _OLD_NAMES:
         new = _OLD_NAMES[implementation]
         _LOG.warning("implementation: %r is called %r now", implementation, new)

@@ -1,4 +1,4 @@
-"""The options of online merging, which a parameter group may have of its own, and their ranges."""
+"""The options of online merging, which each parameter group may set, and their ranges."""
 
 import math
 from collections.abc import Mapping
@@ -15,22 +15,22 @@ from operators.sparsify import SPARSIFIERS, Needs, Sparsifier, check_density
 
 Rounding = Literal["nearest", "stochastic"]
 AlphaSchedule = Literal["constant", "lr"]
-# OnDARE and OnTIES by their names, which have fused passes.
+# OnDARE and OnTIES: the pairs with a name of their own and fused passes.
 NAMED_PAIRS = {"dare": ("bernoulli", "sum"), "ties": ("top", "sign")}
-_OWN = ("density", "rescale")  # parameters of sparsifiers that are options by themselves
+_OWN = ("density", "rescale")  # parameters of sparsifiers that are also options
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """A group's options of merging, and the learning rates that its alpha may follow.
+    """A group's merging options, and the learning rates that its alpha may follow.
 
     Attributes:
-        sparsifier, consensus: names of their tables; without a sparsifier, `consensus` names a
+        sparsifier, consensus: names in their tables; without a sparsifier, `consensus` names a
             pair: `dare` or `ties`.
-        sparsifier_parameters: what the sparsifier takes beside density and rescale.
-        merge: whether the group's updates are merged, or let through.
+        sparsifier_parameters: the sparsifier's parameters other than density and rescale.
+        merge: whether the group's updates are merged.
 
-    The others are those of `OnlineMergingAdamW`.
+    `OnlineMergingAdamW` documents the others.
     """
 
     consensus: str = "dare"
@@ -49,14 +49,14 @@ class MergeOptions:
 
     @classmethod
     def of(cls, group: Mapping[str, Any], prefix: str = "") -> "MergeOptions":
-        """The options in a parameter group, whose keys but the learning rates have a prefix."""
+        """The options in a parameter group; all keys except learning rates have the prefix."""
         keys = {one.name: prefix + one.name for one in fields(cls)}
         keys |= {"lr": "lr", "first_lr": "first_lr"}
         return cls(**{name: group[key] for name, key in keys.items() if key in group})
 
     def in_group(self, prefix: str = "") -> dict[str, Any]:
-        """The options as a group holds them; learning rates are not among them, nor is a sparsifier
-        where the consensus names the pair, as states of earlier versions have it.
+        """The options as keys of a group, without learning rates. If the consensus names the pair,
+        there is no sparsifier either, as in states of earlier versions.
         """
         left_out = {"lr", "first_lr"}
         if self.sparsifier is None and not self.sparsifier_parameters:
@@ -66,7 +66,7 @@ class MergeOptions:
 
     @cached_property
     def names(self) -> tuple[str, str]:
-        """Sparsifier and consensus by their names in the tables."""
+        """The names of sparsifier and consensus in their tables."""
         if self.sparsifier is None:
             return NAMED_PAIRS[self.consensus]
         return self.sparsifier, self.consensus
@@ -78,12 +78,12 @@ class MergeOptions:
 
     @cached_property
     def needs(self) -> Needs:
-        """What the sparsifier must see at once."""
+        """The input that the sparsifier needs."""
         return self.sparsify.needs_with(self.keep_parameters)
 
     @cached_property
     def agree(self) -> Consensus:
-        """⊕ of the two."""
+        """⊕ of update and tau."""
         return CONSENSUS[self.names[1]]
 
     @cached_property
@@ -100,19 +100,19 @@ class MergeOptions:
 
     @cached_property
     def merge_parameters(self) -> dict[str, Any]:
-        """Parameters of the consensus, which have their defaults."""
+        """The parameters of the consensus: their defaults."""
         return {name: each.default for name, each in self.agree.parameters.items()}
 
     @property
     def current_alpha(self) -> float:
-        """a of this step: constant, or as the learning rate over its first value."""
+        """a of this step: constant, or times the learning rate / its first value."""
         if self.alpha_schedule == "lr":
             return float(self.alpha * self.lr / self.first_lr)
         return float(self.alpha)
 
     @property
     def has_fused_passes(self) -> bool:
-        """Whether the pair is one of the two that kernels know, as they know it."""
+        """Whether the fused passes support this pair and its options."""
         pair = self.names in NAMED_PAIRS.values()
         selects = self.names[0] != "top" or self.density < 1
         return pair and selects and not (self.rescale or self.sparsifier_parameters)
@@ -124,7 +124,7 @@ class MergeOptions:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether updates come through a merge as they are."""
+        """Whether a merge leaves updates unchanged."""
         whole = self.density == 1 and (self.sparsifier is None or self.sparsifier == "identity")
         return not self.merge or (whole and self.alpha == 0)
 
@@ -152,7 +152,7 @@ class MergeOptions:
         self._check_sparsifier()
 
     def _check_pair(self) -> None:
-        """Raise ValueError unless the names are of an online pair."""
+        """Raise ValueError unless the names are a pair for online merging."""
         if self.sparsifier is None:
             check_choice("consensus", self.consensus, (*NAMED_PAIRS,))
             return
@@ -166,7 +166,7 @@ class MergeOptions:
         check_choice("consensus", self.consensus, online)
 
     def _check_sparsifier(self) -> None:
-        """Raise ValueError for parameters that the sparsifier does not take or cannot have."""
+        """Raise ValueError for options that the sparsifier does not take, or out of range."""
         name, entry = self.names[0], self.sparsify
         rescaled = entry.parameters.get("rescale")
         if self.rescale and self.sparsifier is None and self.consensus == "ties":
@@ -200,7 +200,7 @@ def check_adamw(group: Mapping[str, Any]) -> None:
 
 
 def check_dtype(name: str, parameter: Tensor, rounding: Rounding) -> None:
-    """Raise ValueError for a parameter whose dtype does not go with the rounding."""
+    """Raise ValueError for a parameter whose dtype the rounding does not support."""
     dtype = parameter.dtype
     if rounding == "nearest" and dtype not in (torch.float32, torch.float64):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""tau, the reference delta `theta_ref - theta_base`: where it comes from, and where it lives.
+"""tau, the reference delta `theta_ref - theta_base`: where it is read from, and where it is kept.
 
-Dense (OnDARE) it takes 2 bytes for each element of this rank's shards in bfloat16; of top_p(tau)
-(OnTIES), which is constant, only indices and values are kept where those are smaller.
+OnDARE keeps it dense: in bfloat16, 2 bytes for each element of this rank's shards. OnTIES keeps
+top_p(tau), which is constant: as indices and values if these take less memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ from operators.optim.options import check_choice
 
 MissingDelta = Literal["error", "zero_rows", "exclude"]
 DeltaPlacement = Literal["device", "host", "source"]
-Keep = Callable[[Tensor, int], Tensor]  # of a float32 chunk on the host, and its first global index
+Keep = Callable[[Tensor, int], Tensor]  # F of a float32 host chunk and its first global index
 _Place = tuple[str, int]  # a layout's name and first index
 
 
@@ -32,7 +32,7 @@ class DeltaSource(Protocol):
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a parameter's tau, row-major: (stop - start,) float32.
 
-        Several threads may ask at once.
+        Several threads may call it at the same time.
         """
         ...
 
@@ -44,19 +44,19 @@ class MappingDelta:
         self._tensors = tensors
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of the tensor of that name; None if there is none."""
+        """Shape of the tensor with this name; None if there is none."""
         return tuple(self._tensors[name].shape) if name in self._tensors else None
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """A flat range of the tensor of that name."""
+        """A flat range of the tensor with this name."""
         part = self._tensors[name].detach().reshape(-1)[start:stop]
         return part.to(torch.float32, copy=True)
 
 
 @dataclass(slots=True)
 class _Sparse:
-    """What is kept of a layout, in order: index from its start, value, and for each chunk (by where
-    it begins) which of the kept elements it has.
+    """The kept elements of a layout, in order: their indices relative to its start, their values,
+    and for each chunk (by its first index) the slice of kept elements in it.
     """
 
     indices: Tensor  # (kept,) int32
@@ -64,7 +64,7 @@ class _Sparse:
     chunks: dict[int, slice]
 
     def part(self, done: int, count: int) -> SparseTau:
-        """The elements [done, done + count) of the layout, which are whole chunks of it."""
+        """The elements [done, done + count) of the layout, which must be whole chunks."""
         parts = [part for start, part in self.chunks.items() if done <= start < done + count]
         inside = slice(parts[0].start, parts[-1].stop)
         return SparseTau(self.indices[inside], self.values[inside], done)
@@ -80,13 +80,12 @@ class Tau:
     """tau as an optimizer uses it: checked, padded, rounded to `dtype`, by chunk.
 
     Args:
-        source: tensors by name, a `DeltaSource`, or None where no group has an alpha above 0.
-        missing: what to do without a tau of the parameter's shape: `error`; `zero_rows` takes rows
-            that the reference lacks (tokens added since) as zero; `exclude` lets the parameter's
-            updates through as they are.
-        placement: keep it on the parameter's `device`, on the `host` (pinned where there is a
-            GPU), or read it from the `source` at every use.
-        dtype: of what is kept, bfloat16 or float32. Values are rounded to it in every placement.
+        source: tensors by name, a `DeltaSource`, or None if no group has an alpha above 0.
+        missing: if a parameter has no tau of its shape: `error`; `zero_rows` takes missing rows
+            (tokens added later) as zero; `exclude` does not merge the parameter's updates.
+        placement: keep tau on the parameter's `device`, on the `host` (pinned if there is a GPU),
+            or read it from the `source` at every use.
+        dtype: of the kept tau, bfloat16 or float32. Every placement rounds to it.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class Tau:
         """Whether a parameter takes part in merging.
 
         Raises:
-            ValueError: the parameter has no tau, or one of another shape, and that is not allowed.
+            ValueError: the parameter has no tau of its shape, and `missing` does not allow that.
         """
         if self.source is None:
             return True
@@ -130,18 +129,18 @@ class Tau:
         """tau's elements [start, start + count) from the source: (count,) float32 on the host.
 
         Raises:
-            ValueError: they hold NaN or Inf.
+            ValueError: tau holds NaN or Inf.
         """
         if self.source is None:
             return torch.zeros(count)
         rows_end = torch.Size(self.source.shape(layout.name) or ()).numel()
         stop = min(start + count, rows_end)
         tau = self.source.read(layout.name, start, stop) if start < stop else torch.zeros(0)
-        # The sum is one pass without memory of its own; one that overflows is looked into.
+        # The sum needs one pass and no memory; it may also overflow, hence the second check.
         if not (torch.isfinite(tau.sum()) or torch.isfinite(tau).all()):
             raise ValueError(f"reference_delta: {layout.name!r} holds NaN or Inf")
         missing = count - tau.numel()
-        # Passes in C read it by its address.
+        # C passes read it by its address.
         tau = tau.to(torch.float32).contiguous()
         return torch.nn.functional.pad(tau, (0, missing)) if missing else tau
 
@@ -154,7 +153,7 @@ class Tau:
         return kept[first : first + count].to(device)
 
     def dense(self, layout: ShardLayout, device: torch.device) -> Tensor:
-        """All of a layout's tau as it is kept (device or host): (count,), read at the first use."""
+        """The kept tau of a layout (on device or host): (count,), read at the first use."""
         place = (layout.name, layout.start)
         if place not in self._dense:
             kept = self._empty(layout.count, device)
@@ -170,17 +169,17 @@ class Tau:
         return (layout.name, layout.start) in self._kept
 
     def keep(self, layout: ShardLayout, keep: Keep, density: float, device: torch.device) -> None:
-        """Keep what a sparsifier leaves of a layout's tau, where that never changes.
+        """Keep F(tau) of a layout, if F is constant.
 
         Args:
-            keep: makes it of a chunk.
-            density: the share of elements that it leaves.
+            keep: computes F of a chunk.
+            density: the share of elements that F keeps.
         """
         place = (layout.name, layout.start)
         if self._placement == "source":
             self._kept[place] = keep
             return
-        width, small = self._dtype.itemsize, layout.count < 1 << 31  # int32 numbers the rest
+        width, small = self._dtype.itemsize, layout.count < 1 << 31  # int32 indices suffice
         parts = self._kept_chunks(layout, keep)
         if small and density * (4 + width) < width:
             self._kept[place] = self._sparse(parts, device)
@@ -191,7 +190,7 @@ class Tau:
         self._kept[place] = dense
 
     def _sparse(self, parts: Iterator[tuple[int, Tensor]], device: torch.device) -> _Sparse:
-        """What is kept of chunks, by its indices."""
+        """The kept elements of chunks as indices and values."""
         indices, found, chunks, num_kept = [], [], {}, 0
         for done, values in parts:
             # numpy finds them several times as fast as torch's nonzero.
@@ -208,14 +207,14 @@ class Tau:
         return sparse
 
     def _kept_chunks(self, layout: ShardLayout, keep: Keep) -> Iterator[tuple[int, Tensor]]:
-        """What is kept of a layout in chunks, float32 on the host, each with its first index."""
+        """F(tau) of a layout in chunks, float32 on the host, each with its first local index."""
         for start, at in layout.chunks():
             yield start - layout.start, keep(self.read(layout, start, at.stop - at.start), start)
 
     def kept_chunk(self, layout: ShardLayout, start: int, room: Tensor) -> Tensor:
-        """The kept elements from `start` on, whole chunks of the layout, as many as `room` has: on
-        its device, zero where dropped; written into `room`, which is float32, unless they stand
-        there already as they are wanted.
+        """F(tau) of the elements [start, start + room.numel()), which must be whole chunks; dropped
+        elements are zero. The result is on the device of `room` (float32), and is either written
+        into `room` or a view of the kept tensor.
         """
         kept, done, count = (
             self._kept[layout.name, layout.start],
@@ -230,19 +229,19 @@ class Tau:
         return room.copy_(tau.to(self._dtype))
 
     def kept_sparse(self, layout: ShardLayout, start: int, count: int) -> SparseTau | None:
-        """The kept elements [start, start + count), whole chunks of the layout, as they are kept;
-        None where they are not kept by their indices.
+        """F(tau) of [start, start + count), which must be whole chunks, as indices and values; None
+        if it is not kept that way.
         """
         kept = self._kept[layout.name, layout.start]
         return kept.part(start - layout.start, count) if isinstance(kept, _Sparse) else None
 
     def prepare(self, layout: ShardLayout, device: torch.device) -> None:
-        """Read a layout's tau, if it is to be kept, before several threads ask for it."""
+        """Read and keep a layout's tau before threads need it; not with placement `source`."""
         if self._placement != "source":
             self.dense(layout, device)
 
     def num_bytes(self) -> int:
-        """Bytes that are kept on this rank, wherever they live."""
+        """Bytes that this rank keeps, on the device or the host."""
         tensors = list(self._dense.values())
         for kept in self._kept.values():
             if isinstance(kept, _Sparse):
@@ -252,7 +251,7 @@ class Tau:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _empty(self, count: int, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for `count` values where they are to live."""
+        """An empty tensor for `count` values, on the device or the host."""
         dtype = dtype or self._dtype
         if self._placement == "host":
             return torch.empty(count, dtype=dtype, pin_memory=device.type == "cuda")
@@ -260,7 +259,7 @@ class Tau:
 
 
 def _fewer_rows(found: tuple[int, ...] | None, layout: ShardLayout) -> bool:
-    """Whether tau is the parameter's without its last rows."""
+    """Whether tau has the parameter's shape except for missing last rows."""
     return (
         found is not None
         and len(found) == len(layout.shape) > 0

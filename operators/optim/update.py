@@ -1,4 +1,4 @@
-"""One tensor's step in flight, and the names by which its parameters' cuts are known."""
+"""One tensor's update during a step, and the names of its parameters' cuts."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ STEP_ROUNDING_STREAM, ANCHOR_ROUNDING_STREAM = 3, 4  # one step-K step may round
 
 @dataclass(slots=True)
 class Update:
-    """One tensor's step in flight: what is to be merged, into what, and where it lies."""
+    """One tensor's update during a step: the delta to merge, its target, and its layouts."""
 
-    theta: Tensor  # this rank's part, flat: what is written
-    base: Tensor  # what the merged update is added to, flat: theta itself, or an anchor
-    decay: float  # by which `base` is still to be multiplied
-    delta: Callable[[slice], Tensor]  # the update's elements, made as often as asked for
+    theta: Tensor  # this rank's part, flat; the result is written here
+    base: Tensor  # theta itself or an anchor, flat; the merged update is added to it
+    decay: float  # factor of `base` that is not applied yet
+    delta: Callable[[slice], Tensor]  # computes elements of the update, at every call
     layouts: Sequence[ShardLayout]
-    merged: Sequence[bool]  # for each layout, whether it is merged or let through
+    merged: Sequence[bool]  # for each layout, whether it is merged
     step: int
     options: MergeOptions
 
     def key(self, layout: ShardLayout, stream: int) -> tuple[int, int]:
-        """The counter hash's key of this step; what is kept of tau by a threshold is constant: its
-        ties have step 0.
+        """The counter hash's key for this step. With a threshold F(tau) is constant, so the ties of
+        tau use step 0.
         """
         constant = stream == TAU_STREAM and self.options.sparsify.needs == "threshold"
         return counter_key(self.options.seed, layout.name, stream, 0 if constant else self.step)
@@ -43,14 +43,14 @@ class Update:
         return counts(self.options.keep_parameters, layout.num_elements)
 
     def chunks(self, layout: ShardLayout) -> Iterator[tuple[int, slice]]:
-        """A layout in chunks that the sparsifier can work on."""
+        """A layout in chunks that suit the sparsifier."""
         return layout.row_chunks() if self.options.needs == "row" else layout.chunks()
 
 
-SelectedParameter = tuple[Update, list[ShardLayout]]  # of an update, and its ranges on this rank
+SelectedParameter = tuple[Update, list[ShardLayout]]  # its update, and its ranges on this rank
 CutName = tuple[int, str, int]  # id of the update, the parameter's name, number of the cut
 Cuts = Mapping[CutName, TopCut]
-AddUp = Callable[[Keys], Keys] | None  # over the ranks that share a parameter
+AddUp = Callable[[Keys], Keys] | None  # sums over the ranks that share a parameter
 
 
 def cuts_of(update: Update, layout: ShardLayout, cuts: Cuts) -> tuple[TopCut, ...]:
@@ -60,6 +60,6 @@ def cuts_of(update: Update, layout: ShardLayout, cuts: Cuts) -> tuple[TopCut, ..
 
 
 def deltas_of(update: Update, layout: ShardLayout) -> Iterator[tuple[int, Tensor]]:
-    """The update's elements of a layout in chunks, each with its first global index."""
+    """The update of a layout in chunks, each with its first global index."""
     for start, at in layout.chunks():
         yield start, update.delta(at)

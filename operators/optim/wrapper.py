@@ -1,4 +1,4 @@
-"""Online merging around any torch optimizer: the method needs nothing but its updates."""
+"""Online merging around any torch optimizer: the method needs only its updates."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,23 +14,24 @@ from operators.optim.options import AlphaSchedule, MergeOptions, Rounding
 from operators.optim.tau import DeltaPlacement, MissingDelta
 from operators.optim.update import Update
 
-# Names, since libraries have their own: their update of an element depends on other elements.
+# Optimizers whose update of an element depends on other elements; by name, because several
+# libraries implement them.
 _NOT_ELEMENTWISE = {"Adafactor", "Muon", "Shampoo", "SOAP"}
 
 
 class OnlineMerging(OnlineMergingBase):
-    """Merges what any optimizer adds with a reference delta; options as `OnlineMergingAdamW`.
+    """Merges the updates of any optimizer with a reference delta; options as `OnlineMergingAdamW`.
 
     Args:
-        base_optimizer: made with `model.named_parameters()`; its groups may have options of their
-            own, named with a prefix (`merging_density`): bases have an `alpha` too. From now on
-            step this optimizer and not that one. Its decoupled weight decay
-            (AdamW, NAdam and RAdam with that flag, Adafactor, Muon) is kept out of the merge.
+        base_optimizer: made with `model.named_parameters()`. Its groups may set their own options
+            with a prefix (`merging_density`), because some optimizers have an `alpha` too. Step
+            this optimizer instead of the base optimizer. The base's decoupled weight decay (AdamW,
+            NAdam and RAdam with that flag, Adafactor, Muon) is applied outside the merge.
 
     Groups, state, learning rates and schedulers are shared with the base optimizer. `delta` is the
-    difference of parameters before and after its step, so it holds the rounding of that step, and
-    a step needs a copy of the parameters for its duration. With density 1 and alpha 0 it is the
-    base optimizer to the bit.
+    difference of the parameters before and after its step; so it includes the rounding of that
+    step, and each step needs a temporary copy of the parameters. With density 1 and alpha 0 it has
+    the same bits as the base optimizer.
 
     Raises:
         ValueError: as `OnlineMergingAdamW`; also half-precision parameters, which lose the base's
@@ -85,23 +86,23 @@ class OnlineMerging(OnlineMergingBase):
         self._share(base_optimizer.state, base_optimizer.param_groups)
 
     def _share(self, state: Any, groups: list[dict[str, Any]]) -> None:
-        """Make state and groups one with the base optimizer's."""
+        """Share state and groups with the base optimizer."""
         self.state = self.base_optimizer.state = state
         self.param_groups = self.base_optimizer.param_groups = groups
 
     def _passes_through(self, group: dict[str, Any]) -> bool:
-        """Whether merging would change nothing: the base alone steps these parameters."""
+        """Whether merging changes nothing, so that only the base steps these parameters."""
         return self._options(group).changes_nothing
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the base optimizer gets the group too."""
+        """As in torch; the base optimizer gets the group too."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter in group["params"]:
             self._check_base(parameter, group)
 
     def _check_base(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Raise ValueError where the base optimizer cannot be merged with."""
+        """Raise ValueError if the base optimizer's updates of a parameter cannot be merged."""
         if not parameter.requires_grad:
             return
         layouts, _ = self._bindings.of(parameter, self._options(group))
@@ -120,7 +121,7 @@ class OnlineMerging(OnlineMergingBase):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the base optimizer, merged; parameters without a gradient are left alone.
+        """One merged step of the base optimizer; parameters without a gradient stay unchanged.
 
         Raises:
             ValueError: a sparse gradient, or one with Inf or NaN (see `nonfinite`).
@@ -150,14 +151,14 @@ class OnlineMerging(OnlineMergingBase):
         return loss
 
     def _unscale(self, parameters: Stepped) -> None:
-        """Divide gradients by a GradScaler's scale, where it left that to the optimizer."""
+        """Divide gradients by a GradScaler's scale if the scaler leaves that to the optimizer."""
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             for parameter, _ in parameters:
                 local(parameter.grad).div_(scale.to(parameter.device))  # type: ignore[arg-type]
 
     def _before(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """Apply the decay that was taken over; return the anchor of this step, flat."""
+        """Apply the base's decoupled decay; return the anchor of this step, flat."""
         theta, state = local(parameter), self.state.get(parameter, {})
         anchor = local(state["anchor"]) if "anchor" in state else theta.clone()
         if self._is_decoupled(group):
@@ -167,7 +168,7 @@ class OnlineMerging(OnlineMergingBase):
         return anchor
 
     def _count_step(self, parameter: Tensor, group: dict[str, Any], anchor: Tensor) -> bool:
-        """Count a parameter's step and say whether it is to be merged now."""
+        """Count a parameter's step; return whether it is merged now."""
         state = self.state[parameter]
         if "merging_step" not in state:
             self._new_state(parameter, group, anchor)
@@ -175,7 +176,7 @@ class OnlineMerging(OnlineMergingBase):
         return self._steps_of(state) % int(self._options(group).merge_every) == 0
 
     def _new_state(self, parameter: Tensor, group: dict[str, Any], anchor: Tensor) -> None:
-        """Add to the base's state of a parameter, which the base has made by now."""
+        """Add to a parameter's state, which the base has already created."""
         state = self.state[parameter]
         state["merging_step"] = torch.tensor(0.0)
         if self._options(group).merge_every > 1:
@@ -183,7 +184,7 @@ class OnlineMerging(OnlineMergingBase):
             local(state["anchor"]).copy_(anchor)
 
     def _difference(self, parameter: Tensor, group: dict[str, Any], anchor: Tensor) -> Update:
-        """The update that is merged: since the anchor of step-K, or since before this step."""
+        """The update to merge: since the anchor of step-K, or since the start of this step."""
         if "anchor" in self.state[parameter]:
             return self._since_anchor(parameter, self._options(group))
         theta = local(parameter)
@@ -202,7 +203,7 @@ class OnlineMerging(OnlineMergingBase):
 
     @contextmanager
     def _without_decay(self) -> Iterator[None]:
-        """Keep the base optimizer from the decay that was applied already."""
+        """Switch off the base optimizer's decay, which is already applied."""
         taken = [
             (group, group["weight_decay"])
             for group in self.param_groups
@@ -217,7 +218,7 @@ class OnlineMerging(OnlineMergingBase):
                 group["weight_decay"] = weight_decay
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; the base optimizer's state is in the same dictionary."""
+        """As in torch; the base optimizer's state is in the same dictionary."""
         super().load_state_dict(state_dict)
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._share(self.base_optimizer.state, self.base_optimizer.param_groups)
