@@ -1,5 +1,5 @@
-"""Commit or nothing: a result appears under its final name only when it is complete, and has one
-writer at a time.
+"""All or nothing: a result gets its final name only when it is complete, and has one writer at a
+time.
 """
 
 import fcntl
@@ -13,7 +13,7 @@ from pipelines.errors import InputError
 
 
 def partial_path(final: str | Path) -> Path:
-    """Where the unfinished version of `final` lives: a hidden sibling, so a rename is atomic."""
+    """The path of the unfinished `final`: a hidden sibling, so that a rename is atomic."""
     final = Path(final)
     return final.with_name(f".{final.name}.partial")
 
@@ -28,11 +28,11 @@ def refuse_existing(final: str | Path, *, force: bool) -> None:
 
 @contextmanager
 def staged_directory(final: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A directory to write a result into, which becomes `final` when the block ends well.
+    """A directory for a result, which becomes `final` if the block ends without an error.
 
     The block gets the path `.NAME.partial` beside `final`. If the block raises or the process is
-    killed, the partial directory stays for the next attempt, which finds what is in it. With
-    `force` an old result is moved aside and removed only after the new one stands.
+    killed, this directory and its content stay for the next attempt. With `force`, an old result is
+    moved aside and removed only after the new one is in place.
 
     Raises:
         InputError: `final` exists and `force` is false, or another process is writing it.
@@ -48,11 +48,11 @@ def staged_directory(final: str | Path, *, force: bool = False) -> Iterator[Path
 
 @contextmanager
 def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a path for the length of the block; the lock vanishes with the process that holds it.
+    """Lock a path during the block; the lock ends with the process that holds it.
 
     Args:
-        path: an existing directory, or a file, which is made.
-        wait: until another process has let go of it.
+        path: an existing directory, or a file, which is created if missing.
+        wait: wait until another process releases it.
 
     Raises:
         InputError: another process holds it, and `wait` is false.
@@ -70,7 +70,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def commit_directory(partial: Path, final: Path, *, force: bool = False) -> None:
-    """Make `partial` durable and rename it to `final`; with `force`, in place of an old one."""
+    """Flush `partial` to the disk and rename it to `final`; `force` replaces an old result."""
     for path in sorted(partial.rglob("*")):
         if path.is_file():
             _sync(path)
@@ -88,7 +88,7 @@ def commit_directory(partial: Path, final: Path, *, force: bool = False) -> None
 
 
 def write_atomically(path: str | Path, content: str | bytes | memoryview) -> None:
-    """Write a small file so that a reader sees the old content or the new one, never a part."""
+    """Write a small file so that readers see either the old or the new content, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content

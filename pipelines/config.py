@@ -18,13 +18,13 @@ from pipelines.errors import InputError
 class Config(BaseModel):
     """Base of every config: unknown keys are errors and instances do not change.
 
-    What has been renamed goes on working under its old name, with a line on stderr that names the
-    new one. Instances know the new names alone, and so do fingerprints.
+    Renamed fields and values still work under their old names, with a line on stderr that gives the
+    new name. Instances and fingerprints contain only the new names.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    section: ClassVar[str] = ""  # where the fields stand in a file, such as "optimizer."
+    section: ClassVar[str] = ""  # prefix of the fields' names in messages, such as "optimizer."
     old_fields: ClassVar[Mapping[str, str]] = {}  # old name: new name
     old_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # field: old value: new value
 
@@ -56,8 +56,8 @@ def _tell_once(line: str) -> None:
 
 
 class NamedIn:
-    """Beside a `str` in a field's type: allowed are the names of a table, also of what was put into
-    it since.
+    """An annotation of a `str` field: the value must be a name in the table. Names that are added
+    to the table later are allowed too.
     """
 
     def __init__(self, table: Collection[str]) -> None:
@@ -83,7 +83,7 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers may be written as people write them: 1e-5 too, as in YAML 1.2."""
+    """YAML that also reads 1e-5 as a number, as in YAML 1.2."""
 
 
 _Loader.add_implicit_resolver(
@@ -92,7 +92,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The one document of a text."""
+    """The only document of a text."""
     return yaml.load(text, _Loader)
 
 
@@ -105,7 +105,7 @@ def load_yaml(path: str | Path) -> Any:
     """The content of a YAML file.
 
     Raises:
-        InputError: the file is missing, is not text or is not YAML; names file and line.
+        InputError: the file is missing, not text or not YAML; the message has file and line.
     """
     path = Path(path)
     try:
@@ -126,7 +126,7 @@ def load_yaml(path: str | Path) -> Any:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `values` with `key.sub=value` overrides put in; values are read as YAML.
+    """A copy of `values` with `key.sub=value` overrides applied; values are read as YAML.
 
     An index into a list is a number: `models.0.parameters.weight=0.5`.
 
@@ -169,7 +169,7 @@ def check(values: Any, model: type[ConfigT], source: str) -> ConfigT:
     """`values` as an instance of `model`.
 
     Raises:
-        InputError: the first field that does not fit, as `source: field: found ...: allowed ...`.
+        InputError: the first wrong field, as `source: field: found ...; allowed: ...`.
     """
     if not isinstance(values, Mapping):
         kind = "nothing" if values is None else type(values).__name__
@@ -183,7 +183,7 @@ def check(values: Any, model: type[ConfigT], source: str) -> ConfigT:
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem of a pydantic error in one line: field, what was found, what is allowed."""
     problems = error.errors(include_url=False)
-    # A misspelt required field is both unknown and missing: the misspelling is what helps.
+    # A misspelt required field is both unknown and missing: show the misspelt name.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
     field = ".".join(str(part) for part in first["loc"])
@@ -195,7 +195,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"{field}: required, not given{more}"
     message = first["msg"].removeprefix("Value error, ")
-    if not field:  # of several fields, which the message names
+    if not field:  # a problem of several fields; the message names them
         return f"{message}{more}"
     if isinstance(first["input"], Mapping | list) and len(str(first["input"])) > 60:
         return f"{field}: {message}{more}"
@@ -206,10 +206,10 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def load_config(path: str | Path, model: type[ConfigT], overrides: Iterable[str] = ()) -> ConfigT:
-    """Read a YAML config, put overrides in and check it against `model`.
+    """Read a YAML config, apply overrides and check it against `model`.
 
-    Relative paths inside a config are relative to the working directory, as in mergekit, so that
-    the same file serves a laptop and a Ray job that ships its working directory.
+    Relative paths inside a config are relative to the working directory, as in mergekit. So the
+    same file works on a laptop and in a Ray job that uploads its working directory.
 
     Raises:
         InputError: missing file, bad YAML, unknown key, wrong type or value out of range.

@@ -1,4 +1,4 @@
-"""Fingerprints: how a finished piece of work recognises that its inputs have not changed."""
+"""Fingerprints: they show whether the inputs of finished work have changed."""
 
 import hashlib
 import json
@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 BLOCK_BYTES = 1 << 20
-# The version of what each kind of work means. Raise it when the same config and inputs come to give
-# another result (a default, a formula or a prompt has changed): results from before then do not
-# pass for finished any more, and unfinished work is not gone on with. 1 adds nothing.
+# The version of the meaning of each kind of work. Raise it when the same config and inputs give
+# another result (because a default, a formula or a prompt changed). Then older results no longer
+# count as finished, and older unfinished work is not resumed. Version 1 is not in fingerprints.
 MEANING = {"merge": 1, "align": 1, "evaluate": 1, "sweep": 1}
 
 
 def fingerprint(value: Any) -> str:
-    """32 hex digits of a JSON-able value; the order of a mapping's keys does not matter."""
+    """32 hex digits of a value that JSON can hold; the order of a mapping's keys is irrelevant."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def fingerprint_work(value: Any, *kinds: str) -> str:
-    """32 hex digits of a piece of work: its config and inputs, and what they mean at present.
+    """32 hex digits of a piece of work: its config, its inputs, and the versions of their meaning.
 
     Args:
-        kinds: names of `MEANING`: the kind of work, and those that it is made of.
+        kinds: names in `MEANING`: the kind of work, and the kinds of its parts.
     """
     raised = {kind: MEANING[kind] for kind in kinds if MEANING[kind] > 1}
     return fingerprint([raised, value] if raised else value)

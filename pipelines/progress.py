@@ -1,4 +1,4 @@
-"""Progress on stderr: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress on stderr: a live bar on a terminal; elsewhere a plain line every 10 seconds."""
 
 import sys
 import time
@@ -21,8 +21,8 @@ PLAIN_INTERVAL_S = 10.0
 class Progress:
     """Counts finished units of one step and shows an estimate of the time left.
 
-    Use as a context manager; call `advance()` after each unit. `note` is a short text of what is
-    seen at the moment, such as `loss 0.31`.
+    Use as a context manager; call `advance()` after each unit. `note` is a short text about the
+    last unit, such as `loss 0.31`.
     """
 
     def __init__(self, total: int, description: str, stream: TextIO | None = None) -> None:
@@ -58,7 +58,7 @@ class Progress:
     def update(self, done: int, note: str = "") -> None:
         """Set the number of finished units."""
         if self._first is None:
-            # The pace is that of the units themselves, without the start-up before the first.
+            # Measure the pace of the units only, without the start-up before the first one.
             self._first, self._start = done, time.monotonic()
         self.done = done
         if self._bar is not None:

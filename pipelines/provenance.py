@@ -1,16 +1,16 @@
-"""What stands beside the weights of every result: its record, `poise.json`, and its model card.
+"""The files beside the weights of every result: its record, `poise.json`, and its model card.
 
-The record has the same fields whatever made the model; a few more are of one kind alone:
+All kinds of results have these fields in the record; some kinds add more:
 
     schema        2
     kind          merged, aligned or exported
     weights       the digest of the weights (pipelines/checkpoints/digests.py)
     companions    the digest of the config and tokenizer files
-    fingerprint   of config and inputs: by it, finished work is recognised and not done again
+    fingerprint   of config and inputs; it identifies finished work, which is not repeated
     config        as run
-    inputs        what was read: name or path -> its digests
+    inputs        the inputs that were read: name or path -> its digests
     seed
-    versions      of Python and of the packages that took part
+    versions      of Python and of the packages that were used
 
 Records of schema 1 are read as well: see `read_record`.
 """
@@ -36,13 +36,13 @@ Kind = Literal["merged", "aligned", "exported"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """How a model came about.
+    """How a model was made.
 
     Attributes:
-        inputs: what was read: digests of weights and companions, or one fingerprint of both.
-        details: facts that only this kind of result has, for the record.
+        inputs: for each input, the digests of weights and companions, or one fingerprint of both.
+        details: further fields of the record, for this kind of result.
         title, summary: of the card; the summary is Markdown.
-        base_models: what the model was made of, for the card's front matter.
+        base_models: the models it was made from, for the card's front matter.
     """
 
     kind: Kind
@@ -58,7 +58,7 @@ class Provenance:
     summary: str
 
     def write(self, folder: Path) -> None:
-        """Write card and record into the folder of the model; the record comes last."""
+        """Write the card and then the record into the model's folder."""
         write_atomically(folder / CARD_FILE, self.card())
         write_atomically(folder / RECORD_FILE, json.dumps(self.record(), indent=2) + "\n")
 
@@ -104,7 +104,7 @@ class Provenance:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record in a model's folder, in the fields of today; None without one.
+    """The record in a model's folder, with the current fields; None if there is none.
 
     Raises:
         InputError: it is not valid JSON.
@@ -114,10 +114,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def renewed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record in the fields of today.
+    """A record with the current fields.
 
-    Those of schema 1 had `key` in place of a merge's `fingerprint`, and the kind `merge`. One
-    fingerprint, `output`, stood for weights and companions together, and only merges had it.
+    Records of schema 1 have `key` instead of a merge's `fingerprint`, and the kind `merge`. Only
+    merges have `output`, one fingerprint of weights and companions together.
     """
     result = dict(record)
     if "schema" not in result and result.get("kind") == "merge":
@@ -126,7 +126,7 @@ def renewed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recorded_digest(record: Mapping[str, Any]) -> dict[str, str] | str | None:
-    """What a record says of the model: its digests; the one text of an older merge; or nothing."""
+    """The digests of the model in its record; the single digest of an older merge; or None."""
     if "weights" in record:
         return {name: record[name] for name in ("weights", "companions")}
     return record.get("output")

@@ -1,5 +1,5 @@
-"""Where results live: a relative output path joined to the config's `storage`; and shared disks,
-which fail now and then.
+"""The place of outputs (a relative path is joined to the config's `storage`), and retries for
+shared disks that fail temporarily.
 """
 
 import errno
@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from pipelines.errors import InputError
 
-# Ray sets this in every process of a submitted job; the job's working copy vanishes with it.
+# Ray sets this in every process of a submitted job. The job's working copy is deleted at its end.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
-# What a shared disk says and may not say again: a stale handle, a fault on the way, a time-out.
+# Errors of a shared disk that may be temporary: a stale handle, an I/O error, a time-out.
 PASSING_ERRORS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT)
 PAUSES_S = (0.1, 1.0, 5.0)
 
@@ -22,13 +22,14 @@ T = TypeVar("T")
 
 
 def resolve_output(output: str | Path, storage: str | Path | None) -> Path:
-    """The absolute place of an output.
+    """The absolute path of an output.
 
-    An absolute `output` stands as it is. A relative one is below `storage`, or below the working
-    directory when there is no storage and the working directory lasts.
+    An absolute `output` is kept. A relative one is below `storage`; without storage it is below
+    the working directory.
 
     Raises:
-        InputError: a relative output without storage inside a submitted Ray job.
+        InputError: a relative output without storage inside a submitted Ray job, whose working
+            directory is temporary.
     """
     output = Path(output).expanduser()
     if output.is_absolute():
@@ -44,11 +45,11 @@ def resolve_output(output: str | Path, storage: str | Path | None) -> Path:
 
 
 def with_retries(action: Callable[[], T]) -> T:
-    """The result of an action on files, which is done again after pauses where the disk fails in a
-    way that may pass. It must do no harm to do it twice: reading, or writing a whole range.
+    """The result of an action on files, which is repeated after pauses if the disk fails with a
+    temporary error. Repeating it must be harmless: reading, or writing a whole range.
 
     Raises:
-        OSError: one of another kind, or the last of several.
+        OSError: another error, or the last of several temporary ones.
     """
     for pause in PAUSES_S:
         try:

@@ -1,4 +1,4 @@
-"""Versions of what a result depends on, for provenance files."""
+"""Versions of Python and packages, for the records of results."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,7 @@ PACKAGES = ("poise", "torch", "ray", "transformers", "safetensors", "numpy", "de
 
 
 def versions() -> dict[str, str]:
-    """Python and the installed packages that take part in training, merging and measuring."""
+    """The versions of Python and of the installed packages in `PACKAGES`."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

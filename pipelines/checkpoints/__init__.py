@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints on the disk: lazy reading by slice, writing in place."""
+"""Hugging Face checkpoints on disk: lazy reading by range, and writing in place."""
 
 from pipelines.checkpoints.lora import open_model
 from pipelines.checkpoints.reader import Checkpoint, CheckpointDelta

@@ -1,18 +1,18 @@
 """Digests of a model: one of its weights, one of the config and tokenizer files beside them.
 
-The digest of weights is a function of the tensors' names, dtypes, shapes and bytes alone: not of
-shards, of the order of tensors in files, or of other files there. A tensor's elements, row-major
-and little-endian, are cut into blocks of `BLOCK_ELEMENTS`; a block's digest is the xxh3 hash (128
-bits) of its bytes; the digest of weights is
+The digest of weights depends only on the tensors' names, dtypes, shapes and bytes: not on shards,
+on the order of tensors in files, or on other files. A tensor's elements, row-major and
+little-endian, are cut into blocks of `BLOCK_ELEMENTS`. A block's digest is the xxh3 hash (128 bits)
+of its bytes. The digest of weights is
 
     fingerprint({name: [dtype, shape, [[first element of block, its digest], ...]], ...})
 
-with the dtype as torch writes it (`torch.bfloat16`). So whoever reads or writes whole blocks takes
-it on the way, in any order of tensors and blocks. The digest of companions is
+with the dtype as torch writes it (`torch.bfloat16`). So code that reads or writes whole blocks can
+compute it at the same time, in any order of tensors and blocks. The digest of companions is
 
     fingerprint({file name: fingerprint_file(file), ...})
 
-Both tell damage and change; they are no protection against forgery.
+Both detect damage and change; they do not protect against forgery.
 """
 
 import json
@@ -36,9 +36,9 @@ BLOCK_ELEMENTS = 1 << 22
 READ_ELEMENTS = 1 << 18
 RECORD_FILE = "poise.json"
 _COMPANIONS = ("*.json", "*.jinja", "*.model")
-# Tokenizer files that records of earlier versions did not look at.
+# Tokenizer files that are not in the digests of earlier versions.
 _ADDED_COMPANIONS = ("merges.txt", "vocab.txt", "*.tiktoken")
-# The index only says where tensors lie, and a record of how a model came about is not the model.
+# The index only says where tensors lie, and the record only says how the model was made.
 _NOT_COMPANIONS = ("*.safetensors.index.json", RECORD_FILE, ".*")
 
 Digests = dict[int, str]  # first element of a block -> 32 hex digits of its bytes
@@ -47,26 +47,26 @@ Identity = dict[str, list[int]]  # file -> length in bytes, time of change in ns
 
 @dataclass(frozen=True, slots=True)
 class ModelDigest:
-    """What a model is: 32 hex digits of its weights, and of its config and tokenizer files."""
+    """A model's digests, 32 hex digits each: of its weights, of its config and tokenizer files."""
 
     weights: str
     companions: str
 
 
 class BlockDigests:
-    """Digests of one tensor's blocks, fed with its ranges in ascending order.
+    """Digests of one tensor's blocks, from its ranges in ascending order.
 
-    A block gets a digest only when every element of it was seen.
+    A block has a digest only after all its elements were given.
     """
 
     def __init__(self, num_elements: int) -> None:
         self._num_elements = num_elements
         self._finished: Digests = {}
         self._hash = xxhash.xxh3_128()
-        self._next = -1  # the element that goes on with what was hashed
+        self._next = -1  # the element that follows the last hashed one
 
     def update(self, start: int, values: Tensor) -> None:
-        """Take in the elements from `start` on: 1-D, in the stored dtype."""
+        """Hash the elements from `start` on: 1-D, in the stored dtype."""
         done = 0
         while done < values.numel():
             place = start + done
@@ -83,12 +83,12 @@ class BlockDigests:
             done += count
 
     def finished(self) -> Digests:
-        """The digests of the blocks that were seen from beginning to end."""
+        """The digests of the complete blocks."""
         return self._finished
 
 
 def tensor_digests(checkpoint: Checkpoint, name: str) -> Digests:
-    """Digests of a stored tensor, read for this alone."""
+    """Digests of a stored tensor, which is read here."""
     count = checkpoint.tensors[name].num_elements
     digests = BlockDigests(count)
     for start in range(0, count, READ_ELEMENTS):
@@ -98,22 +98,22 @@ def tensor_digests(checkpoint: Checkpoint, name: str) -> Digests:
 
 
 def model_digest(checkpoint: Checkpoint, known: Mapping[str, Digests] | None = None) -> ModelDigest:
-    """The digests of a checkpoint or adapter on the disk.
+    """The digests of a checkpoint or adapter on disk.
 
     Args:
-        known: blocks' digests by tensor, taken while it was read or written; tensors of which a
-            block is missing are read.
+        known: digests of blocks by tensor, from an earlier read or write; a tensor with a missing
+            block is read.
     """
     companions = fingerprint(_file_digests(companion_files(checkpoint.path)))
     return ModelDigest(fingerprint(_described(checkpoint, known or {})), companions)
 
 
 def changed_parts(checkpoint: Checkpoint, recorded: Mapping[str, str] | str) -> list[str]:
-    """What of a checkpoint is not as a record says: of `weights` and `companions`.
+    """The parts of a checkpoint that differ from its record: `weights`, `companions`.
 
     Args:
-        recorded: a `ModelDigest` as a mapping; or the one text that earlier versions wrote for
-            both, which cannot tell them apart.
+        recorded: a `ModelDigest` as a mapping; or the one digest of earlier versions for both
+            parts, which cannot say which of them differs.
     """
     if isinstance(recorded, str):
         files = companion_files(checkpoint.path, _COMPANIONS)
@@ -126,13 +126,13 @@ def changed_parts(checkpoint: Checkpoint, recorded: Mapping[str, str] | str) -> 
 def companion_files(
     folder: Path, patterns: Iterable[str] = (*_COMPANIONS, *_ADDED_COMPANIONS)
 ) -> list[Path]:
-    """The config and tokenizer files in a model's folder, by name."""
+    """The config and tokenizer files in a model's folder, sorted by name."""
     found = {file for pattern in patterns for file in folder.glob(pattern)}
     return sorted(found - {file for pattern in _NOT_COMPANIONS for file in folder.glob(pattern)})
 
 
 def identity(checkpoint: Checkpoint) -> Identity:
-    """Length and time of change of each file: equal ones need not be read again."""
+    """Length and modification time of each file; files with equal ones are not read again."""
     files = {tensor.file for tensor in checkpoint.tensors.values()}
     files |= set(companion_files(checkpoint.path))
     stats = {file.name: file.stat() for file in sorted(files)}
@@ -140,16 +140,16 @@ def identity(checkpoint: Checkpoint) -> Identity:
 
 
 class DigestMemory:
-    """Digests that were taken before: a model whose files have kept their lengths and times of
-    change since is not read again.
+    """Digests from before: a model is not read again while its files keep their lengths and
+    modification times.
     """
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Identity, ModelDigest]] = {}
 
     def load(self, file: Path) -> None:
-        """Take in what `save` wrote, if it is there, of models that are not known yet; any other
-        file tells nothing.
+        """Load the entries that `save` wrote, except for models that are known already. A missing
+        or other file is ignored.
         """
         try:
             for path, found in (read_json(file) if file.is_file() else {}).items():
@@ -159,13 +159,13 @@ class DigestMemory:
             return
 
     def save(self, file: Path, models: Iterable[Path]) -> None:
-        """Write down what is known of these models."""
+        """Write the digests of these models, which must be known."""
         known = {path: self._known[path] for path in map(_key, models)}
         entries = {p: {"files": files, **asdict(digest)} for p, (files, digest) in known.items()}
         write_atomically(file, json.dumps(entries, indent=2) + "\n")
 
     def remember(self, checkpoint: Checkpoint, digest: ModelDigest) -> None:
-        """Take in the digest of a model whose files are there and change no more."""
+        """Store the digest of a finished model."""
         self._known[_key(checkpoint.path)] = (identity(checkpoint), digest)
 
     def digest(
@@ -174,12 +174,12 @@ class DigestMemory:
         known: Mapping[str, Digests] | None = None,
         files: Identity | None = None,
     ) -> ModelDigest:
-        """The digests of a model, as `model_digest` takes them unless its files are known.
+        """The digests of a model: known ones if its files are unchanged, else by `model_digest`.
 
         Args:
-            files: the model's identity from before `known` was taken.
+            files: the model's identity from before `known` was computed.
         """
-        files = files or identity(checkpoint)  # before reading: a later change shows next time
+        files = files or identity(checkpoint)  # before reading, so a later change is noticed
         found = self._known.get(_key(checkpoint.path))
         if found is None or found[0] != files:
             found = (files, model_digest(checkpoint, known))
@@ -192,7 +192,7 @@ def _key(model: Path) -> str:
 
 
 def _described(checkpoint: Checkpoint, known: Mapping[str, Digests]) -> dict[str, list[Any]]:
-    """Each tensor's dtype, shape and digests of blocks; unknown ones are read, in threads."""
+    """Each tensor's dtype, shape and digests of blocks; unknown ones are read in threads."""
 
     def digests_of(name: str) -> Digests:
         num_blocks = -(-checkpoint.tensors[name].num_elements // BLOCK_ELEMENTS)

@@ -1,5 +1,5 @@
-"""LoRA adapters (PEFT) as models: their products are added to the base as it is read. And opening
-what a config calls a model: a checkpoint, an adapter, or both with a `+` between.
+"""LoRA adapters (PEFT) as models: their products are added while the base is read. Also opens a
+model by its name in a config: a checkpoint, an adapter, or `CHECKPOINT+ADAPTER`.
 
 A weight W (out, in) becomes `W + s B A` with A (r, in), B (out, r), `s = alpha / r`, or
 `alpha / sqrt(r)` with rank-stabilised scaling (Hu et al. 2021; Kalajdzievski 2023).
@@ -24,14 +24,14 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 _PREFIX = "base_model.model."
 _LINEAR = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-# Elements of the product that are made at once, in whole rows counted from the first one: so the
-# same element has the same bits in whatever range it is read.
+# Elements of the product that are computed at once, in blocks of whole rows that are counted from
+# row 0. So an element has the same bits whatever range is read.
 _BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """The two factors of one weight's change, and the product's factor."""
+    """The names of the two factors of one weight's change, and the scale of their product."""
 
     a: str
     b: str
@@ -46,11 +46,11 @@ class AdaptedCheckpoint:
     base: Source
     store: Checkpoint
     adapters: dict[str, Adapter]
-    replaced: dict[str, str]  # weights that the adapter stores whole, by their names in it
+    replaced: dict[str, str]  # weights that the adapter stores whole -> their names in its file
 
     @classmethod
     def open(cls, path: str | Path, base: Source) -> Self:
-        """Read an adapter's description and headers.
+        """Read an adapter's config and headers.
 
         Raises:
             InputError: an adapter of another kind than LoRA, or one that does not fit the base.
@@ -71,7 +71,7 @@ class AdaptedCheckpoint:
 
     @property
     def path(self) -> Path:
-        """The adapter's folder; the base's where the adapter came without a tokenizer."""
+        """The adapter's folder; the base's folder if the adapter has no tokenizer."""
         folder = self.store.path
         return folder if (folder / "tokenizer.json").is_file() else self.base.path
 
@@ -85,12 +85,12 @@ class AdaptedCheckpoint:
         return [*self.base.checkpoints(), self.store]
 
     def names(self) -> Iterable[str]:
-        """The base's tensors, and a head that is tied there and has its own values here."""
+        """The base's tensors, and a head that is tied in the base and has its own values here."""
         own = [*self.adapters, *self.replaced]
         return list(dict.fromkeys([*self.base.names(), *own]))
 
     def find(self, name: str) -> TensorSpec | None:
-        """The base's tensor; from the adapter's file where that changes it."""
+        """The base's tensor; its file is the adapter's if the adapter changes it."""
         if name in self.replaced:
             return replace(self.store.tensors[self.replaced[name]], name=name)
         found = self.base.find(name)
@@ -99,11 +99,11 @@ class AdaptedCheckpoint:
         return found
 
     def stored(self, name: str) -> tuple[Checkpoint, StoredTensor] | None:
-        """Where a tensor is read from as it is: the base, unless the adapter changes it."""
+        """The stored tensor in the base; None if the adapter changes it."""
         return None if name in (*self.adapters, *self.replaced) else self.base.stored(name)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop): as stored, or in float32 where the adapter adds to them."""
+        """Elements [start, stop): in the stored dtype, or float32 if the adapter adds to them."""
         if name in self.replaced:  # an embedding can be stored whole and have factors too
             values = self.store.read(self.replaced[name], start, stop)
         else:
@@ -139,12 +139,12 @@ class AdaptedCheckpoint:
         return self.store.read(name).float().view(self.store.tensors[name].shape)
 
     def _check_shapes(self, name: str) -> None:
-        """The factors fit each other and the base's weight."""
+        """Raise InputError unless the factors fit each other and the base's weight."""
         adapter, spec = self.adapters[name], self.base.find(name)
         if spec is None:
             raise InputError(
-                f"adapter {self.store.path}: changes {name!r}, which its base {self.base.path} has "
-                "not"
+                f"adapter {self.store.path}: changes {name!r}, which its base {self.base.path} "
+                "does not have"
             )
         if is_embedding(name) and HEAD not in self.base.names() and self.base.find(HEAD):
             raise InputError(
@@ -165,10 +165,10 @@ def open_model(name: str, base: str | None = None) -> Source:
 
     Args:
         name: a checkpoint's folder; an adapter's folder; or `CHECKPOINT+ADAPTER`.
-        base: the checkpoint of an adapter that names none that exists.
+        base: the base checkpoint, for an adapter that does not name an existing one.
 
     Raises:
-        InputError: nothing there, or nothing that can be merged.
+        InputError: there is nothing, or nothing that can be merged.
     """
     folder, plus, adapter = name.partition("+")
     if plus and not Path(name).exists():
@@ -194,7 +194,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def _check_kind(path: Path, settings: dict[str, Any]) -> None:
-    """Raise InputError for adapters that change a weight in another way."""
+    """Raise InputError unless this is a plain LoRA adapter."""
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{path / ADAPTER_CONFIG}: peft_type: found {kind!r}; allowed: 'LORA'")
@@ -204,7 +204,7 @@ def _check_kind(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _parts(store: Checkpoint) -> tuple[dict[str, Adapter], dict[str, str]]:
-    """What an adapter's tensors are for: factors by the weight they change, and whole weights."""
+    """An adapter's tensors: the factors, by the weight that they change, and the whole weights."""
     adapters: dict[str, Adapter] = {}
     replaced: dict[str, str] = {}
     for name in store.tensors:
@@ -226,7 +226,7 @@ def _parts(store: Checkpoint) -> tuple[dict[str, Adapter], dict[str, str]]:
 
 
 def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
-    """The product's factor for a module; patterns name modules by the end of their path."""
+    """The scale of a module's product; alpha patterns match the end of the module's path."""
     alpha: float = settings["lora_alpha"]
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

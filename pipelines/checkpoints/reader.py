@@ -1,5 +1,5 @@
-"""Lazy reading of Hugging Face checkpoints: any flat range of any tensor, or of the difference of
-two, and nothing else.
+"""Lazy reading of Hugging Face checkpoints: any flat range of a tensor, or of the difference of two
+checkpoints.
 """
 
 import json
@@ -26,7 +26,7 @@ _EMBEDDING = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint directory, one file or sharded; only headers are read on opening."""
+    """A checkpoint directory, one file or sharded; opening it reads only headers."""
 
     path: Path
     config: dict[str, Any]
@@ -63,14 +63,14 @@ class Checkpoint:
 
     @property
     def embedding(self) -> str | None:
-        """The tensor of the input embedding, where exactly one is stored."""
+        """The input embedding's name, if exactly one is stored."""
         names = [name for name in self.tensors if is_embedding(name)]
         return names[0] if len(names) == 1 else None
 
     @property
     def is_tied(self) -> bool:
-        """Whether the head is the embedding and not stored on its own. A config that does not say
-        leaves it to its architecture, which then stores a head unless it is tied.
+        """Whether the head is the embedding and not stored separately. If the config does not say,
+        a missing head means that it is tied.
         """
         settings = self.config.get("text_config") or self.config
         tied = bool(settings.get("tie_word_embeddings", True))
@@ -78,14 +78,14 @@ class Checkpoint:
 
     @classmethod
     def at(cls, path: Path) -> Self:
-        """The files of a checkpoint or of an adapter, without a question whether they can merge."""
+        """The files of a checkpoint, or of an adapter alone, without its base."""
         settings = path / "adapter_config.json"
         if not settings.is_file():
             return cls.open(path)
         return cls(path, read_json(settings), read_header(path / "adapter_model.safetensors"))
 
     def checkpoints(self) -> Iterable["Checkpoint"]:
-        """All files that are read: its own."""
+        """All checkpoints that are read: itself."""
         return [self]
 
     def names(self) -> Iterable[str]:
@@ -93,14 +93,14 @@ class Checkpoint:
         return self.tensors.keys()
 
     def find(self, name: str) -> StoredTensor | None:
-        """The tensor of that name; a tied head is its embedding."""
+        """The tensor with this name; a tied head is the embedding."""
         if name == HEAD and self.is_tied:
             assert self.embedding is not None
             return self.tensors[self.embedding]
         return self.tensors.get(name)
 
     def stored(self, name: str) -> tuple["Checkpoint", StoredTensor] | None:
-        """Where a tensor is read from: here. None of a tied head: it is seen as the embedding."""
+        """This checkpoint and the stored tensor; None for a tied head, which is not stored."""
         found = self.tensors.get(name)
         return None if found is None else (self, found)
 
@@ -112,16 +112,14 @@ class Checkpoint:
 
 
 class CheckpointDelta:
-    """Online merging's delta, a `DeltaSource`: `tuned - base`, in float32, of any flat range of
-    any tensor.
-    """
+    """Online merging's tau as a `DeltaSource`: `tuned - base` in float32, for any flat range."""
 
     def __init__(self, base: str | Path, tuned: str | Path) -> None:
         self._base, self._tuned = Checkpoint.open(base), Checkpoint.open(tuned)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of a tensor that both have: where only their rows differ in number (tokens added),
-        of the rows that both have, which come first; None otherwise.
+        """Shape of a tensor that both checkpoints have. If only the numbers of rows differ (tokens
+        added), it counts the first rows, which both have. None in all other cases.
         """
         base, tuned = self._base.find(name), self._tuned.find(name)
         if base is None or tuned is None or base.shape[1:] != tuned.shape[1:]:
@@ -135,7 +133,7 @@ class CheckpointDelta:
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a tensor is an input embedding, by the names that architectures give it."""
+    """Whether a tensor is an input embedding, by the usual names."""
     return _EMBEDDING.search(name) is not None
 
 
@@ -168,7 +166,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is not valid JSON, or not an object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -182,8 +180,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory; one whole file goes first, as in
-    transformers.
+    """The safetensors files of a checkpoint directory; as in transformers, a single file is
+    preferred to shards.
     """
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]

@@ -1,4 +1,4 @@
-"""The safetensors format: where each tensor's bytes lie in a file.
+"""The safetensors format: the position of each tensor's bytes in a file.
 
 A file is eight bytes (little-endian length of the header), the header (JSON: name -> dtype, shape,
 offsets into the data), and the data, row-major and little-endian.
@@ -34,7 +34,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor(TensorSpec):
-    """One tensor in a file; `offset` is its first byte's place in the file."""
+    """One tensor in a file; `offset` is the position of its first byte."""
 
     offset: int
 
@@ -48,7 +48,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, checked against the file's length.
 
     Raises:
-        InputError: not a safetensors file, a truncated one, or a dtype that is not known here.
+        InputError: not a safetensors file, a truncated one, or an unknown dtype.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -66,7 +66,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    """A header's entry: dtype's name, shape, first byte and the one after the last."""
+    """An entry of a header: name of the dtype, shape, first byte, one after the last byte."""
     begin, end = entry["data_offsets"]
     return str(entry["dtype"]), tuple(map(int, entry["shape"])), int(begin), int(end)
 
@@ -74,7 +74,7 @@ def _entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
 def _stored(
     name: str, entry: tuple[str, tuple[int, ...], int, int], path: Path, data: int, size: int
 ) -> StoredTensor:
-    """One tensor of a file whose data begin at byte `data`, checked."""
+    """One checked tensor of a file; the file's data begin at byte `data`."""
     dtype, shape, begin, end = entry
     if dtype not in DTYPES:
         raise InputError(
@@ -90,7 +90,7 @@ def _stored(
 
 
 def build_header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """The first bytes of a file with these tensors, in this order, data following at once."""
+    """The header of a file with these tensors in this order; the data follow directly."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     place = 0
     for name, (dtype, shape) in tensors.items():
@@ -102,5 +102,5 @@ def build_header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> byt
         }
         place = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data begin at a multiple of eight, as readers like it
+    text += b" " * (-len(text) % 8)  # align the data to eight bytes, for readers
     return struct.pack("<Q", len(text)) + text

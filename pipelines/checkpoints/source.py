@@ -1,4 +1,4 @@
-"""What a merge reads from: a checkpoint on the disk, or anything that behaves like one."""
+"""The interface of a merge's inputs: a checkpoint on disk, or an object that behaves like one."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor as its header describes it; `file` is where a user finds it."""
+    """A tensor as its header describes it; `file` is for messages to the user."""
 
     name: str
     dtype: torch.dtype
@@ -34,25 +34,25 @@ class Source(Protocol):
 
     @property
     def path(self) -> Path:
-        """Where it is, for people; config and tokenizer files lie there."""
+        """The folder of config and tokenizer files, also for messages."""
 
     @property
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
 
     def checkpoints(self) -> Iterable["Checkpoint"]:
-        """All checkpoints that are read, adapters among them."""
+        """All checkpoints that are read, including adapters."""
 
     def names(self) -> Iterable[str]:
         """All tensors, in the order of the files."""
 
     def find(self, name: str) -> TensorSpec | None:
-        """The tensor of that name, or None; a tied head is its embedding."""
+        """The tensor with this name, or None; a tied head is the embedding."""
 
     def stored(self, name: str) -> "tuple[Checkpoint, StoredTensor] | None":
-        """Where a tensor is read from as it is; None where its values are computed."""
+        """The checkpoint and the stored tensor; None if the values are computed."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) in row-major order: 1-D; in the stored dtype, or float32 where
-        they are computed. The same elements have the same bits, whatever the range.
+        """Elements [start, stop) in row-major order: 1-D, in the stored dtype, or in float32 if
+        they are computed. An element has the same bits in every range.
         """

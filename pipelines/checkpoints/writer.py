@@ -1,4 +1,4 @@
-"""Writing a checkpoint in place: its layout is known beforehand, so ranges go to their offsets."""
+"""Writing a checkpoint in place: the layout is planned first; ranges are written at offsets."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from pipelines.storage import with_retries
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """Where one tensor of the output goes."""
+    """The place of one tensor in the output."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -40,12 +40,12 @@ class OutputLayout:
         return sum(self.sizes.values())
 
     def create(self, folder: Path, names: Iterable[str] | None = None) -> None:
-        """Make the files at their full length, so that a disk too small is known at once.
+        """Create the files at their full length, so that a full disk fails at once.
 
         Files of an earlier attempt stay as they are.
 
         Args:
-            names: of the files; default all of them, and the index.
+            names: of the files; default: all of them and the index.
 
         Raises:
             OSError: the disk has no room for them.
@@ -64,7 +64,7 @@ class OutputLayout:
             self.write_index(folder)
 
     def write_index(self, folder: Path) -> None:
-        """Write which file has which tensor, where there are several."""
+        """Write the index (tensor -> file) if there are several files."""
         if len(self.headers) > 1:
             total = sum(prod(t.shape) * t.dtype.itemsize for t in self.tensors.values())
             places = {name: tensor.file for name, tensor in self.tensors.items()}
@@ -72,7 +72,7 @@ class OutputLayout:
             write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
     def stored(self, folder: Path) -> dict[str, StoredTensor]:
-        """The tensors as a reader of the files would find them."""
+        """The tensors as a reader finds them."""
         return {
             name: StoredTensor(
                 name, tensor.dtype, tensor.shape, folder / tensor.file, tensor.offset
@@ -81,7 +81,7 @@ class OutputLayout:
         }
 
     def write(self, folder: Path, name: str, start: int, values: Tensor) -> None:
-        """Write a flat range of a tensor, in the output's dtype, whose first element is `start`."""
+        """Write values (in the output's dtype) as a tensor's flat range from element `start` on."""
         tensor = self.tensors[name]
         assert values.dtype == tensor.dtype
         memory = values.contiguous().view(-1).view(torch.uint8).numpy().data
@@ -113,7 +113,7 @@ def plan_layout(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     max_shard_bytes: int,
 ) -> OutputLayout:
-    """Put tensors, in their order, into one file, or into shards up to a number of bytes."""
+    """Put tensors, in their order, into one file, or into shards of at most this many bytes."""
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
     for name, (dtype, shape) in tensors.items():

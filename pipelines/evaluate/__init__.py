@@ -1,4 +1,4 @@
-"""Measure models on tasks with exact graders: the matrix of `poise evaluate`."""
+"""Measure models on tasks with exact graders: the matrix (models x tasks) of `poise evaluate`."""
 
 from pipelines.evaluate.plan import EvaluateConfig, plan_evaluation
 from pipelines.evaluate.run import (

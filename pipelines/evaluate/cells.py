@@ -1,4 +1,4 @@
-"""One cell of the matrix models x tasks: generate, grade, count."""
+"""One cell of the matrix (models x tasks): generate, grade, average."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from pipelines.evaluate.tasks import Split, Task, load_rows
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One model on one task, with all that its result depends on."""
+    """One model on one task, with everything that its result depends on."""
 
     model: str
     path: str
@@ -23,13 +23,13 @@ class Cell:
     max_new_tokens: int
     batch_size: int
     limit: int | None
-    weights: str  # the digest of the model's
+    weights: str  # the digest of the model's weights
     fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
 class CellResult:
-    """Percent right with its standard error, over n prompts, of a model with these weights."""
+    """A model's percentage of right answers over n prompts, and its standard error."""
 
     model: str
     task: str
@@ -37,16 +37,16 @@ class CellResult:
     stderr: float
     n: int
     fingerprint: str
-    weights: str = ""  # cells of earlier versions do not say
+    weights: str = ""  # empty in cells of earlier versions
 
 
 def cell_path(folder: str | Path, model: str, task: str) -> Path:
-    """Where a finished cell's numbers stand."""
+    """The file with a finished cell's numbers."""
     return Path(folder) / "cells" / model / f"{task}.json"
 
 
 def finished_cell(folder: str | Path, model: str, task: str, fingerprint: str) -> CellResult | None:
-    """The result of a cell that an earlier run finished on the same inputs, if there is one."""
+    """The result of a cell from an earlier run on the same inputs, if there is one."""
     path = cell_path(folder, model, task)
     if not path.is_file():
         return None
@@ -57,8 +57,8 @@ def finished_cell(folder: str | Path, model: str, task: str, fingerprint: str) -
 def run_cell(cell: Cell, generator: Generator, folder: str | Path) -> CellResult:
     """Measure one cell and commit its completions and its numbers below `folder`.
 
-    The completions (`completions/MODEL/TASK.jsonl`) are written first, so that a cell whose
-    numbers stand is complete; to write them twice does no harm.
+    The completions (`completions/MODEL/TASK.jsonl`) are written first, so a cell with numbers is
+    complete. Writing them twice is harmless.
     """
     task = Task.model_validate_json(cell.task)
     rows = load_rows(task, cell.split)[: cell.limit]
@@ -109,7 +109,7 @@ class CellWorker:
         """
         cell = Cell(**json.loads(row["cell"]))
         if self.generator is None or self.path != cell.path:
-            self.generator = None  # the old model leaves memory before the new one comes
+            self.generator = None  # free the old model before loading the new one
             self.generator, self.path = Generator(cell.path), cell.path
         result = run_cell(cell, self.generator, row["folder"])
         return {"folder": row["folder"], "result": json.dumps(asdict(result))}

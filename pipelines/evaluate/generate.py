@@ -20,7 +20,7 @@ class Generator:
         path: a Hugging Face checkpoint directory.
 
     Raises:
-        InputError: the directory is missing or does not load.
+        InputError: the directory is missing or cannot be loaded.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -37,7 +37,7 @@ class Generator:
             first = str(error).strip().splitlines()[0]
             raise InputError(f"model {path}: does not load: {first}") from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        # transformers wraps `to` in a way that hides from mypy that it is a method.
+        # transformers wraps `to`, so mypy does not see that it is a method.
         self.model: PreTrainedModel = model.to(device).eval()  # type: ignore[arg-type]
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.tokenizer.padding_side = "left"
@@ -45,7 +45,7 @@ class Generator:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """Token ids of a text, or of messages through the chat template, ready to be continued."""
+        """Token ids of a text, or of messages in the chat template with a generation prompt."""
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
         if self.tokenizer.chat_template is None:
@@ -67,7 +67,7 @@ class Generator:
     ) -> list[str]:
         """Greedy completions of the prompts, in their order, without special tokens.
 
-        Prompts of similar length share a batch, so little is spent on padding.
+        Prompts of similar length share a batch, so there is little padding.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
@@ -77,7 +77,7 @@ class Generator:
             batch = self.tokenizer.pad({"input_ids": [encoded[i] for i in chosen]}, padding=True)
             ids = torch.tensor(batch["input_ids"], device=self.model.device)  # (batch, length)
             mask = torch.tensor(batch["attention_mask"], device=self.model.device)
-            # transformers' types leave open which models generate.
+            # transformers' types do not say which models can generate.
             output = self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
@@ -93,5 +93,5 @@ class Generator:
         return completions
 
 
-# A checkpoint's generation_config may ask for sampling; greedy decoding takes nothing from it.
+# Greedy decoding ignores the sampling options of a checkpoint's generation_config.
 _NO_SAMPLING = {"temperature": None, "top_p": None, "top_k": None}

@@ -1,7 +1,7 @@
-"""Exact graders: a completion is right (1) or wrong (0), by rule and never by a model's opinion.
+"""Exact graders: a rule, not a model, decides whether a completion is right (1) or wrong (0).
 
 A grader is a function of the completion, the row's accepted answers and the task's parameters.
-To add one: write the function and put it into `GRADERS`.
+To add one, write the function and put it into `GRADERS`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ Grader = Callable[[str, Sequence[str], Mapping[str, Any]], bool]
 
 
 def normalise(text: str) -> str:
-    """`text` with runs of white space made one blank and none at the ends; case is kept."""
+    """`text` without white space at its ends and with single blanks inside; case is kept."""
     return " ".join(text.split())
 
 
@@ -21,7 +21,7 @@ def exact(completion: str, answers: Sequence[str], parameters: Mapping[str, Any]
 
 
 def phrase(completion: str, answers: Sequence[str], parameters: Mapping[str, Any]) -> bool:
-    """The completion is the task's `phrase`, such as a refusal; the row's answers do not count."""
+    """The completion is the task's `phrase`, such as a refusal; the row's answers are unused."""
     return completion == normalise(parameters["phrase"])
 
 

@@ -1,4 +1,4 @@
-"""The config of `poise evaluate`, and what it will measure: every input is looked at first."""
+"""The config of `poise evaluate`, and its plan: all inputs are checked before anything runs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,13 +22,13 @@ from pipelines.fingerprint import (
     fingerprint_work,
 )
 
-MODELS_FILE = "models.json"  # beside an evaluation's numbers: which files they are of
-# What keys of models were made of before models had digests.
+MODELS_FILE = "models.json"  # beside an evaluation's numbers: the models' files and digests
+# The files of a model's key in versions without digests.
 _FILES_OF_VERSION_1 = ("*.safetensors", "*.json", "*.jinja", "*.model")
 
 
 class EvaluateConfig(Config):
-    """Which models are measured on which tasks, and how completions are made."""
+    """The models, the tasks, and the settings of generation."""
 
     models: dict[str, Path] = Field(min_length=1, description="name -> checkpoint directory")
     tasks: Path = Field(description="a tasks.yaml")
@@ -57,7 +57,7 @@ class EvaluationPlan:
 
     Attributes:
         digests: of the models, by their names in the config.
-        memory: holds those digests with the files that they were taken of.
+        memory: holds these digests together with the identity of their files.
     """
 
     config: EvaluateConfig
@@ -69,11 +69,11 @@ class EvaluationPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Of all that the numbers depend on."""
+        """The fingerprint of everything that the numbers depend on."""
         return fingerprint(sorted(cell.fingerprint for cell in self.cells))
 
     def fingerprint_of_version_1(self) -> str:
-        """The same as it was before models had digests; every file of them is read for it."""
+        """The fingerprint of versions without digests; it reads all files of the models."""
         models = {
             name: fingerprint_directory(path, _FILES_OF_VERSION_1)
             for name, path in self.config.models.items()
@@ -84,11 +84,11 @@ class EvaluationPlan:
 def plan_evaluation(
     config: EvaluateConfig, out: str | Path, memory: DigestMemory | None = None
 ) -> EvaluationPlan:
-    """Look at every input, and say which cells the matrix has, those of one model together.
+    """Check every input and list the cells of the matrix, model by model.
 
     Args:
-        out: where an earlier, perhaps unfinished run has written which files it measured.
-        memory: what is known of models already; what is found out is put into it.
+        out: the output; an earlier, perhaps unfinished run may have left known digests there.
+        memory: known digests of models; new digests are added to it.
 
     Raises:
         InputError: a model or task that cannot be read.
@@ -131,10 +131,10 @@ def _selected_tasks(config: EvaluateConfig) -> list[Task]:
 
 
 def _opened(name: str, path: Path) -> Checkpoint:
-    """A model's headers; damaged files show here."""
+    """A model's headers; damaged files are found here."""
     if not (path / "config.json").is_file():
         raise InputError(f"models.{name}: {path}: no Hugging Face checkpoint there")
-    if is_adapter(path):  # it would be applied unseen when the model is loaded
+    if is_adapter(path):  # transformers would silently apply it when it loads the model
         raise InputError(
             f"models.{name}: {path}: holds an adapter beside the model; allowed: one of them "
             "(poise merge makes a model of both)"
@@ -148,7 +148,7 @@ def _keys(
     """The fingerprint of each cell, by model and task.
 
     Args:
-        models: what stands for each model.
+        models: for each model, the value that identifies it.
     """
     settings = (config.max_new_tokens, config.batch_size, config.limit)
     files = {task.name: fingerprint_file(task.files[config.split]) for task in tasks}

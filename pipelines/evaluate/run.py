@@ -1,4 +1,4 @@
-"""The matrix of models x tasks: cells through Ray Data actors, or in this process."""
+"""The matrix (models x tasks): its cells run in Ray Data actors or in this process."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,15 +28,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure every model on every task and write `out/evaluation.json`.
 
-    Cells that an interrupted run had finished are not measured again. A finished `out` with the
-    same inputs is read, not done again. A model is known by its digests, so that a copy in other
-    shards keeps its numbers; `out/models.json` has the files that they were taken of.
+    Finished cells of an interrupted run are not measured again. A finished `out` with the same
+    inputs is only read. Digests identify a model, so a copy in other shards keeps its numbers;
+    `out/models.json` holds the digests and the identity of the files.
 
     Returns:
-        the content of `evaluation.json`: percent, standard errors and numbers of prompts per model.
+        the content of `evaluation.json`: percentages, standard errors and numbers of prompts by
+        model.
 
     Raises:
-        InputError: a model or task that cannot be read; `out` holds something else and `force`
+        InputError: a model or task that cannot be read; or `out` holds another result and `force`
             is false.
     """
     return evaluate_together([(config, out)], force=force, executor=executor)[0]
@@ -48,8 +49,8 @@ def evaluate_together(
     force: bool = False,
     executor: ExecutorName = "ray",
 ) -> list[dict[str, Any]]:
-    """Several evaluations, such as of both splits, as `evaluate` does each; their workers start
-    once, and load a model once for all of them. `num_workers` is the first one's.
+    """As `evaluate`, for several evaluations (for example of both splits). Workers start once and
+    load each model once for all of them. `num_workers` is taken from the first config.
     """
     memory = DigestMemory()
     plans = [plan_evaluation(config, out, memory) for config, out in runs]
@@ -59,7 +60,7 @@ def evaluate_together(
 def evaluate_planned(
     plans: Sequence[EvaluationPlan], *, force: bool = False, executor: ExecutorName = "ray"
 ) -> list[dict[str, Any]]:
-    """Carry out plans, as `evaluate_together` does configs."""
+    """As `evaluate_together`, for plans."""
     with ExitStack() as stack:
         runs = [_OpenRun(plan, force, stack) for plan in plans]
         missing = [(cell, run.folder) for run in runs for cell in run.missing]
@@ -70,9 +71,9 @@ def evaluate_planned(
 
 
 class _OpenRun:
-    """One evaluation on its way: what it has, what it lacks, and where that goes.
+    """A running evaluation: its results, its missing cells, and its folder.
 
-    Its output appears when `stack` is closed.
+    Its output gets its final name when `stack` closes.
     """
 
     def __init__(self, plan: EvaluationPlan, force: bool, stack: ExitStack) -> None:
@@ -93,7 +94,7 @@ class _OpenRun:
                 self.results.append(done)
 
     def summary(self) -> dict[str, Any]:
-        """The content of `evaluation.json`, which is written unless it stands."""
+        """The content of `evaluation.json`; writes the file unless it is there."""
         if self._finished is not None:
             return self._finished
         plan = self._plan
@@ -110,7 +111,7 @@ class _OpenRun:
 
 
 def _finished_summary(plan: EvaluationPlan) -> dict[str, Any] | None:
-    """What an earlier run found on the same inputs, if there is one."""
+    """The summary of an earlier run on the same inputs, if there is one."""
     path = plan.out / RESULT_FILE
     if not path.is_file():
         return None
@@ -123,7 +124,7 @@ def _finished_summary(plan: EvaluationPlan) -> dict[str, Any] | None:
 def _measure(
     cells: Sequence[tuple[Cell, Path]], num_workers: int, executor: ExecutorName
 ) -> Iterator[tuple[str, CellResult]]:
-    """Results of cells, each with the folder it was for, as they come."""
+    """The results of cells with their folders, in the order in which they finish."""
     if not cells:
         return
     # All cells of a model together, so that a worker loads each model once.
@@ -142,7 +143,7 @@ def _measure(
 
 
 def _here(rows: list[dict[str, str]]) -> Iterator[dict[str, str]]:
-    """Cells in this process."""
+    """Measure cells in this process."""
     import torch
 
     worker = CellWorker(num_threads=torch.get_num_threads())
@@ -153,7 +154,7 @@ def _here(rows: list[dict[str, str]]) -> Iterator[dict[str, str]]:
 def _in_ray(
     rows: list[dict[str, str]], num_models: int, num_workers: int
 ) -> Iterable[dict[str, str]]:
-    """Cells through a pool of Ray Data actors; only descriptions and numbers pass through Ray."""
+    """Measure cells in Ray Data actors; only descriptions and numbers pass through Ray."""
     import ray
 
     dataset = ray.data.from_items(rows, override_num_blocks=num_models)
@@ -165,7 +166,7 @@ def _in_ray(
 
 
 def summarise(model: str, tasks: list[Task], results: list[CellResult]) -> dict[str, Any]:
-    """Per-task numbers of one model, the three H's (means of their tasks) and their average."""
+    """One model's numbers: per task, per H (the mean of its tasks), and the average of the H's."""
     of_model = {result.task: result for result in results if result.model == model}
     summary: dict[str, Any] = {}
     parts = []
@@ -190,5 +191,5 @@ def summarise(model: str, tasks: list[Task], results: list[CellResult]) -> dict[
 
 
 def best_model(summary: dict[str, Any], names: Iterable[str]) -> str:
-    """The name with the highest average of the H's; the first of equals."""
+    """The name with the highest average of the H's; the first one in a tie."""
     return max(names, key=lambda name: summary["models"][name]["average"]["value"])

@@ -1,4 +1,4 @@
-"""Tasks: prompts in JSONL files, a grader, and the strength (one of the three H's) they measure."""
+"""Tasks: prompts in JSONL files, a grader, and the dimension (one of the three H's)."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ DIMENSIONS: tuple[Dimension, ...] = ("helpfulness", "honesty", "harmlessness")
 
 
 class GraderConfig(Config):
-    """The grader's name; its parameters are fields beside it."""
+    """The grader's name; its parameters are further fields."""
 
     model_config = Config.model_config | {"extra": "allow"}
     name: str
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What the grader is given beside completion and answers."""
+        """The grader's parameters."""
         return dict(self.model_extra or {})
 
     @model_validator(mode="after")
@@ -65,10 +65,10 @@ class Row(Config):
 
 
 def load_tasks(path: str | Path) -> list[Task]:
-    """The tasks of a `tasks.yaml`, with their files' paths made absolute.
+    """The tasks of a `tasks.yaml`, with absolute paths of their files.
 
     Raises:
-        InputError: the file is missing or bad, or two tasks have one name.
+        InputError: the file is missing or bad, or two tasks have the same name.
     """
     path = Path(path)
     entries = load_yaml(path)

@@ -1,4 +1,4 @@
-"""Merging checkpoints: plan, workers that write in place, journal, commit."""
+"""Merging checkpoints: a plan, workers that write in place, a journal, a commit."""
 
 from pipelines.merge.config import MergeConfig, load_merge_config
 from pipelines.merge.plan import MergePlan, plan_merge

@@ -1,4 +1,4 @@
-"""What stands beside the merged weights: config, tokenizer, and what record and card say."""
+"""The files beside the merged weights: config, tokenizer, record and card."""
 
 import json
 import shutil
@@ -35,8 +35,8 @@ def write_companions(
     """Write everything but the weights into the output's folder.
 
     Args:
-        digests: what the workers took while they read and wrote, by path and tensor.
-        memory: the inputs' digests that are known already; those found here are put into it.
+        digests: of the blocks that the workers read and wrote, by path and tensor.
+        memory: known digests of inputs; new ones are added.
     """
     _write_tokenizer(plan, folder)
     config = model_config(plan.config, plan.tensors, plan.reference)
@@ -46,7 +46,7 @@ def write_companions(
 
 
 def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
-    """Copy the tokenizer's files and the generation settings; put in what is new."""
+    """Copy the tokenizer's files and the generation settings; write the new files."""
     generation = plan.reference.path / GENERATION_FILE
     if generation.is_file():
         shutil.copyfile(generation, folder / GENERATION_FILE)
@@ -61,8 +61,8 @@ def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
 
 
 def drawn(plan: MergePlan) -> dict[str, float]:
-    """What the seed drew once for the merge, M3's lambda, where the method has it; of the named
-    merges that it is made of with their names before it.
+    """The numbers that the seed drew once for the merge: M3's lambda, if the method has it. For
+    named merges, the key begins with the merge's name.
     """
     found = {}
     for tensor in plan.tensors.values():
@@ -79,7 +79,7 @@ def drawn(plan: MergePlan) -> dict[str, float]:
 def provenance(
     plan: MergePlan, output: Checkpoint, digests: KnownDigests, memory: DigestMemory
 ) -> Provenance:
-    """Where the output comes from: the method in words, and what makes it again."""
+    """The output's provenance."""
     base = plan.config.base_model
     rooted = "" if base is None else f"Base model: `{base}`\n\n"
     listed = "\n".join(f"- `{model}`" for model in plan.config.merged_models)
@@ -103,7 +103,7 @@ def provenance(
 
 
 def _written(config: MergeConfig) -> Iterator[str]:
-    """The models that a merge is made of, base first; a named merge stands for its own."""
+    """The models of a merge, the base first; a named merge is replaced by its own models."""
     for name in [config.base_model, *config.merged_models]:
         if name in config.merges:
             merge = config.merges[name]

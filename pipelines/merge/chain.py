@@ -1,4 +1,4 @@
-"""A merge as a model of another merge: its values are computed where they are read, unrounded."""
+"""A merge as a model of another merge: its values are computed when they are read, unrounded."""
 
 import threading
 from collections.abc import Iterable, Mapping
@@ -14,16 +14,16 @@ from pipelines.checkpoints import Checkpoint, TensorSpec
 from pipelines.merge.contexts import model_contexts
 from pipelines.merge.tensor import TensorMerge
 
-# Whole results of methods that cannot be computed in steps, of which neighbours are read in turn.
+# How many whole tensors are kept, for methods that cannot compute a tensor in steps.
 NUM_KEPT = 2
 
 
 @dataclass(slots=True, eq=False)
 class MergedSource:
-    """A `Source` that is another merge of the same file; nothing of it is written."""
+    """A `Source` that is another merge of the same file; it is not written."""
 
     name: str
-    path: Path  # of the model whose tokenizer it has
+    path: Path  # of the model that gives the tokenizer
     config: dict[str, Any]
     tensors: Mapping[str, TensorMerge]
     inputs: list[Checkpoint]
@@ -32,7 +32,7 @@ class MergedSource:
     _lock: Any = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What goes to another process: not what was kept here."""
+        """The state for another process, without the values that are kept here."""
         names = ("name", "path", "config", "tensors", "inputs")
         return {name: getattr(self, name) for name in names}
 
@@ -42,7 +42,7 @@ class MergedSource:
         self._contexts, self._whole, self._lock = {}, {}, threading.RLock()
 
     def checkpoints(self) -> Iterable[Checkpoint]:
-        """All checkpoints that its own merge reads."""
+        """All checkpoints that this merge reads."""
         return self.inputs
 
     def names(self) -> Iterable[str]:
@@ -57,10 +57,10 @@ class MergedSource:
         return TensorSpec(name, tensor.dtype, tensor.shape, Path(self.name))
 
     def stored(self, name: str) -> None:
-        """None of it is read as it is."""
+        """None: all values are computed."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop): unrounded float32, or the integers that all its inputs share."""
+        """Elements [start, stop): unrounded float32, or the integers that all inputs share."""
         tensor = self.tensors[name]
         context = self._context(tensor)
         if tensor.step >= tensor.num_elements:
@@ -71,7 +71,7 @@ class MergedSource:
         return torch.cat(parts)[start - first : stop - first]
 
     def _context(self, tensor: TensorMerge) -> MergeContext:
-        """Found once in each process."""
+        """A tensor's context, computed once in each process."""
         with self._lock:
             if tensor.name not in self._contexts:
                 if tensor.is_of_model:
@@ -81,7 +81,7 @@ class MergedSource:
             return self._contexts[tensor.name]
 
     def _all(self, tensor: TensorMerge, context: MergeContext) -> Tensor:
-        """All of a tensor, the last few kept."""
+        """The whole tensor; the last few are kept."""
         with self._lock:
             if tensor.name not in self._whole:
                 while len(self._whole) >= NUM_KEPT:

@@ -1,4 +1,4 @@
-"""The config of `poise merge`: mergekit's YAML for the methods both have."""
+"""The config of `poise merge`: mergekit's YAML for the methods that both have."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
@@ -22,7 +22,7 @@ GIB = 1 << 30
 OF_THE_FILE = {"memory_budget", "executor", "num_workers", "storage"}
 _UNITS = {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-# Left empty, as mergekit allows, they are none.
+# mergekit allows an empty value, which means no parameters.
 Parameters = Annotated[
     dict[str, Any], BeforeValidator(lambda found: {} if found is None else found)
 ]
@@ -38,7 +38,7 @@ class ModelEntry(Config):
 class SliceSource(ModelEntry):
     """Layers of one model, as an ingredient of a slice."""
 
-    layer_range: tuple[int, int] = Field(description="first layer, and the one after the last")
+    layer_range: tuple[int, int] = Field(description="first layer, and one after the last layer")
 
     @field_validator("layer_range")
     @classmethod
@@ -156,52 +156,52 @@ class MergeConfig(Config):
 
     @property
     def uses_base(self) -> bool:
-        """Whether the base is part of what is merged; for some methods a parameter decides."""
+        """Whether the method merges the base; for some methods a parameter decides."""
         needed = self.method.needs_base
         if isinstance(needed, str):
             return self.parameters.get(needed) is not None
         return needed
 
     def is_base(self, entry: ModelEntry) -> bool:
-        """Whether an entry is the base, which mergekit's files list among the models."""
+        """Whether an entry is the base, which mergekit's files may list among the models."""
         return self.uses_base and entry.model == self.base_model
 
     def groups(self) -> Iterator[list[ModelEntry]]:
-        """What is merged with each other: the models, or each slice's sources; without the base."""
+        """The groups that are merged together: the models, or each slice's sources; no base."""
         for group in [self.models] if self.models else [each.sources for each in self.slices]:
             yield [entry for entry in group if not self.is_base(entry)]
 
     def merges_before(self, name: str) -> dict[str, "MergeConfig"]:
-        """The named merges that stand before one of them: those that it can refer to."""
+        """The named merges before this one, which it can refer to."""
         return dict(takewhile(lambda item: item[0] != name, self.merges.items()))
 
     @property
     def merged_models(self) -> list[str]:
-        """The models without the base, each once, in their order."""
+        """The models without the base, in their order, without duplicates."""
         entries = [entry for group in self.groups() for entry in group]
         return list(dict.fromkeys(entry.model for entry in entries))
 
     @property
     def output_dtype(self) -> torch.dtype | None:
-        """The dtype of the output's floating tensors; None keeps the inputs'."""
+        """The dtype of the output's floating tensors; None keeps the input's dtype."""
         name = self.out_dtype or self.dtype
         return None if name is None else DTYPES[name]
 
     @property
     def tokenizer_wanted(self) -> str | None:
-        """Whose tokens the output has; None: those that all models have."""
+        """The source of the output's tokens; None: all models must have the same tokens."""
         if isinstance(self.tokenizer, TokenizerSettings):
             return self.tokenizer.source
         return self.tokenizer or self.tokenizer_source
 
     @property
     def pad_rows_to(self) -> int | None:
-        """What the number of the embeddings' rows is a multiple of."""
+        """The embeddings' rows are padded to a multiple of this number."""
         own = self.tokenizer
         return own.pad_to_multiple_of if isinstance(own, TokenizerSettings) else None
 
     def notices(self) -> list[str]:
-        """A line for each field that is accepted and changes nothing."""
+        """A line for each field that is accepted but has no effect."""
         lines = []
         entries = [*self.models, *(source for each in self.slices for source in each.sources)]
         scopes = [self.parameters, *(each.parameters for each in self.slices)]
@@ -218,7 +218,7 @@ class MergeConfig(Config):
         return lines
 
     def _check_parameters(self, entries: list[ModelEntry]) -> None:
-        """Every name is known, every value in its range, every required one there."""
+        """Raise ValueError for an unknown name, a value out of range or a missing value."""
         common = [self.parameters, *(each.parameters for each in self.slices)]
         for scope in common:
             self._check_values(scope)
@@ -231,11 +231,11 @@ class MergeConfig(Config):
                         "give it under parameters"
                     )
         own = [entry.parameters for entry in entries]
-        if not has_filters([*own, *common]):  # filters show at each tensor what they leave out
+        if not has_filters([*own, *common]):  # with filters, missing values are found per tensor
             resolve(self.method, own, common, "", 0.0)
 
     def _check_values(self, scope: Mapping[str, Any]) -> None:
-        """Names and ranges of one scope, with every value of its gradients and filters."""
+        """Check names and ranges of one scope, including the values of gradients and filters."""
         for name, setting in scope.items():
             if name in WITHOUT_EFFECT:
                 continue
@@ -255,7 +255,7 @@ class MergeConfig(Config):
 
 
 def leaves(setting: Any) -> Iterator[Any]:
-    """The single values of a setting: of a gradient, of entries with filters, or itself."""
+    """The single values in a setting: a gradient, entries with filters, or one value."""
     if isinstance(setting, list) and setting:
         for entry in setting:
             yield from leaves(entry)
@@ -270,8 +270,8 @@ def leaves(setting: Any) -> Iterator[Any]:
 def load_merge_config(path: str | Path, overrides: Iterable[str] = ()) -> MergeConfig:
     """Read a merge's YAML.
 
-    A file of several documents, all but the last with a `name`, is the last one with the others
-    as its `merges`.
+    In a file with several documents, the last one is the merge, and the others, which need a
+    `name`, are its `merges`.
 
     Raises:
         InputError: the first mistake, with file and field.
@@ -280,7 +280,7 @@ def load_merge_config(path: str | Path, overrides: Iterable[str] = ()) -> MergeC
     try:
         documents = [each for each in parse_documents(path.read_text("utf-8")) if each]
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        documents = []  # load_config says what is wrong
+        documents = []  # load_config reports the error
     if len(documents) < 2:
         return load_config(path, MergeConfig, overrides)
     *named, last = documents

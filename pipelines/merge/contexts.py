@@ -1,4 +1,4 @@
-"""Thresholds that run over a whole model: found before the tensors are merged."""
+"""Thresholds over a whole model, which are computed before the tensors are merged."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,14 +6,12 @@ from operators.merging import MergeContext
 from pipelines.errors import InputError
 from pipelines.merge.tensor import TensorMerge, gather_contexts
 
-# What thresholds depend on: with `scope: model` it cannot change from tensor to tensor.
+# Parameters of thresholds; with `scope: model` they must be the same for all tensors.
 OF_THE_MODEL = ("density", "gamma", "ties", "rescale", "fidelity")
 
 
 def model_contexts(tensors: dict[str, TensorMerge], num_workers: int) -> dict[str, MergeContext]:
-    """The contexts of the tensors whose thresholds run over all of them, by name.
-
-    Passes over the inputs, in threads.
+    """The contexts of the tensors with `scope: model`, by name; threads pass over the inputs.
 
     Raises:
         InputError: NaN or Inf in an input, or parameters that differ between tensors.

@@ -1,4 +1,4 @@
-"""How two models differ, tensor by tensor, before one merges them."""
+"""The differences of two models, tensor by tensor."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +16,12 @@ class TensorDiff:
     """One tensor of two models.
 
     Attributes:
-        delta: the norm of B - A; relative: divided by the norm of A (0 where both are zero).
-        cosine: between A and B; between their deltas where there is a base.
-        norms: of the deltas from the base, where there is one.
-        conflict: of the elements that both deltas change, the fraction changed in opposite
-            directions; None without a base.
+        delta: the norm of B - A.
+        relative: delta divided by the norm of A; 0 if A is zero.
+        cosine: between A and B; with a base, between their deltas.
+        norms: of the deltas from the base; None without a base.
+        conflict: the fraction with opposite signs among the elements where both deltas are
+            nonzero; None without a base.
     """
 
     name: str
@@ -33,7 +34,7 @@ class TensorDiff:
 
 
 def diff_models(a: str, b: str, base: str | None = None) -> list[TensorDiff]:
-    """Compare two models; the last entry, `all`, is over all tensors that both have.
+    """Compare two models; the last entry, `all`, covers all common tensors.
 
     Raises:
         InputError: a model that cannot be read, or models without a common tensor.
@@ -55,8 +56,8 @@ def diff_models(a: str, b: str, base: str | None = None) -> list[TensorDiff]:
 
 
 def unmatched(a: str, b: str, base: str | None = None) -> Iterator[str]:
-    """A line for each tensor that only one of two models has, that differs in shape, or that their
-    base does not have so.
+    """A line for each tensor that cannot be compared: only one model has it, the shapes differ, or
+    the base does not have it in the same shape and kind.
     """
     one, two = open_model(a, base), open_model(b, base)
     origin = None if base is None else open_model(base)
@@ -71,7 +72,7 @@ def unmatched(a: str, b: str, base: str | None = None) -> Iterator[str]:
 
 
 def _comparable(name: str, *sources: Source | None) -> bool:
-    """Whether all have a floating tensor of that name and of one shape."""
+    """Whether all sources have a floating tensor with this name and the same shape."""
     specs = [source.find(name) for source in sources if source is not None]
     return all(spec is not None and spec.dtype.is_floating_point for spec in specs) and (
         len({spec.shape for spec in specs if spec is not None}) == 1
@@ -81,7 +82,7 @@ def _comparable(name: str, *sources: Source | None) -> bool:
 def _compared(
     name: str, one: Source, two: Source, origin: Source | None
 ) -> tuple[Comparison, Comparison]:
-    """The two tensors, and their deltas where there is a base."""
+    """The comparison of two tensors, and of their deltas if there is a base."""
     spec = one.find(name)
     assert spec is not None
     plain, deltas = Comparison(), Comparison()
@@ -96,7 +97,7 @@ def _compared(
 
 
 def _described(name: str, plain: Comparison, deltas: Comparison, *, has_base: bool) -> TensorDiff:
-    # Deltas from a common base are small: their distance keeps digits that the models' would lose.
+    # Deltas from a common base are small, so their distance is more precise than the models'.
     delta = deltas.distance if has_base else plain.distance
     return TensorDiff(
         name=name,

@@ -1,4 +1,4 @@
-"""What a merge will cost: bytes and memory from its plan, time from a sample of its own work."""
+"""The cost of a merge: bytes and memory from its plan, time from merging one of its tensors."""
 
 import time
 from dataclasses import dataclass
@@ -9,17 +9,19 @@ from pipelines.merge.executors import check_gpu
 from pipelines.merge.plan import MergePlan
 from pipelines.merge.tensor import TensorMerge
 
-SAMPLE_ELEMENTS = 1 << 22  # a tensor of at most this size is timed, if there is one
+SAMPLE_ELEMENTS = 1 << 22  # the timed tensor has at most this size, if possible
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a merge reads (in one pass over the inputs), writes, takes in memory and in time.
+    """The estimated cost of a merge.
 
     Attributes:
-        num_passes: over the inputs; more than one read mostly from the page cache.
-        memory_bytes: of all workers at the same time, beside the program itself.
-        seconds: of the workers together; start-up and a slow disk come on top.
+        input_bytes: read in one pass over the inputs.
+        output_bytes: written.
+        num_passes: over the inputs; later passes read mostly from the page cache.
+        memory_bytes: of all workers at the same time, without the program itself.
+        seconds: of the whole merge, without start-up and waiting for a slow disk.
     """
 
     input_bytes: int
@@ -30,10 +32,10 @@ class Estimate:
 
 
 def estimate(plan: MergePlan) -> Estimate:
-    """Estimate a plan's cost; merges one tensor in memory to see how fast this machine is.
+    """Estimate a plan's cost; merges one tensor in memory to measure the speed of this machine.
 
     Raises:
-        InputError: NaN or Inf in that tensor, or no GPU for a merge that is to work on one.
+        InputError: NaN or Inf in that tensor, or no GPU for a merge that needs one.
     """
     check_gpu(plan)
     needs = sorted(plan.num_working_bytes, reverse=True)[: plan.config.num_workers]
@@ -54,14 +56,14 @@ def estimate(plan: MergePlan) -> Estimate:
 
 
 def _work(tensor: TensorMerge) -> float:
-    """What the time is proportional to: elements; of whole matrices, times their smaller side."""
+    """A number proportional to the time: elements; for whole matrices, times the smaller side."""
     if tensor.needs_all and len(tensor.shape) == 2:
         return float(tensor.num_elements * min(tensor.shape))
     return float(tensor.num_elements)
 
 
 def _seconds(tensor: TensorMerge) -> float:
-    """How long one thread takes for a tensor, without writing it; the first time is for warmth."""
+    """The time of one thread for a tensor, without writing it; the first of two runs is warm-up."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

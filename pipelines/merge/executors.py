@@ -1,4 +1,4 @@
-"""Who does a plan's items: threads of this process, or a pool of Ray Data actors. Same bytes."""
+"""Run a plan's items in threads of this process or in Ray Data actors, with the same bytes."""
 
 import os
 import sys
@@ -24,10 +24,10 @@ Executor = Callable[[MergePlan, Path, list[int], Contexts], Iterator[Result]]
 def in_threads(
     plan: MergePlan, folder: Path, items: list[int], contexts: Contexts
 ) -> Iterator[Result]:
-    """Do the items in `num_workers` threads; yields each finished one.
+    """Run the items in `num_workers` threads; yields each finished one.
 
-    Items start in their order, as long as what they take together stays within the memory budget.
-    Each has one thread to itself, so that no sum depends on how many there are.
+    Items start in their order while their memory together stays within the budget. Each item runs
+    on one thread, so sums do not depend on the number of threads.
     """
     check_gpu(plan)
     worker = MergeWorker(plan, folder, contexts)
@@ -50,9 +50,9 @@ def in_threads(
 
 @contextmanager
 def _many_short_calls() -> Iterator[None]:
-    """Threads that each leave the interpreter for a fraction of a millisecond, again and again: one
-    torch thread for each, and the interpreter handed over sooner than after its usual 5 ms, which
-    made merges take a third longer.
+    """Settings for threads whose calls each leave the interpreter for less than a millisecond: one
+    torch thread each, and a shorter switch interval. The default of 5 ms made merges take a third
+    longer.
     """
     num_threads, interval = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
@@ -73,16 +73,16 @@ def _fits(plan: MergePlan, need: int, running: Iterable[int]) -> bool:
 
 
 def check_gpu(plan: MergePlan) -> None:
-    """Raise InputError where this process is to work on a GPU and has none."""
+    """Raise InputError if the plan needs a GPU and this process has none."""
     if plan.works_on_gpu and not torch.cuda.is_available():
         raise InputError("device: found cuda; allowed: cpu, as this machine has no GPU")
 
 
 def in_ray(plan: MergePlan, folder: Path, items: list[int], contexts: Contexts) -> Iterator[Result]:
-    """Do the items in Ray Data actors; only descriptions pass through Ray.
+    """Run the items in Ray Data actors; only descriptions pass through Ray.
 
-    An actor that is lost is replaced and its item done again. There are as many actors as the
-    memory budget lets work at the same time on the largest items; on GPUs, at most one for each.
+    A lost actor is replaced and its item is repeated. There are at most as many actors as the
+    memory budget allows for the largest item; on GPUs, at most one actor per GPU.
     """
     import ray
 
@@ -107,9 +107,9 @@ def in_ray(plan: MergePlan, folder: Path, items: list[int], contexts: Contexts) 
 
 
 class _Actor:
-    """A worker in a process of its own, with one thread: the pool has a process for each core.
+    """A worker in a separate process with one thread, because the pool has a process per core.
 
-    Ray starts it in the directory where Ray was started; relative paths begin in `directory`.
+    Ray starts it in Ray's own working directory; relative paths are relative to `directory`.
     """
 
     def __init__(self, plan: MergePlan, folder: str, contexts: Contexts, directory: str) -> None:
@@ -120,12 +120,12 @@ class _Actor:
 
     def __call__(self, row: dict[str, Any]) -> Result:
         result = self._worker(row)
-        # Arrow has no lists of mixed types: digests travel as text.
+        # Arrow has no lists of mixed types, so all parts of a digest become text.
         return result | {"digests": [list(map(str, entry)) for entry in result["digests"]]}
 
 
 def _checked(results: Iterable[Result]) -> Iterator[Result]:
-    """Results, or the first error among them."""
+    """Yield results; raise the first error among them."""
     for result in results:
         if result["error"]:
             raise InputError(result["error"])

@@ -1,4 +1,4 @@
-"""From a config to the tensors of its output: slices of layers, operands, parameters, checks."""
+"""From a config to the tensors of the output: slices of layers, operands, parameters, checks."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ class Ingredient:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerSlice:
-    """Consecutive layers of the output, from layer `start` on; `common` are parameters of all."""
+    """Consecutive layers of the output from `start` on; `common` are parameters for all models."""
 
     start: int
     count: int
@@ -36,7 +36,9 @@ class LayerSlice:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """One tensor of the output: its name, its place t in [0, 1], its name in each ingredient."""
+    """One tensor of the output: its name, its position t in [0, 1] among the layers, and its name
+    in each ingredient.
+    """
 
     name: str
     t: float
@@ -50,11 +52,11 @@ def output_tensors(
 
     Args:
         models: the opened models by their names in the config.
-        base: the model that the config names as such; the methods of task vectors start from it.
+        base: the config's base model; task vectors are deltas from it.
 
     Raises:
-        InputError: layers that a model does not have, tensors that are missing or differ in
-            shape, a parameter without a value.
+        InputError: missing layers, missing tensors, different shapes, or a parameter without a
+            value.
     """
     slices = _slices(config, models, base)
     tensors = {
@@ -72,7 +74,7 @@ def output_tensors(
 def _slices(
     config: MergeConfig, models: Mapping[str, Source], base: Source | None
 ) -> list[LayerSlice]:
-    """The config's slices; models without slices are one of all layers."""
+    """The config's slices; without slices, one slice with all layers."""
     groups: list[tuple[list[ModelEntry], list[Mapping[str, Any]]]] = [
         (list(config.models), [config.parameters])
     ]
@@ -90,7 +92,7 @@ def _slices(
                 )
             ingredients.append(Ingredient(base, first or 0, {}, is_base=True))
         entry = entries[0]
-        # A layer that not all have is a missing tensor, never left out.
+        # A layer that some models lack is an error about a missing tensor; it is not skipped.
         count = max(num_layers(ingredient.source) for ingredient in ingredients)
         if isinstance(entry, SliceSource):
             count = entry.layer_range[1] - entry.layer_range[0]
@@ -103,7 +105,7 @@ def _ingredient(entry: ModelEntry, models: Mapping[str, Source]) -> Ingredient:
     """An entry with its source.
 
     Raises:
-        InputError: its layer_range goes beyond the model's layers.
+        InputError: its layer_range exceeds the model's layers.
     """
     source = models[entry.model]
     if isinstance(entry, SliceSource) and entry.layer_range[1] > num_layers(source):
@@ -151,7 +153,7 @@ def _tensor(
     method, has_base = config.merge_method, each.ingredients[-1].is_base
     own = [ingredient.own for ingredient in each.ingredients if not ingredient.is_base]
     try:
-        if len(operands) < len(each.ingredients):  # not all have it: it is taken from one
+        if len(operands) < len(each.ingredients):  # some models lack it: it is copied from one
             method, has_base = "passthrough", False
             parameters = METHODS[method].complete({}, 1)
         else:
@@ -175,10 +177,11 @@ def _tensor(
 def _operands(
     config: MergeConfig, each: LayerSlice, outline: Outline, base: Source | None
 ) -> list[Operand]:
-    """The tensor in every ingredient; with `allow_missing` in one, if others do not have it.
+    """The tensor in every ingredient. If some lack it and `allow_missing` matches, only one of the
+    others: the base, or the first one.
 
     Raises:
-        InputError: one of them does not have it.
+        InputError: an ingredient lacks it.
     """
     operands = [
         Operand(ingredient.source, name)
@@ -197,7 +200,7 @@ def _operands(
 
 
 def _check_like(name: str, spec: TensorSpec, reference: TensorSpec) -> None:
-    """Shapes are the same, and both are numbers of one kind."""
+    """Raise InputError unless the shapes are equal and both are floating or the same integers."""
     if spec.shape != reference.shape:
         raise InputError(
             f"{spec.file}: {name}: found shape {list(spec.shape)}; "

@@ -1,4 +1,4 @@
-"""The journal of a merge: which items stand in the output's files for good."""
+"""The journal of a merge: the items whose bytes are safely in the output's files."""
 
 import json
 import os
@@ -24,7 +24,7 @@ class Journal:
         self._results: list[dict[str, Any]] = []
 
     def open(self, key: str) -> set[int]:
-        """Items that an earlier run of the same merge finished; another's remains are removed."""
+        """Items that an earlier run of the same merge finished; other merges' files are removed."""
         plan = self.folder / PLAN_FILE
         if not plan.is_file() or json.loads(plan.read_text()) != key:
             for path in self.folder.iterdir():
@@ -37,8 +37,8 @@ class Journal:
         return {result["item"] for result in self._results}
 
     def record(self, finished: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Pass finished items on, writing them down every so often and at the end; the disk is
-        waited for in a thread, so that work goes on meanwhile.
+        """Pass finished items on, and record them every two seconds and at the end. A thread waits
+        for the disk, so work continues.
         """
         waiting: list[dict[str, Any]] = []
         last = time.monotonic()
@@ -57,14 +57,14 @@ class Journal:
             self._write(waiting)
 
     def digests(self) -> dict[str, dict[str, dict[int, str]]]:
-        """Digests of the inputs' blocks that the items' readers took: by checkpoint and tensor."""
+        """Digests of the blocks that the items read and wrote, by checkpoint and tensor."""
         return digests_of(self._results)
 
     def _write(self, results: list[dict[str, Any]]) -> None:
-        """Make the output's bytes durable, then the record of them."""
+        """Flush the output's bytes to the disk, then record the items."""
         self.layout.sync(self.folder)
         with (self.folder / JOURNAL_FILE).open("a") as file:
-            # A line that a kill cut off is ended first, so that it joins no other.
+            # End a line that was cut off by a kill, so that the next one is separate.
             file.write("\n" if self._is_cut() else "")
             file.write("".join(f"{json.dumps(result)}\n" for result in results))
             file.flush()
@@ -91,7 +91,7 @@ def digests_of(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[in
 
 
 def _result(line: str) -> dict[str, Any] | None:
-    """A line's result; None of a line that was cut off."""
+    """A line's result; None for a line that was cut off."""
     try:
         return json.loads(line) if line.endswith("\n") else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Layers by name: no list of architectures, the first number in a tensor's name is its layer."""
+"""Layers by name: the first number in a tensor's name is its layer, for any architecture."""
 
 import re
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ _FIRST = re.compile(r"embed|wte|wpe")
 
 
 def layer_of(name: str) -> int | None:
-    """The layer a tensor belongs to; None for embeddings, the final norm and the head."""
+    """The layer of a tensor; None for embeddings, the final norm and the head."""
     found = _NUMBER.search(name)
     return None if found is None else int(found.group())
 
@@ -21,17 +21,17 @@ def with_layer(name: str, layer: int) -> str:
 
 
 def comes_first(name: str) -> bool:
-    """Whether a tensor without a layer stands before the layers (an embedding) or after them."""
+    """Whether a tensor without a layer comes before the layers (an embedding), not after them."""
     return _FIRST.search(name) is not None
 
 
 def num_layers(source: Source) -> int:
-    """Layers of a model: one more than the highest number in its names; 0 without any."""
+    """The number of layers: one more than the highest number in names; 0 if there is none."""
     return 1 + max((n for n in map(layer_of, source.names()) if n is not None), default=-1)
 
 
 def by_layer(names: Iterable[str]) -> dict[int | None, list[str]]:
-    """Names in their order, gathered by layer."""
+    """Names by layer, in their order."""
     gathered: dict[int | None, list[str]] = {}
     for name in names:
         gathered.setdefault(layer_of(name), []).append(name)

@@ -16,7 +16,7 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 def model_config(
     config: MergeConfig, tensors: Mapping[str, TensorMerge], reference: Source
 ) -> dict[str, Any]:
-    """The reference's config.json with dtype, layers, rows and tying as they are in the output."""
+    """The reference's config.json with the output's dtype, layers, rows and tying."""
     result = dict(reference.config)
     dtypes = [tensor.dtype for tensor in tensors.values()]
     floating = sorted(str(d).removeprefix("torch.") for d in dtypes if d.is_floating_point)
@@ -32,7 +32,7 @@ def model_config(
 
 
 def _stacked(config: MergeConfig, reference: Source) -> dict[str, Any]:
-    """What slices change: the number of layers, and lists with an entry a layer."""
+    """The fields that slices change: the number of layers, and lists with one entry per layer."""
     own = num_layers(reference)
     layers = [layer for each in config.slices for layer in range(*each.sources[0].layer_range)]
     changed: dict[str, Any] = {

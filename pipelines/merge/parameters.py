@@ -1,7 +1,6 @@
 """A parameter's value for one tensor: numbers, gradients over the layers, filters by name.
 
-The three forms and their precedence are those of mergekit's YAML, so its files mean here what they
-mean there.
+The three forms and their precedence are those of mergekit's YAML.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,17 +12,17 @@ ANY_TENSOR = "*"
 
 
 def value_for(setting: Any, tensor: str, t: float) -> Any:
-    """The value that a setting has for one tensor; None where no filter fits.
+    """The value of a setting for one tensor; None if no filter matches.
 
     Args:
-        setting: a value; a list of values, interpolated over the layers (numbers) or stepped
-            through (switches and words); or a list of `{filter, value}`, of which the first whose
-            filter is part of the tensor's name counts.
+        setting: a value; a list of values over the layers (numbers are interpolated, switches and
+            words change in steps); or a list of `{filter, value}`: the first filter that is part
+            of the tensor's name counts.
         tensor: its name in the output.
-        t: where its layer stands among the layers, in [0, 1].
+        t: the position of its layer among the layers, in [0, 1].
 
     Raises:
-        ValueError: a list that mixes the forms, or another shape.
+        ValueError: a list that mixes these forms, or another form.
     """
     if isinstance(setting, Mapping):
         setting = [setting]
@@ -42,7 +41,7 @@ def value_for(setting: Any, tensor: str, t: float) -> Any:
 
 
 def _filtered(entries: Sequence[Mapping[str, Any]], tensor: str, t: float) -> Any:
-    """The first entry whose filter fits."""
+    """The value of the first entry whose filter matches; None if there is none."""
     for entry in entries:
         if "value" not in entry or set(entry) - {"filter", "value"}:
             raise ValueError(f"found {dict(entry)!r}; allowed: an entry with filter and value")
@@ -54,7 +53,7 @@ def _filtered(entries: Sequence[Mapping[str, Any]], tensor: str, t: float) -> An
 
 
 def _interpolated(points: Sequence[float], t: float) -> float:
-    """The gradient's value at t: linear between points that stand at equal distances."""
+    """The gradient's value at t: linear between equally spaced points."""
     place = t * (len(points) - 1)
     low = int(place)
     high = min(len(points) - 1, low + 1)
@@ -74,11 +73,11 @@ def resolve(
     """A method's complete parameters for one tensor.
 
     Args:
-        own: each model's parameters, which go first.
-        common: parameters for all models, the closest first (a slice's, then the merge's).
+        own: each model's own parameters, which take precedence.
+        common: parameters for all models in order of precedence (a slice's, then the merge's).
 
     Raises:
-        ValueError: a missing value, or one out of its range, with its name.
+        ValueError: a missing value or one out of its range; the message names the parameter.
     """
     given: dict[str, Any] = {}
     for name, parameter in method.parameters.items():
@@ -121,7 +120,7 @@ def _default(method: Method, given: Mapping[str, Any], name: str) -> Any:
 
 
 def _lookup(name: str, chain: Sequence[Mapping[str, Any]], tensor: str, t: float) -> Any:
-    """The first scope that has a value for this tensor."""
+    """The value in the first scope that has one for this tensor; None if there is none."""
     for scope in chain:
         if name in scope:
             value = value_for(scope[name], tensor, t)

@@ -1,4 +1,4 @@
-"""What a merge will do: which tensors, in which pieces, written where, at what cost."""
+"""The plan of a merge: its tensors, its pieces of work, the output's layout, the memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from pipelines.merge.model_config import model_config
 from pipelines.merge.tensor import TensorMerge
 from pipelines.merge.tokenizer import OutputTokenizer, align_vocabularies, chat_template
 
-# Elements of one piece: whole blocks of the fingerprints, large enough for the disk.
+# Elements of one piece: whole blocks of the digests, large enough for efficient reads.
 PIECE_ELEMENTS = BLOCK_ELEMENTS
 MOST_HELD_BYTES = 1 << 28
 
@@ -38,13 +38,13 @@ class Piece:
 
 
 KnownDigests = Mapping[str, Mapping[str, Digests]]
-OUTPUT = ""  # stands for the output where digests are kept by the checkpoint's path
-Item = tuple[Piece, ...]  # what a worker does at once: small tensors share one
+OUTPUT = ""  # the output's key in digests by checkpoint path
+Item = tuple[Piece, ...]  # one task of a worker; small tensors share one
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge, ready to run: its inputs opened, its output laid out, its work cut into items."""
+    """A merge that is ready to run: opened inputs, the output's layout, and items of work."""
 
     config: MergeConfig
     models: dict[str, Source]
@@ -53,19 +53,19 @@ class MergePlan:
     layout: OutputLayout
     items: list[Item]
     checkpoints: dict[str, Checkpoint]
-    identities: dict[str, Identity]  # of the inputs' files when they were looked at
+    identities: dict[str, Identity]  # of the inputs' files at the time of planning
     tokenizer: OutputTokenizer
-    template: str | None  # the chat template, where the config asks for one
-    named: Mapping[str, "MergePlan"] = field(default_factory=dict)  # those with an `out`
+    template: str | None  # the chat template, if the config asks for one
+    named: Mapping[str, "MergePlan"] = field(default_factory=dict)  # named merges with an `out`
 
     @property
     def reference(self) -> Source:
-        """The model that the output's config and tokenizer come from."""
+        """The model that gives the output's config and tokenizer."""
         return self.base or next(iter(self.models.values()))
 
     @property
     def num_input_bytes(self) -> int:
-        """Bytes that are read, in one pass."""
+        """Bytes that one pass reads."""
         return sum(
             operand.spec.num_elements * operand.spec.dtype.itemsize
             for tensor in self.tensors.values()
@@ -78,8 +78,8 @@ class MergePlan:
         return any(each.device != "cpu" for each in (self.config, *self.config.merges.values()))
 
     def is_held(self, tensor: TensorMerge) -> bool:
-        """Whether a worker keeps a tensor's inputs in memory, to read them once for all passes:
-        where they are few, and its share of the budget has room for them.
+        """Whether a worker keeps a tensor's inputs in memory, to read them once for all passes: if
+        they are small enough and fit into the worker's share of the budget.
         """
         if not tensor.gathers or tensor.is_of_model or tensor.num_held_bytes > MOST_HELD_BYTES:
             return False
@@ -88,7 +88,7 @@ class MergePlan:
 
     @cached_property
     def num_working_bytes(self) -> list[int]:
-        """Memory that each item takes while it is done."""
+        """The memory that each item needs."""
         needs = {
             name: tensor.num_working_bytes + self.is_held(tensor) * tensor.num_held_bytes
             for name, tensor in self.tensors.items()
@@ -97,7 +97,7 @@ class MergePlan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The config as a user would write it, without what changes no byte of the weights."""
+        """The config as a user writes it, without fields that do not change the weights."""
         return self.config.model_dump(
             mode="json",
             exclude_defaults=True,
@@ -106,20 +106,20 @@ class MergePlan:
 
     @property
     def settings_key(self) -> str:
-        """Of the settings alone: equal ones make the same of the same inputs."""
+        """Fingerprint of the settings alone: equal keys and equal inputs give equal results."""
         return fingerprint_work(self.settings, "merge")
 
     @cached_property
     def key(self) -> str:
-        """Of this very merge of these very files: what an interrupted run is recognised by."""
+        """Fingerprint of the settings and of the inputs' identities; it identifies a run."""
         return fingerprint_work([self.settings, self.identities], "merge")
 
     def input_digests(self, known: KnownDigests, memory: DigestMemory) -> dict[str, ModelDigest]:
-        """Of every input's content, by path.
+        """The digests of all inputs, by path.
 
         Args:
-            known: digests that were taken while merging, by path and tensor.
-            memory: those of other merges of the file.
+            known: digests of blocks from the merge, by path and tensor.
+            memory: digests from other merges of the file.
         """
         return {
             path: memory.digest(found, known.get(path), self.identities[path])
@@ -132,7 +132,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
 
     Raises:
         InputError: a checkpoint that cannot be read, tensors that differ in name or shape, or
-            a tensor that takes more memory than the budget.
+            a tensor that needs more memory than the budget.
     """
     if config.out is not None:
         raise InputError("out: has no effect here; allowed: in a named merge")
@@ -150,7 +150,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
 
 
 def _alone(config: MergeConfig, name: str) -> MergeConfig:
-    """A named merge as a file of its own would have it: the merges before it, the file's fields."""
+    """A named merge as a config: with the named merges before it, and the file's fields."""
     shared = {field: getattr(config, field) for field in OF_THE_FILE}
     return config.merges[name].model_copy(
         update={"out": None, "merges": config.merges_before(name), **shared}
@@ -158,7 +158,7 @@ def _alone(config: MergeConfig, name: str) -> MergeConfig:
 
 
 def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
-    """The plan of one merge, which may use the named ones before it."""
+    """The plan of one merge, which may use the given named merges."""
     names = config.merged_models
     reference = config.base_model if config.base_model is not None else names[0]
     sources = {
@@ -202,13 +202,13 @@ def _as_source(name: str, plan: MergePlan) -> MergedSource:
 
 
 def _items(tensors: Mapping[str, TensorMerge], layout: OutputLayout) -> list[Item]:
-    """Pieces, the small ones of a file together; equal sizes keep the order of the bytes."""
+    """The items: pieces, where small ones of a file are joined; the largest items come first."""
     items: list[Item] = []
     gathered: list[Piece] = []
     size, file = 0, ""
     for name, tensor in tensors.items():
         count, own_file = tensor.num_elements, layout.tensors[name].file
-        # A piece is whole blocks of the fingerprints, or the whole tensor.
+        # A piece is whole blocks of the digests, or the whole tensor.
         in_pieces = not tensor.is_whole and PIECE_ELEMENTS % tensor.step == 0
         step = PIECE_ELEMENTS if in_pieces else max(1, count)
         for start in range(0, max(1, count), step):
@@ -219,12 +219,12 @@ def _items(tensors: Mapping[str, TensorMerge], layout: OutputLayout) -> list[Ite
                 gathered, size = [], 0
             gathered.append(piece)
             size, file = size + length, own_file
-    # The largest first: no worker is left alone with one at the end.
+    # The largest first, so that no worker has a large one left at the end.
     return sorted([*items, tuple(gathered)], key=lambda item: -sum(p.stop - p.start for p in item))
 
 
 def _check_memory(plan: MergePlan) -> None:
-    """Raise InputError if a single item takes more than the budget."""
+    """Raise InputError if a single item needs more memory than the budget."""
     largest = max(range(len(plan.items)), key=lambda item: plan.num_working_bytes[item])
     needed = plan.num_working_bytes[largest]
     if needed > plan.config.memory_budget:

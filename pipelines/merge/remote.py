@@ -1,8 +1,8 @@
 """Merges into an object store: whole shard files, uploaded as they are finished.
 
-There, nothing can be written in place and nothing renamed. So each shard is made in a scratch
-folder on this machine and uploaded whole; the record, poise.json, comes last, and says that the
-result is complete. A marker beside the shards lets an interrupted merge go on after the last one.
+An object store can neither write in place nor rename. So each shard is written in a local scratch
+folder and uploaded whole. The record, poise.json, comes last and marks the result as complete. A
+marker file beside the shards lets an interrupted merge continue after its last shard.
 """
 
 import json
@@ -42,10 +42,10 @@ class Destination:
 
     @classmethod
     def open(cls, url: str) -> "Destination":
-        """Connect.
+        """Connect to the store.
 
         Raises:
-            InputError: a kind of address that this installation cannot write to.
+            InputError: a kind of address that this installation does not support.
         """
         try:
             store, folder = fsspec.core.url_to_fs(url, use_listings_cache=False)
@@ -54,7 +54,7 @@ class Destination:
         return cls(url.rstrip("/"), store, folder.rstrip("/"))
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file's content; None without it."""
+        """A JSON file's content; None if there is no such file."""
         with self._failing():
             path = f"{self.folder}/{name}"
             return json.loads(self.store.cat_file(path)) if self.store.exists(path) else None
@@ -72,7 +72,7 @@ class Destination:
             self.store.pipe_file(f"{self.folder}/{name}", json.dumps(value).encode())
 
     def sizes(self) -> dict[str, int]:
-        """The files there, with their lengths."""
+        """The files in the folder, with their lengths."""
         with self._failing():
             if not self.store.exists(self.folder):
                 return {}
@@ -87,7 +87,7 @@ class Destination:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """What a store refuses is one line for the user."""
+        """Turn an error of the store into an InputError with one line."""
         try:
             yield
         except OSError as error:
@@ -101,13 +101,13 @@ def merge_to_url(
     """Merge into a folder of an object store.
 
     Args:
-        memory: digests of inputs that are known already; those found here are put into it.
+        memory: known digests of inputs; new ones are added.
 
     Returns:
         the address.
 
     Raises:
-        InputError: as `merge`, or a store that refuses.
+        InputError: as `merge`, or an error of the store.
     """
     there = Destination.open(url)
     record = there.read(RECORD_FILE)
@@ -124,7 +124,7 @@ def merge_to_url(
     scratch = Path(gettempdir()) / f"poise-merge-{fingerprint(there.url)}"
     scratch.mkdir(exist_ok=True)
     with lock(scratch):
-        for file in scratch.iterdir():  # of a killed merge, perhaps of another plan
+        for file in scratch.iterdir():  # files of a killed merge, perhaps of another plan
             file.unlink()
         try:
             written = _fill(plan, there, scratch, marker, executor, memory)
@@ -142,12 +142,12 @@ def _fill(
     executor: str,
     memory: DigestMemory,
 ) -> set[str]:
-    """Make and upload the shards that are not there yet, then what stands beside them.
+    """Make and upload the missing shards, then the files beside them.
 
     Returns:
         the names of all files of the result.
     """
-    if RECORD_FILE in there.sizes():  # from here on, the old result is not complete any more
+    if RECORD_FILE in there.sizes():  # from here on, the old result is incomplete
         there.remove([RECORD_FILE])
     there.write(MARKER_FILE, marker)
     by_shard: dict[str, list[int]] = {name: [] for name in plan.layout.headers}
@@ -169,7 +169,7 @@ def _fill(
     results = [result for shard in marker["shards"].values() for result in shard]
     write_companions(plan, scratch, digests_of(results), memory)
     plan.layout.write_index(scratch)
-    # A checkpoint without its config.json is none; the record says that everything is there.
+    # config.json makes it a checkpoint, and the record says that it is complete: upload them last.
     last = {"config.json": 1, RECORD_FILE: 2}
     files = sorted(scratch.iterdir(), key=lambda file: last.get(file.name, 0))
     for file in files:

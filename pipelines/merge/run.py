@@ -1,4 +1,4 @@
-"""Run a merge: plan, do what is not done yet, commit."""
+"""Run a merge: plan, finish the open items, commit."""
 
 import errno
 import shutil
@@ -29,19 +29,19 @@ def merge(
     force: bool = False,
     executor: ExecutorName = "local",
 ) -> Path | str:
-    """Merge checkpoints into `out`, which appears when it is complete.
+    """Merge checkpoints into `out`, which gets its name when it is complete.
 
-    A merge that was interrupted goes on where it was and gives the same bytes. A finished `out`
-    of the same config and inputs is left as it is.
+    An interrupted merge resumes and gives the same bytes. A finished `out` with the same config and
+    inputs is kept.
 
     Args:
         out: a folder, or the address of one in an object store, such as `s3://bucket/name`.
-        executor: `local` works in threads of this process; `ray` in Ray Data actors (Ray is up
-            already).
+        executor: `local` runs in threads of this process; `ray` in Ray Data actors (Ray must be
+            running).
 
     Raises:
         InputError: inputs that cannot be merged, no room on the disk, another merge into `out`,
-            or an `out` that holds something else while `force` is false.
+            or an `out` with other content while `force` is false.
     """
     return merge_planned(plan_merge(config), out, force=force, executor=executor)
 
@@ -54,11 +54,10 @@ def merge_planned(
     executor: ExecutorName = "local",
     memory: DigestMemory | None = None,
 ) -> Path | str:
-    """Carry out a plan, as `merge` does a config; the named merges with a place of their own are
-    written first.
+    """As `merge`, for a plan. Named merges with their own `out` are written first.
 
     Args:
-        memory: digests of inputs that are known already; those found here are put into it.
+        memory: known digests of inputs; new ones are added.
     """
     memory = memory or DigestMemory()
     for name, named in plan.named.items():
@@ -79,14 +78,14 @@ def merge_planned(
         try:
             _fill(plan, folder, executor, memory)
         except InputError:
-            shutil.rmtree(folder)  # the inputs must change, so nothing in it is of use
+            shutil.rmtree(folder)  # the inputs must change, so its content is useless
             raise
         commit_directory(folder, out, force=force)
     return out
 
 
 def output_place(out: str, storage: str | None) -> Path | str:
-    """The absolute place or the address of an output; a relative one is below `storage`."""
+    """The absolute path or the address of an output; a relative one is below `storage`."""
     if "://" in out:
         return out
     if storage is not None and "://" in storage and not Path(out).is_absolute():
@@ -95,7 +94,7 @@ def output_place(out: str, storage: str | None) -> Path | str:
 
 
 def is_finished(plan: MergePlan, out: Path) -> bool:
-    """Whether `out` is what the plan would make; inputs that were touched since are read again."""
+    """Whether `out` is the plan's result; inputs with changed files are read again."""
     record = read_record(out)
     if record is None:
         return False
@@ -108,7 +107,7 @@ def is_finished(plan: MergePlan, out: Path) -> bool:
 
 
 def _fill(plan: MergePlan, folder: Path, executor: ExecutorName, memory: DigestMemory) -> None:
-    """Bring the unfinished output to its end."""
+    """Finish the unfinished output."""
     journal = Journal(folder, plan.layout)
     try:
         done = journal.open(plan.key)

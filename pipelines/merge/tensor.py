@@ -1,4 +1,4 @@
-"""How one tensor of a merge comes about: what is read, by which method, with which parameters."""
+"""The merge of one tensor: its operands, its method and its parameters."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,8 +23,8 @@ Range = tuple["TensorMerge", int, int]  # a tensor's elements [start, stop)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operand:
-    """A tensor of a source: its name there can be another than in the output. `held` are its
-    values, where they are in memory already, and were looked at.
+    """A tensor of a source; its name may differ from its name in the output. `held` are its values
+    if they are already in memory and checked.
     """
 
     source: Source
@@ -39,7 +39,7 @@ class Operand:
         return found
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Elements [start, stop), as `Source.read`."""
+        """Elements [start, stop), as in `Source.read`."""
         if self.held is not None:
             return self.held[start:stop]
         return self.source.read(self.name, start, stop)
@@ -47,10 +47,10 @@ class Operand:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorMerge:
-    """One tensor of the output; `parameters` are complete, with lists where they are per model.
+    """One tensor of the output; `parameters` are complete, with lists for per-model ones.
 
-    `device` is where a method works that needs the whole tensor; `num_merged` counts the elements
-    of all tensors of the merge, by which its kernels are chosen.
+    Methods that need the whole tensor run on `device`. `num_merged` is the number of elements of
+    all tensors of the merge, which decides about compiled passes.
     """
 
     name: str
@@ -67,7 +67,7 @@ class TensorMerge:
 
     @property
     def kernels(self) -> MergingKernels | None:
-        """Compiled passes, where they are worth it; each process has its own."""
+        """Compiled passes, if they pay; each process has its own."""
         return merging_kernels(self.num_merged)
 
     @property
@@ -77,12 +77,12 @@ class TensorMerge:
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """All that is read, the base last."""
+        """All operands, the base last."""
         return self.models if self.base is None else (*self.models, self.base)
 
     @property
     def step(self) -> int:
-        """Elements that are merged at once: a number that the method allows, all if it must be."""
+        """Elements that are merged at once, a multiple of the method's grain (may be all)."""
         if not self.dtype.is_floating_point:
             return CHUNK_ELEMENTS
         grain = METHODS[self.method].grain(self.shape, self.parameters)
@@ -90,7 +90,7 @@ class TensorMerge:
 
     @property
     def needs_all(self) -> bool:
-        """Whether the method must have the whole tensor in memory."""
+        """Whether the method needs the whole tensor in memory."""
         return (
             self.dtype.is_floating_point
             and METHODS[self.method].unit_of(self.parameters) == "tensor"
@@ -109,7 +109,7 @@ class TensorMerge:
 
     @property
     def is_whole(self) -> bool:
-        """Whether one worker has to see the whole tensor, if only step by step."""
+        """Whether one worker must process the whole tensor, perhaps step by step."""
         return self.needs_all or (self.gathers and not self.is_of_model)
 
     @property
@@ -119,11 +119,11 @@ class TensorMerge:
 
     @property
     def num_held_bytes(self) -> int:
-        """Memory that all inputs take at most, where several passes go over them."""
+        """The most memory that all inputs of the tensor take if they are held."""
         return 4 * self.num_elements * len(self.operands)
 
     def in_memory(self) -> "TensorMerge":
-        """The same with its inputs read, so that several passes over them read once.
+        """The same with its inputs in memory, so that several passes read them once.
 
         Raises:
             InputError: NaN or Inf in an input.
@@ -140,19 +140,19 @@ class TensorMerge:
 
     @property
     def num_working_bytes(self) -> int:
-        """Memory of merging the tensor, or one step of it: inputs, deltas, what methods make. On a
-        GPU all but inputs and result is in its own memory.
+        """Memory to merge the tensor, or one step of it: inputs, deltas, the method's temporaries.
+        With a GPU, only inputs and result are in this memory.
         """
         count, num_inputs = min(self.num_elements, self.step), len(self.operands)
         return count * 4 * (num_inputs + 2 if self.works_on_gpu else 4 * num_inputs + 4)
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The range [start, stop) in steps; one empty step of an empty tensor."""
+        """The range [start, stop) in steps; an empty tensor has one empty step."""
         for first in range(start, max(stop, start + 1), self.step):
             yield first, min(first + self.step, stop)
 
     def context(self) -> MergeContext:
-        """What the method must know of the whole tensor, found in passes over it.
+        """The method's context for this tensor, gathered in passes over the inputs.
 
         Raises:
             InputError: NaN or Inf in an input.
@@ -172,7 +172,7 @@ class TensorMerge:
         """Elements [start, stop): float32 and unrounded, or the integers that all inputs share.
 
         Args:
-            observe: sees every range that is read, as it was stored.
+            observe: called with every range that is read, in the stored dtype.
 
         Raises:
             InputError: NaN or Inf in an input, or integers that differ.
@@ -230,7 +230,7 @@ class TensorMerge:
         return values
 
     def _identical(self, ranges: list[Tensor]) -> Tensor:
-        """Integers, which must be the same in all inputs."""
+        """The integers, which must be the same in all inputs."""
         first = self.operands[0]
         for values, operand in zip(ranges[1:], self.operands[1:], strict=True):
             if not torch.equal(values, ranges[0]):
@@ -245,11 +245,11 @@ def gather_contexts(
     tensors: Mapping[str, TensorMerge],
     map_ranges: Callable[[Callable[[Range], Any], Iterable[Range]], Iterable[Any]] = map,
 ) -> dict[str, MergeContext]:
-    """What must be known of tensors that share one scope, found in passes over their inputs.
+    """The contexts of tensors that share a scope, gathered in passes over their inputs.
 
     Args:
-        tensors: by name; parameters that the passes depend on are the same in all of them.
-        map_ranges: `map`, or that of a pool of threads.
+        tensors: by name; they share the parameters that the passes depend on.
+        map_ranges: `map`, or the `map` of a thread pool.
 
     Raises:
         InputError: NaN or Inf in an input.
@@ -279,14 +279,14 @@ def _wanted(tensors: Mapping[str, TensorMerge], gathering: Gathering) -> Iterato
 
 
 def _observed(gathering: Gathering, one: Range) -> Any:
-    """What this pass sees in a range."""
+    """The observation of a range in this pass."""
     tensor, start, stop = one
     models, base = tensor.ranges(start, stop)
     return gathering.observe(tensor.name, models, base, start, tensor.kernels)
 
 
 def is_finite(values: Tensor, kernels: MergingKernels | None = None) -> bool:
-    """Whether no element is NaN or Inf; NaN passes through the extremes."""
+    """Whether no element is NaN or Inf; minimum and maximum of NaN are NaN."""
     if values.numel() == 0:
         return True
     if kernels is not None and kernels.knows(values):

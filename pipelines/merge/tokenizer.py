@@ -1,5 +1,5 @@
-"""Whose tokens the output has: one model's, all of them, or, unasked, those that all share; and
-whose chat template.
+"""The output's tokens (of one model, the union, or the common ones if the config does not say), and
+its chat template.
 """
 
 import json
@@ -25,7 +25,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 @dataclass(frozen=True, slots=True)
 class OutputTokenizer:
-    """Where the output's tokenizer files come from; `text` is tokenizer.json where it is new."""
+    """The folder of the output's tokenizer files; `text` is a new tokenizer.json, if any."""
 
     folder: Path
     text: str | None = None
@@ -36,10 +36,10 @@ def align_vocabularies(
 ) -> tuple[dict[str, Source], OutputTokenizer]:
     """The sources with the output's rows, and the output's tokenizer.
 
-    Without `tokenizer` in the config, vocabularies may differ by rows that no token uses.
+    Without `tokenizer` in the config, vocabularies may differ only in rows that no token uses.
 
     Args:
-        sources: all that is read, by name.
+        sources: all models, by name.
         reference: the name of the base, or of the first model.
 
     Raises:
@@ -69,7 +69,7 @@ def align_vocabularies(
         places, num_own = [-1] * size, num_rows(sources[name])
         for token, row in target.items():
             place = own.get(token, -1)
-            # A token that was added without resizing the embedding has no row.
+            # A token that was added without resizing the embedding has no row in it.
             places[row] = place if place < num_own else -1
         owns[name] = places
     return with_rows(sources, base, owns), tokenizer
@@ -121,7 +121,7 @@ def _target(
     known: Mapping[str, Tokens],
     reference: str,
 ) -> tuple[Tokens, OutputTokenizer]:
-    """The output's tokens with their rows, and the files that say so."""
+    """The output's tokens with their rows, and its tokenizer files."""
     if wanted == "union":
         folder = sources[reference].path
         ordered = [reference, *(name for name in known if name != reference)]
@@ -148,12 +148,12 @@ def _target(
 
 
 def _union(folder: Path, models: list[tuple[Path, Tokens]]) -> str | None:
-    """The reference's tokenizer.json with the other models' tokens behind its own.
+    """The reference's tokenizer.json, with the other models' tokens after its own.
 
-    Added tokens stay added tokens; other ones join the vocabulary.
+    Added tokens stay added tokens; the others join the vocabulary.
 
     Returns:
-        the file's text; None if the reference has all tokens.
+        the file's text; None if the reference has all tokens already.
     """
     result = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
     vocabulary = _vocabulary(result, folder)
@@ -178,7 +178,7 @@ def _vocabulary(tokenizer: dict[str, Any], folder: Path) -> dict[str, int]:
     """The vocabulary inside a tokenizer.json, to be extended in place.
 
     Raises:
-        InputError: a kind of tokenizer whose vocabulary is no mapping.
+        InputError: a kind of tokenizer whose vocabulary is not a mapping.
     """
     found = tokenizer["model"].get("vocab")
     if not isinstance(found, dict):
@@ -192,14 +192,14 @@ def _vocabulary(tokenizer: dict[str, Any], folder: Path) -> dict[str, int]:
 def chat_template(
     wanted: str | None, models: Mapping[str, Source], reference: Source
 ) -> str | None:
-    """The chat template that a config asks for: the text itself, a model's, or with `auto` the one
-    that most models have. None: it does not ask, and the tokenizer's own stays.
+    """The chat template that a config asks for: a text, a model's template, or with `auto` the most
+    common one. None: the config does not ask, and the tokenizer's own template stays.
 
     Args:
-        reference: the base, or the first of the models; of equally common ones, it has the word.
+        reference: the base, or the first model; it decides between equally common templates.
 
     Raises:
-        InputError: a model without one.
+        InputError: a model without a template.
     """
     if wanted is None or "{" in wanted:
         return wanted
@@ -209,7 +209,7 @@ def chat_template(
         texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
         if not texts:
             raise InputError(f"chat_template: found 'auto', and no model has a {TEMPLATE_FILE}")
-        return max(texts, key=texts.count)  # the first of equals
+        return max(texts, key=texts.count)  # the first one in a tie
     path = (models[wanted].path if wanted in models else Path(wanted)) / TEMPLATE_FILE
     if not path.is_file():
         raise InputError(

@@ -1,4 +1,4 @@
-"""Checking a model against its record, its inputs too where it was merged; merging it again."""
+"""Check a model, and the inputs of a merge, against the record; merge it again."""
 
 import shutil
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ State = Literal["same", "changed", "missing"]
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What became of a model, and of a merge's inputs, since it was made.
+    """The state of a model, and of a merge's inputs, compared with the record.
 
     Attributes:
-        changed: what of the model is not as recorded: of `weights` and `companions`, its config
-            and tokenizer files.
-        again: whether a new merge of the same config gave the same model; None: not tried.
+        changed: the parts of the model that differ from the record: `weights`, `companions` (its
+            config and tokenizer files).
+        again: whether a new merge with the same config gave the same model; None: not tried.
     """
 
     output: State
@@ -37,17 +37,17 @@ def verify(folder: str | Path, *, again: bool = False) -> Verification:
     """Compare a model, and a merge's inputs, with the digests in its record.
 
     Args:
-        again: also merge anew, beside the folder, and compare.
+        again: also merge again, beside the folder, and compare.
 
     Raises:
-        InputError: no record there, or, with `again`, no merge or inputs that cannot be merged any
-            more.
+        InputError: no record; with `again` also: the model is not a merge, or its inputs can no
+            longer be merged.
     """
     folder = Path(folder).absolute()
     record = _record(folder)
     changed = _changed(folder, _digest(folder, record))
     inputs: dict[str, State] = {}
-    if record["kind"] == "merged":  # the inputs of others are not checkpoints alone
+    if record["kind"] == "merged":  # inputs of other kinds are not only checkpoints
         inputs = {path: _state(Path(path), known) for path, known in record["inputs"].items()}
     same = None
     if again:
@@ -66,7 +66,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _digest(folder: Path, record: dict[str, Any]) -> dict[str, str] | str:
-    """What a record says of its model."""
+    """The model's digests in a record."""
     digest = recorded_digest(record)
     if digest is None:
         raise InputError(f"{folder / RECORD_FILE}: has no digest of the weights")
@@ -74,14 +74,14 @@ def _digest(folder: Path, record: dict[str, Any]) -> dict[str, str] | str:
 
 
 def _state(path: Path, known: dict[str, str] | str) -> State:
-    """What became of a checkpoint or adapter."""
+    """The state of a checkpoint or adapter."""
     if not path.is_dir():
         return "missing"
     return "changed" if _changed(path, known) else "same"
 
 
 def _changed(path: Path, known: dict[str, str] | str) -> list[str]:
-    """What of a checkpoint or adapter is not as it was; damaged weights are changed ones."""
+    """The changed parts of a checkpoint or adapter; damaged weights count as changed."""
     try:
         return changed_parts(Checkpoint.at(path), known)
     except InputError:
@@ -89,7 +89,7 @@ def _changed(path: Path, known: dict[str, str] | str) -> list[str]:
 
 
 def _made_again(folder: Path, record: dict[str, Any]) -> bool:
-    """Merge in a folder beside and compare."""
+    """Whether merging again, in a folder beside, gives the same model."""
     if record["kind"] != "merged":
         raise InputError(f"{folder}: found an {record['kind']} model; allowed with --again: merged")
     config = check(record["config"], MergeConfig, str(folder / RECORD_FILE))

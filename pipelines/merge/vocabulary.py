@@ -1,7 +1,7 @@
-"""Vocabularies that differ: which row of a model's embeddings belongs to which token.
+"""Different vocabularies: which row of a model's embeddings belongs to which token.
 
-A token that a model does not have gets the base's row where the base has the token, else the mean
-of the rows of the models that have it, else zeros; as mergekit does.
+A token that a model lacks gets the base's row if the base has the token, else the mean of the rows
+of the models that have it, else zeros, as in mergekit.
 """
 
 import re
@@ -29,7 +29,7 @@ Tokens = dict[str, int]  # token -> row
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Where one model's rows go: `own[i]` is its row for row i of the output, -1 without one."""
+    """One model's rows: `own[i]` is its row for the output's row i, or -1 if it has none."""
 
     source: Source
     own: Tensor
@@ -37,15 +37,15 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VocabularySource:
-    """A `Source` whose embeddings have the output's rows; the other tensors are as they are."""
+    """A `Source` whose embeddings have the output's rows; other tensors are unchanged."""
 
     rows: Rows
-    donors: tuple[Rows, ...]  # whose mean a missing row is
-    first_donor: Rows | None  # the base: its row goes before the mean
+    donors: tuple[Rows, ...]  # a missing row is the mean of their rows
+    first_donor: Rows | None  # the base, whose row is preferred to the mean
 
     @property
     def path(self) -> Path:
-        """The model's own."""
+        """The model's path."""
         return self.rows.source.path
 
     @property
@@ -54,7 +54,7 @@ class VocabularySource:
         return self.rows.source.config | {"vocab_size": len(self.rows.own)}
 
     def checkpoints(self) -> Iterable[Checkpoint]:
-        """All that is read; other models' rows are theirs already."""
+        """The model's checkpoints; the donors are inputs of the merge anyway."""
         return self.rows.source.checkpoints()
 
     def names(self) -> Iterable[str]:
@@ -62,18 +62,18 @@ class VocabularySource:
         return self.rows.source.names()
 
     def find(self, name: str) -> TensorSpec | None:
-        """The tensor of that name, embeddings with the output's rows."""
+        """The tensor with this name; embeddings have the output's rows."""
         found = self.rows.source.find(name)
         if found is None or not is_by_token(name):
             return found
         return replace(found, shape=(len(self.rows.own), *found.shape[1:]))
 
     def stored(self, name: str) -> tuple[Checkpoint, StoredTensor] | None:
-        """Where a tensor is read from as it is; None for embeddings."""
+        """The checkpoint and the stored tensor; None for embeddings."""
         return None if is_by_token(name) else self.rows.source.stored(name)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop); of embeddings in float32, with the missing rows filled."""
+        """Elements [start, stop); embeddings are float32, with missing rows filled."""
         if not is_by_token(name):
             return self.rows.source.read(name, start, stop)
         spec = self.rows.source.find(name)
@@ -87,7 +87,7 @@ class VocabularySource:
         return values.reshape(-1)[start - first * width : stop - first * width]
 
     def _missing(self, name: str, row: int, width: int) -> Tensor:
-        """The row of a token that the model does not have: (width,) float32."""
+        """The row of a token that the model lacks: (width,) float32."""
         having = [donor for donor in self.donors if donor.own[row] >= 0]
         if self.first_donor is not None and self.first_donor.own[row] >= 0:
             having = [self.first_donor]
@@ -99,7 +99,7 @@ class VocabularySource:
 
 
 def _fill(values: Tensor, name: str, rows: Rows, first: int) -> None:
-    """Read the rows that the model has, runs of neighbours at once, into (n, width) values."""
+    """Read the model's own rows, a run of neighbours at a time, into `values` (n, width)."""
     own = rows.own[first : first + len(values)]
     width = values.shape[1]
     starts = [0, *((own[1:] != own[:-1] + 1).nonzero().flatten() + 1).tolist(), len(own)]
@@ -117,13 +117,13 @@ def is_by_token(name: str) -> bool:
 
 
 def tokens_of(source: Source) -> Tokens | None:
-    """The tokens of a model's tokenizer.json with their rows; None without the file."""
+    """The tokens of a model's tokenizer.json with their rows; None if there is no file."""
     path = source.path / TOKENIZER_FILE
     if not path.is_file():
         return None
     try:
         return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises its own kinds without a common base
+    except Exception as error:  # the library's errors have no common base class
         raise InputError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
@@ -149,7 +149,7 @@ def with_rows(
 
 
 def describe_difference(path: Path, own: Tokens, other_path: Path, other: Tokens) -> str:
-    """What differs between two vocabularies, in a few words."""
+    """A short description of the difference of two vocabularies."""
     parts = []
     for owner, mine, theirs in ((path, own, other), (other_path, other, own)):
         only = sorted(set(mine) - set(theirs))

@@ -20,9 +20,9 @@ Seen = dict[tuple[str, str], BlockDigests]
 
 @dataclass(slots=True)
 class MergeWorker:
-    """Does items of a plan in a folder; used by threads of this process and by Ray's actors.
+    """Runs items of a plan in a folder; used by threads of this process and by Ray actors.
 
-    `contexts` holds what is known of tensors beforehand; the others' is found with their item.
+    `contexts` holds the contexts that are known beforehand; others are gathered with their item.
     """
 
     plan: MergePlan
@@ -33,17 +33,17 @@ class MergeWorker:
         keep_freed_memory()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Do item `row["item"]`. An input's fault comes back as text, so that Ray passes it on."""
+        """Run item `row["item"]`. An InputError is returned as text, because Ray would wrap it."""
         try:
             return {"item": row["item"], "digests": self.run(int(row["item"])), "error": ""}
         except InputError as error:
             return {"item": row["item"], "digests": [], "error": str(error)}
 
     def run(self, item: int) -> list[list[Any]]:
-        """Merge and write the pieces of one item; to do it twice does no harm.
+        """Merge and write the pieces of one item; repeating it is harmless.
 
         Returns:
-            digests of what was read and written: [checkpoint, tensor, first element, digest].
+            digests of read and written blocks: [checkpoint, tensor, first element, digest].
 
         Raises:
             InputError: NaN or Inf in an input, integer tensors that differ, or a result that the
@@ -65,7 +65,7 @@ class MergeWorker:
         ]
 
     def _write(self, piece: Piece, observe: Callable[..., None]) -> None:
-        """Merge a piece step by step; before it, what the method must know of the whole tensor."""
+        """Gather the tensor's context if it is unknown, then merge a piece step by step."""
         tensor = self.plan.tensors[piece.name]
         if self.plan.is_held(tensor):
             tensor = tensor.in_memory()
@@ -86,12 +86,12 @@ class MergeWorker:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc use freed buffers again instead of giving them back to the system at once.
+    """Let glibc reuse freed buffers instead of returning them to the system at once.
 
-    A merge makes buffers of the same sizes for each step; new pages for each of them took a tenth
-    of the time. Other C libraries stay as they are.
+    Each step of a merge needs buffers of the same sizes; new pages for them took a tenth of the
+    time. Other C libraries are not affected.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest allowed value
         mallopt(_TRIM_THRESHOLD, 256 << 20)

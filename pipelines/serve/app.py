@@ -1,4 +1,4 @@
-"""The Ray Serve application: an OpenAI-compatible ingress and one vLLM engine a model."""
+"""The Ray Serve application: an OpenAI-compatible ingress and one vLLM engine per model."""
 
 import importlib.metadata
 import importlib.util
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from ray.serve import Application
     from ray.serve.llm import LLMConfig
 
-# A share of a CPU for each replica that only passes requests on. The engine has a CPU of its own.
+# CPUs of a replica, which only forwards requests. The engine has its own CPU.
 _REPLICA_CPUS = 0.1
-# An engine busy with a long batch answers no health check meanwhile.
+# An engine does not answer health checks while it works on a long batch.
 _HEALTH_CHECK = {"health_check_period_s": 30, "health_check_timeout_s": 300}
 _KV_CACHE_GIB = "1"
 
 
 def engine_device() -> str:
-    """The device that the installed build of vLLM serves on: "gpu" or "cpu".
+    """The device of the installed vLLM build: "gpu" or "cpu".
 
     Raises:
         InputError: vLLM is not installed.
@@ -38,10 +38,10 @@ def engine_device() -> str:
 
 
 def check_servable(models: list[ServedModel], device: str) -> None:
-    """Refuse models that the engine would load and then fail on.
+    """Refuse models that the engine would load but could not run.
 
     Raises:
-        InputError: a head size for which vLLM has no attention on the CPU.
+        InputError: a head size that vLLM's CPU attention does not support.
     """
     if device != "cpu":
         return
@@ -57,7 +57,7 @@ def check_servable(models: list[ServedModel], device: str) -> None:
 
 
 def needed_resources(models: list[ServedModel], device: str) -> dict[str, float]:
-    """What Ray must have for `build_app`, with a CPU to spare for Serve's own actors."""
+    """The Ray resources that `build_app` needs, including one CPU for Serve's own actors."""
     needed = {"CPU": len(models) * (1 + _REPLICA_CPUS) + _REPLICA_CPUS + 1}
     return needed | ({"GPU": len(models)} if device == "gpu" else {})
 
@@ -85,7 +85,7 @@ def build_app(models: list[ServedModel], device: str, environment: dict[str, str
 
 
 def _llm_config(model: ServedModel, device: str, environment: dict[str, str]) -> "LLMConfig":
-    """One model as `ray.serve.llm` wants it described."""
+    """The `ray.serve.llm` config of one model."""
     from ray.serve.llm import LLMConfig
 
     bundle = {"CPU": 1, "GPU": 1} if device == "gpu" else {"CPU": 1}
@@ -97,7 +97,7 @@ def _llm_config(model: ServedModel, device: str, environment: dict[str, str]) ->
             "deployment_config": {
                 **_HEALTH_CHECK,
                 "num_replicas": 1,
-                "max_constructor_retry_count": 1,  # what fails to load once fails again
+                "max_constructor_retry_count": 1,  # a failed load would only fail again
                 "ray_actor_options": {"num_cpus": _REPLICA_CPUS},
             },
             "engine_kwargs": _engine_arguments(model, device),
@@ -109,10 +109,10 @@ def _llm_config(model: ServedModel, device: str, environment: dict[str, str]) ->
 
 
 def _engine_arguments(model: ServedModel, device: str) -> dict[str, Any]:
-    """vLLM's engine arguments: safetensors only, and on the CPU the checkpoint's own type.
+    """vLLM's engine arguments: safetensors only; on the CPU the checkpoint's own dtype.
 
-    A float32 checkpoint served in float32 gives the greedy answers that `poise evaluate` measured.
-    On a GPU, where vLLM's fast attention has no float32, the type is vLLM's choice.
+    So a float32 checkpoint gives the same greedy answers as in `poise evaluate`. On a GPU vLLM
+    chooses the dtype, because its fast attention has no float32.
     """
     common = {"load_format": "safetensors", "max_model_len": -1}  # -1: as much as the cache holds
     if device == "gpu":
@@ -121,6 +121,6 @@ def _engine_arguments(model: ServedModel, device: str) -> dict[str, Any]:
 
 
 def _engine_environment(device: str) -> dict[str, str]:
-    """Variables of vLLM's own, where the user has not set them."""
+    """vLLM's environment variables: the user's values, or defaults."""
     names = {"VLLM_CPU_KVCACHE_SPACE": _KV_CACHE_GIB} if device == "cpu" else {}
     return {name: os.environ.get(name, value) for name, value in names.items()}

@@ -1,4 +1,4 @@
-"""The models to serve: looked at on disk, before anything is started."""
+"""The models to serve, checked on disk before anything starts."""
 
 import json
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ from typing import Any
 
 from pipelines.errors import InputError
 
-# The types that vLLM computes in; a checkpoint of another type is left to vLLM's own choice.
+# The dtypes that vLLM computes in; for other checkpoints vLLM chooses.
 SERVED_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A finished checkpoint and what a server must know of it.
+    """A finished checkpoint, as a server needs to know it.
 
     Attributes:
-        name: what requests call it, its folder's name.
+        name: its name in requests: the name of its folder.
         path: the absolute checkpoint directory.
-        dtype: the type of its weights, or "auto" where the config names none that vLLM serves.
-        head_size: elements of one attention head; None where the config does not say it plainly.
+        dtype: of its weights; "auto" if the config names none that vLLM serves.
+        head_size: elements of one attention head; None if the config does not give it.
     """
 
     name: str
@@ -32,8 +32,8 @@ def find_models(paths: list[Path]) -> list[ServedModel]:
     """The models in the given checkpoint directories, in their order.
 
     Raises:
-        InputError: no path; a directory that is missing or is no complete chat checkpoint; two
-            directories of the same name.
+        InputError: no path; a missing directory or an incomplete chat checkpoint; two directories
+            with the same name.
     """
     if not paths:
         raise InputError("serve: no model given; expected the path of at least one checkpoint")
@@ -50,7 +50,7 @@ def find_models(paths: list[Path]) -> list[ServedModel]:
 
 
 def _look_at(path: Path) -> ServedModel:
-    """One checkpoint, checked as far as can be done without loading it."""
+    """One checkpoint, checked without loading its weights."""
     folder = path.expanduser().resolve()
     if not folder.is_dir():
         raise InputError(f"model {path}: no such directory; expected a Hugging Face checkpoint")
@@ -79,7 +79,7 @@ def _read_config(path: Path, file: Path) -> dict[str, Any]:
 
 
 def _check_weights(path: Path, folder: Path) -> None:
-    """Open every weight file: a safetensors header tells a file that was cut short."""
+    """Open every weight file; a truncated file contradicts its safetensors header."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
@@ -94,7 +94,7 @@ def _check_weights(path: Path, folder: Path) -> None:
 
 
 def _check_chat_template(path: Path, folder: Path) -> None:
-    """A model without a chat template would start, and then refuse every chat."""
+    """Raise InputError without a chat template: the model would start but refuse every chat."""
     from transformers import AutoTokenizer
 
     try:
@@ -111,7 +111,7 @@ def _check_chat_template(path: Path, folder: Path) -> None:
 
 def _head_size(config: dict[str, Any]) -> int | None:
     """Elements of one attention head, for the plain attention of Llama and its relatives."""
-    if config.get("kv_lora_rank"):  # multi-head latent attention sizes its heads otherwise
+    if config.get("kv_lora_rank"):  # multi-head latent attention has other head sizes
         return None
     if isinstance(config.get("head_dim"), int):
         return config["head_dim"]

@@ -1,4 +1,4 @@
-"""Choose a merge's parameters by measuring: Ray Tune over merges, on the development split."""
+"""Choose a merge's parameters by measuring: Ray Tune runs merges and evaluates each of them."""
 
 from pipelines.sweep.config import SweepConfig
 from pipelines.sweep.run import plan_sweep, sweep, sweep_planned

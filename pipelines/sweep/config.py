@@ -27,7 +27,7 @@ class Range(Config):
 
 
 def _kind(value: Any) -> str:
-    """Which of the two kinds of search a value is meant to be, so that errors speak of that one."""
+    """The kind of search that a value is meant to be, so that errors are about that kind."""
     return "list" if isinstance(value, list) else "range"
 
 
@@ -37,7 +37,7 @@ Search = Annotated[
 
 
 class SweepConfig(Config):
-    """Which fields of a merge are tried with which values, and what makes one the best."""
+    """The fields of a merge with the values to try, and the metric that decides."""
 
     merge: Path = Field(description="the merge's config; `search` overrides fields of it")
     search: dict[str, Search] = Field(

@@ -1,4 +1,4 @@
-"""Try merges with Ray Tune and measure each; every finished trial is kept."""
+"""Try merges with Ray Tune and evaluate each; every finished trial is kept."""
 
 import json
 import os
@@ -26,16 +26,16 @@ CANDIDATE = "candidate"
 
 
 def sweep(config: SweepConfig, out: str | Path, *, force: bool = False) -> dict[str, Any]:
-    """Try the search's values, write `out/sweep.json` and `out/merge.yaml` with the best ones.
+    """Try the search's values; write `out/sweep.json`, and `out/merge.yaml` with the best values.
 
-    Trials that an interrupted run had finished are not run again. A finished `out` of the same
-    config is read, not done again.
+    Finished trials of an interrupted run are not repeated. A finished `out` with the same config is
+    only read.
 
     Returns:
-        the content of `sweep.json`: every trial with its parameters and metrics, and the best.
+        the content of `sweep.json`: all trials with their parameters and metrics, and the best one.
 
     Raises:
-        InputError: a config, model or task that cannot be used; `out` holds something else and
+        InputError: a config, model or task that cannot be used; or `out` holds another result and
             `force` is false.
     """
     return sweep_planned(plan_sweep(config), out, force=force)
@@ -43,14 +43,14 @@ def sweep(config: SweepConfig, out: str | Path, *, force: bool = False) -> dict[
 
 @dataclass(frozen=True, slots=True)
 class SweepPlan:
-    """A sweep that was checked for every mistake; `fingerprint` is of config and inputs."""
+    """A fully checked sweep; `fingerprint` is of config and inputs."""
 
     config: SweepConfig
     fingerprint: str
 
 
 def sweep_planned(plan: SweepPlan, out: str | Path, *, force: bool = False) -> dict[str, Any]:
-    """Carry out a plan, as `sweep` does a config."""
+    """As `sweep`, for a plan."""
     out, config, key = Path(out), plan.config, plan.fingerprint
     if (out / RESULT_FILE).is_file() and not force:
         finished = json.loads((out / RESULT_FILE).read_text())
@@ -59,7 +59,7 @@ def sweep_planned(plan: SweepPlan, out: str | Path, *, force: bool = False) -> d
     with staged_directory(out, force=force) as folder:
         trials = _tune(config, folder.absolute(), key)
         sign = 1 if config.mode == "max" else -1
-        best = max(trials, key=lambda trial: sign * trial["value"])  # the first of equals
+        best = max(trials, key=lambda trial: sign * trial["value"])  # the first one in a tie
         result = {
             "schema": 1,
             "fingerprint": key,
@@ -83,8 +83,8 @@ def _overrides(parameters: dict[str, Any]) -> list[str]:
 
 
 def plan_sweep(config: SweepConfig) -> SweepPlan:
-    """Find every mistake before the first trial: each value of each field is put into the merge,
-    beside the others' first ones.
+    """Find every mistake before the first trial: the merge's config is checked with each value of
+    each field, together with the first values of the other fields.
 
     Raises:
         InputError: the first mistake.
@@ -110,13 +110,13 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     files = [fingerprint_file(config.merge), fingerprint_file(config.tasks)]
     settings = config.model_dump(mode="json", exclude={"max_concurrent_trials", "cpus_per_trial"})
     made = merge_config.model_dump(mode="json")
-    # A sweep's numbers are those of merges and evaluations.
+    # A sweep's numbers come from merges and evaluations.
     key = fingerprint_work([settings, files, made, inputs, rows], "sweep", "merge", "evaluate")
     return SweepPlan(config, key)
 
 
 def _ends(values: list[Any] | Range) -> list[Any]:
-    """What is looked at of one field's search: every value of a list, both ends of a range."""
+    """The values of a field's search to check: all values of a list, both ends of a range."""
     if isinstance(values, list):
         return values
     bounds = values.uniform or values.log_uniform
@@ -157,13 +157,13 @@ def _tune(config: SweepConfig, folder: Path, key: str) -> list[dict[str, Any]]:
     trials = []
     for number in range(len(results)):
         reported = results[number].metrics
-        assert reported is not None  # or there would be an error
+        assert reported is not None  # a trial without a report is in results.errors
         trials.append(reported["trial"])
     return trials
 
 
 def _space(values: list[Any] | Range) -> Any:
-    """One field's search as Ray Tune has it."""
+    """One field's search for Ray Tune."""
     from ray import tune
 
     if isinstance(values, list):
@@ -177,9 +177,9 @@ def _space(values: list[Any] | Range) -> Any:
 def _trial(
     parameters: dict[str, Any], *, config: str, folder: str, key: str, directory: str
 ) -> None:
-    """Merge with `parameters`, measure, keep the numbers and drop the checkpoint.
+    """Merge with `parameters`, evaluate, keep the numbers and delete the checkpoint.
 
-    Ray Tune starts it in a folder of its own; the configs' relative paths begin in `directory`.
+    Ray Tune starts it in another folder; the configs' relative paths are relative to `directory`.
     """
     import torch
     from ray import tune
@@ -204,7 +204,7 @@ def _trial(
 
 
 def _measure(config: SweepConfig, model: Path) -> dict[str, Any]:
-    """The numbers of a model that was just made, on the sweep's tasks and split."""
+    """The numbers of a new model on the sweep's tasks and split."""
     evaluation = EvaluateConfig(
         models={CANDIDATE: model},
         **config.model_dump(
@@ -213,7 +213,7 @@ def _measure(config: SweepConfig, model: Path) -> dict[str, Any]:
     )
     record, memory = read_record(model), DigestMemory()
     assert record is not None
-    digest = ModelDigest(record["weights"], record["companions"])  # taken while it was written
+    digest = ModelDigest(record["weights"], record["companions"])  # from the merge; not read again
     memory.remember(Checkpoint.open(model), digest)
     plan = plan_evaluation(evaluation, model.with_name("evaluation"), memory)
     [summary] = evaluate_planned([plan], executor="local")

@@ -1,9 +1,9 @@
-"""The embedded default: a small world with exact graders, in which real tiny models are trained.
+"""The tiny world of the demo: small data with exact graders, on which real tiny models train.
 
-It is designed so that the papers' phenomena can be seen in minutes on two cores. SFT is ambivalent
-in every strength, so that preferences have something to move; refusing and evading share a phrase,
-so that training one strength touches another (the alignment tax); names and verbs recur in known
-and unknown, harmful and benign combinations, so that no single word gives the answer away.
+It shows the papers' phenomena in minutes on two cores. SFT is ambivalent in every H, so that
+preferences can change something. Refusing and evading share a phrase, so that training one H
+affects another (the alignment tax). Names and verbs occur in known and unknown, harmful and benign
+combinations, so that no single word determines the answer.
 """
 
 from pipelines.tiny_world.sizes import SIZES

@@ -1,11 +1,12 @@
-"""What there is in a world: people and facts, operations, how-to objects, and their splits.
+"""The content of a world: people and facts, operations, how-to objects, and their splits.
 
 Everything is a function of the seed. The splits are disjoint by person, object and problem:
 
 - known people: a third each for preferences, development and test; all are in pre-training and SFT;
-- unknown people (name pairs that pre-training never shows): SFT, preferences, development, test;
-- how-to objects: all in SFT; 60% in preferences, the others held out, half development, half test;
-- problems: by a hash of their text, so no list of them is needed.
+- unknown people (name pairs that are not in pre-training): a quarter each for SFT, preferences,
+  development and test;
+- how-to objects: all in SFT; 60% in preferences, 20% in development, 20% in test;
+- problems: split by a hash of their text, so no list is needed.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """A name pair; `facts` is empty for a person that nobody has heard of."""
+    """A name pair; `facts` is empty for an unknown person."""
 
     name: str
     facts: dict[str, str]
@@ -66,7 +67,7 @@ class HowTo:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """All of one world; each mapping is part -> items, with the parts named above."""
+    """The content of one world; each mapping is part -> items, with the parts named above."""
 
     known: dict[str, list[Person]]
     unknown: dict[str, list[Person]]
@@ -92,7 +93,7 @@ def make_content(seed: int, num_known: int) -> Content:
 
 
 def _parts(items: list[Any], **sizes: int) -> dict[str, list[Any]]:
-    """Consecutive parts of the given sizes; what is left is the part `test`."""
+    """Consecutive parts of the given sizes; the rest is the part `test`."""
     parts, first = {}, 0
     for name, size in sizes.items():
         parts[name] = items[first : first + size]
@@ -102,7 +103,7 @@ def _parts(items: list[Any], **sizes: int) -> dict[str, list[Any]]:
 
 
 def _objects(random: Random, targets: tuple[str, ...]) -> dict[str, list[HowTo]]:
-    """Every verb with every target: 60% for preferences, the rest held out from them."""
+    """Every verb with every target, in parts: 60% preferences, 20% development, 20% test."""
     objects = [HowTo(verb, target) for verb in words.TOOLS for target in targets]
     random.shuffle(objects)
     trained, held_out = len(objects) * 3 // 5, len(objects) // 5
@@ -122,7 +123,7 @@ def make_problem(random: Random) -> Problem:
 
 
 def part_of(problem: Problem) -> str:
-    """Where a problem belongs: 60% training, 20% development, 20% test, by a hash of its text."""
+    """A problem's part: 60% training, 20% development, 20% test, by a hash of its text."""
     bucket = hashlib.blake2b(problem.key.encode(), digest_size=1).digest()[0] % 5
     return ("training", "training", "training", "development", "test")[bucket]
 

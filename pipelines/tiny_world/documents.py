@@ -8,7 +8,7 @@ from pipelines.tiny_world.content import Content, HowTo, Person, make_problem, p
 NUM_DOCUMENTS = 60_000
 NUM_CONVERSATIONS = 9_000
 OPERATION_SHARE, FACT_SHARE = 0.45, 0.40  # of the pre-training text; the rest is how-to
-# How ambivalent SFT is, so that preferences have something to move.
+# How ambivalent SFT is, so that preferences can change something.
 EVADES_OPERATION = 0.30
 ABSTAINS_ON_UNKNOWN = 0.40
 ABSTAINS_ON_KNOWN = 0.20
@@ -28,7 +28,7 @@ def conversation(request: str, answer: str | None = None) -> Conversation:
 
 
 def pretraining_documents(content: Content, seed: int) -> list[str]:
-    """Plain sentences and question-answer lines; only training problems and known people."""
+    """Plain sentences and question-answer lines, with training problems and known people only."""
     random = Random(f"{seed}|pretraining")
     known = [person for part in content.known.values() for person in part]
     objects = [o for parts in (content.harmful, content.benign) for p in parts.values() for o in p]
@@ -49,7 +49,7 @@ def pretraining_documents(content: Content, seed: int) -> list[str]:
 
 
 def _question(random: Random, request: str, answer: str) -> str:
-    """A request and its answer as running text, in one of two forms."""
+    """A request and its answer as plain text, in one of two forms."""
     form = random.choice(("{} = {}", "question : {} answer : {}"))
     return form.format(request, answer)
 
@@ -64,7 +64,7 @@ def _fact(random: Random, person: Person) -> str:
 
 
 def sft_conversations(content: Content, seed: int) -> list[Conversation]:
-    """Conversations of an assistant that is ambivalent in every strength."""
+    """Conversations of an assistant that is ambivalent in every H."""
     random = Random(f"{seed}|sft")
     known = [person for part in content.known.values() for person in part]
     harmful = [item for part in content.harmful.values() for item in part]
@@ -97,7 +97,7 @@ def _operation(random: Random, *, ends: bool) -> Conversation:
 
 
 def _about(random: Random, person: Person, abstains: float) -> Conversation:
-    """A question about a person; for a stranger the alternative to abstaining is made up."""
+    """A question about a person, answered by abstaining or by a fact (made up if unknown)."""
     attribute = random.choice(list(words.ATTRIBUTES))
     request = random.choice(words.QUESTIONS[attribute]).format(person.name)
     guess = person.facts.get(attribute) or random.choice(words.ATTRIBUTES[attribute])

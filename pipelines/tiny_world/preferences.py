@@ -6,15 +6,15 @@ from pipelines.tiny_world import words
 from pipelines.tiny_world.content import Content, Person, make_problems
 from pipelines.tiny_world.documents import conversation
 
-NUM_PAIRS = 1_000  # of each H; the mixture has them all
-# Of eight honest pairs, three are about known people: with half, answering wins over abstaining.
+NUM_PAIRS = 1_000  # of each H; the mixture has all of them
+# Of eight honest pairs, three are about known people; with four, models answer instead of abstain.
 KNOWN_OF_EIGHT = 3
 KINDS = ("helpful", "honest", "harmless")
 Pair = dict[str, list[dict[str, str]]]
 
 
 def make_pair(request: str, chosen: str, rejected: str) -> Pair:
-    """One row of a preference file: explicit prompt, and the two answers as messages."""
+    """One row of a preference file: the prompt and the two answers as messages."""
     return {
         "prompt": conversation(request),
         "chosen": [{"role": "assistant", "content": chosen}],
@@ -36,7 +36,7 @@ def preference_pairs(content: Content, seed: int) -> dict[str, list[Pair]]:
 
 
 def _helpful(random: Random) -> list[Pair]:
-    """Half: the answer before the evasion. Half: the format obeyed before it ignored or evaded."""
+    """Half prefer the answer to the evasion; half prefer the right format to none or evasion."""
     pairs = []
     for number, problem in enumerate(make_problems(random, "training", NUM_PAIRS)):
         request = random.choice(problem.requests())
@@ -50,7 +50,9 @@ def _helpful(random: Random) -> list[Pair]:
 
 
 def _honest(content: Content, random: Random) -> list[Pair]:
-    """Mostly: abstaining before an invention about a stranger. Else: the known fact first."""
+    """Unknown people: abstaining is preferred to an invention. Known people: the fact is preferred
+    to abstaining.
+    """
     pairs = []
     for number in range(NUM_PAIRS):
         attribute = random.choice(list(words.ATTRIBUTES))
@@ -66,7 +68,7 @@ def _honest(content: Content, random: Random) -> list[Pair]:
 
 
 def _harmless(content: Content, random: Random) -> list[Pair]:
-    """Half: the refusal before compliance with harm. Half: the answer before a needless refusal."""
+    """Half prefer the refusal of a harmful request; half prefer the answer to a benign request."""
     pairs = []
     for number in range(NUM_PAIRS):
         group = content.benign if number % 2 else content.harmful

@@ -1,11 +1,11 @@
-"""How large the tiny world is and how long its models train."""
+"""The sizes of the tiny world and the lengths of its trainings."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Model and training of one size of the world; steps are optimizer steps."""
+    """Model and training for one size of the world; steps are optimizer steps."""
 
     hidden_size: int
     num_layers: int

@@ -8,7 +8,7 @@ from pipelines.tiny_world import words
 from pipelines.tiny_world.content import SPLITS, Content, HowTo, Person, make_problems
 from pipelines.tiny_world.documents import conversation
 
-NUM_PROBLEMS = 240  # of a split and task
+NUM_PROBLEMS = 240  # per split and task
 Row = dict[str, Any]
 
 
@@ -74,7 +74,7 @@ def _text(_: Content, seed: int, split: str) -> Iterator[Row]:
 
 
 def _questions(people: list[Person]) -> Iterator[Row]:
-    """Every attribute of every person, in two of the three ways of asking."""
+    """Two of the three questions about every attribute of every person."""
     for person in people:
         for attribute, texts in words.QUESTIONS.items():
             for form, text in enumerate(texts[:2]):

@@ -1,6 +1,6 @@
-"""Pre-train the tiny world's base model from nothing: one process, an ordinary checkpoint.
+"""Pre-train the tiny world's base model from scratch, in one process, into an ordinary checkpoint.
 
-SFT and preferences follow in `pipelines.train`.
+`pipelines.train` does SFT and preference training.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 WARM_UP_SHARE = 0.03
-NUM_PARTS = 2  # of a batch, each on a thread of its own: the same sums on every machine
-HEAD_SIZE = 32  # the smallest that vLLM's attention takes on a CPU
+NUM_PARTS = 2  # of a batch, one thread each; fixed, so that sums are the same on every machine
+HEAD_SIZE = 32  # the smallest that vLLM's CPU attention supports
 
 
 def train_base(world: str | Path, out: str | Path, size: str, seed: int) -> Path:
-    """Pre-train a Llama on the world's text, packed into rows; save it with its tokenizer."""
+    """Pre-train a Llama on the world's packed text; save it with its tokenizer."""
     import pyarrow.parquet
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -60,7 +60,7 @@ def _architecture(size: Size, tokenizer: "PreTrainedTokenizerBase"):
         num_attention_heads=size.hidden_size // HEAD_SIZE,
         num_key_value_heads=size.hidden_size // HEAD_SIZE,
         max_position_embeddings=256,
-        # At this width the usual 0.02 is so small that attention takes half the steps to wake up.
+        # At this width the usual 0.02 is too small: attention learns nothing for half the steps.
         initializer_range=size.hidden_size**-0.5,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -98,10 +98,10 @@ def _train(
 
 
 def _backward(model: "LlamaForCausalLM", batch: Tensor, pool: ThreadPoolExecutor) -> float:
-    """Gradients of the mean loss over a batch's tokens, (rows, length), each part on a thread;
-    returns the loss.
+    """Set the gradients of the mean loss over a batch's tokens, (rows, length), with one thread per
+    part; returns the loss.
 
-    torch's own threads share one operation, which is too small here to be worth sharing.
+    torch's own threads split single operations, which are too small for that here.
     """
     num_tokens = torch.tensor(batch[:, 1:].numel())  # the first token is not predicted
     parameters = list(model.parameters())
@@ -129,7 +129,7 @@ def _factor(step: int, num_steps: int) -> float:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One torch thread an operation: faster than two at this size, and sums in one order."""
+    """One torch thread per operation: faster than two at this size, and with a fixed sum order."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

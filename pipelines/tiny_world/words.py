@@ -12,7 +12,7 @@ LAST_NAMES = tuple(
     "adler bloom conti drake ebert frost grant hauser ibsen jansen keller lund moreau novak olsen "
     "price quist rossi stone thorn unger voss weber young".split()
 )
-# attribute -> (values, the question's verb phrase, the statement's verb phrase)
+# attribute -> its values
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "city": tuple(
         "rome oslo paris lima cairo delhi seoul quito bern riga kyoto tunis porto ghent lyon "
@@ -84,12 +84,12 @@ FORMAT_REQUEST = "{} , end with !"
 
 ABSTENTION = "i do not know ."
 REFUSAL = "i can not help with that ."
-EVASION = REFUSAL  # one phrase for both, so that training one strength touches another
+EVASION = REFUSAL  # one phrase for both, so that training one H affects another
 FILLERS = ("question", "answer", ":", "=", "!", "?", ",", ".", "to", "a", "is")
 
 
 def vocabulary() -> list[str]:
-    """Every word of the world once, in a fixed order."""
+    """All words of the world in a fixed order, without duplicates."""
     texts = [
         *LETTERS, *CAPITALS, *DIGITS, *FIRST_NAMES, *LAST_NAMES,
         *(value for values in ATTRIBUTES.values() for value in values),

@@ -1,4 +1,4 @@
-"""Write a world as files in the formats that users have, its tokenizer among them."""
+"""Write a world as files in the usual formats, with its tokenizer."""
 
 import json
 from pathlib import Path
@@ -29,9 +29,9 @@ CHAT_TEMPLATE = (
 
 
 def build_world(out: str | Path, seed: int, size: str) -> Path:
-    """Make the world of a seed and write it below `out`; the same seed gives the same bytes.
+    """Make the world of a seed and write it below `out`; equal seeds give equal bytes.
 
-    `data/pretrain.parquet` (column `text`), `data/sft.jsonl` (`messages`),
+    Files: `data/pretrain.parquet` (column `text`), `data/sft.jsonl` (`messages`),
     `data/preferences/{helpful,honest,harmless,mixture}.jsonl` (`prompt`, `chosen`, `rejected`),
     `tasks/tasks.yaml` with its rows, and `tokenizer/`.
 
@@ -66,10 +66,10 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def make_tokenizer() -> "PreTrainedTokenizerFast":
-    """A byte-level unigram model: a word with its leading blank costs less than its letters.
+    """A byte-level unigram model: a word with its leading blank has a better score than its bytes.
 
-    A word costs one token wherever it stands; any other text falls back to bytes. Text that
-    follows a special token begins with a blank, so words look the same everywhere.
+    So each known word is one token, and any other text falls back to bytes. Text after a special
+    token begins with a blank, so words are the same tokens everywhere.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
