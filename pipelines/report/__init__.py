@@ -1,4 +1,4 @@
-"""The report of finished runs: the 3H table, what it says, two plots and a page."""
+"""The report of finished runs: the 3H table, findings in sentences, two plots and a page."""
 
 from pipelines.report.files import make_report, write_reports
 from pipelines.report.findings import findings, findings_over_runs

@@ -1,4 +1,4 @@
-"""Comparisons of measured models: differences, the tax, who was aligned to what, the front."""
+"""Comparisons of measured models: differences, alignment tax, own strengths, the Pareto front."""
 
 import math
 from collections.abc import Mapping
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from pipelines.report.results import STRENGTHS, Measurement, ModelResults, Results
 
-# A difference counts as clear beyond this many of its standard errors (about 95 percent).
+# A difference is clear if it exceeds this many of its standard errors (about 95 percent).
 CLEAR = 2.0
-# How an aligned model's name ends when it was aligned to a single strength.
+# The last part of an aligned model's name -> the single strength it was aligned to.
 SINGLE_STRENGTH = {
     "helpful": "helpfulness",
     "honest": "honesty",
@@ -25,12 +25,12 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether it is larger than two of its standard errors, up or down."""
+        """Whether its absolute value is larger than two of its standard errors."""
         return abs(self.value) > CLEAR * self.stderr
 
     @property
     def is_loss(self) -> bool:
-        """Whether it is a clear fall."""
+        """Whether it is clear and negative."""
         return self.is_clear and self.value < 0
 
     def __str__(self) -> str:
@@ -38,16 +38,16 @@ class Difference:
 
 
 def difference(a: Measurement, b: Measurement) -> Difference:
-    """`a - b`; the standard error is `sqrt(se_a^2 + se_b^2)`, that of independent measurements.
+    """`a - b`, with the standard error of independent measurements, `sqrt(se_a^2 + se_b^2)`.
 
-    Two models answer the same prompts, which mostly makes their scores go together: the true error
-    of their difference is then smaller, so what is called clear here errs on the side of caution.
+    Two models answer the same prompts, so their scores are usually correlated and the true error of
+    the difference is smaller. So `is_clear` is conservative.
     """
     return Difference(a.value - b.value, math.hypot(a.stderr, b.stderr))
 
 
 def own_strength(name: str, model: ModelResults) -> str | None:
-    """The strength that an aligned model was aligned to, None if it was to several, or to none."""
+    """The single strength that a model was aligned to; None if there are several or none."""
     return SINGLE_STRENGTH.get(name.rsplit("-", 1)[-1]) if model.kind == "aligned" else None
 
 
@@ -65,7 +65,7 @@ def mixture_aligned(results: Results) -> dict[str, ModelResults]:
 def losses(
     results: Results, models: Mapping[str, ModelResults]
 ) -> list[tuple[str, str, Difference]]:
-    """The tax: (model, strength, difference from SFT) of every clear fall, the largest first."""
+    """The tax: (model, strength, difference from SFT) of every clear loss, the largest first."""
     found = [
         (name, strength, difference(model.measurement(strength), results.sft.measurement(strength)))
         for name, model in models.items()
@@ -77,11 +77,11 @@ def losses(
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """The points that no other point beats, from left to right.
 
-    A point is beaten by one that is at least as high in both coordinates and higher in one, so
-    equal points are on the front together.
+    A point beats another if it is at least as high in both coordinates and higher in one. So equal
+    points are on the front together.
 
     Args:
-        points: (x, y) of each name; more is better in both.
+        points: (x, y) of each name; higher is better in both.
     """
     front: list[str] = []
     best: tuple[float, float] | None = None

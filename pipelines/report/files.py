@@ -1,4 +1,4 @@
-"""The report's files: made in memory first, then written, so that a bad run writes nothing."""
+"""The report's files: all are made in memory before any is written, so bad input writes nothing."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,9 @@ MATRIX_FILE, TRADEOFF_FILE, PAGE_FILE = "matrix.png", "tradeoff.png", "report.ht
 
 
 def make_report(run_folder: Path, results: Results) -> dict[str, bytes]:
-    """The content of `matrix.png`, `tradeoff.png` and `report.html`; equal results, equal bytes."""
+    """The content of `matrix.png`, `tradeoff.png` and `report.html`; equal results give equal
+    bytes.
+    """
     matrix, tradeoff = plot_matrix(results), plot_tradeoff(results)
     plots = {"Models and tasks": matrix, "Trade-offs between strengths": tradeoff}
     page = render_page(run_folder, results, plots)
@@ -23,21 +25,20 @@ def make_report(run_folder: Path, results: Results) -> dict[str, bytes]:
 def write_reports(
     runs: Sequence[tuple[Path, Results]], out: Path | None, *, force: bool = False
 ) -> list[Path]:
-    """Write the report of each run; a file that stands with the same bytes is left alone.
+    """Write the report of each run; existing files with the same bytes are not touched.
 
     Args:
         runs: folder and results of each run.
-        out: where the files go; with several runs, into a folder for each below it, which has the
-            run's name. None: into each run's own folder, where older reports are replaced (they
-            are made from the results that stand beside them).
-        force: write into an `out` that holds other things; they stay, reports are replaced.
+        out: the folder for the files; several runs get subfolders with the runs' names. None: the
+            files go into each run's own folder and replace older reports there.
+        force: write into an `out` that holds other files; they stay, reports are replaced.
 
     Returns:
         the pages, one for each run.
 
     Raises:
-        InputError: two runs are the same or would go to the same place; `out` is a file, or holds
-            other things and `force` is false.
+        InputError: a run is given twice, two runs have the same name; `out` is a file, or holds
+            other files and `force` is false.
     """
     places = report_places([folder for folder, _ in runs], out)
     files = {
@@ -54,7 +55,7 @@ def write_reports(
 
 
 def report_places(folders: Sequence[Path], out: Path | None) -> dict[Path, Path]:
-    """Where the report of each run's folder goes.
+    """The folder for the report of each run.
 
     Raises:
         InputError: a run is given twice, or two runs would share a folder below `out`.
@@ -80,7 +81,7 @@ def _refuse_other_content(out: Path, files: Mapping[Path, bytes], *, force: bool
     if force or not out.is_dir():
         return
     for path in out.rglob("*"):
-        # What a killed run left half-written is ours.
+        # A killed run may have left unfinished files of ours.
         if path.is_dir() or path.name.endswith(".partial"):
             continue
         if path not in files or path.read_bytes() != files[path]:

@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences: computed from them alone, and said as well when it is bad."""
+"""The findings in sentences, computed from the numbers alone, good or bad."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ def findings(results: Results) -> list[str]:
 
 
 def findings_over_runs(runs: Sequence[Results]) -> list[str]:
-    """In how many of several runs the main claims hold."""
+    """For each main claim, in how many of several runs it holds."""
     total = len(runs)
     sentences = []
     for name, model in single_strength(runs[0]).items():
@@ -51,12 +51,12 @@ def findings_over_runs(runs: Sequence[Results]) -> list[str]:
 
 
 def _against_sft(results: Results, name: str, column: str) -> Difference:
-    """A model's number less that of SFT."""
+    """The difference between a model and SFT."""
     return difference(results.models[name].measurement(column), results.sft.measurement(column))
 
 
 def _own_strengths(results: Results) -> list[str]:
-    """Does each single-strength model beat SFT on what it was aligned to?"""
+    """Does each single-strength model beat SFT on its own strength?"""
     sentences = []
     for name, model in single_strength(results).items():
         strength = str(own_strength(name, model))
@@ -67,7 +67,7 @@ def _own_strengths(results: Results) -> list[str]:
 
 
 def _place(delta: Difference, other: str) -> str:
-    """Where one number stands against another, and whether that is more than noise."""
+    """A difference in words, and whether it is more than noise."""
     if delta.value == 0:
         return f"level with {other}"
     side = "above" if delta.value > 0 else "below"
@@ -76,7 +76,7 @@ def _place(delta: Difference, other: str) -> str:
 
 
 def _taxes(results: Results) -> list[str]:
-    """Which models lost what, single-strength models, mixtures and merges apart."""
+    """The losses of single-strength models, of mixtures and of merges."""
     groups = (
         ("single-strength model", single_strength(results)),
         ("mixture model", mixture_aligned(results)),
@@ -86,7 +86,7 @@ def _taxes(results: Results) -> list[str]:
 
 
 def _tax(results: Results, group: str, models: dict[str, ModelResults]) -> str:
-    """The clear falls below SFT in a group of models."""
+    """The clear losses against SFT in a group of models."""
     found = losses(results, models)
     if not found:
         return (
@@ -98,7 +98,7 @@ def _tax(results: Results, group: str, models: dict[str, ModelResults]) -> str:
 
 
 def _merge_against_singles(results: Results) -> tuple[str, str, Difference | None]:
-    """The best merge, the best single-strength model by average, and the difference between."""
+    """The best merge, the best single-strength model by average, and their difference."""
     merge = results.models[results.best_merge]
     singles = single_strength(results)
     if not singles:
@@ -108,7 +108,7 @@ def _merge_against_singles(results: Results) -> tuple[str, str, Difference | Non
 
 
 def _best_merge(results: Results) -> list[str]:
-    """Is the merge chosen on development above every single-strength model on test?"""
+    """Is the merge that was chosen on development above all single-strength models on test?"""
     merge, best, delta = _merge_against_singles(results)
     if delta is None:
         return []
@@ -125,7 +125,7 @@ def _best_merge(results: Results) -> list[str]:
 
 
 def _mixtures(results: Results) -> list[str]:
-    """The best merge against training on the mixture, and optimizers against the first of them."""
+    """The best merge against the best mixture model, and the other mixtures against the first."""
     mixtures = mixture_aligned(results)
     if not mixtures:
         return []
@@ -144,7 +144,7 @@ def _mixtures(results: Results) -> list[str]:
 
 
 def _choice(results: Results) -> list[str]:
-    """Was another merge better on test than the one that development chose?"""
+    """Is another merge better on test than the one that was chosen on development?"""
     merges = results.of_kind("merge")
     chosen = merges[results.best_merge]
     best = max(merges, key=lambda name: merges[name].average.value)

@@ -1,4 +1,4 @@
-"""Names beside the points of a plot, placed so that nothing is covered."""
+"""Names beside the points of a plot, placed so that they cover nothing."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-# Where a name may go, in order: the direction from its point, and how the text is aligned there.
+# Places of a name in order of preference: direction from its point, and alignment of the text.
 DIRECTIONS = (
     (1.0, 1.0, "left", "bottom"),
     (1.0, -1.0, "left", "top"),
@@ -19,9 +19,9 @@ DIRECTIONS = (
     (1.3, 0.0, "left", "center"),
     (-1.3, 0.0, "right", "center"),
 )
-# In points; near places come first, since a name far from its point may be taken for another's.
+# In points; near places come first, so that a name is not taken for another point's.
 DISTANCES = (8.0, 15.0, 24.0)
-MARKER_PIXELS = 9.0  # half the side of the square around a point that names keep out of
+MARKER_PIXELS = 9.0  # half the side of the square around a point that names must not cover
 
 
 def label_points(
@@ -30,13 +30,13 @@ def label_points(
     errors: Mapping[str, tuple[float, float]],
     colours: Mapping[str, str],
 ) -> list[str]:
-    """Write each name beside its point where it covers no point, no other name and no edge.
+    """Write each name beside its point, where it covers no point, no other name and no edge.
 
-    Places off the error bars are preferred. The figure must have been laid out: places are
-    measured in pixels. A name that fits nowhere is left out; the legend has it.
+    Places away from error bars are preferred. The figure must already have its layout, because
+    places are measured in pixels. A name without a free place is omitted; the legend shows it.
 
     Args:
-        points: (x, y) of each name, in the axes' data.
+        points: (x, y) of each name, in data coordinates.
         errors: half the lengths of each point's error bars, across and up.
         colours: the names to write, in order of importance, each with its colour.
 
@@ -70,7 +70,7 @@ def label_points(
 
 
 def _first_free(boxes: Sequence[Bbox], edge: Bbox, kept_free: Sequence[Bbox]) -> int | None:
-    """The index of the first box inside `edge` that touches nothing, None if there is none."""
+    """The index of the first box inside `edge` that overlaps nothing; None if there is none."""
     for number, box in enumerate(boxes):
         corners_inside = edge.contains(*box.min) and edge.contains(*box.max)
         if corners_inside and not box.count_overlaps(kept_free):
@@ -105,6 +105,6 @@ def _annotate(
         name, point, offset, textcoords="offset points", ha=across, va=up, size=8, zorder=5
     )
     text.set_in_layout(False)
-    # A white rim keeps a name readable where it has to cross a line.
+    # A white outline keeps a name readable on top of a line.
     text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     return text

@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file with everything in it, which works without a network."""
+"""The page of a run: one self-contained HTML file, which works without a network."""
 
 import base64
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ TEMPLATE = "page.html"
 
 @dataclass(frozen=True, slots=True)
 class _ConfigFile:
-    """A config's place in the run's folder, the models made with it, and what it says."""
+    """A config's path in the run's folder, the models made with it, and its text."""
 
     path: str
     models: tuple[str, ...]
-    text: str | None  # None where the run's folder no longer holds it
+    text: str | None  # None if it is not in the run's folder any more
 
 
 def render_page(run_folder: Path, results: Results, plots: dict[str, bytes]) -> str:
     """The page's HTML.
 
     Args:
-        run_folder: where the configs that the results name are read from.
+        run_folder: the folder of the configs that the results name.
         plots: PNG bytes by title, in the order of the page.
     """
     environment = Environment(
@@ -61,11 +61,11 @@ def _task_heads(results: Results) -> dict[str, str]:
 
 
 def _configs(run_folder: Path, results: Results) -> list[_ConfigFile]:
-    """The configs that the results name, each once."""
+    """The configs that the results name, without duplicates."""
     files = []
     for path in dict.fromkeys(model.config for model in results.models.values()):
         place = run_folder / path
-        # A link may lead out of the folder; the page shows only what is in it.
+        # A symbolic link may lead out of the folder; the page shows only files inside it.
         inside = place.resolve().is_relative_to(run_folder.resolve())
         text = place.read_text(errors="replace") if inside and place.is_file() else None
         models = tuple(name for name, model in results.models.items() if model.config == path)

@@ -1,7 +1,7 @@
 """The plots, as PNG bytes: the matrix of numbers, and the trade-off between each pair of strengths.
 
-Figures are made without pyplot, which keeps global state, and saved without metadata, so that the
-same results give the same bytes.
+Figures are made without pyplot (which has global state) and saved without metadata, so equal
+results give equal bytes.
 """
 
 import io
@@ -20,7 +20,7 @@ from pipelines.report.results import COLUMNS, KINDS, STRENGTHS, Measurement, Mod
 
 DPI = 150
 INK, FAINT = "#222222", "#8a8a8a"
-# Okabe and Ito's colours, told apart by colour-blind readers as well; markers differ, too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; markers differ, too.
 COLOURS = {"sft": "#222222", "single": "#d55e00", "mixture": "#009e73", "merge": "#0072b2"}
 MARKERS = "osD^vP<>Xph8"
 GROUP_NAMES = {
@@ -85,15 +85,15 @@ def _measurements(model: ModelResults, tasks: Sequence[str]) -> list[Measurement
 
 
 def _number(axes: Axes, x: int, y: int, measured: Measurement) -> None:
-    """A cell's value, and its error below, in the ink that shows on the cell's colour."""
-    colour = INK if measured.value < 70 else "white"  # where their contrasts cross
+    """Draw a cell's value, and its error below, in a readable colour."""
+    colour = INK if measured.value < 70 else "white"  # both contrast equally at 70
     axes.text(x, y - 0.12, f"{measured.value:.1f}", ha="center", va="center", color=colour, size=9)
     error = f"±{measured.stderr:.1f}"
     axes.text(x, y + 0.28, error, ha="center", va="center", color=colour, size=6.5)
 
 
 def _group_ends(kinds: Sequence[str]) -> list[float]:
-    """The heights between rows of different kinds."""
+    """The y positions between rows of different kinds."""
     return [i - 0.5 for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
 
 
@@ -106,7 +106,7 @@ class _Look:
 
 
 def _groups(results: Results) -> dict[str, list[str]]:
-    """The models of each group of the legend; the base model, which cannot chat, is left out."""
+    """The models of each group of the legend, without the base model, which cannot chat."""
     groups: dict[str, list[str]] = {group: [] for group in GROUP_NAMES}
     for name, model in results.models.items():
         if model.kind == "aligned":
@@ -128,7 +128,7 @@ def plot_tradeoff(results: Results) -> bytes:
     figure = _figure(4.6 * len(pairs), 6.2)
     panels = list(zip(figure.subplots(1, len(pairs)), pairs, strict=True))
     drawn = [_pair(axes, results, looks, x, y) for axes, (x, y) in panels]
-    figure.canvas.draw()  # lays the figure out, so that names can be measured in pixels
+    figure.canvas.draw()  # computes the layout, so that names can be measured in pixels
     colours = {name: look.colour for name, look in looks.items()}
     for (axes, (x, y)), points in zip(panels, drawn, strict=True):
         errors = {
@@ -155,7 +155,7 @@ def _pair(
             elinewidth=0.8, alpha=0.9, zorder=3,
         )  # fmt: skip
     front = [points[name] for name in pareto_front(points)]
-    # From each point of the front straight down, then right: what no model reaches is above.
+    # From each point of the front down, then right; no model is above this line.
     axes.step(*zip(*front, strict=True), where="pre", color=FAINT, linestyle="--", linewidth=1.2)
     sft = points[results.sft_name]
     axes.axvline(sft[0], color=FAINT, linewidth=0.6, linestyle=":")
@@ -171,7 +171,7 @@ def _pair(
 
 
 def _legend(figure: Figure, groups: dict[str, list[str]], looks: dict[str, _Look]) -> None:
-    """One column of the legend for each group, below the plots, where it hides no point."""
+    """One column of the legend per group, below the plots, where it hides no point."""
     for number, (group, names) in enumerate(groups.items()):
         handles = [_handle(name, looks[name]) for name in names]
         if group == "sft":
@@ -191,7 +191,7 @@ def _handle(name: str, look: _Look) -> Line2D:
 
 
 def _other_handles() -> list[Line2D]:
-    """What else is drawn."""
+    """The legend entries for SFT's level, the front and the best merge."""
     return [
         Line2D([], [], color=FAINT, linestyle=":", label="its level"),
         Line2D([], [], color=FAINT, linestyle="--", label="Pareto front of all"),

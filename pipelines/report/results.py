@@ -1,4 +1,4 @@
-"""`results.json`: what a finished run found, checked before anything is made of it."""
+"""`results.json`: the results of a finished run, and its checks."""
 
 import json
 from pathlib import Path, PurePosixPath
@@ -13,32 +13,32 @@ RESULT_FILE = "results.json"
 STRENGTHS = ("helpfulness", "honesty", "harmlessness")
 COLUMNS = (*STRENGTHS, "average")
 KINDS = ("base", "sft", "aligned", "merge")
-# Results are written with full precision; the tolerance lets a file be rounded to one decimal.
+# Results have full precision; the tolerance also accepts files rounded to one decimal.
 AVERAGE_TOLERANCE = 0.1
 
 
 def _inside(path: str) -> str:
-    """A path that stays inside the run's folder: the page shows the text of these files."""
+    """Check that a path stays inside the run's folder, because the page shows the file's text."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts:
         raise ValueError("expected a path relative to the run's folder, without '..'")
     return path
 
 
-# No control characters, no markup: names go to the terminal, into plots and into the page.
+# No control characters and no markup: names are shown on the terminal, in plots and on the page.
 Name = Annotated[str, StringConstraints(pattern=r"^[\w./+=@: -]+$")]
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 InsidePath = Annotated[str, AfterValidator(_inside)]
 
 
 class _Record(BaseModel):
-    """Strict types; a field that is not read here does no harm, so it is let through."""
+    """Strict types; unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
 
 class Measurement(_Record):
-    """A mean over prompts, or over such means, and its standard error, both in percent."""
+    """A mean over prompts, or a mean of means, and its standard error, both in percent."""
 
     value: Percent
     stderr: Percent
@@ -51,7 +51,7 @@ class TaskMeasurement(Measurement):
 
 
 class ModelResults(_Record):
-    """What is known of one model."""
+    """The results of one model."""
 
     helpfulness: Measurement
     honesty: Measurement
@@ -65,7 +65,7 @@ class ModelResults(_Record):
     path: InsidePath
 
     def measurement(self, column: str) -> Measurement:
-        """The measurement of a column of the table: one of `COLUMNS`."""
+        """The measurement of a column, one of `COLUMNS`."""
         return getattr(self, column)
 
 
@@ -82,12 +82,12 @@ class Results(_Record):
 
     @property
     def sft(self) -> ModelResults:
-        """The model that all others are compared with."""
+        """The SFT model; all others are compared with it."""
         return next(model for model in self.models.values() if model.kind == "sft")
 
     @property
     def sft_name(self) -> str:
-        """Its name."""
+        """The SFT model's name."""
         return next(name for name, model in self.models.items() if model.kind == "sft")
 
     def of_kind(self, kind: str) -> dict[str, ModelResults]:
@@ -99,8 +99,8 @@ def load_results(run_folder: str | Path) -> Results:
     """Read and check the results of a finished run.
 
     Raises:
-        InputError: no such folder, no `results.json` in it, or one that is not JSON, has another
-            schema number, lacks a field, or contradicts itself; one line with file and field.
+        InputError: no such folder, no `results.json` in it, or a file that is not JSON, has another
+            schema number, lacks a field, or contradicts itself.
     """
     folder = Path(run_folder)
     path = folder / RESULT_FILE
@@ -126,7 +126,7 @@ def load_results(run_folder: str | Path) -> Results:
 
 
 def _contradictions(results: Results) -> list[tuple[str, str]]:
-    """Fields that do not fit together, each with what is wrong."""
+    """Fields that contradict others, each with its problem."""
     problems = []
     num_sft = len(results.of_kind("sft"))
     if num_sft != 1:

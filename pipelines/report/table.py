@@ -1,4 +1,4 @@
-"""The 3H table: what it says, and how the terminal shows it."""
+"""The 3H table: its cells, and its text for the terminal."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from pipelines.errors import InputError
 from pipelines.report.comparison import difference
 from pipelines.report.results import COLUMNS, KINDS, ModelResults, Results
 
-# What every output that is no terminal gets, so that the bytes do not depend on where it is made.
+# The width of output that is not a terminal; fixed, so that equal results give equal bytes.
 PLAIN_WIDTH = 110
 BEST, TAX, CHOSEN = "*", "▼", "◆"
 LEGEND = (
@@ -31,14 +31,14 @@ LEGEND_OVER_RUNS = (
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A number of the table, in percent, with its error or spread and what is to be seen in it."""
+    """A number of the table in percent, with its standard error or spread, and its marks."""
 
     value: float
     spread: float
-    delta: float | None  # against SFT, None for SFT itself
+    delta: float | None  # against SFT; None for SFT itself
     is_clear: bool  # the delta is more than noise
     is_best: bool
-    tax: str  # empty where there is none
+    tax: str  # empty if there is none
 
     @property
     def delta_text(self) -> str:
@@ -53,8 +53,8 @@ class Row:
 
     name: str
     kind: str
-    chosen: tuple[str, ...]  # what development chose, such as `lambda=0.5`; once for equal runs
-    mark: str  # of the best merge, otherwise empty
+    chosen: tuple[str, ...]  # parameters chosen on development, such as `lambda=0.5`; no duplicates
+    mark: str  # of the best merge; empty for others
     cells: tuple[Cell, ...]  # one for each of COLUMNS
 
 
@@ -81,13 +81,13 @@ def table_rows(results: Results) -> list[Row]:
 def _cell(results: Results, model: ModelResults, column: str) -> Cell:
     """One number of a run's table."""
     measured = model.measurement(column)
-    # Numbers that look equal are marked alike.
+    # Numbers that are equal after rounding are all marked as best.
     best = max(round(other.measurement(column).value, 1) for other in results.models.values())
     is_best = round(measured.value, 1) == best
     if model.kind == "sft":
         return Cell(measured.value, measured.stderr, None, False, is_best, "")
     delta = difference(measured, results.sft.measurement(column))
-    # The base model comes before SFT: what it cannot do yet is no tax.
+    # The base model comes before SFT, so its low numbers are not a tax.
     tax = TAX if delta.is_loss and model.kind != "base" else ""
     return Cell(measured.value, measured.stderr, delta.value, delta.is_clear, is_best, tax)
 
@@ -134,7 +134,7 @@ def _cell_over_runs(
     column: str,
     taxes: list[str],
 ) -> Cell:
-    """A mean, its spread, and in how many runs there was a tax."""
+    """A mean, its spread, and the number of runs with a tax."""
     mean = means[name, column]
     spread = statistics.stdev(_values(runs, name, column))
     is_best = round(mean, 1) == max(round(v, 1) for (_, c), v in means.items() if c == column)
@@ -158,7 +158,7 @@ def render_table(
     width: int = PLAIN_WIDTH,
     colour: bool = False,
 ) -> str:
-    """The table as text; plain unless `colour`. Narrow terminals get the deltas on a second line.
+    """The table as text; plain unless `colour`. On narrow terminals, deltas are on a second line.
 
     Args:
         rows: of `table_rows` or `table_rows_over_runs`.
@@ -166,7 +166,7 @@ def render_table(
         width: columns of the terminal.
         colour: whether to write ANSI colours.
     """
-    # Wide enough that rich never wraps: this function decides itself where lines break.
+    # Wide enough that rich never wraps lines; this function breaks them.
     console = Console(
         file=io.StringIO(),
         width=max(width, 400),
@@ -209,7 +209,7 @@ def _table(rows: Sequence[Row], *, on_two_lines: bool) -> Table:
 
 
 def _column(cells: Sequence[Cell], on_two_lines: bool) -> list[Text]:
-    """The cells of one column, their parts aligned below each other."""
+    """The cells of one column, with aligned parts."""
     parts = [
         (f"{c.value:.1f}", BEST if c.is_best else " ", f"±{c.spread:.1f}", c.delta_text, c.tax)
         for c in cells
@@ -229,6 +229,6 @@ def _column(cells: Sequence[Cell], on_two_lines: bool) -> list[Text]:
 
 
 def _delta_style(cell: Cell) -> str:
-    """Green up, red down, dim where it may be noise."""
+    """Green for a gain, red for a loss, dim if it may be noise."""
     colour = "" if not cell.delta else "green" if cell.delta > 0 else "red"
     return f"not bold {colour}" if cell.is_clear else f"not bold dim {colour}".rstrip()

@@ -1,4 +1,4 @@
-"""Resumable training checkpoints: one folder a step, by rename, the newest ones kept."""
+"""Resumable training checkpoints: one folder per step, renamed when complete; the newest stay."""
 
 import shutil
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from pipelines.train.errors import NO_ROOM
 from pipelines.train.strategies import StagingStrategy, Strategy, first_rank, wait_for_all
 
 CHECKPOINTS = "checkpoints"
-# What torch's own writer says of a write that was cut short, and on closing a file after one.
+# Messages of torch's writer after an incomplete write, and when it then closes the file.
 CUT_SHORT = ("PytorchStreamWriter failed writing", "inline_container.cc")
 
 
@@ -26,13 +26,13 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the state after `step` is kept."""
+    """The folder of the state after `step`."""
     return folder / CHECKPOINTS / f"step-{step}"
 
 
 def _is_full_disk(error: OSError | RuntimeError, folder: Path) -> bool:
-    """Whether a write into a folder failed for want of room. Torch's own writer says only that it
-    was cut short, so the system is asked again.
+    """Whether a write into a folder failed because the disk is full. torch's writer only reports an
+    incomplete write, so another write is tried.
     """
     if isinstance(error, OSError):
         return error.errno in NO_ROOM
@@ -40,7 +40,7 @@ def _is_full_disk(error: OSError | RuntimeError, folder: Path) -> bool:
 
 
 def _has_no_room(folder: Path) -> bool:
-    """Whether a file of a write that was cut short can take no more."""
+    """Whether a file in a folder cannot grow because the disk is full."""
     for path in folder.rglob("*"):
         if path.is_file():
             try:
@@ -52,56 +52,56 @@ def _has_no_room(folder: Path) -> bool:
 
 
 class CheckpointWriter:
-    """Writes checkpoints at once, or, where the config says so, by a thread while steps go on; a
-    context manager that ends when the last one stands. All ranks call together.
+    """Writes checkpoints; with `asynchronous_checkpoints` in a thread while steps continue. As a
+    context manager it waits for the last checkpoint at its end. All ranks call together.
 
-    One write is on its way at most: the next waits for it, and raises what went wrong with it.
+    There is at most one write at a time: the next one waits for it and raises its error.
     """
 
     def __init__(self, folder: Path, config: AlignConfig) -> None:
         self._folder, self._num_kept = folder, config.keep_checkpoints
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
-        # The thread's collectives must not meet those of the steps, so it has its own group.
+        # The thread has its own group, so that its collectives do not mix with those of the steps.
         self._group: dist.ProcessGroup | None = None
         if config.asynchronous_checkpoints:
             self._thread = ThreadPoolExecutor(1, "checkpoint")
             self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def save(self, step: int, strategy: Strategy) -> None:
-        """Write the state after `step`, or begin to, once the state is copied.
+        """Write the state after `step`; asynchronously, only copy it and start the write.
 
         Raises:
-            OSError: this one, or the one before, could not be written.
+            OSError: this checkpoint or the one before could not be written.
         """
         if self._thread is None:
             self._write(step, strategy.save)
             return
         self._wait()
-        assert isinstance(strategy, StagingStrategy)  # or the config would have refused it
+        assert isinstance(strategy, StagingStrategy)  # the config refuses others
         write = strategy.stage(self._group)
         self._writing = self._thread.submit(self._write, step, write)
 
     def check(self) -> None:
-        """Raise what went wrong with a write that has ended since."""
+        """Raise the error of a write that has ended."""
         if self._writing is not None and self._writing.done():
             self._wait()
 
     def _wait(self) -> None:
-        """Return when nothing is on its way; raise what went wrong with it."""
+        """Wait for the current write; raise its error."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def _write(self, step: int, write: Callable[[Path], None]) -> None:
-        """Write a state, which gets its name when it is complete, and remove the oldest.
+        """Write a state, name it when it is complete, then remove the oldest ones.
 
-        Those before go only after the new one stands, so a full disk leaves the last good one.
+        Old checkpoints are removed last, so a full disk leaves the last good one.
         """
         final = step_folder(self._folder, step)
         try:
             self._write_and_commit(final, write)
-        except (OSError, RuntimeError) as error:  # torch.save's own writer raises the latter
+        except (OSError, RuntimeError) as error:  # torch.save's writer raises RuntimeError
             if not _is_full_disk(error, partial_path(final)):
                 raise
             last = max(saved_steps(self._folder), default=0)

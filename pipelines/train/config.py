@@ -13,7 +13,7 @@ from pipelines.config import Config, NamedIn
 from pipelines.train.row_kinds import ROW_KINDS, RowKind
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
 
-# Online merging optimizers: named pairs of sparsifier and consensus, or any pair by its names.
+# Online merging optimizers: named pairs of sparsifier and consensus, or any pair (`online`).
 ONLINE = {"ondare": "dare", "onties": "ties", "online": ""}
 ONLINE_FIELDS = {
     "density",
@@ -28,7 +28,7 @@ ONLINE_FIELDS = {
 
 
 class ObjectiveConfig(Config):
-    """The loss and its parameters, named as in TRL; what is not given has the loss's default."""
+    """The loss and its parameters, named as in TRL; None means the loss's default."""
 
     name: Annotated[str, NamedIn(OBJECTIVES)] = "dpo"
     beta: float | None = Field(None, gt=0, description="strength of the pull to the reference")
@@ -58,12 +58,12 @@ class ObjectiveConfig(Config):
 
     @property
     def row_kind(self) -> RowKind:
-        """What it learns from."""
+        """The kind of rows that the objective needs."""
         return ROW_KINDS[self.definition.rows]
 
     @property
     def parameters(self) -> dict[str, float]:
-        """All parameters of the loss, with the defaults of those that were not given."""
+        """All parameters of the loss: given values or defaults."""
         defaults = self.definition.parameters
         given = {name: getattr(self, name) for name in defaults}
         return {name: defaults[name] if v is None else v for name, v in given.items()}
@@ -126,7 +126,7 @@ class OptimizerConfig(Config):
 
     @property
     def merge_options(self) -> MergeOptions:
-        """The pair of `online` and its parameters, as the optimizer has them."""
+        """The optimizer's merge options for `online`."""
         assert self.consensus is not None and self.density is not None and self.alpha is not None
         return MergeOptions(
             consensus=self.consensus,
@@ -138,7 +138,7 @@ class OptimizerConfig(Config):
 
 
 class LoraSettings(Config):
-    """Low-rank adapters; they are trained alone and merged into the output's weights."""
+    """Low-rank adapters; only they are trained, and they are merged into the output's weights."""
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0, description="the adapter is multiplied by alpha / rank")
@@ -241,7 +241,7 @@ class AlignConfig(Config):
 
     @property
     def traits(self) -> Traits:
-        """What the strategy is."""
+        """The strategy's traits."""
         return STRATEGIES[self.strategy]
 
     def _check_strategy(self) -> None:
@@ -262,7 +262,7 @@ class AlignConfig(Config):
             )
 
     def _check_rows(self) -> None:
-        """Raise ValueError where a sparsifier needs whole rows and workers have parts of them."""
+        """Raise ValueError if the sparsifier needs whole rows and workers have parts of rows."""
         if self.optimizer.name != "online" or not self.traits.is_sharded:
             return
         options = self.optimizer.merge_options

@@ -1,4 +1,4 @@
-"""What ends a training run for good, what may pass, and how a worker tells the driver."""
+"""Permanent and temporary failures of a training run, and how workers report them to the driver."""
 
 import errno
 import json
@@ -11,22 +11,22 @@ FAILURE_FILE = "failure.json"
 
 
 class TrainingError(RuntimeError):
-    """A run that failed, with one line that says why."""
+    """A run that failed, with the reason in one line."""
 
 
 class DivergenceError(TrainingError):
-    """A run whose numbers went astray; every worker sees it at the same step."""
+    """A run that diverged; every worker sees it at the same step."""
 
 
-# What the system will say again: no room, no right, no such file. Anything else that a disk or a
-# network says (ESTALE, EIO, a time-out) may have passed when the workers start again.
+# Permanent errors of the system: no room, no permission, no such file. All other errors of a disk
+# or a network (ESTALE, EIO, a time-out) may be gone when the workers start again.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the system may not say this again."""
+    """Whether an error may be temporary."""
     if not isinstance(error, OSError):
         return False
     if error.errno is None:
@@ -35,8 +35,8 @@ def may_pass(error: BaseException) -> bool:
 
 
 def comes_again(error: BaseException) -> bool:
-    """Whether a failure would happen again in the same way, so that a restart would not help: it is
-    of such a kind, and nothing that may pass has led to it.
+    """Whether a failure would happen again after a restart: it is of a permanent kind, and none of
+    its causes may be temporary.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -47,7 +47,7 @@ def comes_again(error: BaseException) -> bool:
 
 
 def record_failure(folder: Path, error: BaseException) -> None:
-    """Leave word of a failure for the driver."""
+    """Record a failure for the driver."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     kinds = {InputError: "input", DivergenceError: "diverged"}
     kind = next((name for cls, name in kinds.items() if isinstance(error, cls)), "error")
@@ -61,16 +61,16 @@ def has_failed(folder: Path) -> bool:
 
 
 def forget_failure(folder: Path) -> None:
-    """Let a run be tried again."""
+    """Remove the record of a failure, so that the run can be tried again."""
     (folder / FAILURE_FILE).unlink(missing_ok=True)
 
 
 def raise_failure(folder: Path, error: Exception | None = None) -> None:
-    """Raise what a worker recorded, or else what is known of `error`; nothing without either.
+    """Raise the failure that a worker recorded, or else `error`, if there is one.
 
     Raises:
-        InputError: the worker found input that cannot be used.
-        DivergenceError: the numbers went astray.
+        InputError: the worker found unusable input.
+        DivergenceError: the run diverged.
         TrainingError: anything else.
     """
     path = folder / FAILURE_FILE

@@ -1,5 +1,5 @@
-"""The aligned model as an ordinary checkpoint: every rank writes what it owns in place; and what
-its record and card say.
+"""The aligned model as an ordinary checkpoint (every rank writes its elements in place), and its
+provenance.
 """
 
 import shutil
@@ -34,10 +34,10 @@ OTHER_FILES = (
 
 
 class Owner(Protocol):
-    """Whoever holds the weights: a strategy, or a checkpoint."""
+    """The holder of the weights: a strategy, or a checkpoint."""
 
     parameter_names: frozenset[str]
-    tied_names: Mapping[str, list[str]]  # of a parameter: its first name, and others
+    tied_names: Mapping[str, list[str]]  # a parameter's first name -> its other names
 
     def owned(self) -> Iterable[tuple[ShardLayout, Tensor]]:
         """Flat ranges of parameters; all ranks together have each element once."""
@@ -47,11 +47,11 @@ class Owner(Protocol):
 def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None:
     """Write the policy with the names, dtypes and other files of `source`.
 
-    Parameters are rounded once, from the master weights, under each name that `source` has for
-    them; tensors that are no parameters are copied. Every rank must call.
+    Parameters are rounded once, from the master weights, and written under each of their names in
+    `source`; other tensors are copied. Every rank must call.
 
     Returns:
-        the digests of what was written, on the first rank; None on the others.
+        the digests of the written model on the first rank; None on the others.
 
     Raises:
         InputError: a value that the source's dtype cannot hold.
@@ -85,13 +85,13 @@ def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None
     known = _of_all_ranks({name: digests.finished() for name, digests in seen.items()})
     if not first_rank():
         return None
-    # What no rank wrote as a whole block is read again.
+    # Blocks that no single rank wrote as a whole are read again.
     written = Checkpoint(folder, checkpoint.config, layout.stored(folder))
     return model_digest(written, known)
 
 
 def _of_all_ranks(own: dict[str, Digests]) -> dict[str, Digests]:
-    """The digests that all ranks have taken; returns when all have come here."""
+    """The digests of all ranks; waits for all of them."""
     if not dist.is_initialized():
         return own
     parts: list[Any] = [None] * dist.get_world_size()
@@ -109,10 +109,11 @@ def provenance(
     num_steps: int,
     details: Mapping[str, Any],
 ) -> Provenance:
-    """Where a trained model comes from.
+    """A trained model's provenance.
 
     Args:
-        key: the fingerprint of the work; inputs: theirs, by the config's fields.
+        key: the fingerprint of the work.
+        inputs: the fingerprints of the inputs, by the config's fields.
     """
     return Provenance(
         kind=kind,

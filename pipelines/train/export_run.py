@@ -1,4 +1,4 @@
-"""A model from a checkpoint of a run that is still going on, or was given up."""
+"""A model from a checkpoint of an unfinished run."""
 
 import json
 from pathlib import Path
@@ -25,8 +25,8 @@ def export_checkpoint(
     """Write the model of a training checkpoint as an ordinary Hugging Face checkpoint.
 
     Args:
-        run: where the run's output will be, or the hidden folder beside it.
-        out: where the model goes.
+        run: the future output of the run, or the hidden folder beside it.
+        out: the model's folder.
         step: which of the kept checkpoints; the newest unless given.
         force: replace an existing `out`.
 
@@ -62,7 +62,7 @@ def export_checkpoint(
 
 
 def _owner(config: AlignConfig, checkpoint: Path) -> Owner:
-    """The model of a checkpoint in this process alone, with what step-K has put off merged."""
+    """The model of a checkpoint in this single process, with pending steps of step-K merged."""
     here = config.model_copy(update={"strategy": "single", "num_workers": 1, "cpu_offload": False})
     strategy = build_strategy(here, torch.device("cpu"))
     if config.traits.zero_stage:

@@ -1,7 +1,7 @@
-"""Names of the files in a run's folder and in the model that it becomes."""
+"""Names of the files in a run's folder and in its output."""
 
-METRICS_FILE = "metrics.jsonl"  # one line a step
-REFERENCE_FILE = "reference.json"  # of how many rows the reference's word is there
+METRICS_FILE = "metrics.jsonl"  # one line per step
+REFERENCE_FILE = "reference.json"  # progress: rows with reference log-probabilities
 TENSORBOARD_FOLDER = "tensorboard"
-MODEL_FOLDER = "model"  # the exported model, on its way
-EXPORTED_FILE = "exported"  # there once that is complete
+MODEL_FOLDER = "model"  # the exported model, perhaps incomplete
+EXPORTED_FILE = "exported"  # exists when the exported model is complete

@@ -57,14 +57,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Train each of `settings["runs"]`, from its newest checkpoint if there is one, and export its
     model.
 
-    A failure that would come again is recorded for the driver; a worker that is started after one
-    does nothing.
+    A permanent failure is recorded for the driver; workers that start after it do nothing.
 
     Args:
         settings: `runs`, each with `config` (an AlignConfig as JSON), `folder` of the run, `cache`,
             the `tokens` below it and their fingerprint `data_key`, the reference model's
             fingerprint `reference_key`, `num_steps`, and `num_threads` of each worker on a CPU, or
-            None. All workers can reach the folders.
+            None. All workers must be able to reach the folders.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for run in settings["runs"]:
@@ -75,7 +74,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def share_of_cores() -> int:
-    """This machine's cores, or those of them that Ray has been given, for each worker on it."""
+    """The cores per worker: this machine's cores (or the number that Ray has) / its workers."""
     import ray
 
     cores = len(os.sched_getaffinity(0))
@@ -87,10 +86,10 @@ def share_of_cores() -> int:
 
 
 def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
-    """Train and export one run, unless that is done; whether the next one may follow."""
+    """Train and export one run unless it is done; returns whether the next run may follow."""
     folder = Path(settings["folder"])
     if not folder.is_dir() or (folder / EXPORTED_FILE).is_file():
-        return True  # finished by workers that were lost since
+        return True  # earlier workers finished it and were lost
     if has_failed(folder):
         return False
     config = AlignConfig.model_validate_json(settings["config"])
@@ -100,7 +99,7 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
             run.train()
             run.strategy.merge_pending()
             digest = export_model(run.strategy, config.model, folder / MODEL_FOLDER)
-    except DivergenceError as error:  # seen by all workers at once, so none waits for another
+    except DivergenceError as error:  # all workers see it at once, so none waits for another
         record_failure(folder, error)
         return False
     except Exception as error:
@@ -117,7 +116,7 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Wait until the first worker of an earlier, killed attempt is gone; others wait for ours."""
+    """Wait until the first worker of a killed attempt is gone, and block later ones."""
     if not first_rank():
         yield
         return
@@ -145,7 +144,7 @@ class Run:
         self.model.train()
 
     def _reference(self, settings: dict[str, Any]) -> Reference:
-        """The reference: run on the fly, or its log-probabilities from an earlier run or now."""
+        """The reference: on the fly, or stored log-probabilities; missing ones are computed."""
         if self.config.reference_log_probabilities == "on_the_fly":
             return live_reference(self.config, self.strategy, self.device)
         parts = [settings["reference_key"], settings["data_key"], self.config.precision]
@@ -170,20 +169,20 @@ class Run:
         return StoredReference(store, self.device)
 
     def _report_reference(self, done: int, total: int) -> None:
-        """Tell the driver how many rows of the reference are there."""
+        """Tell the driver how many rows have reference log-probabilities."""
         if first_rank():
             record = {"done": done, "total": total}
             write_atomically(self.folder / REFERENCE_FILE, json.dumps(record))
 
     def _resume(self) -> int:
-        """Go back to the newest checkpoint; returns how many steps it has."""
+        """Load the newest checkpoint; returns its step, 0 if there is none."""
         done = max(saved_steps(self.folder), default=0)
         if done:
             self.strategy.load(step_folder(self.folder, done))
         return done
 
     def train(self) -> None:
-        """All steps that are left; step n sees global batch n - 1, whatever came before."""
+        """Run the remaining steps; step n always uses global batch n - 1."""
         config, clock = self.config, Clock()
         watch = Watch(config, self.folder, self.first_step)
         with (
@@ -220,8 +219,8 @@ class Run:
         for number, part in enumerate(micro):
             with self.strategy.accumulating(last=number == len(micro) - 1):
                 result = self._micro_loss(part, shares, point)
-                # Workers' gradients are averaged, so each one's loss is multiplied by their
-                # number: the sum is the global batch's mean, however it is cut up.
+                # Gradients are averaged over workers, so each loss is multiplied by their number.
+                # The result is the mean over the global batch, for any split of it.
                 self.strategy.backward(result.loss * self.world)
             for name, value in {"loss": result.loss.detach(), **result.metrics}.items():
                 metrics[name] = metrics.get(name, 0) + value
@@ -248,7 +247,7 @@ class Run:
     def _reference_point(self, micro: list[list[int]], num_rows: int) -> Tensor:
         """KTO's z0 of the global batch, before any of its gradients."""
         batches = [(r, collate_mismatched(self.table, r, PAD, self.device)) for r in micro]
-        assert self.reference is not None  # what has a point has a reference
+        assert self.reference is not None  # KTO has a reference
         reference = torch.cat([self.reference.mismatched(*batch) for batch in batches])
 
         def policy() -> Tensor:
@@ -258,22 +257,22 @@ class Run:
 
 
 def offload_activations() -> AbstractContextManager[object]:
-    """What autograd keeps in the block goes to CPU memory, and comes back when it is needed.
+    """Tensors that autograd saves in the block move to CPU memory until they are needed.
 
-    As `torch.autograd.graph.save_on_cpu`, but parameters stay where they are: they are held
-    anyhow, or gathered again by their sharding. With gradient checkpointing it is the inputs of the
-    blocks that go. Copies are exact, so gradients are the same to the last bit.
+    As `torch.autograd.graph.save_on_cpu`, but parameters stay on the device, where they are kept
+    anyway or gathered again. With gradient checkpointing, only the inputs of the blocks are saved.
+    Copies are exact, so gradients have the same bits.
     """
     return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
 
 
 def _pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
     if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
-        return tensor  # or a view of one, as a linear layer keeps its weight transposed
+        return tensor  # a parameter, or a view of one (a linear layer saves its transposed weight)
     pinned = tensor.is_cuda
-    # With the same strides, or other kernels would run on it.
+    # Keep the strides, because they decide which kernels run.
     copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-    # In the order of the stream, like the passes themselves: nothing has to wait for it.
+    # The copy is in stream order, like the passes, so nothing has to wait for it.
     return tensor.device, copy.copy_(tensor, non_blocking=pinned)
 
 

@@ -1,27 +1,27 @@
-"""How much memory a run needs on each worker, by formula, before anything is loaded.
+"""The memory that a run needs on each worker, by formula, before anything is loaded.
 
-With N parameters, W workers, b bytes a number in forward and backward passes (4, or 2 in bf16), T
-tokens in a micro-batch, L layers of width h and inner width i, and a vocabulary of v:
+With N parameters, W workers, b bytes per number in forward and backward passes (4, or 2 in bf16), T
+tokens in a micro-batch, layers of width h and inner width i, and a vocabulary of v:
 
-    state         4 N of master weights, 8 N of Adam's moments, 2 N of tau (OnDARE; OnTIES with a
-                  density p at most 6 p N; none where it is not kept on the device), 4 N of the
-                  anchor (step-K): divided by W unless the strategy is single or ddp. With adapters
-                  of A elements 4 N + 12 A, and A in the place of N for gradients
-    weights       b N more, where the passes use other weights than the masters
+    state         4 N of master weights, 8 N of Adam's moments, 2 N of tau (OnDARE; OnTIES with
+                  density p: 6 p N, at most 2 N; 0 if tau is not kept on the device), 4 N of the
+                  anchor (step-K); divided by W unless the strategy is single or ddp. With adapters
+                  of A elements: 4 N + 12 A, and A instead of N for gradients
+    weights       b N more, if the passes use other weights than the master weights
     gradients     4 N (divided by W for fsdp2, zero2, zero3); twice that for ddp; b N + 4 N / W for
                   zero1
-    gathered      fsdp2: b times the largest block, twice, and all outside the blocks; and b + 4
-                  times the larger of both, its gradient and the copy that is reduced.
-                  zero3: b times as much, or 10^9 elements, which DeepSpeed keeps, or N.
-                  zero*: b times the bucket of gradients, 5 * 10^7 elements or N
-    activations   b T (15 h + 4 i) a layer; with gradient checkpointing b T h, and one layer whole;
-                  with activation offload one layer whole alone (the rest in the machine's memory)
+    gathered      fsdp2: b times (two largest blocks + everything outside the blocks), and b + 4
+                  times the larger of one block and everything outside (its gradient, and the copy
+                  that is reduced). zero3: b times as much, or 10^9 elements, which DeepSpeed keeps,
+                  or N. zero*: b times the bucket of gradients, 5 * 10^7 elements or N
+    activations   b T (15 h + 4 i) per layer; with gradient checkpointing b T h per layer and one
+                  full layer; with activation offload one full layer (the rest in host memory)
     logits        T v (b + 12), and 4 T v more in bf16 for their float32 copy
     reference     on the fly: 4 N of its weights, divided by W unless the strategy is single or ddp,
-                  which hold 2 N more in bf16 (nothing where it is the base of adapters), and b T v
-                  of its logits
-    host          in the machine's memory beside a GPU: state and gradients with CPU offload, tau
-                  where it is kept there, activations with their offload
+                  which hold 2 N more in bf16 (0 if it is the base of adapters), and b T v of its
+                  logits
+    host          in host memory beside a GPU: state and gradients with CPU offload, tau if it is
+                  kept there, activations with activation offload
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the formula needs to know of a model."""
+    """A model's sizes, for the formula."""
 
     num_parameters: int
     largest_block: int  # parameters
@@ -54,7 +54,8 @@ class ModelShape:
     hidden_size: int
     inner_size: int
     vocabulary: int
-    # By a linear layer's last name: its inputs and outputs, which an adapter of rank r has r times.
+    # Last name of linear layers -> sum of inputs and outputs, which times the rank is the adapters'
+    # number of elements.
     adapted: Mapping[str, int] = field(default_factory=dict)
 
     def num_adapter_elements(self, lora: LoraSettings) -> int:
@@ -65,7 +66,7 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on each worker; all but `host` where the model is."""
+    """Bytes on each worker; all except `host` are on the model's device."""
 
     state: int
     weights: int
@@ -78,15 +79,15 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All but `host`: the most that is held at once, reached in a backward pass."""
+        """All except `host`: the peak, which is reached in a backward pass."""
         return sum(getattr(self, each.name) for each in fields(self)) - self.host
 
 
 def shape_of(model: str | Path) -> ModelShape:
-    """A model's shape, from its config alone: it is built without memory.
+    """A model's sizes from its config; the model is built without memory.
 
     Raises:
-        InputError: the config is of no causal language model.
+        InputError: the config is not of a causal language model.
     """
     empty = meta_model(Path(model))
     blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(empty)]
@@ -105,7 +106,7 @@ def shape_of(model: str | Path) -> ModelShape:
 
 
 def _adapted(model: "PreTrainedModel") -> dict[str, int]:
-    """Inputs and outputs of the linear layers but the head, added up by their last names."""
+    """Inputs plus outputs of the linear layers except the head, summed by their last names."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
@@ -155,7 +156,7 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
 
 
 def _tau_bytes(optimizer: OptimizerConfig, num_parameters: int) -> int:
-    """What is kept of tau of so many parameters: in bf16, of OnTIES' fraction with indices."""
+    """Bytes of the kept tau in bf16: dense, or sparse with indices for sparsifiers with cuts."""
     if optimizer.name not in ONLINE or optimizer.delta_placement == "source":
         return 0
     assert optimizer.density is not None

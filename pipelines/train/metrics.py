@@ -1,4 +1,4 @@
-"""What a run reports: a JSON line a step, TensorBoard, trackers; a stop where numbers go astray."""
+"""A run's metrics (a JSON line per step, TensorBoard, trackers), and the stop if it diverges."""
 
 import json
 import math
@@ -22,11 +22,11 @@ from pipelines.train.strategies import Strategy, first_rank
 from pipelines.train.trackers import Tracker, open_trackers
 
 WINDOW = 10  # steps over which a collapse is judged
-MEASURED = ("tokens_per_s", "seconds", "memory_bytes")  # those that no seed decides
+MEASURED = ("tokens_per_s", "seconds", "memory_bytes")  # not determined by the seed
 
 
 class MetricsWriter:
-    """Writes the lines of metrics.jsonl, on the first rank alone; a context manager."""
+    """Writes the lines of metrics.jsonl, on the first rank only; a context manager."""
 
     def __init__(self, folder: Path, steps_done: int, config: AlignConfig) -> None:
         self._path = folder / METRICS_FILE
@@ -71,7 +71,7 @@ class MetricsWriter:
 
 
 def _keep(path: Path, steps: int) -> None:
-    """Drop the lines of steps that will be made again."""
+    """Drop the lines of steps that will be repeated."""
     if path.is_file():
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
@@ -79,8 +79,8 @@ def _keep(path: Path, steps: int) -> None:
 
 
 def _levels(path: Path, steps: int) -> list[float]:
-    """`chosen_level` of the last steps, on all ranks; the first rank reads it from its lines."""
-    found = torch.zeros(steps + 1, dtype=torch.float64)  # the last is how many there are
+    """`chosen_level` of the earlier steps, on all ranks; the first rank reads it from its lines."""
+    found = torch.zeros(steps + 1, dtype=torch.float64)  # the last entry is their number
     if first_rank() and path.is_file():
         lines = path.read_text().splitlines(keepends=True)
         records = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -92,8 +92,8 @@ def _levels(path: Path, steps: int) -> list[float]:
 
 
 def chosen_level(record: dict[str, float]) -> float:
-    """How likely the chosen responses are, in nats a token: against the reference, or, where the
-    objective has none, by themselves.
+    """The log-probability of the chosen responses in nats per token: relative to the reference, or
+    absolute if the objective has none.
     """
     if "chosen_log_ratio_per_token" in record:
         return record["chosen_log_ratio_per_token"]
@@ -104,8 +104,8 @@ class Watch:
     """Stops a run that diverges, with advice.
 
     Args:
-        folder: of the run, whose lines up to `first_step` are remembered: a run that was killed
-            stops where one that was not would. All ranks call together.
+        folder: of the run; its lines up to `first_step` are read, so that a resumed run stops at
+            the same step as an undisturbed one. All ranks call together.
     """
 
     def __init__(self, config: AlignConfig, folder: Path, first_step: int) -> None:
@@ -116,7 +116,7 @@ class Watch:
             self._levels = _levels(folder / METRICS_FILE, first_step)
 
     def check(self, step: int, record: dict[str, float], gradient_norm: float) -> None:
-        """Look at a step's numbers.
+        """Check a step's numbers.
 
         Raises:
             DivergenceError: loss or gradients are not finite, or the policy has forgotten the
@@ -148,7 +148,7 @@ class Watch:
 
 
 class Clock:
-    """Tokens a second since the last call, and the most memory this process has had."""
+    """Tokens per second since the last call, and the peak memory of this process."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -165,19 +165,19 @@ class Clock:
 
 
 def peak_memory() -> int:
-    """The most bytes held so far: on the GPU where there is one, else by this process."""
+    """The peak memory so far in bytes: on the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    # Not the kernel's ru_maxrss, which begins with what the parent process held.
+    # ru_maxrss would also include the parent's memory at the fork.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 @torch.no_grad()
 def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
-    """Norm of all that training has added so far, and its cosine with tau where there is one.
+    """Norm of the change that training has made so far, and its cosine with tau if there is one.
 
-    The start is read again from its files, range by range; every rank must call.
+    The initial weights are read again from their files, range by range; every rank must call.
     """
     start = Checkpoint.open(config.model)
     tau_config = config.optimizer.tau
@@ -189,7 +189,7 @@ def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
     for part, values in strategy.owned():
         where = (part.name, part.start, part.start + part.count)
         tau = None
-        if source is not None:  # 0 where the reference has nothing, as in the merge
+        if source is not None:  # 0 where tau has nothing, as in the merge
             covered = source.covers(part)
             tau = source.read(part, part.start, part.count) if covered else torch.zeros(part.count)
         sums += delta_sums(values.detach().cpu(), start.read(*where).float(), tau)
@@ -198,9 +198,9 @@ def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
 
 
 def merge_metrics(strategy: Strategy) -> dict[str, float]:
-    """Of what the last counted merge of an online merging optimizer was to move, the share that
-    rounding left where it was, over all workers (zero3: of its last group of parameters). Nothing
-    with other optimizers, and before a merge. Every rank must call.
+    """Of the elements that the last counted merge of an online merging optimizer should move, the
+    share that rounding left unchanged, over all workers (zero3: only its last group of parameters).
+    Empty for other optimizers and before the first merge. Every rank must call.
     """
     if not isinstance(strategy.optimizer, OnlineMergingAdamW):
         return {}
@@ -209,7 +209,7 @@ def merge_metrics(strategy: Strategy) -> dict[str, float]:
 
 
 def add_up(values: Tensor) -> Tensor:
-    """Values summed over the workers."""
+    """Sum values over the workers."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         values = values.to("cuda") if dist.get_backend() == "nccl" else values
         dist.all_reduce(values)

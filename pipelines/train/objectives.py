@@ -1,4 +1,4 @@
-"""The loss of one micro-batch and the sums that its metrics are made of."""
+"""The loss and the metrics of one micro-batch, as shares of the global batch."""
 
 import inspect
 from collections.abc import Callable
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What sums over a global batch are divided by; known to every worker beforehand."""
+    """The divisors of sums over a global batch; every worker knows them in advance."""
 
     rows: int
     desirable: int
     undesirable: int
     tokens: int  # response tokens of all sequences
-    likelihood_tokens: int  # those that the likelihood term runs over
+    likelihood_tokens: int  # tokens in the likelihood term
 
 
 def shares_of(table: "TokenTable", rows: list[int]) -> Shares:
@@ -51,29 +51,29 @@ class Responses:
 
     log_probability: Tensor  # (sequences,) float32
     num_tokens: Tensor  # (sequences,) int64
-    per_token: Tensor  # (sequences, scored length - 1) float32; entry t is the next token's
+    per_token: Tensor  # (sequences, scored length - 1) float32; entry t belongs to token t + 1
 
 
 def logits_of(model: nn.Module, batch: "Batch") -> Tensor:
     """Run the model: (sequences, scored length, vocabulary).
 
-    Prompts that all sequences share in length get no logits: with long vocabularies these take more
-    memory than anything else, and of a single pair's prompt none is needed.
+    Positions before the first learned token of all sequences get no logits, because with large
+    vocabularies logits take more memory than anything else.
     """
     keep = batch.ids.shape[1] - batch.first_scored
-    bare = getattr(model, "module", model)  # without DDP or DeepSpeed around it
+    bare = getattr(model, "module", model)  # without the wrapper of DDP or DeepSpeed
     keeping = {"logits_to_keep": keep} if _can_keep(type(bare).forward) else {}
     return model(input_ids=batch.ids, use_cache=False, **keeping).logits[:, -keep:]
 
 
 @cache
 def _can_keep(forward: Callable[..., object]) -> bool:
-    """Whether an architecture can leave out logits by itself."""
+    """Whether an architecture can skip logits."""
     return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def score_responses(model: nn.Module, batch: "Batch") -> Responses:
-    """Run the model; log-probabilities of learned tokens alone, never of prompts or padding."""
+    """Run the model; log-probabilities of learned tokens only, without prompts and padding."""
     return responses_under(logits_of(model, batch), batch)
 
 
@@ -89,8 +89,8 @@ def kl_sum(policy: Tensor, reference: Tensor, batch: "Batch") -> Tensor:
     """KL(policy || reference) of the next token, summed over a batch's learned tokens.
 
     Args:
-        policy, reference: (sequences, scored length, vocabulary) logits; taken one sequence at a
-            time, so that float32 copies of all are never there together.
+        policy, reference: (sequences, scored length, vocabulary) logits; one sequence is processed
+            at a time, to save memory for float32 copies.
     """
     learned = batch.scored_response[:, 1:].bool()
     sums = [
@@ -102,7 +102,7 @@ def kl_sum(policy: Tensor, reference: Tensor, batch: "Batch") -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class DrawnTokens:
-    """A token that the reference drew at each learned position of a batch, in the batch's order."""
+    """One token drawn by the reference at each learned position of a batch, in batch order."""
 
     ids: Tensor  # (learned tokens,) int64
     log_probability: Tensor  # (learned tokens,) float32, under the reference
@@ -110,10 +110,10 @@ class DrawnTokens:
 
 @torch.no_grad()
 def draw_tokens(logits: Tensor, batch: "Batch", seeds: list[int]) -> DrawnTokens:
-    """Let a model, from its logits, draw a token at each learned position.
+    """Draw a token from a model's logits at each learned position.
 
     Args:
-        seeds: one for each sequence, so that its tokens do not depend on the batch that it is in.
+        seeds: one for each sequence, so that its tokens do not depend on the batch.
     """
     generator = torch.Generator(logits.device)
     learned = batch.scored_response[:, 1:].bool()
@@ -132,8 +132,8 @@ def drawn_kl_sum(
 
     Args:
         logits: of the policy; (sequences, scored length, vocabulary).
-        responses: what they say of the batch, whose normalisation serves again.
-        drawn: by the reference.
+        responses: of the policy under these logits; their normalisation is used again.
+        drawn: the tokens drawn by the reference.
     """
     own, learned = batch.scored_ids, batch.scored_response.bool()
     ids, before = torch.zeros_like(own), torch.zeros(own.shape, device=logits.device)
@@ -151,7 +151,7 @@ class MicroLoss:
     """A micro-batch's share of the global batch's loss, and of the means of its metrics."""
 
     loss: Tensor  # scalar with gradient
-    metrics: dict[str, Tensor]  # scalars; added up over micro-batches and workers they are means
+    metrics: dict[str, Tensor]  # scalars; their sums over micro-batches and workers are means
 
 
 def pair_loss(
@@ -172,7 +172,7 @@ def pair_loss(
     lengths = responses.num_tokens.view(2, -1)
     before = torch.zeros_like(sums) if reference is None else reference.T
     divisor = lengths if objective.mean_over_tokens else torch.ones_like(lengths)
-    assert objective.loss is not None  # which texts alone go without
+    assert objective.loss is not None  # only objectives on texts have none
     pairs = PairLogProbabilities(*(sums / divisor), *(before / divisor))
     losses = objective.loss(pairs, **objective.loss_parameters(parameters))
     loss = losses.sum() / shares.rows
@@ -217,7 +217,7 @@ def labelled_loss(
     parameters = config.parameters
     ratio = responses.log_probability - reference
     loss = config.definition.loss
-    assert loss is not None  # which texts alone go without
+    assert loss is not None  # only objectives on texts have none
     losses = loss(ratio, desirable, reference_point, **parameters)
     beta = parameters["beta"]
     with torch.no_grad():

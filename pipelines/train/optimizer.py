@@ -13,7 +13,7 @@ from pipelines.train.config import ONLINE, AlignConfig
 
 
 def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
-    """AdamW, or online merging around it, whose tau is read by slice from two checkpoints."""
+    """AdamW, or online merging around it with tau read by range from two checkpoints."""
     settings = config.optimizer
     shared: dict[str, Any] = {
         "lr": settings.learning_rate,
@@ -25,7 +25,7 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, foreach=True, **shared)
     tau, density, alpha = settings.tau, settings.density, settings.alpha
-    assert tau is not None and density is not None and alpha is not None  # required with the name
+    assert tau is not None and density is not None and alpha is not None  # the config requires them
     delta = CheckpointDelta(tau.base, tau.tuned)
     return OnlineMergingAdamW(
         model.named_parameters(),
@@ -46,8 +46,8 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
 
 
 def learning_rate(config: AlignConfig, step: int, num_steps: int) -> float:
-    """The learning rate of a step (from 1): linear warm-up, then constant, or down to 0 linearly
-    or along a cosine. A function of the step alone, so that a resumption needs no state.
+    """The learning rate of a step (from 1): linear warm-up, then constant, linear to 0 or cosine to
+    0. It depends only on the step, so resuming needs no state.
     """
     warm_up = round(config.warmup_share * num_steps)
     done = step - 1
@@ -61,6 +61,6 @@ def learning_rate(config: AlignConfig, step: int, num_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:
-    """Use a learning rate for all parameters from the next step on."""
+    """Set the learning rate of all parameters for the next steps."""
     for group in optimizer.param_groups:
         group["lr"] = value

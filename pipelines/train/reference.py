@@ -1,5 +1,5 @@
-"""What the reference model says of responses: from a file that every later run reads, or of each
-micro-batch when it comes.
+"""The reference model's log-probabilities of responses: stored in the cache, or computed for each
+micro-batch.
 """
 
 from collections.abc import Callable
@@ -28,19 +28,19 @@ from pipelines.train.strategies.lora import without_adapters
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the reference says of a batch's responses."""
+    """The reference's scores of a batch's responses."""
 
-    log_probability: Tensor  # (sequences,) float32, summed over tokens, in the batch's order
-    # Of the policy's logits and responses: KL(policy || reference) of the next token, summed over
-    # the learned ones.
+    log_probability: Tensor  # (sequences,) float32, summed over tokens, in batch order
+    # (policy's logits, policy's responses) -> KL(policy || reference) of the next token, summed
+    # over the learned tokens.
     kl_sum: Callable[[Tensor, Responses], Tensor]
 
 
 class Reference(Protocol):
-    """What the reference says of responses."""
+    """The reference's scores of responses."""
 
     def responses(self, rows: list[int], batch: Batch) -> Scores:
-        """To the rows' own responses."""
+        """Scores of the rows' own responses."""
         ...
 
     def mismatched(self, rows: list[int], batch: Batch) -> Tensor:
@@ -49,14 +49,14 @@ class Reference(Protocol):
 
 
 class StoredReference:
-    """Looks up by row what `compute_reference` has written; drawn tokens are mapped, not read."""
+    """Looks up the results of `compute_reference` by row; drawn tokens are memory-mapped."""
 
     def __init__(self, store: ReferenceStore, device: torch.device) -> None:
         self._store, self._device = store, device
         self._values = store.values().to(device)
 
     def responses(self, rows: list[int], batch: Batch) -> Scores:
-        """First all rows' first sequences, then all their second ones; the KL is an estimate."""
+        """Scores: all rows' first sequences, then all second ones; the KL is an estimate."""
         drawn = self._store.drawn(rows, self._device)
         values = self._values[rows, : self._store.table.sequences_per_row].T.reshape(-1)
         return Scores(values, partial(drawn_kl_sum, batch=batch, drawn=drawn))
@@ -67,11 +67,12 @@ class StoredReference:
 
 
 class LiveReference:
-    """Runs the reference model on each batch; sharded, all ranks must call together.
+    """Runs the reference model on each batch; if it is sharded, all ranks must call together.
 
     Args:
-        strategy: holds the reference; the policy's own where it is the policy without adapters.
-        as_reference: around the passes, makes that model the reference.
+        strategy: holds the reference; it is the policy's strategy if the reference is the policy
+            without adapters.
+        as_reference: a context for the passes, in which that model is the reference.
     """
 
     def __init__(
@@ -95,13 +96,13 @@ class LiveReference:
 
 
 def live_reference(config: AlignConfig, policy: Strategy, device: torch.device) -> LiveReference:
-    """The reference of a config, to be run on the fly: with adapters the policy's own base."""
+    """The reference of a config for on-the-fly passes; with adapters it is the policy's base."""
     if config.lora is not None and config.reference_model is None:
         return LiveReference(policy, partial(without_adapters, policy.model))
     return LiveReference(build_reference(config, device), nullcontext)
 
 
 def score(strategy: Strategy, batch: Batch) -> Tensor:
-    """Log-probabilities of a batch's responses, under the model as it is."""
+    """Log-probabilities of a batch's responses under the current model."""
     with strategy.forward_context():
         return score_responses(strategy.model, batch).log_probability

@@ -1,9 +1,9 @@
-"""What the reference model says of rows: computed for those that a run sees, kept for every later
-run, and added to when another run sees more.
+"""The reference model's results for rows: a run computes the rows that it sees and keeps them in a
+store; later runs read the store and add missing rows.
 
-The table is cut into small batches, the same for every run, and a run computes those that hold a
-row that it sees: so a row's numbers do not depend on the runs that came before. A store is a folder
-of numbered parts, each of some batches, that never change once they are there.
+The table is cut into small batches, which are the same for every run. A run computes each batch
+that holds a row it sees, so a row's numbers do not depend on earlier runs. A store is a folder of
+numbered parts, each with some batches; parts never change.
 """
 
 import fcntl
@@ -32,7 +32,7 @@ from pipelines.train.objectives import (
 )
 from pipelines.train.strategies import Strategy, first_rank
 
-# Earlier versions wrote these two, of all rows at once.
+# Files of earlier versions, with all rows at once.
 ALL_VALUES_FILE, ALL_DRAWN_FILE = "log_probabilities.parquet", "drawn_tokens.arrow"
 SCHEMA = pa.schema(
     [
@@ -42,30 +42,30 @@ SCHEMA = pa.schema(
         ("token_log_probability", pa.list_(pa.float32())),
     ]
 )
-# Of one pass, with padding; a row may be longer. Small batches hold few rows that nobody asked for,
-# and on a CPU are as fast as large ones.
+# Limits of one pass, with padding; a single row may be longer. Small batches contain few rows that
+# the run does not need, and on a CPU they are as fast as large ones.
 MAX_ROWS, MAX_TOKENS = 16, {"cpu": 512, "cuda": 4096}
-PART_S = 10.0  # about so long is worked on a part: what a kill may lose
+PART_S = 10.0  # seconds of work in a part, which a kill may lose
 
 
 def reference_folder(cache: Path, key: str) -> Path:
-    """Where one reference model's word on one token table is kept, by their fingerprint."""
+    """The store of one reference model and one token table, by their fingerprint."""
     return cache / f"reference-{key}"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What the reference says of some rows; read from a file it is mapped, not loaded."""
+    """The reference's results for some rows; a part from a file is memory-mapped."""
 
-    rows: np.ndarray  # (rows,) int64: their numbers in the table
-    values: np.ndarray  # (rows, columns) float32: each sequence's log-probability, then KTO's other
-    starts: np.ndarray  # (rows + 1,) int64: where each row's tokens begin below
-    ids: np.ndarray  # (learned tokens,) int32: drawn ones, a row's sequences after one another
-    log_probability: np.ndarray  # (learned tokens,) float32, of the drawn tokens
+    rows: np.ndarray  # (rows,) int64: their indices in the table
+    values: np.ndarray  # (rows, columns) float32: each sequence's log-probability; KTO: + mismatch
+    starts: np.ndarray  # (rows + 1,) int64: each row's first position in the arrays below
+    ids: np.ndarray  # (learned tokens,) int32: drawn tokens, sequence by sequence
+    log_probability: np.ndarray  # (learned tokens,) float32: of the drawn tokens
 
     @classmethod
     def empty(cls, table: TokenTable, rows: list[int], columns: int) -> "Part":
-        """Room for what is to be found; until then less than anything that can be."""
+        """A part without results; its placeholders are smaller than any result (see `_join`)."""
         ends = table.response_lengths[rows].sum(axis=1).cumsum()
         return cls(
             np.array(rows),
@@ -76,15 +76,15 @@ class Part:
         )
 
     def tokens(self, table: TokenTable, place: int, number: int) -> slice:
-        """Where the tokens of a sequence of the row at a place are."""
+        """The positions of the tokens of sequence `number` of the row at `place`."""
         lengths = table.response_lengths[self.rows[place]]
         first = int(self.starts[place] + lengths[:number].sum())
         return slice(first, first + int(lengths[number]))
 
 
 def part_names(folder: Path) -> list[str]:
-    """The files of a store's parts, in order; all ranks get what the first one finds, for its files
-    may come to be seen later by others.
+    """The files of a store's parts, in order. All ranks use the first rank's list, because other
+    nodes may see new files later.
     """
     names: list[str] = []
     if first_rank():
@@ -98,12 +98,12 @@ def part_names(folder: Path) -> list[str]:
 
 
 def _numbers(folder: Path) -> list[int]:
-    """Of the parts, in order."""
+    """The numbers of the parts, in order."""
     return sorted(int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.arrow"))
 
 
 def read_part(path: Path, table: TokenTable) -> Part:
-    """A part of the store of a table."""
+    """Read a part of a table's store."""
     if path.name == ALL_VALUES_FILE:
         return _read_all(path.parent, table)
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
@@ -119,7 +119,7 @@ def read_part(path: Path, table: TokenTable) -> Part:
 
 
 def _read_all(folder: Path, table: TokenTable) -> Part:
-    """The files of an earlier version."""
+    """Read the files of an earlier version as one part."""
     columns = pq.read_table(folder / ALL_VALUES_FILE).columns
     batch = pa.ipc.open_file(pa.memory_map(str(folder / ALL_DRAWN_FILE))).get_batch(0)
     ids, log_probability = (column.to_numpy() for column in batch.columns)
@@ -130,10 +130,10 @@ def _read_all(folder: Path, table: TokenTable) -> Part:
 
 
 class ReferenceStore:
-    """A store as it is now. All ranks make it together, and know of the same parts.
+    """The current parts of a store. All ranks create it together and have the same parts.
 
     Args:
-        table: whose rows they are.
+        table: the table of the rows.
     """
 
     def __init__(self, folder: Path, table: TokenTable) -> None:
@@ -146,11 +146,11 @@ class ReferenceStore:
             self._place_of[part.rows] = np.arange(len(part.rows))
 
     def has(self, rows: np.ndarray) -> np.ndarray:
-        """(rows,) bool: which of them are there."""
+        """(rows,) bool: which rows are in the store."""
         return self._part_of[rows] >= 0
 
     def values(self) -> Tensor:
-        """(rows of the table, columns) float32; NaN where a row is not there."""
+        """(rows of the table, columns) float32; NaN for missing rows."""
         columns = max((part.values.shape[1] for part in self._parts), default=0)
         values = np.full((self.table.num_rows, columns), np.nan, np.float32)
         for part in self._parts:
@@ -158,8 +158,8 @@ class ReferenceStore:
         return torch.from_numpy(values)
 
     def drawn(self, rows: list[int], device: torch.device) -> DrawnTokens:
-        """The tokens drawn for rows that are there, in a batch's order: for all rows' first
-        sequences, then for all their second ones.
+        """The drawn tokens of rows in the store, in batch order: for all rows' first sequences,
+        then for all their second ones.
         """
         assert self.has(np.asarray(rows)).all(), "rows that this run did not ask for"
         ids, log_probability = [], []
@@ -176,7 +176,7 @@ class ReferenceStore:
 
 
 def append_part(folder: Path, part: Part) -> None:
-    """Add a part to a store, under the next number, whoever else does so."""
+    """Add a part to a store under the next number; other runs may add parts at the same time."""
     lists = [
         pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(values))
         for starts, values in (
@@ -197,7 +197,7 @@ def append_part(folder: Path, part: Part) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else adds to the store in the block."""
+    """Lock the store, so that no other process adds to it in the block."""
     descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -216,17 +216,17 @@ def compute_reference(
     mismatched: bool,
     report: Callable[[int, int], None],
 ) -> None:
-    """Add to the store what the strategy's model says of the rows that are not there, and of those
-    in one batch with them: log-probabilities of the responses, summed over their tokens; and a
-    token that it draws at each of their positions, from which the KL of a policy is estimated
-    later. Workers take turns, the same number each: sharded passes are collective. A sequence's
-    number in the table is the seed of its draws.
+    """Compute the missing batches that hold some of `rows` with the strategy's model and add them
+    to the store: log-probabilities of the responses, summed over tokens, and one drawn token at
+    each response position (for later estimates of a policy's KL). All workers run the same number
+    of passes, because sharded passes are collective. The seed of a sequence's draws is its index in
+    the table.
 
     Args:
-        rows: their numbers.
-        mismatched: also take each row's prompt with another row's response (KTO).
-        report: called with the numbers of rows that are there and that are to be there, at first
-            and after each part.
+        rows: indices in the table.
+        mismatched: also score each row's prompt with another row's response (KTO).
+        report: called with the numbers of finished and needed rows, before each part and at the
+            end.
     """
     table = store.table
     columns = table.sequences_per_row + int(mismatched)
@@ -234,7 +234,7 @@ def compute_reference(
     total = sum(map(len, needed))
     left = [batch for batch in needed if not store.has(np.array(batch)).all()]
     done = total - sum(map(len, left))
-    turns = 1  # of each worker, that make a part
+    turns = 1  # passes of each worker in a part
     while left:
         report(done, total)
         begin = time.monotonic()
@@ -255,7 +255,7 @@ def _world() -> int:
 
 
 def _cut(table: TokenTable, device: torch.device) -> list[list[int]]:
-    """All rows of a table, in batches of like lengths."""
+    """All rows of a table, in batches of similar lengths."""
     longest = table.lengths.max(axis=1)
     batches: list[list[int]] = [[]]
     for row in sorted(range(len(longest)), key=lambda row: (int(longest[row]), row)):
@@ -267,7 +267,7 @@ def _cut(table: TokenTable, device: torch.device) -> list[list[int]]:
 
 
 def _mine(batches: list[list[int]]) -> list[list[int]]:
-    """This rank's turns; the last batch comes again where ranks would else have unequally many."""
+    """This rank's batches; the last batch is repeated so that all ranks have equally many."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return [*batches, *batches[-1:] * (-len(batches) % _world())][rank :: _world()]
 
@@ -296,7 +296,7 @@ def _look_at(
 
 
 def _join(part: Part, device: torch.device) -> None:
-    """Put in what other workers have found."""
+    """Fill in the other workers' results: the maximum of results and placeholders."""
     if not dist.is_initialized():
         return
     for values in (part.values, part.ids, part.log_probability):
@@ -306,7 +306,7 @@ def _join(part: Part, device: torch.device) -> None:
 
 
 def _turns(before: int, seconds: float, device: torch.device) -> int:
-    """How many turns the next part takes, by the first rank's clock."""
+    """The number of passes per worker in the next part, by the first rank's clock."""
     turns = max(1, min(2 * before, int(before * PART_S / max(seconds, 1e-3))))
     if dist.is_initialized():
         word = torch.tensor(turns, device=device)

@@ -1,8 +1,8 @@
-"""The kinds of rows: how a row of a file becomes examples, as TRL's formats have it, and what a
-micro-batch of such rows costs.
+"""The kinds of rows: how a row of a file becomes examples (in TRL's formats), and the loss of a
+micro-batch of rows.
 
-A new kind is a class here; what it shares with the others, tokens, batches and scores of sequences,
-asks it only how many sequences a row has.
+A new kind is a class here. The shared code for tokens, batches and scores only needs to know how
+many sequences a row has.
 """
 
 from abc import ABC, abstractmethod
@@ -46,28 +46,28 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What a loss is made of."""
+    """The inputs of a loss."""
 
     responses: Responses  # of the policy: all rows' first sequences, then all their second ones
-    reference: Tensor | None  # (sequences,) log-probabilities of the same, where there is one
+    reference: Tensor | None  # (sequences,) the reference's log-probabilities, if there is one
     shares: Shares  # counts of the global batch
     table: "TokenTable"
-    rows: list[int]  # their numbers in it
-    point: Tensor | None  # the reference point of the global batch, of a kind that has one
+    rows: list[int]  # indices in the table
+    point: Tensor | None  # the reference point of the global batch, for kinds with `has_point`
 
 
 class RowKind(ABC):
     """How rows of one kind are read and scored."""
 
-    columns: ClassVar[str]  # what a row of a file needs, in words
+    columns: ClassVar[str]  # the columns that a row needs, in words
     sequences_per_row: ClassVar[int] = 1
     has_point: ClassVar[bool] = False  # whether prompts also come with other rows' responses
 
     def examples(self, row: Any) -> list[Example]:
-        """A row as examples: one, or two where a pair serves as two labelled responses.
+        """A row as examples: one, or two if a pair is read as two labelled responses.
 
         Raises:
-            InputError: columns are missing or of the wrong types; says which and what was found.
+            InputError: columns are missing or have wrong types; the message says which.
         """
         if isinstance(row, InputError):
             raise row
@@ -98,14 +98,13 @@ class Pairs(RowKind):
     sequences_per_row = 2
 
     def _read(self, row: dict[str, Any]) -> list[Example]:
-        """Explicit prompt; or the longest common beginning of both responses."""
+        """The prompt is given, or it is the longest common beginning of both responses."""
         self._require(row, ("chosen", "rejected"))
         chosen, rejected = row["chosen"], row["rejected"]
         prompt = row.get("prompt")
         if isinstance(chosen, list) and isinstance(rejected, list):
             if not isinstance(prompt, list):
-                # As UltraFeedback-binarized has it: whole conversations, the prompt's text beside
-                # them.
+                # As in UltraFeedback-binarized: whole conversations, and the prompt as a text.
                 prompt = _common_messages(chosen, rejected)
             chosen, rejected = (_after(prompt, messages) for messages in (chosen, rejected))
         elif isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
@@ -171,13 +170,13 @@ class Texts(RowKind):
         return text_loss(config, batch.responses, batch.shares)
 
 
-# By the name that an objective's entry in `operators.losses` has for them.
+# By the names in `Objective.rows` (operators.losses).
 ROW_KINDS: dict[str, RowKind] = {"pairs": Pairs(), "labelled": Labelled(), "texts": Texts()}
 
 
 def _checked(parts: Mapping[str, Any], label: bool | None = None) -> Example:
-    """A prompt and its responses, by their columns' names, as an example, once they are of one kind
-    and no response is empty.
+    """An example from a prompt and its responses (by column name). Raises InputError unless all are
+    texts or all are messages, and no response is empty.
     """
     if len({type(part) for part in parts.values()} & {str, list}) != 1 or not all(
         isinstance(part, str | list) for part in parts.values()
@@ -216,7 +215,7 @@ def _common_messages(first: Messages, second: Messages) -> Messages:
 
 
 def _after(prompt: Messages, messages: Messages) -> Messages:
-    """A response without the prompt that it may begin with."""
+    """A response; if it begins with the prompt, without it."""
     return messages[len(prompt) :] if prompt and messages[: len(prompt)] == prompt else messages
 
 

@@ -47,7 +47,7 @@ from pipelines.train.workers import Job, check_cluster, run_workers
 
 CACHE_FOLDER = ".poise-cache"
 CHECKPOINT_FILES = ("*.safetensors", "*.json")
-# Settings under which a run is still the same run.
+# Settings that may change while a run stays the same run.
 IMMATERIAL = {
     "storage",
     "cache",
@@ -67,7 +67,7 @@ IMMATERIAL = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, once every input has been looked at."""
+    """The plan of a run, after all inputs were checked."""
 
     config: AlignConfig
     num_parameters: int
@@ -78,7 +78,7 @@ class Plan:
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """Fingerprints of everything that the run reads; every byte of it is read for them."""
+        """Fingerprints of everything that the run reads; computing them reads every byte."""
         paths = {"model": self.config.model}
         if self.config.reference_model is not None:
             paths["reference_model"] = self.config.reference_model
@@ -90,7 +90,7 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that decides the run's result."""
+        """The fingerprint of everything that determines the run's result."""
         config = self.config
         same = config.model_dump(mode="json", exclude=IMMATERIAL)
         same["strategy"] = config.traits.family
@@ -98,16 +98,16 @@ class Plan:
 
 
 def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
-    """Train as the config says and write the aligned model to `out`; Ray is up already.
+    """Train by the config and write the aligned model to `out`; Ray must be running.
 
-    `out` becomes a Hugging Face checkpoint with `metrics.jsonl` (one line a step), `poise.json`
-    (config, digests, versions) and a model card. A run that was interrupted goes on from its last
-    checkpoint; a finished `out` of the same config and inputs is left as it is.
+    `out` becomes a Hugging Face checkpoint with `metrics.jsonl` (one line per step), `poise.json`
+    (config, digests, versions) and a model card. An interrupted run continues from its last
+    checkpoint; a finished `out` with the same config and inputs is kept.
 
     Raises:
         InputError: config, model or data that cannot be used; `out` or its unfinished run belongs
             to another config and `force` is false.
-        TrainingError: the run failed; one line says why.
+        TrainingError: the run failed; the message is one line with the reason.
     """
     return align_in_turn([(config, out)], force=force)[0]
 
@@ -115,13 +115,13 @@ def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
 def align_in_turn(
     runs: Sequence[tuple[AlignConfig, str | Path]], *, force: bool = False
 ) -> list[Path]:
-    """Train several configs, one after another on the same workers, whose start takes longer than
-    a small model's training. The outputs are those that `align` makes of each, byte for byte.
+    """As `align`, for several configs in turn on the same workers (starting workers takes longer
+    than training a small model). Each output has the same bytes as from `align`.
 
-    Each appears as soon as it is finished.
+    Each output gets its name as soon as it is finished.
 
     Raises:
-        InputError, TrainingError: as `align`; or the configs want different workers.
+        InputError, TrainingError: as `align`; or the configs need different workers.
     """
     _check_workers([config for config, _ in runs])
     outs, jobs = [Path(out).absolute() for _, out in runs], []
@@ -130,7 +130,7 @@ def align_in_turn(
             cache = (config.cache or out.parent / CACHE_FOLDER).absolute()
             is_new = not out.exists()
             if is_new:
-                check_cluster(config)  # at once, and not after all data have been read
+                check_cluster(config)  # early, before all data are read
             plan = plan_alignment(config, cache)
             if _finished(out, plan) and not force:
                 continue
@@ -149,7 +149,7 @@ def align_in_turn(
 
 
 def _check_workers(configs: Sequence[AlignConfig]) -> None:
-    """Raise InputError where configs cannot share their workers."""
+    """Raise InputError if the configs cannot share workers."""
     for name in ("num_workers", "max_failures"):
         values = {getattr(config, name) for config in configs}
         if len(values) > 1:
@@ -158,7 +158,7 @@ def _check_workers(configs: Sequence[AlignConfig]) -> None:
 
 
 def _commit(config: AlignConfig, plan: Plan, out: Path, *, force: bool) -> None:
-    """Put a finished run's model in its place, with what it was made of."""
+    """Move a finished run's model to `out`, with its provenance and metrics."""
     folder = partial_path(out)
     exported = json.loads((folder / EXPORTED_FILE).read_text())
     if path := exported["optimizer_path"]:
@@ -173,7 +173,7 @@ def _commit(config: AlignConfig, plan: Plan, out: Path, *, force: bool) -> None:
         num_steps=plan.num_steps,
         details={"optimizer_path": path},
     ).write(model)
-    # Copied: the originals are needed again should this process be killed right here.
+    # Copied, not moved: the originals are needed if this process is killed here.
     shutil.copyfile(folder / METRICS_FILE, model / METRICS_FILE)
     if config.tensorboard:
         shutil.copytree(folder / TENSORBOARD_FOLDER, model / TENSORBOARD_FOLDER)
@@ -182,11 +182,11 @@ def _commit(config: AlignConfig, plan: Plan, out: Path, *, force: bool) -> None:
 
 
 def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
-    """Look at every input, and say what the run will do.
+    """Check every input and plan the run.
 
     Args:
-        cache: where tokens are kept; without it, and without one in the config, they are in a
-            folder that goes when the plan's table does.
+        cache: the folder for tokens. If neither this nor the config names one, a temporary folder
+            is used, which is removed together with the plan's table.
 
     Raises:
         InputError: config, model or data that cannot be used.
@@ -232,11 +232,11 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
 
 
 def check_inputs(config: AlignConfig) -> Checkpoint:
-    """Look at what can be judged at once, without reading rows or weights (but for a tied parameter
-    that is stored twice); returns the model.
+    """Check everything that needs no rows and no weights (except a tied parameter that is stored
+    twice); returns the model.
 
     Raises:
-        InputError: packages, models or files that are missing or do not fit.
+        InputError: packages, models or files that are missing or do not match.
     """
     _check_packages(config)
     check_trackers(config.trackers)
@@ -267,7 +267,7 @@ def with_absolute_paths(config: AlignConfig) -> AlignConfig:
 
 
 def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) -> dict[str, Any]:
-    """What `train_worker` is told."""
+    """The settings of one run for `train_worker`."""
     return {
         "config": with_absolute_paths(config).model_dump_json(),
         "folder": str(folder),
@@ -281,14 +281,14 @@ def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) 
 
 
 def _asked_threads() -> int | None:
-    """The user's word on threads. Workers cannot ask: Ray sets the variable for each of them."""
+    """The user's OMP_NUM_THREADS. It is read here, because Ray overwrites it in the workers."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     return int(first) if first.isdigit() and int(first) else None
 
 
 def _check_packages(config: AlignConfig) -> None:
-    """Raise InputError where a setting needs a package that is not installed."""
-    needs = []  # package, the extra that brings it, and what needs it
+    """Raise InputError if a setting needs a package that is not installed."""
+    needs = []  # (package, the extra that installs it, the setting that needs it)
     if config.traits.package is not None:
         needs += [
             (config.traits.package, config.traits.package, f"strategy: found {config.strategy}")
@@ -303,7 +303,7 @@ def _check_packages(config: AlignConfig) -> None:
 
 
 def _check_vocabulary(model: Checkpoint, table: TokenTable) -> None:
-    """Raise InputError where the tokenizer knows tokens that the model does not."""
+    """Raise InputError if the tokenizer has tokens that the model does not have."""
     size = model.config.get("vocab_size")
     if size is not None and table.largest_id() >= size:
         raise InputError(
@@ -313,7 +313,7 @@ def _check_vocabulary(model: Checkpoint, table: TokenTable) -> None:
 
 
 def _check_reference(model: Checkpoint, reference: Checkpoint) -> None:
-    """Raise InputError where the reference model's tokens are not the model's."""
+    """Raise InputError if the reference model has another vocabulary size than the model."""
     needed, found = (c.config.get("vocab_size") for c in (model, reference))
     if needed != found:
         raise InputError(
@@ -336,13 +336,13 @@ def _check_delta(model: Checkpoint, optimizer: OptimizerConfig) -> None:
 
 
 def _finished(out: Path, plan: Plan) -> bool:
-    """Whether `out` is what this run would make."""
+    """Whether `out` is the finished result of this plan."""
     record = read_record(out)
     return record is not None and _is_of(record, plan)
 
 
 def _is_of(record: dict[str, Any], plan: Plan) -> bool:
-    """Whether a run of this version, or of the one before, has left a record of this plan."""
+    """Whether a record is of this plan, written by this version or the one before."""
     found = record.get("fingerprint")
     if found == plan.fingerprint:
         return True
@@ -350,13 +350,13 @@ def _is_of(record: dict[str, Any], plan: Plan) -> bool:
 
 
 def fingerprint_by_old_names(plan: Plan) -> str:
-    """The fingerprint of the version that called tau `reference`, and eager `reference` too."""
+    """The plan's fingerprint in the version where `tau` and `eager` were called `reference`."""
     config, inputs = plan.config, {"data": plan.data_key}
     same = config.model_dump(mode="json", exclude=IMMATERIAL)
     same["strategy"] = config.traits.family
     optimizer = same["optimizer"]
     for field in ("sparsifier", "consensus", "sparsifier_parameters"):
-        del optimizer[field]  # which it did not have
+        del optimizer[field]  # that version did not have this field
     optimizer["reference"] = optimizer.pop("tau")
     if optimizer["implementation"] == "eager":
         optimizer["implementation"] = "reference"
@@ -371,7 +371,7 @@ def fingerprint_by_old_names(plan: Plan) -> str:
 
 @contextmanager
 def _unfinished_run(folder: Path, plan: Plan, *, force: bool) -> Iterator[None]:
-    """Hold the folder of an unfinished run: a new one, or one of the same plan to go on with.
+    """Lock the folder of an unfinished run: a new one, or one of the same plan to continue.
 
     Raises:
         InputError: the folder holds another run.

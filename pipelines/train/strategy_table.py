@@ -1,6 +1,6 @@
-"""The strategies by name: what each is, what goes with it, and what a worker holds under it.
+"""The table of strategies: their classes, the options they support, and a worker's memory.
 
-A new strategy is an entry here and the class that it names; everything else asks these traits.
+A new strategy is an entry here and the class that it names; all other code reads these traits.
 """
 
 from dataclasses import dataclass
@@ -15,38 +15,38 @@ ZERO_LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What a strategy is. The numbers of bytes are a worker's: of a model of n parameters, of which
-    `trained` have gradients, with b bytes a number in the passes.
+    """The traits of a strategy. Bytes are per worker, for a model with n parameters, of which
+    `trained` have gradients, and b bytes per number in the passes.
     """
 
     implementation: str  # module and class, imported when a run needs them
-    is_sharded: bool  # whether workers share out state and gradients
+    is_sharded: bool  # whether state and gradients are sharded over workers
     beside: str  # the strategy of a reference model that runs beside the policy
-    family: str = "native"  # strategies of one family go on from each other's checkpoints
+    family: str = "native"  # strategies of one family can resume from each other's checkpoints
     zero_stage: int = 0
-    package: str | None = None  # to be installed for it
+    package: str | None = None  # a package that it needs
     one_worker: bool = False
     takes_adapters: bool = True
     takes_asynchronous_checkpoints: bool = True
     takes_cpu_offload: bool = True
 
     def weight_bytes(self, n: int, b: int, workers: int) -> int:
-        """Weights of the passes that are not the masters: autocast keeps a copy through a pass."""
+        """Weights of the passes beside the master weights; autocast keeps a copy during a pass."""
         return b * n if b == 2 else 0
 
     def gradient_bytes(self, trained: int, b: int, workers: int) -> int:
-        """Gradients while they add up."""
+        """Gradients while they are accumulated."""
         return 4 * trained
 
     def gathered_bytes(self, shape: "ModelShape", b: int) -> int:
-        """What is put together for a while: weights of blocks, gradients on their way to others."""
+        """Temporary buffers: gathered weights of blocks, and gradients in a reduction."""
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Replicated(Traits):
     def gradient_bytes(self, trained: int, b: int, workers: int) -> int:
-        return 8 * trained  # its buckets are copies
+        return 8 * trained  # DDP's buckets are copies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,5 +111,5 @@ STRATEGIES: dict[str, Traits] = {
 
 
 def those_that(trait: str) -> str:
-    """The names of the strategies that have a trait, for a message."""
+    """The names of the strategies with a trait, for a message."""
     return ", ".join(name for name, traits in STRATEGIES.items() if getattr(traits, trait))

@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow: the numbers of metrics.jsonl, where the config asks for them."""
+"""Weights & Biases and MLflow: they get the numbers of metrics.jsonl if the config asks for it."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from pipelines.errors import InputError
 from pipelines.train.config import AlignConfig
 
 PROJECT = "poise"
-RUNS_FILE = "trackers.json"  # in the run's folder: each tracker's name of this run
+RUNS_FILE = "trackers.json"  # in the run's folder: each tracker's id of this run
 
 
 class Tracker(Protocol):
@@ -27,7 +27,7 @@ class Tracker(Protocol):
         ...
 
     def close(self, *, failed: bool) -> None:
-        """Say that the run has ended, and how."""
+        """Mark the run as finished or failed."""
         ...
 
 
@@ -51,7 +51,7 @@ class WandbTracker:
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One row of the run's history."""
+        """Add one row to the run's history."""
         self._run.log(values, step=step)
 
     def close(self, *, failed: bool) -> None:
@@ -85,7 +85,7 @@ class MlflowTracker:
         self._client.log_batch(self.run_id, params=[Param(k, str(v)) for k, v in settings])
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """A point of each curve; steps that are made again after a resumption are there already."""
+        """Add a point to each curve; steps that are repeated after a resumption are skipped."""
         from mlflow.entities import Metric
 
         if step > self._last_step:
@@ -105,16 +105,16 @@ TRACKERS: dict[str, Callable[[AlignConfig, str, Path, str | None], Tracker]] = {
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise InputError unless all are installed."""
+    """Raise InputError unless all trackers are installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise InputError(f"trackers: {name} is not installed; pip install 'poise[tracking]'")
 
 
 def open_trackers(config: AlignConfig, folder: Path) -> list[Tracker]:
-    """The trackers of a config: each goes on with this run's record where it has one.
+    """The trackers of a config; each continues this run's record if there is one.
 
-    Local ones write beside the output, for all runs there together.
+    Local trackers write beside the output, for all runs there together.
 
     Args:
         folder: of the unfinished run, `.NAME.partial`.

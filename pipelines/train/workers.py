@@ -1,4 +1,4 @@
-"""Runs under Ray Train: workers start once, train each run in turn, and are watched meanwhile."""
+"""Runs under Ray Train: workers start once and train each run in turn; the driver watches them."""
 
 import json
 import os
@@ -25,7 +25,7 @@ POLL_S = 0.5
 
 @dataclass(slots=True)
 class Job:
-    """One run of a group: what its workers are told, and what makes its model final."""
+    """One run of a group: the settings for its workers, and the function that commits its model."""
 
     name: str
     settings: dict[str, Any]
@@ -34,36 +34,36 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where it trains."""
+        """The folder of the unfinished run."""
         return Path(self.settings["folder"])
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps, from the first on."""
+        """The number of optimizer steps of the whole run."""
         return self.settings["num_steps"]
 
     def standing(self) -> tuple[bool, int, int]:
-        """What would not have to be done again: the model, steps, rows of the reference."""
+        """The saved progress: model exported, steps in checkpoints, rows of the reference."""
         exported = self.committed or (self.folder / EXPORTED_FILE).is_file()
         reference = _reference_record(self.folder / REFERENCE_FILE)
         num_rows = 0 if reference is None else reference["done"]
         return exported, max(saved_steps(self.folder), default=0), num_rows
 
     def finish(self) -> None:
-        """Commit a model that is exported, once."""
+        """Commit the model if it is exported and not yet committed."""
         if not self.committed and (self.folder / EXPORTED_FILE).is_file():
             self.commit()
             self.committed = True
 
 
 def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
-    """Train the jobs; lost workers are started again and go on from the last checkpoint.
+    """Train the jobs; lost workers are restarted and continue from the last checkpoint.
 
     Args:
-        config: says how many workers there are and how often they may be lost.
+        config: gives the number of workers and the allowed number of failures.
 
     Raises:
-        InputError, TrainingError: what ended a run; those before it are committed.
+        InputError, TrainingError: the failure of a run; the runs before it are committed.
     """
     for job in jobs:
         forget_failure(job.folder)
@@ -80,14 +80,14 @@ def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
 def with_restarts(
     attempt: Callable[[], Exception | None], jobs: Sequence[Job], max_failures: int
 ) -> Exception | None:
-    """Attempt until nothing fails. A failure that would come again is the last one, and so is one
-    after which more than `max_failures` in a row have gained nothing; where that is 0, any.
+    """Attempt until there is no failure. Stop at a permanent failure, after more than
+    `max_failures` failures in a row without progress, and with `max_failures` 0 at any failure.
 
     Args:
-        attempt: returns what went wrong, or None.
+        attempt: returns its failure, or None.
 
     Returns:
-        what went wrong with the last attempt, or None.
+        the failure of the last attempt, or None.
     """
     num_losses, before = 0, [job.standing() for job in jobs]
     while (failure := attempt()) is not None and max_failures:
@@ -101,8 +101,8 @@ def with_restarts(
 
 
 def _attempt(config: AlignConfig, jobs: Sequence[Job]) -> Exception | None:
-    """Start the workers, once, and let them train what is left; returns what they failed of."""
-    # The controller looks at its workers this often, and the run's end waits for it.
+    """Start the workers once and let them train the open jobs; returns their failure, if any."""
+    # The interval at which the controller checks its workers; the run's end waits for a check.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -122,9 +122,9 @@ def _attempt(config: AlignConfig, jobs: Sequence[Job]) -> Exception | None:
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         run_config=RunConfig(
             name="ray",
-            # In the folder that is there until the end.
+            # The last job's folder exists until the end.
             storage_path=str(jobs[-1].folder),
-            # Ray itself counts every loss, also one after days of progress.
+            # Restarts are counted here; Ray would also count failures after progress.
             failure_config=FailureConfig(max_failures=0),
         ),
     )
@@ -136,8 +136,8 @@ def _attempt(config: AlignConfig, jobs: Sequence[Job]) -> Exception | None:
 
 
 def _on_gpu() -> bool:
-    """Whether workers train on GPUs: those of the cluster, for the driver's machine may be a head
-    node without one.
+    """Whether workers train on GPUs. The cluster's resources decide, because the driver's machine
+    may be a head node without a GPU.
     """
     import ray
     import torch
@@ -146,18 +146,18 @@ def _on_gpu() -> bool:
 
 
 def _resources(on_gpu: bool) -> dict[str, float]:
-    """What one worker takes."""
+    """The resources of one worker."""
     return {"GPU": 1.0} if on_gpu else {"CPU": 0.9}
 
 
 def check_cluster(config: AlignConfig) -> None:
-    """Look at the Ray that is up, before a run begins.
+    """Check Ray's resources before a run begins.
 
-    A cluster may grow. Where it is too small now, a line says so and the run waits.
+    A cluster may grow: if it is too small now, a line says so and the run waits.
 
     Raises:
-        InputError: what needs GPUs where there are none, or more workers than a Ray of this machine
-            alone can ever run.
+        InputError: a setting that needs GPUs without a GPU, or more workers than a local Ray can
+            ever run.
     """
     import ray
 
@@ -181,10 +181,9 @@ def check_cluster(config: AlignConfig) -> None:
 
 @contextmanager
 def _usual_interrupt() -> Iterator[None]:
-    """Ctrl-C in the block is a KeyboardInterrupt, and after it what it was before.
+    """In the block, Ctrl-C raises KeyboardInterrupt; afterwards the old handler is restored.
 
-    Ray Train answers Ctrl-C by leaving the program with status 0 or 1, and goes on doing so when
-    its run is over.
+    Ray Train's handler exits the program with status 0 or 1, and stays installed after its run.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -200,11 +199,11 @@ def _usual_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _watched(jobs: Sequence[Job]) -> Iterator[None]:
-    """Shows progress, read from what the first worker writes, and commits each model but the last
-    as soon as it is there.
+    """Show the progress that the first worker writes, and commit each model except the last as soon
+    as it is exported.
 
     Raises:
-        Exception: what went wrong with a commit.
+        Exception: the error of a commit.
     """
     stop, errors = threading.Event(), list[Exception]()
 
@@ -235,10 +234,10 @@ def _watched(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 class _Screen:
-    """The progress of jobs: of the reference's rows while they are computed, else of the steps."""
+    """The progress of jobs: rows of the reference while they are computed, then steps."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
-        self.num_steps_before = 0  # those of earlier jobs
+        self.num_steps_before = 0  # steps of earlier jobs
         self._several = len(jobs) > 1
         self._steps = self._shown = Progress(sum(job.num_steps for job in jobs), "steps")
 
@@ -247,7 +246,7 @@ class _Screen:
         return self
 
     def show(self, job: Job) -> None:
-        """Look at a job's files, and show what has become of it."""
+        """Read a job's files and show its progress."""
         name = f"{job.name}: " if self._several else ""
         reference = _reference_record(job.folder / REFERENCE_FILE)
         if reference is not None and reference["done"] < reference["total"]:
@@ -262,7 +261,7 @@ class _Screen:
             self._steps.update(self.num_steps_before + last["step"], name + _note(last))
 
     def _switch(self, progress: Progress) -> None:
-        """Let another one have the terminal."""
+        """Show another progress instead."""
         if progress is not self._shown:
             self._shown.__exit__(None, None, None)
             self._shown = progress.__enter__()
@@ -277,7 +276,7 @@ class _Screen:
 
 
 def _note(record: dict[str, Any]) -> str:
-    """What is worth seeing of a step at a glance."""
+    """A step's most important numbers as a short text."""
     parts = [f"loss {record['loss']:.3f}"]
     if "accuracy" in record:
         parts.append(f"accuracy {record['accuracy']:.2f}, margin {record['margin']:.2f}")
@@ -290,7 +289,7 @@ def _note(record: dict[str, Any]) -> str:
 
 
 def _last_record(metrics: Path) -> dict[str, Any] | None:
-    """The last whole line; the very last one may be half written."""
+    """The last complete line; the very last one may be incomplete."""
     for line in reversed(_text(metrics).splitlines()[-2:]):
         try:
             return json.loads(line)
@@ -300,13 +299,13 @@ def _last_record(metrics: Path) -> dict[str, Any] | None:
 
 
 def _reference_record(path: Path) -> dict[str, int] | None:
-    """How many rows of the reference are there, and of how many; None before it is known."""
+    """The numbers of finished and needed rows of the reference; None before they are known."""
     text = _text(path)
     return json.loads(text) if text else None
 
 
 def _text(path: Path) -> str:
-    """A file's text; empty while it is not there, or a shared disk does not answer."""
+    """A file's text; empty if it does not exist or a shared disk fails."""
     try:
         return path.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Alignment data: formats, tokens in a cache, and batches by index."""
+"""Alignment data: file formats, cached tokens, and batches by index."""
 
 from pipelines.train.data.batches import (
     PAD,

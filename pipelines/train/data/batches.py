@@ -1,4 +1,4 @@
-"""Which rows a step sees, and rows as tensors."""
+"""The rows of each step, and their tensors."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from pipelines.train.data.table import TokenTable
 
-PAD = 0  # nothing looks at padding, so any id serves
+PAD = 0  # padding is never read, so any id is good
 
 
 def num_steps_of(num_epochs: float, num_rows: int, global_batch_size: int) -> int:
-    """How many optimizer steps a number of passes over the data takes, rounded up."""
+    """The number of optimizer steps for a number of passes over the data, rounded up."""
     return max(1, -(-int(num_epochs * num_rows) // global_batch_size))
 
 
 def global_batch(num_rows: int, size: int, number: int, seed: int) -> list[int]:
     """The rows of global batch `number` (from 0): a function of the seed and the number alone.
 
-    Batches run through one shuffled order of the data after another, so that each row comes once
-    an epoch, whatever the workers and micro-batches.
+    Batches go through one shuffled order of the data after another, so each row occurs once per
+    epoch, for any number of workers and any micro-batch size.
     """
     first, last = number * size, (number + 1) * size - 1
     orders = {
@@ -33,16 +33,16 @@ def global_batch(num_rows: int, size: int, number: int, seed: int) -> list[int]:
 
 
 def rows_seen(num_rows: int, size: int, num_steps: int, seed: int) -> np.ndarray:
-    """The rows of the first `num_steps` global batches, each once, in the table's order."""
+    """The rows of the first `num_steps` global batches, without duplicates, in table order."""
     if size * num_steps >= num_rows:
         return np.arange(num_rows)
     return np.unique(global_batch(num_rows, size * num_steps, 0, seed))
 
 
 def deal(rows: list[int], lengths: np.ndarray, rank: int, world: int) -> list[int]:
-    """One rank's share of a global batch: every world-size-th row from the longest to the shortest.
+    """One rank's share of a global batch: every `world`-th row, from the longest to the shortest.
 
-    Micro-batches then hold rows of like lengths, with little padding, and ranks have equal work.
+    So rows in a micro-batch have similar lengths (little padding), and ranks have equal work.
     """
     longest = lengths.max(axis=1)
     return sorted(rows, key=lambda row: (-int(longest[row]), row))[rank::world]
@@ -52,8 +52,8 @@ def deal(rows: list[int], lengths: np.ndarray, rank: int, world: int) -> list[in
 class Batch:
     """Sequences padded on the right: all rows' first sequences, then all their second ones.
 
-    `ids` is (sequences, length) int64, and so is `response`, which marks learned tokens. Padding
-    needs no mask: it is never learned, and what comes before it does not see it.
+    `ids` and `response` are (sequences, length) int64; `response` marks learned tokens. Padding
+    needs no mask: it is never learned, and earlier tokens do not attend to it.
     """
 
     ids: Tensor
@@ -67,7 +67,7 @@ class Batch:
 
     @property
     def scored_response(self) -> Tensor:
-        """Their marks."""
+        """The marks from that position on: (sequences, scored length)."""
         return self.response[:, self.first_scored :]
 
 
@@ -80,7 +80,7 @@ def collate(table: TokenTable, rows: list[int], pad: int, device: torch.device |
 def collate_mismatched(
     table: TokenTable, rows: list[int], pad: int, device: torch.device | str
 ) -> Batch:
-    """The rows' prompts with other rows' responses."""
+    """The rows' prompts with other rows' responses, as one batch."""
     return pad_together([table.mismatched(row) for row in rows], pad, device)
 
 

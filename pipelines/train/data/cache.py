@@ -1,4 +1,4 @@
-"""Tokenise once: rows become a fingerprinted Arrow file that every later run reads by index."""
+"""Tokenise once: rows become a fingerprinted Arrow file, which later runs read by index."""
 
 import json
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ from pipelines.train.data.tokens import TokenRow, TooLong, fit, tokenize
 from pipelines.train.row_kinds import ROW_KINDS
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "special_tokens*")
-RAY_BYTES = 64_000_000  # smaller files are tokenised sooner than workers start
+RAY_BYTES = 64_000_000  # for smaller data, starting workers takes longer than tokenising
 ROWS_PER_BATCH = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSettings:
-    """All that decides what the tokens are, beside the data itself."""
+    """All settings that determine the tokens of given data."""
 
     tokenizer: str
     kind: str
@@ -51,8 +51,8 @@ def token_table(
 ) -> tuple[TokenTable, str]:
     """The rows of a data set as tokens, from the cache or made now, and their fingerprint.
 
-    Rows go through Ray Data where a Ray session is up and the data is larger than `ray_bytes`; the
-    table is the same either way.
+    Ray Data tokenises if Ray is running and the data is larger than `ray_bytes`; the table is the
+    same in both cases.
 
     Raises:
         InputError: data that cannot be read, no usable row, or more bad rows than allowed.
@@ -77,7 +77,7 @@ def token_table(
 
 
 def _check_counts(counts: Counts, num_rows: int, data: Path, max_bad_share: float) -> None:
-    """Raise InputError where there is nothing to train on, or too much that cannot be used."""
+    """Raise InputError if there is no usable row, or too many bad ones."""
     if counts.rows == 0:
         raise InputError(f"data: {data}: holds no rows")
     if counts.bad > max_bad_share * counts.rows:
@@ -94,7 +94,7 @@ def _check_counts(counts: Counts, num_rows: int, data: Path, max_bad_share: floa
 
 @contextmanager
 def _exclusive(partial: Path) -> Iterator[Path]:
-    """The folder of an unfinished table, for this process alone; another one waits for its turn."""
+    """The folder of an unfinished table, locked for this process; other processes wait."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     with lock(partial.with_suffix(".lock"), wait=True):
         partial.mkdir(exist_ok=True)
@@ -108,7 +108,7 @@ def _exclusive(partial: Path) -> Iterator[Path]:
 def _tokenize_parts(
     parts: list[Part], settings: TokenSettings, folder: Path, *, spread: bool
 ) -> Counts:
-    """Tokenise all parts that an earlier attempt has not finished."""
+    """Tokenise all parts that no earlier attempt finished."""
     left = [(number, part) for number, part in enumerate(parts) if not _done(folder, number)]
     with Progress(len(parts), "parts tokenised") as progress:
         progress.update(len(parts) - len(left))
@@ -127,7 +127,7 @@ def _here(left: list[tuple[int, Part]], settings: TokenSettings, folder: Path) -
 
 
 def _in_ray(left: list[tuple[int, Part]], settings: TokenSettings, folder: Path) -> Iterator[int]:
-    """The same by Ray Data's actors, which return descriptions and write the tokens themselves."""
+    """As `_here`, in Ray Data actors, which write the tokens themselves and return only numbers."""
     import ray
 
     if not ray.is_initialized():
@@ -152,7 +152,7 @@ def _in_ray(left: list[tuple[int, Part]], settings: TokenSettings, folder: Path)
 
 
 class _Tokenizing:
-    """Turns parts of the data into Arrow files beside each other."""
+    """Turns each part of the data into an Arrow file."""
 
     def __init__(self, settings: TokenSettings, folder: str) -> None:
         from transformers import AutoTokenizer
@@ -161,7 +161,7 @@ class _Tokenizing:
         self.tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer, local_files_only=True)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, int]:
-        """Write one part's tokens and then, as the mark that it is done, its counts."""
+        """Write one part's tokens and then its counts, which mark it as done."""
         number, part = item["number"], Part(**item["part"])
         counts, rows = Counts(), []
         path = str(_part_path(self.folder, number))
@@ -182,7 +182,7 @@ class _Tokenizing:
         return {"number": number}
 
     def _tokenize(self, row: Any, counts: Counts) -> list[TokenRow]:
-        """All of a row's examples, or none where one is bad."""
+        """All of a row's examples; an InputError if one is bad."""
         fitted, cut, shortened = [], 0, 0
         examples = ROW_KINDS[self.settings.kind].examples(row)
         for example in examples:
@@ -212,7 +212,7 @@ def _done(folder: Path, number: int) -> bool:
 
 
 def _join(folder: Path, num_parts: int, counts: Counts) -> None:
-    """One file of all parts, in the order of the data."""
+    """Join all parts into one file, in the order of the data."""
     with pa.OSFile(str(folder / TABLE_FILE), "wb") as file, pa.ipc.new_file(file, SCHEMA) as out:
         for number in range(num_parts):
             reader = pa.ipc.open_file(pa.memory_map(str(_part_path(folder, number))))

@@ -1,4 +1,4 @@
-"""Rows of JSON, Parquet and Arrow files, in parts that can be read alone."""
+"""Rows of JSON, Parquet and Arrow files, in parts that can be read separately."""
 
 import codecs
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.errors import InputError
 
 PART_BYTES = 16_000_000
-# What a hub data set or `save_to_disk` has beside its rows.
+# Files of a hub data set or of `save_to_disk` that hold no rows.
 DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 SPLIT = re.compile(
     r"(?<![a-z])(train|test|valid|validation|val|dev|eval)(?![a-z])\w*", re.IGNORECASE
@@ -20,8 +20,8 @@ SPLIT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some rows of one file: bytes [start, stop) of lines, or row groups [start, stop) of Parquet;
-    0 and 1 for all of a file that can only be read from its beginning.
+    """Some rows of one file: bytes [start, stop) of lines, or row groups [start, stop) of Parquet.
+    Other files can only be read as a whole and have start 0 and stop 1.
 
     `first_row` is the number, from 1, of the part's first row in its file.
     """
@@ -36,12 +36,12 @@ def source_files(path: str | Path, split: str | None = None) -> list[Path]:
     """The files of a data set: one file, or a folder such as a hub data set's local copy.
 
     Args:
-        path: a file, or a folder that is searched through.
-        split: only files of a folder whose names, or whose paths in it, begin with it, or that lie
-            in a folder of that name (`train_prefs` takes `data/train_prefs-00000-of-...`).
+        path: a file, or a folder that is searched with its subfolders.
+        split: only files whose names or paths in the folder begin with it, or that lie in a
+            subfolder of that name (`train_prefs` takes `data/train_prefs-00000-of-...`).
 
     Raises:
-        InputError: nothing there that can be read, or several splits and none chosen.
+        InputError: no readable file, or several splits and none chosen.
     """
     path = Path(path)
     allowed = ", ".join(_FORMATS)
@@ -66,7 +66,7 @@ def source_files(path: str | Path, split: str | None = None) -> list[Path]:
 
 
 def _holds_rows(file: Path) -> bool:
-    """Whether a file, by its path in the data set's folder, is data and not about data."""
+    """Whether a file (by its path in the data set's folder) holds rows, not a description."""
     hidden = any(part.startswith(".") for part in file.parts)
     return _suffix(file) is not None and file.name not in DESCRIPTIONS and not hidden
 
@@ -77,8 +77,8 @@ def _is_of_split(file: Path, split: str) -> bool:
 
 
 def _check_one_split(folder: Path, files: list[Path]) -> None:
-    """Raise InputError where files' or folders' names speak of several splits: a test split is not
-    for training.
+    """Raise InputError if names of files or folders show several splits, because a test split must
+    not be trained on.
     """
     parts = {part for file in files for part in file.relative_to(folder).parts}
     found = {match[0].rstrip("_0123456789") for part in parts if (match := SPLIT.search(part))}
@@ -95,7 +95,7 @@ def parts_of(files: list[Path], part_bytes: int = PART_BYTES) -> list[Part]:
 
 
 def read_part(part: Part) -> Iterator[tuple[int, Any]]:
-    """Numbered rows of a part; what is not JSON comes as an InputError in the row's place.
+    """Numbered rows of a part; a row that is not JSON is replaced by an InputError.
 
     Raises:
         InputError: the file is damaged.
@@ -129,7 +129,7 @@ def _read_lines(part: Part) -> Iterator[tuple[int, Any]]:
 
 
 def _numbered(lines: Iterator[bytes] | list[bytes], first: int) -> Iterator[tuple[int, Any]]:
-    """JSON of each line that is not blank, with the line's number."""
+    """The JSON of each non-blank line, with the line's number."""
     for number, line in enumerate(lines, start=first):
         if not line.strip():
             continue
@@ -140,7 +140,7 @@ def _numbered(lines: Iterator[bytes] | list[bytes], first: int) -> Iterator[tupl
 
 
 def _read_compressed_lines(part: Part) -> Iterator[tuple[int, Any]]:
-    """Line by line, so that the file is never in memory as a whole."""
+    """Line by line, so that the whole file is never in memory."""
     import io
 
     import pyarrow as pa
@@ -163,7 +163,7 @@ def _read_list(part: Part) -> Iterator[tuple[int, Any]]:
 
 
 def _row_groups(file: Path, part_bytes: int) -> list[Part]:
-    """Each row group for itself; writers choose their size with readers' memory in mind."""
+    """One part per row group; writers choose row groups that fit into memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -191,7 +191,7 @@ def _read_row_groups(part: Part) -> Iterator[tuple[int, Any]]:
 
 
 def _read_arrow(part: Part) -> Iterator[tuple[int, Any]]:
-    """Batch by batch, of Arrow's streams, as data sets are saved, or of its files."""
+    """Batch by batch, from Arrow's stream format (as `datasets` saves it) or its file format."""
     import pyarrow as pa
 
     first = 1
@@ -212,7 +212,7 @@ def _read_arrow(part: Part) -> Iterator[tuple[int, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """How files of a kind are cut into parts, and how these are read."""
+    """How files of one format are cut into parts, and how parts are read."""
 
     cut: Callable[[Path, int], list[Part]]
     read: Callable[[Part], Iterator[tuple[int, Any]]]
@@ -238,7 +238,7 @@ def _suffix(file: Path) -> str | None:
 
 
 def _format_of(file: Path) -> _Format:
-    """By the file's name; one that begins with a bracket is a list and not lines."""
+    """The format by the file's name; a `.json` that begins with a bracket is a list, not lines."""
     suffix = _suffix(file)
     assert suffix is not None, file
     if suffix == ".json":

@@ -1,4 +1,4 @@
-"""Tokenised rows on the disk, read by index: an Arrow file that is mapped into memory."""
+"""Tokenised rows on disk, read by index from a memory-mapped Arrow file."""
 
 import json
 from collections.abc import Iterable
@@ -24,8 +24,8 @@ SCHEMA = pa.schema(
 
 @dataclass(slots=True)
 class Counts:
-    """What tokenising did to the rows; `first_bad` shows the first ones that were left out. A pair
-    that serves as two labelled responses counts as two rows.
+    """Counts of rows while tokenising; `first_bad` describes the first bad rows. A pair that is
+    read as two labelled responses counts as two rows.
     """
 
     rows: int = 0
@@ -36,13 +36,13 @@ class Counts:
     first_bad: list[str] = field(default_factory=list)
 
     def add(self, other: "Counts") -> None:
-        """Count another part's rows too."""
+        """Add another part's counts."""
         for name in ("rows", "bad", "dropped", "prompts_cut", "prompts_shortened"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.first_bad = (self.first_bad + other.first_bad)[:3]
 
     def remarks(self) -> str:
-        """What a user should know of rows that were not taken as they are; empty if all were."""
+        """A line about changed or omitted rows for the user; empty if there are none."""
         told = {
             "bad and left out": self.bad,
             "too long and left out": self.dropped,
@@ -55,7 +55,7 @@ class Counts:
 
 
 def record_batch(rows: Iterable[TokenRow]) -> pa.RecordBatch:
-    """Rows as Arrow: one entry a sequence, a row's sequences one after another."""
+    """Rows as Arrow: one entry per sequence; a row's sequences follow each other."""
     entries = [(s.ids, s.response, row.label) for row in rows for s in row.sequences]
     columns = zip(*entries, strict=True) if entries else ((), (), ())
     arrays = [pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)]
@@ -63,7 +63,7 @@ def record_batch(rows: Iterable[TokenRow]) -> pa.RecordBatch:
 
 
 class TokenTable:
-    """Rows by index; nothing is read but what is asked for."""
+    """Rows by index; only the requested rows are read."""
 
     def __init__(self, folder: str | Path, sequences_per_row: int) -> None:
         self.folder = Path(folder)
@@ -121,8 +121,8 @@ class TokenTable:
         return self._per_sequence(count)
 
     def numbers(self, rows: list[int]) -> list[int]:
-        """The numbers of the rows' sequences among all, in a batch's order: first of all rows'
-        first sequences, then of all their second ones.
+        """The indices of the rows' sequences in a batch's order: all rows' first sequences, then
+        all their second ones.
         """
         count = self.sequences_per_row
         return [row * count + i for i in range(count) for row in rows]
@@ -134,14 +134,14 @@ class TokenTable:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """(rows,) bool: whether the response is desirable; False where rows have no label."""
+        """(rows,) bool: whether the response is desirable; False if rows have no label."""
         return np.concatenate([c.to_numpy(zero_copy_only=False) for c in self._labels]).astype(bool)
 
     def mismatched(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """A row's prompt with the response of a row that has another prompt (KTO's z0).
 
-        The partner is the first such row from half the table away, so it is the row's alone. The
-        prompt loses its beginning where both together are longer than any row.
+        The search starts half a table away, so different rows mostly get different partners. The
+        prompt loses its beginning if both together are longer than the longest row.
 
         Raises:
             InputError: all rows have the same prompt.

@@ -1,4 +1,4 @@
-"""Examples as token ids, with the tokens that are learned marked."""
+"""Examples as token ids, with marks on learned tokens."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,9 +14,9 @@ TooLong = Literal["error", "cut_prompt", "drop"]
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """Token ids of a prompt with one response; `response` is 1 where a token is learned.
+    """Token ids of a prompt with one response; `response` is 1 for learned tokens.
 
-    The first token is never learned: nothing predicts it.
+    The first token is never learned, because nothing predicts it.
     """
 
     ids: list[int]
@@ -25,7 +25,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """What one example becomes: a sequence for each response."""
+    """The sequences of one example, one for each response."""
 
     sequences: tuple[Sequence, ...]
     label: bool | None
@@ -36,10 +36,11 @@ def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> TokenRow
     """An example as tokens.
 
     Messages go through the chat template; a text response ends with the tokenizer's end token. As
-    in TRL the prompt ends where its tokens alone and those with a response part ways.
+    in TRL, the prompt ends at the first token where the tokens of the prompt alone and of the
+    prompt with a response differ.
 
     Raises:
-        InputError: messages without a chat template, or a response without a token.
+        InputError: messages without a chat template, or an empty response.
     """
     if isinstance(example.prompt, list):
         if tokenizer.chat_template is None:
@@ -54,7 +55,7 @@ def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> TokenRow
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         prompt = _encode(tokenizer, example.prompt)
         wholes = [_whole(tokenizer, example.prompt, each) for each in example.responses]
-        # A tokenizer may end every text with an end token of its own: the prompt must not.
+        # Some tokenizers append an end token to every text; the prompt must not have one.
         if end and prompt[-1:] == end:
             prompt = prompt[:-1]
         wholes = [whole if whole[-1:] == end else whole + end for whole in wholes]
@@ -69,7 +70,7 @@ def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> TokenRow
 
 
 def _whole(tokenizer: "PreTrainedTokenizerBase", prompt: Content, response: Content) -> list[int]:
-    """A prompt with a response, which is a text or messages as the prompt is."""
+    """A prompt with a response; both are texts or both are messages."""
     if isinstance(prompt, str):
         assert isinstance(response, str)
         return _encode(tokenizer, prompt + response)
@@ -81,7 +82,7 @@ def _render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, ask: bo
     """A conversation through the chat template; `ask` opens the assistant's next turn."""
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except Exception as error:  # the template's own complaints, such as roles out of order
+    except Exception as error:  # errors of the template, such as roles in a wrong order
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"the chat template refuses the messages: {first}") from None
     assert isinstance(text, str)
@@ -99,7 +100,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) ->
 
 
 def _conversation(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> Sequence:
-    """A whole conversation, in which every turn of the assistant is learned."""
+    """A whole conversation; every turn of the assistant is learned."""
     ids = _render(tokenizer, messages, ask=False)
     response = [0] * len(ids)
     for turn, message in enumerate(messages):
@@ -128,7 +129,7 @@ def fit(row: TokenRow, max_length: int, too_long: TooLong) -> tuple[TokenRow | N
     cut.
 
     Raises:
-        InputError: it does not fit, and may neither be cut nor dropped.
+        InputError: it is too long and may neither be cut nor dropped.
     """
     longest = max(len(sequence.ids) for sequence in row.sequences)
     excess = longest - max_length

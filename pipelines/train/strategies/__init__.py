@@ -1,4 +1,4 @@
-"""Ways to lay a model out over the workers."""
+"""Strategies: how a model is distributed over the workers."""
 
 import importlib
 from functools import partial
@@ -20,16 +20,15 @@ __all__ = [
 
 
 def build_strategy(config: AlignConfig, device: torch.device) -> Strategy:
-    """Model and optimizer of a config, laid out over the workers."""
+    """Model and optimizer of a config, distributed over the workers."""
     module, name = config.traits.implementation.split(":")
     strategy: type[Strategy] = getattr(importlib.import_module(module), name)
     return strategy(config, device, partial(build_optimizer, config))
 
 
 def build_reference(config: AlignConfig, device: torch.device) -> Strategy:
-    """The reference of a config, the model itself unless it names one: to be scored, not stepped.
-
-    Whole where the policy is (single, ddp), else sharded by rows over the workers.
+    """The reference model of a config (the model itself unless the config names one), without
+    training. It is whole if the policy is (single, ddp), else sharded by rows over the workers.
     """
     changes = {
         "model": config.reference_model or config.model,
@@ -41,7 +40,7 @@ def build_reference(config: AlignConfig, device: torch.device) -> Strategy:
     reference = build_strategy(config.model_copy(update=changes), device)
     reference.model.eval()
     reference.model.requires_grad_(False)
-    if config.traits.beside == "fsdp2":  # its root would else stay gathered
+    if config.traits.beside == "fsdp2":  # otherwise its root would stay gathered
         from torch.distributed.fsdp import FSDPModule
 
         assert isinstance(reference.model, FSDPModule)

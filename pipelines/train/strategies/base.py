@@ -1,4 +1,4 @@
-"""What a strategy does: lay model and optimizer out over the workers, and step them."""
+"""The interface of a strategy: distribute model and optimizer over workers, and step them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +15,7 @@ from pipelines.train.config import AlignConfig
 
 
 class Strategy(ABC):
-    """One way to spread a model over workers. Every method is called by all ranks together."""
+    """One way to distribute a model over workers. All ranks call each method together."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -29,31 +29,31 @@ class Strategy(ABC):
         device: torch.device,
         build_optimizer: Callable[[nn.Module], Optimizer],
     ) -> None:
-        """Model and optimizer of a config, laid out over the workers."""
+        """Build model and optimizer of a config, distributed over the workers."""
 
     @abstractmethod
     def owned(self) -> Iterable[tuple[ShardLayout, Tensor]]:
-        """Master weights that this rank alone answers for: together, all ranks have each once."""
+        """The master weights that this rank owns; all ranks together own each element once."""
 
     @abstractmethod
     def forward_context(self) -> AbstractContextManager[object]:
-        """Around forward passes."""
+        """The context of forward passes."""
 
     @abstractmethod
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
-        """Around forward and backward of one micro-batch of a step."""
+        """The context of the forward and backward pass of one micro-batch of a step."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients, averaged over workers at the step's last one."""
+        """Add a micro-batch's gradients; at the step's last one they are averaged over workers."""
 
     @abstractmethod
     def update(self, check: Callable[[float], None]) -> float:
         """Clip the gradients, step the optimizer, drop the gradients.
 
         Args:
-            check: called with the gradients' global norm, raises where the run must stop; before
-                the step where the strategy can.
+            check: called with the gradients' global norm (before the step if the strategy can);
+                raises if the run must stop.
 
         Returns:
             the norm before clipping.
@@ -61,35 +61,35 @@ class Strategy(ABC):
 
     @abstractmethod
     def merge_pending(self) -> None:
-        """Let an online merging optimizer merge what it has put off."""
+        """Let an online merging optimizer merge its pending steps."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write what a resumption needs into an existing folder."""
+        """Write the state for resuming into an existing folder."""
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Go back to what `save` wrote."""
+        """Load the state that `save` wrote."""
 
 
 class StagingStrategy(Strategy):
-    """One that can also write its state while steps go on."""
+    """A strategy that can also write its state while steps continue."""
 
     @abstractmethod
     def stage(self, group: dist.ProcessGroup | None) -> Callable[[Path], None]:
-        """Copy what `save` writes into CPU memory; what comes back writes the copy.
+        """Copy the state to CPU memory; returns a function that writes the copy.
 
         Args:
-            group: of all ranks, on CPUs, for the writers alone; None where there is one process.
+            group: a group of all ranks on CPUs, only for writing; None if there is one process.
         """
 
 
 def first_rank() -> bool:
-    """Whether this process is rank 0, which alone writes what is not sharded."""
+    """Whether this process is rank 0, the only one that writes unsharded files."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def wait_for_all(group: dist.ProcessGroup | None = None) -> None:
-    """Return when every rank has come here."""
+    """Wait until every rank calls this."""
     if dist.is_initialized():
         dist.barrier(group)

@@ -1,4 +1,4 @@
-"""A model built without memory and filled by slice, each rank reading only what it owns."""
+"""A model that is built without memory and filled by ranges; each rank reads only what it owns."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 PIECE = 1 << 24  # elements that are compared at once
-Owned = tuple[ShardLayout, Tensor]  # where a flat range of a parameter lies, and its values
+Owned = tuple[ShardLayout, Tensor]  # a flat range of a parameter, and its values
 
 
 def meta_model(path: Path) -> "PreTrainedModel":
-    """A causal language model on the meta device, in float32, from its config alone. It drops out
-    nothing: a step is a function of the weights and its batch, and the policy is compared with a
-    reference that drops out nothing either.
+    """A causal language model on the meta device, in float32, from its config alone. It has no
+    dropout: a step depends only on the weights and its batch, and the policy is compared with a
+    reference without dropout.
 
     Raises:
-        InputError: no config, or one of no causal language model.
+        InputError: no config, or not the config of a causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -46,7 +46,7 @@ def meta_model(path: Path) -> "PreTrainedModel":
 
 
 def _without_dropout(config: "PretrainedConfig") -> "PretrainedConfig":
-    """The config with every probability of dropping out 0, by the names that architectures use."""
+    """The config with all dropout probabilities set to 0, by the usual names."""
     for name, value in config.to_dict().items():
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
@@ -54,10 +54,10 @@ def _without_dropout(config: "PretrainedConfig") -> "PretrainedConfig":
 
 
 def empty_model(path: Path) -> "PreTrainedModel":
-    """The model of a checkpoint, on the meta device: in float32, for the optimizer's masters.
+    """The model of a checkpoint on the meta device, in float32, for the master weights.
 
     Raises:
-        InputError: the checkpoint's names are not the architecture's.
+        InputError: the checkpoint's tensors do not match the architecture.
     """
     model = meta_model(path)
     check_names(model, Checkpoint.open(path))
@@ -71,8 +71,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raise InputError unless the checkpoint has each parameter, and each buffer that checkpoints
-    hold, under its name and shape.
+    """Raise InputError unless the checkpoint has each parameter and each persistent buffer with its
+    name and shape.
     """
     others = {other for names in tied_names(model).values() for other in names}
     for name, tensor in model.state_dict().items():
@@ -91,7 +91,7 @@ def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """Of each parameter that goes by several names its first name and the others."""
+    """For each parameter with several names: its first name -> the others."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -99,8 +99,8 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def check_tied(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raise InputError where the checkpoint has a tied parameter twice, with different values: it
-    could not be said which ones are meant.
+    """Raise InputError if the checkpoint has a tied parameter twice with different values, because
+    it is unclear which values are right.
     """
     for first, others in tied_names(model).items():
         stored = checkpoint.tensors.get(first)
@@ -118,7 +118,7 @@ def check_tied(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def materialize(model: "PreTrainedModel", device: torch.device, checkpoint: Checkpoint) -> None:
-    """Give a model on the meta device memory: parameters unset, buffers as they must be.
+    """Allocate a meta model's memory: parameters stay uninitialised, buffers are set.
 
     Parameters that several modules share stay shared.
     """
@@ -131,7 +131,7 @@ def materialize(model: "PreTrainedModel", device: torch.device, checkpoint: Chec
 
 
 def places_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
-    """Each parameter with the modules that have it and its name there: several where it is tied."""
+    """Each parameter with its modules and its names there; a tied parameter has several."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -142,10 +142,10 @@ def places_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.M
 
 @torch.no_grad()
 def set_buffers(model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
-    """Set the buffers: those that checkpoints hold are read, others computed, such as the
-    frequencies of rotary embeddings.
+    """Set the buffers: persistent ones are read, others are computed (for example the frequencies
+    of rotary embeddings).
 
-    Computing may set the parameters of a module too, so it comes before these are filled.
+    Computing may also set parameters of a module, so call it before the parameters are filled.
     """
     for prefix, module in model.named_modules():
         if module._non_persistent_buffers_set:
@@ -158,7 +158,7 @@ def set_buffers(model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
 
 @torch.no_grad()
 def fill(owned: Iterable[Owned], checkpoint: Checkpoint) -> None:
-    """Read what this rank owns from the checkpoint's files."""
+    """Read this rank's ranges from the checkpoint's files."""
     for layout, values in owned:
         stop = layout.start + layout.count
         values.copy_(checkpoint.read(layout.name, layout.start, stop))

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021) by peft, on a model that has no memory yet."""
+"""Low-rank adapters (Hu et al. 2021) with peft, on a model without memory."""
 
 import math
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ INIT_STREAM = 2  # of the counter hash; 0 and 1 are the masks of online merging
 
 
 def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
-    """Put adapters beside the linear layers that the settings name; all else is frozen.
+    """Add adapters to the linear layers that the settings name; all other parameters are frozen.
 
     Raises:
         InputError: peft is not installed, or no layer has such a name.
@@ -45,7 +45,7 @@ def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
 
 
 def base_name(name: str) -> str:
-    """The name in the checkpoint of a parameter that may lie inside an adapted layer."""
+    """A parameter's name in the checkpoint; it may be inside an adapted layer."""
     return name.replace(".base_layer.", ".")
 
 
@@ -56,8 +56,8 @@ def is_adapter(name: str) -> bool:
 
 @torch.no_grad()
 def begin_adapters(model: nn.Module, seed: int) -> None:
-    """A uniform in +-1/sqrt(inputs), as peft has it, by the counter hash and so the same under any
-    sharding; B zero, so that the policy begins as the reference.
+    """Initialise A uniformly in +-1/sqrt(inputs), as in peft, by the counter hash (so it does not
+    depend on the sharding), and B with zeros, so that the policy starts equal to the reference.
     """
     for name, parameter in model.named_parameters():
         if not is_adapter(name):
@@ -75,7 +75,7 @@ def begin_adapters(model: nn.Module, seed: int) -> None:
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The model is its base, as when evaluated, in the block."""
+    """In the block, the model is its base without adapters, in evaluation mode."""
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -93,8 +93,8 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_parameters(model: nn.Module, settings: LoraSettings) -> Iterator[Owned]:
-    """This rank's part of every parameter of the checkpoint, `W + alpha/rank * B A` where there is
-    an adapter; all ranks that share a sharded model must go through it together.
+    """This rank's part of every parameter of the checkpoint, `W + alpha/rank * B A` if it has an
+    adapter. All ranks of a sharded model must iterate together.
     """
     parameters = dict(model.named_parameters())
     scale = settings.alpha / settings.rank
@@ -113,5 +113,5 @@ def merged_parameters(model: nn.Module, settings: LoraSettings) -> Iterator[Owne
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """All of a parameter, gathered where it is sharded."""
+    """The whole parameter, gathered if it is sharded."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()

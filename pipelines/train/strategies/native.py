@@ -1,4 +1,4 @@
-"""Strategies of torch itself: one process, replicas (DDP), or shards by rows (FSDP2)."""
+"""torch's strategies: one process, replicas (DDP), or shards by rows (FSDP2)."""
 
 import contextlib
 import warnings
@@ -49,8 +49,8 @@ from pipelines.train.strategies.lora import (
 
 
 class SingleStrategy(StagingStrategy):
-    """`single`, the whole model in one process; `ddp` and `fsdp2` do some things in another way.
-    The checkpoints of all three are interchangeable.
+    """`single`: the whole model in one process. `ddp` and `fsdp2` are subclasses. The checkpoints
+    of all three are interchangeable.
     """
 
     def __init__(
@@ -75,19 +75,19 @@ class SingleStrategy(StagingStrategy):
         fill(local_parameters(model), checkpoint)
         begin_adapters(model, config.seed)
         self.model = self._wrap(model)
-        # Before any forward pass: after one, the root of fsdp2 holds whole parameters.
+        # Build it before any forward pass: afterwards the root of fsdp2 holds whole parameters.
         self.optimizer = build_optimizer(model)
         self._stager: DefaultStager | None = None
 
     def _shard(self, model: nn.Module) -> None:
-        """Share a model that has no memory yet out over the workers: not here."""
+        """Shard a model without memory over the workers; nothing for a single process."""
 
     def _wrap(self, model: nn.Module) -> nn.Module:
-        """The model that is run."""
+        """The module for forward passes."""
         return model
 
     def owned(self) -> Iterator[Owned]:
-        """What this rank alone answers for; of replicas, all of it is the first rank's."""
+        """The master weights that this rank owns; the first rank owns all replicated ones."""
         if self.config.traits.is_sharded or first_rank():
             if self.config.lora is None:
                 yield from local_parameters(self.bare)
@@ -95,13 +95,13 @@ class SingleStrategy(StagingStrategy):
                 yield from merged_parameters(self.bare, self.config.lora)
 
     def forward_context(self) -> AbstractContextManager[object]:
-        """Around forward passes: their precision."""
+        """The context of forward passes: their precision."""
         if self.config.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
-        """Around forward and backward of a micro-batch."""
+        """The context of a micro-batch: nothing."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -109,7 +109,7 @@ class SingleStrategy(StagingStrategy):
         loss.backward()
 
     def update(self, check: Callable[[float], None]) -> float:
-        """Clip to the config's limit, step, drop the gradients; returns their norm before that."""
+        """Clip to the config's limit, step, drop gradients; returns the norm before clipping."""
         limit = self.config.max_gradient_norm
         parameters = [p for p in self.bare.parameters() if p.grad is not None]
         found = nn.utils.clip_grad_norm_(
@@ -122,7 +122,7 @@ class SingleStrategy(StagingStrategy):
         return norm
 
     def merge_pending(self) -> None:
-        """Merge the tail of step-K, where the optimizer has one."""
+        """Merge the pending steps of step-K, if there are any."""
         if isinstance(self.optimizer, OnlineMergingAdamW):
             self.optimizer.merge_pending()
 
@@ -131,27 +131,28 @@ class SingleStrategy(StagingStrategy):
         _write(self._state(), None, folder)
 
     def stage(self, group: dist.ProcessGroup | None) -> Callable[[Path], None]:
-        """Copy parameters and optimizer state into CPU memory; what comes back writes the copy.
+        """Copy parameters and optimizer state to CPU memory; returns a function that writes the
+        copy.
 
-        The copy's memory is kept and used again, so write it before the next one is made.
+        The copy's memory is reused, so write the copy before staging again.
 
         Args:
-            group: of all ranks, on CPUs, for the writers alone; None where there is one process.
+            group: a group of all ranks on CPUs, only for writing; None if there is one process.
         """
         if self._stager is None:
             pinned = self.device.type == "cuda"
             self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
         staged = self._stager.stage(self._state())
-        assert isinstance(staged, dict)  # and no future of one: the stager has no thread
+        assert isinstance(staged, dict)  # not a future, because the stager has no thread
         return partial(_write, staged, group)
 
     def _state(self) -> dict[str, Any]:
-        """Parameters and optimizer state by name, as DCP takes them: no copies."""
+        """Parameters and optimizer state by name for DCP, without copies."""
         weights, moments = get_state_dict(self.bare, self.optimizer)
         return {"model": weights, "optimizer": moments}
 
     def load(self, folder: Path) -> None:
-        """Go back to what `save` wrote, on any number of ranks."""
+        """Load the state that `save` wrote, on any number of ranks."""
         state = self._state()
         with _no_complaints():
             dcp.load(state, checkpoint_id=folder)
@@ -171,7 +172,7 @@ class DdpStrategy(SingleStrategy):
         return nn.parallel.DistributedDataParallel(model)
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:
-        """Around forward and backward of a micro-batch: gradients are averaged at the last."""
+        """The context of a micro-batch: gradients are averaged only at the last one."""
         assert isinstance(self.model, nn.parallel.DistributedDataParallel)
         return contextlib.nullcontext() if last else self.model.no_sync()
 
@@ -181,7 +182,7 @@ class Fsdp2Strategy(SingleStrategy):
     """`fsdp2`: each worker holds some rows of every parameter."""
 
     def _shard(self, model: nn.Module) -> None:
-        """Each block and then the rest, by rows over all workers."""
+        """Shard each block and then the rest by rows over all workers."""
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         precision, offload = MixedPrecisionPolicy(), OffloadPolicy()
         if self.config.precision == "bf16":
@@ -192,12 +193,12 @@ class Fsdp2Strategy(SingleStrategy):
             fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
     def forward_context(self) -> AbstractContextManager[object]:
-        """Nothing: the sharding sees to the precision."""
+        """Nothing: FSDP2 sets the precision."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch: gradients are reduced at the last."""
+        """The context of a micro-batch: gradients are reduced only at the last one."""
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         yield
@@ -214,7 +215,7 @@ def _write(state: dict[str, Any], group: dist.ProcessGroup | None, folder: Path)
     """Write a state, all ranks together.
 
     Raises:
-        OSError: as on the rank that could not write, rather than DCP's account of all ranks.
+        OSError: the error of the rank that could not write, instead of DCP's summary of all ranks.
     """
     try:
         with _no_complaints():
@@ -226,7 +227,7 @@ def _write(state: dict[str, Any], group: dist.ProcessGroup | None, folder: Path)
 
 @contextlib.contextmanager
 def _no_complaints() -> Iterator[None]:
-    """Without DCP's warning that one process is one process."""
+    """Suppress DCP's warning about running in one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: optimizer state, gradients and parameters in flat partitions over workers."""
+"""DeepSpeed's ZeRO: optimizer state, gradients and parameters in flat partitions on the workers."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ from pipelines.train.strategy_table import ZERO_BUCKET
 
 @final
 class ZeroStrategy(Strategy):
-    """`zero1`, `zero2` and `zero3`, with any optimizer here: flat partitions are bound to it."""
+    """`zero1`, `zero2` and `zero3`; online merging optimizers are bound to the flat partitions."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class ZeroStrategy(Strategy):
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parameter_names = frozenset(name for name, _ in model.named_parameters())
-        self.optimizer = build_optimizer(model)  # which looks at shapes, while they are there
+        self.optimizer = build_optimizer(model)  # now, while parameters still have their shapes
         checkpoint = Checkpoint.open(config.model)
         load_into_engine(model, checkpoint, settings, device)
         (group,) = self.optimizer.param_groups
@@ -61,8 +61,8 @@ class ZeroStrategy(Strategy):
         self._layouts = flat_layouts(self._engine)
         check_layouts(self._layouts, checkpoint, self._engine)
         for flat in self._layouts:
-            flat.data.zero_()  # padding is uninitialised memory
-        fill(self.owned(), checkpoint)  # masters in full precision, not rounded to bf16
+            flat.data.zero_()  # otherwise padding is uninitialised
+        fill(self.owned(), checkpoint)  # master weights in full precision, not rounded to bf16
         if isinstance(self.optimizer, OnlineMergingAdamW):
             self.optimizer.bind(self._layouts)
 
@@ -73,7 +73,7 @@ class ZeroStrategy(Strategy):
                 yield layout, flat.data[layout.offset : layout.offset + layout.count]
 
     def forward_context(self) -> AbstractContextManager[object]:
-        """Nothing: the engine sees to the precision."""
+        """Nothing: the engine sets the precision."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -83,13 +83,13 @@ class ZeroStrategy(Strategy):
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients; the engine reduces them as its stage does."""
+        """Add a micro-batch's gradients; the engine reduces them according to its stage."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def update(self, check: Callable[[float], None]) -> float:
         """The engine clips and steps at once, so the check comes after it."""
         self._engine.step()
-        # Else a parameter without gradient would show the last step's (stage 3).
+        # Otherwise a parameter without gradient would keep the last step's gradient (stage 3).
         last = getattr(self._engine.optimizer, "grad_partitions_flat_buffer", None)
         if last is not None:
             last.zero_()
@@ -99,15 +99,15 @@ class ZeroStrategy(Strategy):
         return value
 
     def merge_pending(self) -> None:
-        """Merge the tail of step-K."""
+        """Merge the pending steps of step-K."""
         if isinstance(self.optimizer, OnlineMergingAdamW):
             with self._all_parameters_shown():
                 self.optimizer.merge_pending()
 
     @contextlib.contextmanager
     def _all_parameters_shown(self) -> Iterator[None]:
-        """The optimizer's groups hold all flat tensors of this rank in the block; by itself stage 3
-        shows them only in a step, one after another.
+        """In the block, the optimizer's groups hold all flat tensors of this rank. Stage 3 itself
+        puts them there only during a step, one after another.
         """
         if self.config.traits.zero_stage < 3:
             yield
@@ -127,12 +127,12 @@ class ZeroStrategy(Strategy):
                 group["params"] = params
 
     def save(self, folder: Path) -> None:
-        """DeepSpeed's own checkpoint, and what another number of workers needs to read it."""
+        """Write DeepSpeed's own checkpoint, and the layout that other numbers of workers need."""
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         save_layout(self._layouts, folder)
 
     def load(self, folder: Path) -> None:
-        """Go back to what `save` wrote, on any number of ranks."""
+        """Load the state that `save` wrote, on any number of ranks."""
         if num_saved(folder) == dist.get_world_size():
             self._engine.load_checkpoint(str(folder), tag=TAG)
             return
@@ -148,7 +148,7 @@ def engine_settings(config: AlignConfig, num_parameters: int) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": config.traits.zero_stage,
         "overlap_comm": False,
-        # DeepSpeed takes memory for a whole bucket, and by itself one of 500 million elements.
+        # DeepSpeed allocates a whole bucket; its default has 500 million elements.
         "reduce_bucket_size": min(num_parameters, ZERO_BUCKET),
     }
     if config.cpu_offload:
@@ -168,12 +168,12 @@ def engine_settings(config: AlignConfig, num_parameters: int) -> dict[str, Any]:
 
 
 def join_deepspeed(device: torch.device) -> None:
-    """Let DeepSpeed use the process group of the workers."""
+    """Make DeepSpeed use the workers' process group."""
     import deepspeed
 
     assert dist.is_initialized()
-    # On a CPU DeepSpeed would compile a kernel that only its inference uses, and a worker killed
-    # meanwhile leaves a lock for which every later run waits for ever.
+    # On a CPU DeepSpeed would compile a kernel that only its inference needs. A worker that is
+    # killed meanwhile leaves a lock, and every later run would wait for it forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -1,7 +1,7 @@
-"""Which elements of which parameters lie in DeepSpeed's flat partitions (0.19).
+"""The ranges of parameters in DeepSpeed's flat partitions (0.19).
 
-DeepSpeed tells nobody; the rules below were found by putting each element's index into it and
-looking at what came out, and `check_layouts` holds them against the weights at every start.
+DeepSpeed does not document them. The rules below were found by loading each element's index as its
+value, and `check_layouts` compares them with the weights at every start.
 """
 
 from collections.abc import Iterable
@@ -18,9 +18,9 @@ Layouts = dict[Tensor, list[ShardLayout]]
 
 
 def flat_layouts(engine: Any) -> Layouts:
-    """For each of this rank's flat tensors the ranges of parameters in it.
+    """For each of this rank's flat tensors, the ranges of parameters in it.
 
-    A parameter of which the rank owns nothing has a range of 0 elements.
+    A parameter of which the rank owns nothing has a range with 0 elements.
     """
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -59,7 +59,7 @@ def flat_layouts(engine: Any) -> Layouts:
 def _contiguous(
     engine: Any, flat: Tensor, placed: Iterable[tuple[Tensor, int]], group: Any
 ) -> list[ShardLayout]:
-    """Stages 1 and 2: one long flat of whole parameters, cut evenly over the ranks."""
+    """Stages 1 and 2: whole parameters in one long flat tensor, cut evenly over the ranks."""
     low = dist.get_rank(group) * flat.numel()
     high = low + flat.numel()
     layouts = []
@@ -81,7 +81,7 @@ def _contiguous(
 
 
 def _stage_3(engine: Any, inner: Any) -> Layouts:
-    """Stage 3: each parameter is cut evenly over the ranks, the cuts laid one after another."""
+    """Stage 3: each parameter is cut evenly over the ranks; a rank's pieces follow each other."""
     layouts: Layouts = {}
     for parameters, flat in zip(inner.fp16_groups, inner.fp32_partitioned_groups_flat, strict=True):
         offset, found = 0, []
@@ -106,11 +106,11 @@ def _stage_3(engine: Any, inner: Any) -> Layouts:
 
 @torch.no_grad()
 def check_layouts(layouts: Layouts, checkpoint: Checkpoint, engine: Any) -> None:
-    """Hold the layouts against the weights, right after the engine has taken them in.
+    """Compare the layouts with the weights, right after the engine has loaded them.
 
     Raises:
-        RuntimeError: a range does not hold what it should, or the ranks together do not have
-            every element once: this DeepSpeed lays its partitions out in another way.
+        RuntimeError: a range holds other values, or the ranks together do not have every element
+            once; then this DeepSpeed has another layout.
     """
     low_precision = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
     counts: dict[str, int] = {}

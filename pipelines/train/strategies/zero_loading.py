@@ -1,4 +1,4 @@
-"""Weights for DeepSpeed's engine, in its precision; under stage 3 no rank ever holds them all."""
+"""Weights for DeepSpeed's engine, in its precision; with stage 3 no rank ever holds all of them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def load_into_engine(
     model: "PreTrainedModel", checkpoint: Checkpoint, settings: dict[str, Any], device: torch.device
 ) -> None:
-    """Give a model on the meta device the checkpoint's weights, rounded to the precision of the
-    passes: whole on each rank (stages 1 and 2), or each rank its share (stage 3).
+    """Load the checkpoint's weights into a meta model, rounded to the precision of the passes: all
+    weights on each rank (stages 1 and 2), or each rank its share (stage 3).
 
     Args:
         settings: DeepSpeed's config.
@@ -47,12 +47,12 @@ def load_into_engine(
 def _load_partitioned(
     model: "PreTrainedModel", checkpoint: Checkpoint, settings: dict[str, Any], device: torch.device
 ) -> None:
-    """One parameter after another: the first rank reads it, DeepSpeed sends it to all, and each
-    keeps its share before the next one comes.
+    """Load one parameter after another: the first rank reads it, DeepSpeed sends it to all ranks,
+    and each keeps only its share.
     """
     import deepspeed
 
-    first: Any = None  # DeepSpeed gives parameters methods of its own
+    first: Any = None  # Any, because DeepSpeed adds methods to parameters
     places = places_of_parameters(model)
     for name, empty in list(model.named_parameters()):
         parameter = nn.Parameter(torch.empty_like(empty, device=device))

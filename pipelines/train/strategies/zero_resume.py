@@ -1,8 +1,8 @@
-"""ZeRO's checkpoints on another number of workers.
+"""Resume ZeRO's checkpoints on another number of workers.
 
-DeepSpeed's own conversion (`ds_to_universal`) takes Adam's two moments alone: it would lose the
-anchor of step-K and, for stage 3, the number of steps. So each rank's layout is written beside its
-checkpoint, and the new ranks read the ranges that they own from the old ranks' files.
+DeepSpeed's own conversion (`ds_to_universal`) keeps only Adam's two moments: it would lose the
+anchor of step-K and, for stage 3, the number of steps. So each rank also writes its layout, and the
+new ranks read their ranges from the old ranks' files.
 """
 
 import json
@@ -21,17 +21,17 @@ from pipelines.commit import write_atomically
 from pipelines.train.strategies.zero_layout import Layouts
 
 TAG = "state"  # DeepSpeed's name for the folder of its files
-MASTER = "master"  # beside the names that the optimizer gives its state
+MASTER = "master"  # key of the master weights, beside the optimizer's own state names
 
 
 def save_layout(layouts: Layouts, folder: Path) -> None:
-    """Write which ranges lie in this rank's flat tensors."""
+    """Write the ranges in this rank's flat tensors."""
     parts = [[[p.name, p.start, p.count, p.offset] for p in found] for found in layouts.values()]
     write_atomically(_layout_file(folder, dist.get_rank()), json.dumps(parts))
 
 
 def num_saved(folder: Path) -> int:
-    """How many ranks have written a checkpoint."""
+    """The number of ranks that wrote a checkpoint."""
     return len(list(folder.glob("layout-*.json")))
 
 
@@ -41,7 +41,7 @@ def _layout_file(folder: Path, rank: int) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A saved range of a parameter: where it lies, and the flat tensors and numbers it lies in."""
+    """A saved range of a parameter: its position, and the flat tensors and numbers of its state."""
 
     start: int
     count: int
@@ -50,7 +50,7 @@ class _Piece:
 
 
 class SavedShards:
-    """The checkpoint of all ranks that wrote it; files are mapped, and read where they are used."""
+    """The checkpoint files of all ranks, memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
         self._pieces: dict[str, list[_Piece]] = {}
@@ -66,7 +66,7 @@ class SavedShards:
                     self._pieces.setdefault(name, []).append(piece)
 
     def states(self, name: str) -> dict[str, Any]:
-        """What is known of a parameter: each state's name, and an example."""
+        """The states of a parameter: name -> an example."""
         return self._pieces[name][0].values
 
     def read(self, name: str, state: str, start: int, count: int, out: Tensor) -> None:
@@ -80,7 +80,7 @@ class SavedShards:
 
 
 def _flat_values(saved: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """For each of a rank's flat tensors the master weights and the optimizer's state."""
+    """For each of a rank's flat tensors, the master weights and the optimizer's state."""
     if "fp32_flat_groups" in saved:  # stage 3
         masters, state = saved["fp32_flat_groups"], saved["optimizer_state_dict"]["state"]
     else:
@@ -92,7 +92,7 @@ def _flat_values(saved: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def load_shards(saved: SavedShards, layouts: Layouts, optimizer: Optimizer) -> None:
-    """Fill this rank's tensors, flat or whole parameters, and the optimizer's state of them."""
+    """Fill this rank's tensors (flat ones or whole parameters) and their optimizer state."""
     for flat, parts in layouts.items():
         for state, example in saved.states(parts[0].name).items():
             if state != MASTER and not _is_flat(example):
@@ -112,7 +112,7 @@ def _fill(saved: SavedShards, state: str, part: ShardLayout, target: Tensor) -> 
 
 
 def _is_flat(value: Any) -> bool:
-    """Whether a state has a number for each element, rather than one for all."""
+    """Whether a state has one number per element, not one for all."""
     return isinstance(value, Tensor) and value.dim() > 0
 
 
@@ -122,7 +122,7 @@ def _copied(value: Any) -> Any:
 
 @torch.no_grad()
 def load_weights(saved: SavedShards, engine: Any) -> None:
-    """Give the model the weights of the masters, in its precision; all ranks together."""
+    """Copy the master weights into the model, in its precision; all ranks call together."""
     import deepspeed
 
     sharded = engine.zero_optimization_partition_weights()  # stage 3
