@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py
 
-Trains a random Llama of 42M parameters for two steps of DPO under each setting below, each in
-processes of its own, and prints a table in Markdown: the most resident memory that a worker held
-beyond what it held before the run, the formula's number, and their ratio.
+Trains a random Llama with 42M parameters for two DPO steps with each setting below, in separate
+processes, and prints a Markdown table: the growth of a worker's peak resident memory during the
+run, the formula's number, and their ratio.
 """
 
 import argparse
@@ -50,7 +50,7 @@ LENGTH = 64  # tokens of each sequence
 
 
 def make_inputs(folder: Path) -> None:
-    """Two models with a tokenizer that counts numbers, and preferences of one length."""
+    """Two models with a tokenizer of numbers, and preference pairs of one length."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -77,7 +77,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def config_of(name: str, folder: Path) -> AlignConfig:
-    """The run of a setting."""
+    """The config of a setting."""
     fields: dict[str, Any] = {
         "model": folder / "model",
         "data": folder / "rows.jsonl",
@@ -96,7 +96,7 @@ def config_of(name: str, folder: Path) -> AlignConfig:
 
 
 def measure(name: str, folder: Path) -> None:
-    """Run a setting; each worker leaves a file with the bytes that it held."""
+    """Run a setting; each worker writes a file with the growth of its peak memory in bytes."""
     config = config_of(name, folder)
     run = folder / "run"
     run.mkdir()
@@ -116,7 +116,7 @@ def _worker(rank: int, world: int, port: int, settings: dict[str, Any], folder: 
     from pipelines.train.loop import train_worker
     from pipelines.train.metrics import peak_memory
 
-    assert deepspeed and peft and transformers  # what they take is no part of the run
+    assert deepspeed and peft and transformers  # imported before, so their memory does not count
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
@@ -127,13 +127,13 @@ def _worker(rank: int, world: int, port: int, settings: dict[str, Any], folder: 
 
 
 def measured_and_expected(name: str, inputs: Path) -> tuple[int, int]:
-    """Bytes that the worker with most of them held, and the formula's number."""
+    """The largest worker's memory growth in bytes, and the formula's number."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for file in inputs.iterdir():
             (folder / file.name).symlink_to(file)
         command = [sys.executable, __file__, "--measure", name, "--folder", place]
-        # Memory that is freed goes back at once, so that what is held is what is needed.
+        # Freed memory is returned at once, so that resident memory is the memory in use.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "PYTHONWARNINGS": "ignore"}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         held = max(int(file.read_text()) for file in folder.glob("held-*"))

@@ -3,10 +3,9 @@
     python benchmarks/merge.py --size 0.15 --mergekit ENV/bin/mergekit-yaml
 
 Makes a base and three fine-tuned models with random weights (bf16, Llama's names and shapes), runs
-each tool's command line in turn on the same files (page cache warm for both) and prints a table in
-Markdown; `--append FILE` puts it at the end of a file. Peak memory is the sum over all processes of
-a command of the memory that is theirs alone or shared among them (proportional set size), without
-the pages of the input files. mergekit 0.1.5 needs an environment of its own.
+each tool's command line in turn on the same files (with a warm page cache) and prints a Markdown
+table; `--append FILE` appends it to a file. Peak memory is the sum of the proportional set sizes of
+all processes of a command, without pages of files. mergekit 0.1.5 needs its own environment.
 """
 
 import argparse
@@ -47,7 +46,7 @@ class Run:
 
 
 def shapes(billions: float) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Llama with about so many parameters."""
+    """Names and shapes of a Llama with about this many billions of parameters."""
     hidden, vocabulary = (512, 32_000) if billions < 0.3 else (1024, 64_000)
     middle = hidden * 11 // 4
     layer = {
@@ -70,7 +69,7 @@ def shapes(billions: float) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoints(folder: Path, billions: float) -> list[Path]:
-    """A base and three models near it; what is there already stays."""
+    """A base and three models near it; existing checkpoints are kept."""
     layout = shapes(billions)
     hidden = layout["model.norm.weight"][0]
     paths = [folder / name for name in ("base", "model-1", "model-2", "model-3")]
@@ -105,7 +104,7 @@ def make_checkpoints(folder: Path, billions: float) -> list[Path]:
 
 
 def write_config(file: Path, method: str, paths: list[Path]) -> None:
-    """One file for both tools."""
+    """Write one config for both tools."""
     base, *models = paths
     config: dict[str, object] = {
         "merge_method": method,
@@ -137,13 +136,13 @@ def measure(command: list[str], out: Path) -> Run:
 
 
 def cpu_of_children() -> float:
-    """Processor time of all finished children and theirs."""
+    """Processor time of all finished children and their children."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def family(pid: int) -> list[int]:
-    """A process and all below it."""
+    """A process and all its descendants."""
     found = [pid]
     for parent in found:
         try:
@@ -155,7 +154,7 @@ def family(pid: int) -> list[int]:
 
 
 def own_bytes(pid: int) -> int:
-    """Memory of one process without pages of files: anonymous and shared memory, in proportion."""
+    """Anonymous and shared memory (proportional share) of one process, without pages of files."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -175,7 +174,7 @@ def warm(paths: list[Path]) -> int:
 
 
 def floor_seconds(paths: list[Path], out: Path) -> float:
-    """Time to read the inputs with `cat` and to write as much as one of them with `dd`, synced."""
+    """Time to read the inputs with `cat` and to write the size of one of them with `dd`, synced."""
     out.mkdir(parents=True, exist_ok=True)
     size = (paths[0] / "model.safetensors").stat().st_size
     begin = time.perf_counter()
@@ -195,7 +194,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-merge"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of another environment")
-    parser.add_argument("--append", type=Path, help="put the table at the end of this file")
+    parser.add_argument("--append", type=Path, help="append the table to this file")
     arguments = parser.parse_args()
     paths = make_checkpoints(arguments.folder / f"{arguments.size}B", arguments.size)
     rows = []
@@ -228,7 +227,7 @@ HEADER = (
 
 
 def row(method: str, ours: Run, theirs: Run | None, floor: float, num_bytes: int) -> str:
-    """One line of the table; bytes are those read once and those written."""
+    """One line of the table; `num_bytes` is read (once) plus written."""
     cells = [method, f"{ours.seconds:.1f} s"]
     if theirs is None:
         cells += ["-", "-", f"{ours.cpu_seconds:.1f} s"]

@@ -3,14 +3,14 @@
     python benchmarks/optimizers.py --size 68M --threads 2 [--rows NAME ...] [--json FILE]
     python benchmarks/optimizers.py --first [--gradient-rows 64] [--alpha 1e-7]
 
-All rows step the same shapes (a Llama's) on the same gradients in one process, in turn with fused
-AdamW, so that what else the machine does falls on both; the best of the rounds is shown. `--warm`
-steps come before: a run's first steps, in which OnTIES' cuts move far, take longer. `plain` is
-the method as one would write it first: a fresh torch mask for each tensor, or a sort of each.
+All rows step the same shapes (a Llama's) with the same gradients in one process. Each row takes
+turns with fused AdamW, so that other load on the machine slows both; the best round counts. First
+come `--warm` steps, because the first steps, where OnTIES' cuts move far, take longer. `plain` is
+a simple implementation: a fresh torch mask for each tensor, or a sort of each tensor.
 
-`--first` shows OnTIES' first ten steps instead, on twelve tensors of 2,048 x 2,048, each step over
-the fused AdamW's beside it. Adam's first updates are all plus or minus the learning rate, and rows
-without gradients have none, so nearly all magnitudes are equal.
+`--first` shows OnTIES' first ten steps instead, on twelve tensors of 2,048 x 2,048: the ratio of
+each step to a fused AdamW step. Adam's first updates are all plus or minus the learning rate, or 0
+in rows without gradients, so nearly all magnitudes are equal.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 
 
 class PlainRecipe(Optimizer):
-    """Online merging as one writes it first: torch's own AdamW, random masks or a sort, out of
+    """A simple implementation of online merging: torch's AdamW, then random masks or a sort, out of
     place, on whole tensors.
     """
 
@@ -82,7 +82,7 @@ class PlainRecipe(Optimizer):
 
 
 def _sorted_top(x: Tensor, p: float) -> Tensor:
-    """top_p by an argsort of everything."""
+    """top_p by an argsort of the whole tensor."""
     order = x.abs().flatten().argsort(descending=True)
     mask = torch.zeros(x.numel())
     mask[order[: max(1, int(p * x.numel()))]] = 1
@@ -90,7 +90,7 @@ def _sorted_top(x: Tensor, p: float) -> Tensor:
 
 
 def rows(named: list[tuple[str, nn.Parameter]], tau: dict[str, Tensor]) -> dict[str, Callable]:
-    """What makes each row's optimizer."""
+    """The constructor of each row's optimizer."""
 
     def online(**options: object) -> Callable[[], Optimizer]:
         return lambda: OnlineMergingAdamW(named, tau, lr=1e-6, alpha=1e-7, **options)  # type: ignore[arg-type]
@@ -175,9 +175,10 @@ def measure(
 
 
 def first_steps(gradient_rows: int, density: float, alpha: float) -> list[float]:
-    """OnTIES' first ten steps over fused AdamW's: the faster of one before and one after it.
+    """The ratios of OnTIES' first ten steps to fused AdamW's step (the faster of one before and one
+    after each).
 
-    Both have made their moments before; the first step's time holds the search for tau's cut.
+    Moments are allocated before; the first step includes the search for tau's cut.
     """
     generator = torch.Generator().manual_seed(0)
     shape, names = (2048, 2048), [f"layers.{i}" for i in range(12)]
@@ -194,7 +195,7 @@ def first_steps(gradient_rows: int, density: float, alpha: float) -> list[float]
         density=density,
         implementation="compiled",
     )
-    for parameter in parameters:  # a step that makes the state alone
+    for parameter in parameters:  # a step that only creates the state
         parameter.grad = torch.zeros(shape)
     own.param_groups[0]["lr"] = 0.0
     own.step()
@@ -211,7 +212,7 @@ def first_steps(gradient_rows: int, density: float, alpha: float) -> list[float]
             begin = time.perf_counter()
             one.step()
             seconds.append(time.perf_counter() - begin)
-        if step:  # fused AdamW has made its state before
+        if step:  # step 0 only creates fused AdamW's state
             ratios.append(seconds[1] / min(seconds[0], seconds[2]))
     return ratios
 
@@ -234,13 +235,13 @@ def show_first_steps(gradient_rows: int, alpha: float) -> None:
 
 
 def main() -> None:
-    """Measure the rows that were asked for and print a Markdown table."""
+    """Measure the selected rows and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="68M")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warm", type=int, default=20, help="steps before the measured ones")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", nargs="*", help="only rows whose name begins like one of these")
+    parser.add_argument("--rows", nargs="*", help="only rows whose name begins with one of these")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--first", action="store_true", help="OnTIES' first ten steps")
     parser.add_argument("--gradient-rows", type=int, default=2048)

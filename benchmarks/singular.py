@@ -2,9 +2,9 @@
 
     python benchmarks/singular.py
 
-The recipe is the paper's with `torch.linalg.svd` of each delta and of the stacked vectors, in
-float32 with as many threads as Poise has; errors are against the same in float64. Workers are
-measured by `poise merge` on a checkpoint of layers of a Llama, wall time with start-up.
+The recipe is the paper's, with `torch.linalg.svd` of each delta and of the stacked vectors, in
+float32 with the same number of threads as Poise; errors are relative to the recipe in float64.
+Workers are measured with `poise merge` on a small Llama, as wall time with start-up.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SCALED = {"tsvm": {}, "della": {"density": 0.5, "epsilon": 0.15}}
 
 
 def recipe(deltas: list[Tensor]) -> Tensor:
-    """TSVM as one writes it first, in the deltas' dtype."""
+    """A simple TSVM, in the deltas' dtype."""
     rank = min(deltas[0].shape) // len(deltas)
     found = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
     u = _orthogonal(torch.cat([u[:, :rank] for u, _, _ in found], dim=1))

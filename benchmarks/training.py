@@ -2,11 +2,11 @@
 
     python benchmarks/training.py --steps 40
 
-Builds the tiny world's rich size (its data; the weights are random, which changes no time), trains
-it with both and prints a table in Markdown: the median time of a step, after the first ten. Poise
-runs as fsdp2 on one worker and as single; TRL with reference log-probabilities computed beforehand,
-as Poise does, and with its default, a reference model that runs in each step. The two tools take
-turns, so that a busy machine slows both.
+Builds the data of the tiny world's rich size and a model with random weights (which does not change
+the times), trains it with both tools and prints a Markdown table: the median time of a step after
+the first ten. Poise runs as fsdp2 with one worker and as single. TRL runs with reference
+log-probabilities computed in advance, as Poise does, and with its default, a reference model in
+each step. The two tools take turns, so that a busy machine slows both.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def make_model(world: Path, path: Path) -> None:
 
 
 def poise_steps(model: Path, data: Path, folder: Path, strategy: str, steps: int) -> list[float]:
-    """Seconds of each step of Poise, as it reports them."""
+    """Seconds of each step of Poise, from its metrics."""
     config = AlignConfig(
         model=model,
         data=data,
@@ -79,7 +79,7 @@ def poise_steps(model: Path, data: Path, folder: Path, strategy: str, steps: int
 
 
 def trl_steps(model: Path, data: Path, folder: Path, beforehand: bool, steps: int) -> list[float]:
-    """Seconds from the end of each of TRL's steps to the next one's."""
+    """Seconds between the ends of TRL's steps."""
     from datasets import Dataset, disable_progress_bars
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
-    quiet_environment()  # nothing looks for a network
+    quiet_environment()  # no library uses the network
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:

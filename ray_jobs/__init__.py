@@ -1,1 +1,1 @@
-"""The command line and the entry points of Ray jobs: wiring alone."""
+"""The command line and the entry points of Ray jobs: only wiring."""

@@ -14,7 +14,7 @@ from ray_jobs.session import ray_session
 def run_align(
     config_path: Path, out: Path, overrides: list[str], *, plan: bool, force: bool
 ) -> None:
-    """Run the training of a config, or show what it would do."""
+    """Run the training of a config, or show its plan."""
     config = load_config(config_path, AlignConfig, overrides)
     if plan:
         print(describe_plan(config))
@@ -27,7 +27,7 @@ def run_align(
 
 
 def describe_plan(config: AlignConfig) -> str:
-    """What a run would do and what it would need, as lines of a name and a value."""
+    """The plan of a run and its memory, as lines with a name and a value."""
     planned = plan_alignment(config)
     counts = planned.table.counts
     shape = shape_of(config.model)

@@ -12,11 +12,11 @@ _UNBOUNDED = 1_000_000
 
 
 def run_chat(path: Path) -> None:
-    """Answer each line of stdin with a line (or more) on stdout, until its end.
+    """Answer each line of stdin with one or more lines on stdout, until the end of stdin.
 
-    Greedy, as `poise evaluate` measures. Every line is a conversation of its own: small models are
-    trained on single turns, and a line's answer then depends on nothing but the line. A prompt is
-    shown, on stderr, only to a person at a terminal.
+    Answers are greedy, as in `poise evaluate`. Every line is a separate conversation: small models
+    are trained on single turns, and so an answer depends only on its line. Only a terminal gets a
+    prompt, on stderr.
 
     Raises:
         InputError: `path` is no checkpoint that loads, or its tokenizer has no chat template.
@@ -34,14 +34,14 @@ def run_chat(path: Path) -> None:
 
 
 def _read_line(at_terminal: bool) -> str:
-    """The next line with its line end; empty at the end of the input."""
+    """The next line with its line break; empty at the end of the input."""
     if at_terminal:
         print("> ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline()
 
 
 def _answer(generator: Generator, question: str) -> None:
-    """Print the greedy answer to one question, as long as the model's positions allow."""
+    """Print the greedy answer to one question, within the model's maximum length."""
     messages = [{"role": "user", "content": question}]
     positions = getattr(generator.model.config, "max_position_embeddings", _UNBOUNDED)
     num_tokens = len(generator.encode(messages))

@@ -18,8 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Align, merge, evaluate and serve language models on Ray, so that no strength is bought "
-    "with another. Start with `poise demo`.",
+    help="Align, merge, evaluate and serve language models on Ray, to improve one strength without "
+    "losing another. Start with `poise demo`.",
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file; see configs/")]
@@ -29,9 +29,9 @@ Overrides = Annotated[
 INTERRUPTED = 130
 Out = Annotated[Path, typer.Option("--out", help="where the result goes")]
 Force = Annotated[
-    bool, typer.Option("--force", help="replace an existing result once the new one stands")
+    bool, typer.Option("--force", help="replace an existing result when the new one is complete")
 ]
-Plan = Annotated[bool, typer.Option("--plan", help="show what would be done and what it costs")]
+Plan = Annotated[bool, typer.Option("--plan", help="only show the plan and its cost")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
 
 
@@ -42,7 +42,7 @@ def demo(
     smoke: Annotated[bool, typer.Option("--smoke", help="a smaller world, about 3 min")] = False,
     force: Force = False,
 ) -> None:
-    """The whole story on a tiny world: train, align, merge, evaluate, choose, report."""
+    """The whole workflow on a tiny world: train, align, merge, evaluate, choose, report."""
     from ray_jobs.demo import run_demo
 
     run_demo(out, seed=seed, size="smoke" if smoke else "default", force=force)
@@ -69,7 +69,7 @@ def export(
     step: Annotated[int | None, typer.Option(help="of the checkpoint; default newest")] = None,
     force: Force = False,
 ) -> None:
-    """The model of an unfinished run's checkpoint, in Hugging Face's layout."""
+    """Write a checkpoint of an unfinished run as a Hugging Face model."""
     from ray_jobs.export import run_export
 
     run_export(run, out, step=step, force=force)
@@ -109,7 +109,7 @@ def methods(
 @app.command(epilog="Example: `poise diff runs/a runs/b --base runs/sft`")
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="a checkpoint or adapter")],
-    b: Annotated[str, typer.Argument(metavar="B", help="another one")],
+    b: Annotated[str, typer.Argument(metavar="B", help="another checkpoint or adapter")],
     base: Annotated[str | None, typer.Option("--base", help="their common ancestor")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -122,10 +122,10 @@ def diff(
 @app.command(epilog="Example: `poise verify runs/ties --again`")
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a model that Poise made")],
-    again: Annotated[bool, typer.Option("--again", help="merge anew and compare")] = False,
+    again: Annotated[bool, typer.Option("--again", help="merge again and compare")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a model, and what was merged into it, against the digests in its record."""
+    """Check a model, and the inputs of a merge, against the digests in its record."""
     from ray_jobs.verify import run_verify
 
     run_verify(folder, again=again, as_json=as_json)
@@ -139,7 +139,7 @@ def evaluate(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure models on tasks: the matrix with standard errors."""
+    """Measure models on tasks; print the matrix with standard errors."""
     from ray_jobs.evaluate import run_evaluate
 
     run_evaluate(config, out, overrides or [], force=force, as_json=as_json)
@@ -177,7 +177,7 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
 ) -> None:
-    """Serve checkpoints behind an OpenAI-compatible API with Ray Serve and vLLM."""
+    """Serve checkpoints through an OpenAI-compatible API with Ray Serve and vLLM."""
     from ray_jobs.serve import run_serve
 
     run_serve(paths, host=host, port=port)
@@ -194,11 +194,11 @@ def chat(
 
 
 def main() -> None:
-    """Run the command line and exit: 0; 2 for bad input; 130 after Ctrl-C; 1 for anything else."""
+    """Run the command line and exit: 0 for success, 2 for bad input, 130 after Ctrl-C, else 1."""
     quiet_environment()
     try:
         status = app(standalone_mode=False)
-        if status == INTERRUPTED:  # typer's answer to Ctrl-C
+        if status == INTERRUPTED:  # typer returns this after Ctrl-C
             raise KeyboardInterrupt
     except InputError as error:
         _stop(f"poise: {error}", 2)
@@ -214,13 +214,13 @@ def main() -> None:
 
 
 def _stop(message: str, status: int) -> None:
-    """Print the last words and leave with `status`."""
+    """Print a message and exit with `status`."""
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def _write_log(error: Exception) -> str:
-    """Write the traceback to a file; returns the file's path, and Ray's logs where they are."""
+    """Write the traceback to a file; returns its path, and the folder of Ray's logs if known."""
     ray_logs = log_directory()
     with tempfile.NamedTemporaryFile(
         "w", prefix=f"poise-{os.getpid()}-", suffix=".log", delete=False

@@ -1,5 +1,5 @@
-"""`poise demo`: the whole story on the tiny world, step by step, through the same code as the
-other commands. Every step's config stands as a file below `OUT/configs/`, made from configs/demo/.
+"""`poise demo`: the whole workflow on the tiny world, step by step, with the same code as the other
+commands. Every step's config is a file below `OUT/configs/`, made from configs/demo/.
 """
 
 import json
@@ -37,10 +37,10 @@ RESULT_FILE = "results.json"
 
 
 def run_demo(out: Path, *, seed: int, size: str, force: bool) -> None:
-    """Run what is not finished of the demo in `out`, then print table, plots and page.
+    """Run the unfinished steps of the demo in `out`, then print the table and write the report.
 
     Raises:
-        InputError: `out` holds a run with another seed or size, or something else.
+        InputError: `out` holds a run with another seed or size, or other files.
     """
     out = resolve_output(out, None)
     old = out.with_name(f".{out.name}.old")
@@ -58,11 +58,11 @@ def run_demo(out: Path, *, seed: int, size: str, force: bool) -> None:
 
 
 def _move_aside(out: Path, old: Path) -> None:
-    """Make room for a new run; the last finished one stays at `old` until the new one stands."""
+    """Make room for a new run; the last finished run stays at `old` until the new one finishes."""
     if not (out / STATE_FILE).is_file():
-        return  # no run: a new one begins there, or `Steps` refuses what else it holds
+        return  # no run: a new one begins here, or `Steps` refuses the other files
     if old.exists() and not (out / RESULT_FILE).is_file():
-        shutil.rmtree(out)  # a new run that never stood
+        shutil.rmtree(out)  # a new run that was never finished
         return
     shutil.rmtree(old, ignore_errors=True)
     out.rename(old)
@@ -70,7 +70,7 @@ def _move_aside(out: Path, old: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Paths:
-    """Where the demo's pieces stand."""
+    """The paths of the demo's files."""
 
     out: Path
 
@@ -103,7 +103,7 @@ class Demo:
         self._stack.close()
 
     def steps(self) -> list[Step]:
-        """All steps, in order, with their times on two idle cores in seconds."""
+        """All steps in order, with their expected seconds on two idle cores."""
         paths = self.paths
         smoke = self.size == "smoke"
         steps = [
@@ -128,7 +128,7 @@ class Demo:
             self._ray_runs = True
 
     def _write_config(self, name: str, overrides: Sequence[str] = ()) -> Path:
-        """Make a step's config from configs/demo/: this run's folder and seed put in."""
+        """Write a step's config: a file of configs/demo/ with this run's folder and seed."""
         text = (demo_configs() / f"{name}.yaml").read_text()
         comment = text.splitlines()[0]
         places = {"configs/demo/": f"{self.paths.out}/configs/", "runs/demo": str(self.paths.out)}
@@ -193,19 +193,19 @@ class Demo:
 
 
 def demo_configs() -> Path:
-    """The folder configs/demo/: at the top of a checkout, and in this package once installed."""
+    """The folder configs/demo/: in this package if installed, else at the top of the checkout."""
     installed = Path(__file__).with_name("configs")
     return (installed if installed.is_dir() else PROJECT_ROOT / "configs") / "demo"
 
 
 def chosen(out: Path, merge_name: str) -> dict[str, Any]:
-    """The parameters that a sweep chose for a merge on development; empty for the other merges."""
+    """The parameters that a sweep chose for a merge on development; empty for other merges."""
     path = _Paths(out).result(f"sweep-{merge_name}") / "sweep.json"
     return json.loads(path.read_text())["best"]["parameters"] if path.is_file() else {}
 
 
 def write_results(out: Path, seed: int, seconds: dict[str, float]) -> None:
-    """Put what the steps found together as `results.json`."""
+    """Collect the steps' results in `results.json`."""
     paths = _Paths(out)
     measured = {
         split: json.loads((paths.result(f"evaluation-{split}") / "evaluation.json").read_text())
@@ -248,7 +248,7 @@ def _origin(out: Path, name: str) -> tuple[str, list[str], str]:
 
 
 def _last_lines(out: Path) -> None:
-    """Where everything is, and how to talk to the best model."""
+    """Print how to talk to the best merge."""
     best = json.loads((out / RESULT_FILE).read_text())["best_merge"]
     body = json.dumps({"model": best, "messages": [{"role": "user", "content": "reverse b d a"}]})
     print(

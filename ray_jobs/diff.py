@@ -1,4 +1,4 @@
-"""`poise diff`: how two models differ, tensor by tensor."""
+"""`poise diff`: the differences of two models, tensor by tensor."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ NUM_SHOWN = 40
 
 
 def run_diff(a: str, b: str, base: str | None, *, as_json: bool) -> None:
-    """Compare two models and print what was found: on stdout; what cannot be compared on stderr."""
+    """Compare two models; print the result on stdout, and tensors without a match on stderr."""
     found = diff_models(a, b, base)
     for line in unmatched(a, b, base):
         print(line, file=sys.stderr)
@@ -24,7 +24,7 @@ def run_diff(a: str, b: str, base: str | None, *, as_json: bool) -> None:
 
 
 def _table(found: list[TensorDiff], *, has_base: bool) -> Table:
-    """The tensors that differ most, and all together."""
+    """A table of the tensors that differ most, and of all together."""
     *tensors, total = found
     tensors = sorted(tensors, key=lambda each: -each.relative)
     columns = ["tensor", "elements", "|B - A|", "/ |A|", "cosine"]

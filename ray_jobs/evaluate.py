@@ -20,7 +20,7 @@ def run_evaluate(
     """Run the matrix of a config and print it; returns the content of `evaluation.json`."""
     config = load_config(config_path, EvaluateConfig, overrides)
     out = resolve_output(out, config.storage)
-    plan = plan_evaluation(config, out)  # every input is looked at before Ray starts
+    plan = plan_evaluation(config, out)  # checks all inputs before Ray starts
     with ray_session():
         [summary] = evaluate_planned([plan], force=force)
     if as_json:
@@ -32,7 +32,7 @@ def run_evaluate(
 
 
 def _print(summary: dict[str, Any]) -> None:
-    """The matrix as a table: a row for each model, a column for each H and task."""
+    """Print the matrix: a row for each model, a column for each H and task."""
     models = summary["models"]
     first = next(iter(models.values()))
     heads = [name for name in first if name != "tasks"]

@@ -19,9 +19,9 @@ from ray_jobs.session import ray_session
 def run_merge(
     config_path: Path, out: str | None, overrides: list[str], *, plan: bool, force: bool
 ) -> None:
-    """Run the merge of a config, or show what it would do."""
+    """Run the merge of a config, or show its plan."""
     config = load_merge_config(config_path, overrides)
-    planned = plan_merge(config)  # every input is looked at before Ray starts
+    planned = plan_merge(config)  # checks all inputs before Ray starts
     if plan:
         _show(planned)
         return
@@ -38,9 +38,9 @@ def run_merge(
 
 
 def runs_on_ray(config: MergeConfig) -> bool:
-    """Whether a merge goes to Ray: where it says so, or where a cluster is there anyway.
+    """Whether a merge runs on Ray: if the config says so, or with `auto` if a cluster is running.
 
-    On one machine a merge takes less time than a cluster's start.
+    On one machine a merge takes less time than starting Ray.
     """
     if config.executor != "auto":
         return config.executor == "ray"
@@ -49,7 +49,7 @@ def runs_on_ray(config: MergeConfig) -> bool:
 
 
 def _show(plan: MergePlan) -> None:
-    """Print what a merge would do and what it would cost."""
+    """Print the plan of a merge and its cost."""
     config, cost = plan.config, estimate(plan)
     num_elements = sum(tensor.num_elements for tensor in plan.tensors.values())
     lines = {

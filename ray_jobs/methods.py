@@ -11,10 +11,10 @@ from ray_jobs.tables import print_table
 
 
 def run_methods(name: str | None, *, as_json: bool) -> None:
-    """Print all methods with their summaries, or one with its parameters.
+    """Print all methods with their summaries, or one method with its parameters.
 
     Raises:
-        InputError: a name that is no method.
+        InputError: an unknown method.
     """
     if name is not None and name not in METHODS:
         raise InputError(f"method: found {name!r}; allowed: {', '.join(METHODS)}")
@@ -31,7 +31,7 @@ def run_methods(name: str | None, *, as_json: bool) -> None:
 
 
 def _described(method: Method) -> dict[str, object]:
-    """One method as JSON-able values."""
+    """One method as values for JSON."""
     parameters = {}
     for name, parameter in method.parameters.items():
         entry = asdict(parameter)

@@ -26,8 +26,8 @@ def run_report(paths: list[Path], out: Path | None, *, force: bool) -> None:
     """Print the table and findings of each run, and of the means over several; write the files.
 
     Raises:
-        InputError: a run that is not finished or cannot be read, several runs with different
-            models, or an `out` that holds other things; nothing has been written then.
+        InputError: a run that is unfinished or cannot be read, runs with different models, or an
+            `out` with other files; then nothing has been written.
     """
     target = None if out is None else resolve_output(out, None)
     runs = [(path, load_results(path)) for path in paths]
@@ -41,7 +41,7 @@ def run_report(paths: list[Path], out: Path | None, *, force: bool) -> None:
 
 
 def _text_of_run(path: Path, results: Results, several: bool) -> str:
-    """Table and findings of one run; named only where there are several."""
+    """Table and findings of one run, with the run's name if there are several."""
     width, colour = _terminal()
     start = f"{path.resolve().name}, " if several else ""
     return _text(
@@ -78,13 +78,13 @@ def _text(table: str, sentences: list[str]) -> str:
 
 
 def _terminal() -> tuple[int, bool]:
-    """Width and colour for `render_table`: the terminal's, or plain where stdout is none."""
+    """Width and colour for `render_table`: the terminal's, or plain if stdout is not a terminal."""
     if not sys.stdout.isatty():
         return PLAIN_WIDTH, False
     return shutil.get_terminal_size().columns, "NO_COLOR" not in os.environ
 
 
 def _print(text: str) -> None:
-    """Write to stdout; what its encoding lacks becomes '?', rather than an error at the end."""
+    """Write to stdout; characters that its encoding lacks become '?' instead of an error."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)

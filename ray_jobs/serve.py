@@ -1,4 +1,4 @@
-"""`poise serve`: checkpoints behind an OpenAI-compatible API with Ray Serve and vLLM."""
+"""`poise serve`: checkpoints through an OpenAI-compatible API with Ray Serve and vLLM."""
 
 import errno
 import json
@@ -30,22 +30,22 @@ from ray_jobs.session import quiet_environment, ray_session, worker_environment
 
 APPLICATION = "poise"
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Servers that listen beyond this machine are open to everyone who reaches them.
+# A server on any other host is open to everyone who can reach it.
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Libraries that tell of their progress at length; what goes wrong still comes out.
+# Libraries with long progress logs; their errors are still shown.
 _TALKATIVE = ("ray.serve", "vllm", "httpx")
 
 
 def run_serve(paths: list[Path], *, host: str, port: int) -> None:
     """Serve the models until Ctrl-C or SIGTERM.
 
-    When all answer, one line with the address and a `curl` to try goes to stdout. In a cluster
-    (`RAY_ADDRESS`) the API listens on the head node; there the models' folders must be readable on
-    every node.
+    When all models answer, one line with the address and a `curl` command goes to stdout. In a
+    cluster (`RAY_ADDRESS`) the API listens on the head node, and the models' folders must be
+    readable on every node.
 
     Raises:
-        InputError: a path that is no complete chat checkpoint, two of the same name, a taken port,
-            vLLM not installed, fewer GPUs than models, a cluster that already runs Ray Serve.
+        InputError: an incomplete chat checkpoint, two with the same name, a taken port, vLLM not
+            installed, fewer GPUs than models, or a cluster that already runs Ray Serve.
     """
     quiet_environment()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -59,7 +59,7 @@ def run_serve(paths: list[Path], *, host: str, port: int) -> None:
     needed = needed_resources(models, device)
     num_cpus = max(math.ceil(needed["CPU"]), os.cpu_count() or 1)
     stdout = sys.stdout
-    # Ray prints notices of its own; they are no result.
+    # Ray prints its own notices, which do not belong on stdout.
     with redirect_stdout(sys.stderr), ray_session(num_cpus=num_cpus), _sigterm_as_interrupt():
         _check_resources(needed)
         with _serve_instance(host, port):
@@ -74,13 +74,13 @@ def run_serve(paths: list[Path], *, host: str, port: int) -> None:
 
 
 def _quiet_loggers() -> None:
-    """Once before the libraries are imported, once after: importing Serve sets its level anew."""
+    """Call it before and after the libraries are imported: importing Serve resets its log level."""
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _check_port(host: str, port: int) -> None:
-    """Bind the port for a moment: what is in the way shows now, not after a minute of loading."""
+    """Bind the port for a moment, so that a problem is found now, not after a minute of loading."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -95,10 +95,11 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _check_resources(needed: dict[str, float]) -> None:
-    """A request for what is not there waits for ever: an error here, a note where a cluster grows.
+    """Check Ray's resources, because a request for missing ones waits forever. In a cluster, which
+    may grow, a note is printed.
 
     Raises:
-        InputError: this machine has fewer GPUs than there are models.
+        InputError: this machine has fewer GPUs than models.
     """
     import ray
 
@@ -115,7 +116,7 @@ def _check_resources(needed: dict[str, float]) -> None:
 
 @contextmanager
 def _serve_instance(host: str, port: int) -> Iterator[None]:
-    """Ray Serve with its HTTP proxy on the head node; shut down at the end, undisturbed.
+    """Ray Serve with its HTTP proxy on the head node; it is shut down completely at the end.
 
     Raises:
         InputError: the cluster already runs Ray Serve, whose address cannot be changed.
@@ -129,7 +130,7 @@ def _serve_instance(host: str, port: int) -> Iterator[None]:
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         yield
     finally:
-        # A second Ctrl-C must not leave half of the actors behind.
+        # A second Ctrl-C must not interrupt the shutdown and leave actors behind.
         handlers = {name: signal.signal(name, signal.SIG_IGN) for name in _ENDING_SIGNALS}
         serve.shutdown()
         for name, handler in handlers.items():
@@ -138,7 +139,7 @@ def _serve_instance(host: str, port: int) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Within the block, SIGTERM ends the command the way Ctrl-C does."""
+    """In the block, SIGTERM acts like Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -158,7 +159,7 @@ def _deploy(app: Any) -> None:
 
 
 def _wait_for_interrupt() -> None:
-    """Sleep until Ctrl-C or SIGTERM: the ordinary end of a server."""
+    """Sleep until Ctrl-C or SIGTERM, the normal end of a server."""
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
@@ -170,7 +171,7 @@ def _url(host: str, port: int) -> str:
 
 
 def _curl(host: str, port: int, model: ServedModel) -> str:
-    """A request to paste into a shell; greedy, as the model was measured."""
+    """A request to paste into a shell; greedy, as in `poise evaluate`."""
     messages = [{"role": "user", "content": "hello"}]
     body = {"model": model.name, "messages": messages, "temperature": 0}
     return (

@@ -13,9 +13,9 @@ from typing import Any
 from pipelines.errors import InputError
 
 POLL_S = 0.5
-PROJECT_ROOT = Path(__file__).resolve().parent.parent  # of a checkout; site-packages once installed
+PROJECT_ROOT = Path(__file__).resolve().parent.parent  # the checkout, or site-packages
 
-# Nothing phones home, and nothing waits for a network that may not be there.
+# No library sends usage data or waits for a network that may be missing.
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -33,29 +33,28 @@ QUIET_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
 }
 
-# One machine is not taken away in parts, and the process that would watch for it costs seconds.
+# A single machine is not preempted, and the watcher process would cost seconds.
 LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 def quiet_environment() -> None:
-    """Set the variables that keep libraries quiet and offline, where the user has not set them."""
+    """Set the variables that keep libraries quiet and offline, unless the user has set them."""
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # transformers loads DeepSpeed on saving, which then warns of every machine without a GPU.
+    # When transformers saves, it loads DeepSpeed, which warns on machines without a GPU.
     logging.getLogger("DeepSpeed").disabled = True
 
 
 @contextmanager
 def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> Iterator[None]:
-    """Ray for the length of the block.
+    """Ray during the block.
 
-    Joins the cluster in `RAY_ADDRESS` if there is one, or the session that already runs in this
-    process; else starts a local one with `num_cpus` (default: this machine's cores, at least 2)
-    and stops it at the end, also after Ctrl-C. Workers import this project from where the driver
-    does.
+    Uses the Ray that already runs in this process, or the cluster in `RAY_ADDRESS`; else it starts
+    a local Ray with `num_cpus` (default: this machine's cores, at least 2) and stops it at the end,
+    also after Ctrl-C. Workers import this project from the driver's path.
 
     Raises:
-        InputError: `RAY_ADDRESS` names a head that does not answer.
+        InputError: the head in `RAY_ADDRESS` does not answer.
     """
     quiet_environment()
     import ray
@@ -86,8 +85,8 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
 
 @contextmanager
 def told_of_a_loss() -> Iterator[None]:
-    """Say so where one of the processes that Ray has started here dies in the block: seconds later
-    Ray ends this process, with status 1 and without a word that says what to do.
+    """Print a message if one of Ray's local processes dies in the block, because seconds later Ray
+    ends this process with status 1 and without advice.
     """
     ended = threading.Event()
     dead_processes = getattr(_local_node(), "dead_processes", list)
@@ -112,7 +111,7 @@ def told_of_a_loss() -> Iterator[None]:
 
 
 def check_head(address: str) -> None:
-    """Raise InputError if nobody listens at host:port; Ray itself would wait for minutes."""
+    """Raise InputError if nothing listens at host:port; Ray itself would wait for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return
@@ -125,10 +124,10 @@ def check_head(address: str) -> None:
 
 @contextmanager
 def _native_logs_off_the_terminal() -> Iterator[None]:
-    """Start Ray's native part so that only fatal errors of it reach the terminal.
+    """In the block, Ray's native code starts without writing to the terminal (except fatal errors).
 
-    It calls every actor of Ray Data an error; and it announces the level it was asked for, on the
-    file descriptor itself. Errors that stop Ray come as exceptions all the same.
+    It logs every actor of Ray Data as an error, and writes its log level directly to the file
+    descriptor. Errors that stop Ray still raise exceptions.
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     sys.stderr.flush()
@@ -144,14 +143,14 @@ def _native_logs_off_the_terminal() -> Iterator[None]:
 
 
 def worker_environment() -> dict[str, str]:
-    """Environment of the workers: quiet, and able to import the project and what it uses."""
+    """Environment of the workers: quiet, and with the import paths of the project."""
     paths = [str(PROJECT_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     quiet = {name: os.environ.get(name, value) for name, value in QUIET_ENVIRONMENT.items()}
     return {**quiet, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def log_directory() -> str:
-    """Where the running Ray session writes its logs; empty where that is not known."""
+    """The folder of the running Ray's logs; empty if it is unknown."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return ""
@@ -160,9 +159,8 @@ def log_directory() -> str:
 
 
 def _local_node() -> Any:
-    """Ray's own object for its processes on this machine, which no public name leads to.
-
-    None where a release of Ray keeps it elsewhere: its users then go without what it tells.
+    """Ray's private object for its processes on this machine; None if a release of Ray keeps it
+    elsewhere (callers must work without it).
     """
     import ray
 

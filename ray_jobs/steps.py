@@ -1,4 +1,4 @@
-"""Steps of a long run: each is done once, timed, and found finished after an interruption."""
+"""Steps of a long run: each runs once, is timed, and is not repeated after an interruption."""
 
 import json
 import shutil
@@ -17,8 +17,8 @@ STATE_FILE = "steps.json"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One piece of work, its (last) output, and about how long it takes on two idle cores. A step
-    that `keeps` goes on with what stands already of its work.
+    """One piece of work, its (last) output, and its expected time on two idle cores. A step that
+    `keeps` continues from the parts of its work that are already done.
     """
 
     name: str
@@ -31,15 +31,15 @@ class Step:
 class Steps:
     """Runs steps in order and remembers the finished ones in `steps.json`.
 
-    A step counts as finished when it is recorded and its output is there. The estimate of the time
-    left scales the expected times by how this machine has done so far.
+    A step is finished when it is recorded and its output exists. The estimate of the time left
+    scales the expected times by this machine's speed so far.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        """Begin or go on with the run in `out`.
+        """Begin or continue the run in `out`.
 
         Raises:
-            InputError: `out` holds a run with other settings, or something that is no run.
+            InputError: `out` holds a run with other settings, or other files.
         """
         self.path = out / STATE_FILE
         self.settings = settings
@@ -71,7 +71,7 @@ class Steps:
             print(f"{label:<44} about {_minutes(left)} left", file=sys.stderr, flush=True)
             start = time.monotonic()
             if step.output.is_dir() and not step.keeps:
-                shutil.rmtree(step.output)  # complete, but its record was lost: made anew
+                shutil.rmtree(step.output)  # complete but not recorded: run the step again
             step.run()
             self.seconds[step.name] = round(time.monotonic() - start, 2)
             spent, expected = spent + self.seconds[step.name], expected + step.expected_s

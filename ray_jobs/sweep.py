@@ -20,7 +20,7 @@ def run_sweep(
     """Run the sweep of a config and print its trials; returns the content of `sweep.json`."""
     config = load_config(config_path, SweepConfig, overrides)
     out = resolve_output(out, config.storage)
-    plan = plan_sweep(config)  # every mistake shows before Ray starts
+    plan = plan_sweep(config)  # finds all mistakes before Ray starts
     with ray_session():
         result = sweep_planned(plan, out, force=force)
     if as_json:
@@ -32,7 +32,7 @@ def run_sweep(
 
 
 def _print(result: dict[str, Any]) -> None:
-    """The trials as a table, the best one marked."""
+    """Print the trials as a table with a mark on the best one."""
     names = list(result["best"]["parameters"])
     table = Table(*names, result["metric"], title=f"{result['split']} split, percent")
     for trial in result["trials"]:

@@ -9,5 +9,5 @@ PIPED_WIDTH = 200
 
 
 def print_table(table: Table) -> None:
-    """Print a table; no name in it is cut where nobody looks at a terminal."""
+    """Print a table; in a file or pipe, no name is cut."""
     Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table)

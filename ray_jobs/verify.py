@@ -9,10 +9,10 @@ from pipelines.merge.verify import Verification, verify
 
 
 def run_verify(folder: Path, *, again: bool, as_json: bool) -> None:
-    """Print what became of a model and of what was merged into it.
+    """Print the state of a model and of a merge's inputs.
 
     Raises:
-        InputError: the model is not that of the record, or a new merge gave another one.
+        InputError: the model differs from its record, or a new merge gave another model.
     """
     found = verify(folder, again=again)
     if as_json:
