@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says of additions. Oracle: where the names of the tables' entries stand."""
+"""CONTRIBUTING.md's table of additions. Oracle: the files that name the tables' entries."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Comparisons of tensors: closed forms, brute force, and ranges that add up to the whole."""
+"""Comparisons of tensors, and of ranges that add up to the whole.
+
+Oracle: closed forms, and brute force in float64.
+"""
 
 import math
 

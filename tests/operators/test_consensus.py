@@ -1,4 +1,7 @@
-"""Consensus: closed forms, brute force and the rules' symmetries."""
+"""Consensus of deltas.
+
+Oracle: closed forms, brute force, and the symmetries of the rules.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""The pinned random function: test vectors, statistics, and no dependence on chunks."""
+"""The pinned random function.
+
+Oracle: pinned test vectors, statistics of uniform words, and the whole instead of chunks.
+"""
 
 import itertools
 

@@ -1,4 +1,7 @@
-"""Losses against their papers' formulas in float64, written out by hand with the math module."""
+"""Losses of alignment.
+
+Oracle: the papers' formulas in float64, written out by hand with the math module.
+"""
 
 import math
 import random

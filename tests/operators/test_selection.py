@@ -1,4 +1,7 @@
-"""The one search, beside a full sort by magnitude and counter word."""
+"""The search for the k largest magnitudes.
+
+Oracle: a full sort by magnitude and counter word.
+"""
 
 import itertools
 import threading

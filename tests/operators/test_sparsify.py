@@ -1,4 +1,7 @@
-"""Sparsifiers, beside closed forms, brute force in float64 and exact counts."""
+"""Sparsifiers.
+
+Oracle: closed forms, brute force in float64, and exact counts.
+"""
 
 import numpy as np
 import pytest

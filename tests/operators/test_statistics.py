@@ -1,4 +1,7 @@
-"""Means and clustered standard errors."""
+"""Means and clustered standard errors.
+
+Oracle: numpy's usual formulas, and closed forms.
+"""
 
 import math
 

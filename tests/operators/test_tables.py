@@ -1,6 +1,6 @@
 """A sparsifier from outside, in one function and one line: used offline and online.
 
-Oracle: the merges and steps written out by hand in float64.
+Oracle: the same merges and steps, written out by hand in float64.
 """
 
 import pytest

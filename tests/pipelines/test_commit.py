@@ -1,4 +1,4 @@
-"""Commit or nothing. Oracle: the files that stand there, before and after."""
+"""Commit or nothing. Oracle: the files in the folder before and after."""
 
 from pathlib import Path
 from threading import Thread

@@ -1,6 +1,6 @@
 """Where outputs live, and how unchanged inputs are recognised.
 
-Oracle: paths written by hand, and what equal content has in common.
+Oracle: paths written by hand; equal content has equal fingerprints, other content has others.
 """
 
 from pathlib import Path

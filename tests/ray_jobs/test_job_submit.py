@@ -1,6 +1,6 @@
 """Commands submitted as Ray jobs, with this repository as working directory, to a local head.
 
-Oracle: a score known by hand, and what the head says of each job.
+Oracle: a score known by hand, and the status that the head reports for each job.
 """
 
 import json

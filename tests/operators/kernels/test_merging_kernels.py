@@ -1,4 +1,7 @@
-"""The compiled passes beside the eager ones: the same bits, whatever the numbers."""
+"""The compiled passes give the same bits as the eager ones.
+
+Oracle: the eager functions, bit for bit.
+"""
 
 import ctypes
 import time

@@ -1,4 +1,7 @@
-"""Averages and interpolations: closed forms, brute force in float64, edges."""
+"""Averages and interpolations.
+
+Oracle: closed forms, brute force in float64, and edge cases worked out by hand.
+"""
 
 import math
 

@@ -1,4 +1,7 @@
-"""Which of equal magnitudes stay where counter words repeat: in more than 2^32 elements."""
+"""Which of equal magnitudes stay where counter words repeat: in more than 2^32 elements.
+
+Oracle: the order by its definition (the word, then the index's upper half), sorted by numpy.
+"""
 
 import numpy as np
 import pytest

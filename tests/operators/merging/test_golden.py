@@ -1,6 +1,6 @@
 """Against mergekit 0.1.5: the same where definitions agree, right where mergekit is wrong.
 
-tests/golden/make.py made the files with mergekit itself.
+Oracle: mergekit's own results, made by tests/golden/make.py; else closed forms.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""One clear line for everything that cannot be."""
+"""Parameters: one clear line for everything that is not allowed.
+
+Oracle: messages and values written by hand.
+"""
 
 import re
 

@@ -1,4 +1,7 @@
-"""What every merge must satisfy, whatever its inputs."""
+"""What every merge must satisfy, whatever its inputs.
+
+Oracle: the properties themselves, on numbers that float32 holds exactly.
+"""
 
 import pytest
 import torch

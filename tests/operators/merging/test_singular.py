@@ -1,4 +1,7 @@
-"""TSVM and R-TSVM: against the plain SVD recipe in float64, and what is arbitrary made harmless."""
+"""TSVM and R-TSVM.
+
+Oracle: the plain SVD recipe in float64, and closed forms where singular vectors are arbitrary.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,7 @@
-"""A range with its context gives what the whole gives, to the last bit, for any chunks."""
+"""Merging ranges with a context, in chunks of any size and order.
+
+Oracle: the merge of the whole tensor, bit for bit.
+"""
 
 import pickle
 import random

@@ -1,4 +1,7 @@
-"""Every composition of a sparsifier and a consensus against brute force in float64."""
+"""Every composition of a sparsifier and a consensus.
+
+Oracle: brute force in float64, written as on paper (brute.py).
+"""
 
 from itertools import product
 

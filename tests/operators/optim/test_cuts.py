@@ -1,4 +1,7 @@
-"""First brackets of cuts, beside the cut of whole tensors: exact wherever it moves."""
+"""First brackets of cuts, and cuts that move.
+
+Oracle: the exact cut of the whole tensor, by the same rule for equal magnitudes.
+"""
 
 from typing import Any
 

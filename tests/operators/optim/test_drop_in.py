@@ -1,4 +1,7 @@
-"""The documented lines, as they stand in docs/optimizers.md, run on a tiny model."""
+"""The documented lines, as they stand in docs/optimizers.md, run on a tiny model.
+
+Oracle: they run, and their steps move along tau as documented.
+"""
 
 import inspect
 import re

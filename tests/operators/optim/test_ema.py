@@ -1,4 +1,7 @@
-"""The moving average of weights."""
+"""The moving average of weights.
+
+Oracle: the recurrence in float64.
+"""
 
 import copy
 

@@ -1,4 +1,7 @@
-"""The compiled and the Triton way, beside the eager one: masks, cuts, and weights to rounding."""
+"""The compiled and the Triton path.
+
+Oracle: the eager path: equal masks and cuts, and weights up to rounding.
+"""
 
 import os
 import subprocess

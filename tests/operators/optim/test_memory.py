@@ -1,4 +1,7 @@
-"""What a step needs beyond its parameters: state, and temporaries of a chunk."""
+"""What a step needs beyond its parameters: state, and temporaries of a chunk.
+
+Oracle: the documented bytes, and the sizes of all tensors that operations return.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""Online merging optimizers: their limits, step-K by hand, masks, resumption, sharding."""
+"""Online merging optimizers: their limits, step-K, masks, resumption, sharding.
+
+Oracle: torch's AdamW, and the paper's equations written out by hand.
+"""
 
 import copy
 

@@ -1,4 +1,7 @@
-"""Stochastic rounding: between the two neighbours, right on average, and shard-invariant."""
+"""Stochastic rounding: between the two neighbours, right on average, and shard-invariant.
+
+Oracle: the dtype's two neighbours, the exact mean in float64, and the whole tensor.
+"""
 
 import pytest
 import torch

@@ -1,7 +1,9 @@
 """The same masks, signs and weights under every sharding, with real processes over gloo.
 
-Gradients are injected, so what is tested is the optimizers alone: one process, rows over 2, 3 and 4
-ranks (FSDP2's DTensors), and flat partitions over the same ranks (as ZeRO cuts them).
+Gradients are injected, so only the optimizers are tested: rows over 2, 3 and 4 ranks (FSDP2's
+DTensors), and flat partitions over the same ranks (as ZeRO cuts them).
+
+Oracle: the same steps in one process.
 """
 
 from pathlib import Path

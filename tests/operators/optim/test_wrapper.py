@@ -1,4 +1,7 @@
-"""Online merging around any torch optimizer."""
+"""Online merging around any torch optimizer.
+
+Oracle: the base optimizer itself, `OnlineMergingAdamW`, and the equations by hand.
+"""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""Adapters as PEFT writes them, against PEFT's own merging.
+"""Adapters as PEFT writes them.
 
 Oracle: PEFT's own merging.
 """

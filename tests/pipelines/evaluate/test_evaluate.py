@@ -1,6 +1,6 @@
 """The matrix: graders, cells, resumption, and what is wrong with tasks.
 
-Oracle: answers that the models were heard to give, so that every score is known by hand.
+Oracle: the models' recorded answers, from which every score is known by hand.
 """
 
 import json

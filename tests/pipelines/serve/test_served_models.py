@@ -1,6 +1,6 @@
 """What can be wrong with a model to serve is found on disk, before anything starts.
 
-Oracle: checkpoints that are right but for one thing, and vLLM's own list of head sizes.
+Oracle: checkpoints with exactly one defect each, and vLLM's own list of head sizes.
 """
 
 import json

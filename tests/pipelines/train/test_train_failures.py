@@ -1,6 +1,6 @@
 """What ends a run, or never lets it begin: one clear line, and nothing half-written.
 
-Oracles: the written messages, what the system itself refuses, and undisturbed runs.
+Oracles: messages written by hand, errors of the system itself, and undisturbed runs.
 """
 
 import errno

@@ -1,6 +1,6 @@
 """What the reference says of rows, from its store or on the fly.
 
-Oracles: the one way against the other, a store of all rows against one of some, an undisturbed
+Oracles: stored against on-the-fly numbers, a store of all rows against one of some, an undisturbed
 computation against a killed one, and transformers in float64.
 """
 
