@@ -74,10 +74,10 @@ class MergeConfig(Config):
 
     merge_method: str = Field(description="a name of `operators.merging.METHODS`")
     models: list[ModelEntry] = Field([], description="what is merged, layer by layer")
-    slices: list[Slice] = Field([], description="instead of models: the output's layers in turn")
+    slices: list[Slice] = Field([], description="instead of models: the output's layers in order")
     base_model: str | None = Field(None, description="W0, the models' common ancestor")
     parameters: Parameters = Field({}, description="of the method, for all models")
-    dtype: DtypeName | None = Field(None, description="the output's, where out_dtype is not given")
+    dtype: DtypeName | None = Field(None, description="the output's, if out_dtype is not given")
     out_dtype: DtypeName | None = Field(None, description="the output's; default the base's own")
     tokenizer_source: str | None = Field(None, description="union, base or a model; mergekit's")
     tokenizer: str | TokenizerSettings | None = Field(
@@ -85,24 +85,24 @@ class MergeConfig(Config):
     )
     chat_template: str | None = Field(None, description="a Jinja template, or a model's folder")
     allow_missing: list[str] = Field(
-        [], description="patterns of tensors that not every model has; taken as the base has them"
+        [], description="patterns of tensors that some models lack; copied from the base if it can"
     )
     merges: dict[str, "MergeConfig"] = Field(
         {}, description="named merges, which models and later named merges refer to"
     )
-    out: str | None = Field(None, description="of a named merge: where it is written as well")
+    out: str | None = Field(None, description="of a named merge: also write it here")
     seed: int = Field(0, description="of random masks")
     allow_nonfinite: bool = Field(False, description="merge NaN and Inf instead of stopping")
     max_shard_bytes: int = Field(5_000_000_000, ge=1, description="of one file of the output")
     memory_budget: int = Field(
-        GIB, ge=1 << 24, description="bytes of all workers together, beside the program's own"
+        GIB, ge=1 << 24, description="bytes of all workers together, without the program's own"
     )
     executor: Literal["auto", "local", "ray"] = Field(
         "auto", description="threads of one process, or Ray Data actors; auto: ray in a cluster"
     )
     num_workers: int = Field(2, ge=1, description="threads, or Ray Data actors")
     device: Literal["cpu", "cuda"] = Field(
-        "cpu", description="where methods on whole matrices work (tsvm, r_tsvm)"
+        "cpu", description="the device of methods on whole matrices (tsvm, r_tsvm)"
     )
     storage: str | None = Field(None, description="where relative outputs live: folder or address")
 

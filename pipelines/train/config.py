@@ -88,18 +88,18 @@ class OptimizerConfig(Config):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    sparsifier: str | None = Field(None, description="what is kept of update and tau (online)")
-    consensus: str | None = Field(None, description="how the two become one (online)")
-    sparsifier_parameters: dict[str, Any] = Field({}, description="beside the density (online)")
+    sparsifier: str | None = Field(None, description="sparsifier of update and tau (online)")
+    consensus: str | None = Field(None, description="consensus of update and tau (online)")
+    sparsifier_parameters: dict[str, Any] = Field({}, description="except the density (online)")
     density: float | None = Field(None, gt=0, le=1, description="fraction kept (online merging)")
     alpha: float | None = Field(None, ge=0, lt=1, description="weight of tau (online merging)")
     merge_every: int = Field(1, ge=1, description="K of step-K (online merging)")
     alpha_schedule: AlphaSchedule = Field(
-        "constant", description="alpha as it is, or in proportion to the learning rate"
+        "constant", description="constant alpha, or in proportion to the learning rate"
     )
     tau: TauConfig | None = Field(None, description="where tau comes from")
     missing_delta: MissingDelta = Field(
-        "error", description="for tensors of which tau has none, or fewer rows"
+        "error", description="for parameters that tau lacks, or that have fewer rows in tau"
     )
     delta_placement: DeltaPlacement = Field(
         "device", description="where tau is kept, or read from its files at every step"
@@ -156,8 +156,8 @@ class AlignConfig(Config):
     )
     reference_log_probabilities: Literal["stored", "on_the_fly"] = Field(
         "stored",
-        description="of the rows that the run sees, computed before the first step and kept in the "
-        "cache; or of each micro-batch when it comes (objectives with a reference)",
+        description="computed before the first step for all rows that the run sees, and kept in "
+        "the cache; or computed for each micro-batch (objectives with a reference)",
     )
     data: Path = Field(description="rows as JSON lines, Parquet or Arrow: a file, or a folder")
     split: str | None = Field(
@@ -185,10 +185,10 @@ class AlignConfig(Config):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory")
     activation_offload: bool = Field(
-        False, description="activations rest in CPU memory until the backward pass (on GPUs)"
+        False, description="keep activations in CPU memory until the backward pass (on GPUs)"
     )
     cpu_offload: bool = Field(
-        False, description="parameters and optimizer state rest in CPU memory (fsdp2, zero)"
+        False, description="keep parameters and optimizer state in CPU memory (fsdp2, zero)"
     )
     checkpoint_every: int = Field(100, ge=1, description="steps between resumable checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of them are kept")
@@ -200,7 +200,7 @@ class AlignConfig(Config):
     max_failures: int = Field(
         1,
         ge=0,
-        description="restarts in a row that gain nothing; 0 for none at all",
+        description="restarts in a row without progress; 0: none",
     )
     min_chosen_log_ratio: float | None = Field(
         -5.0,
@@ -210,7 +210,7 @@ class AlignConfig(Config):
     )
     tensorboard: bool = Field(False, description="write event files beside metrics.jsonl")
     trackers: list[Literal["wandb", "mlflow"]] = Field(
-        [], description="also send each step's numbers there"
+        [], description="trackers that also get each step's numbers"
     )
     seed: int = 0
     cache: Path | None = Field(
