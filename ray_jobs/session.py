@@ -96,7 +96,7 @@ def told_of_a_loss() -> Iterator[None]:
             for name, process in dead_processes():
                 print(
                     f"poise: Ray's own process {name} (pid {process.pid}) has died; if this "
-                    "command ends, the same command again goes on",
+                    "command ends, run it again to continue",
                     file=sys.stderr,
                 )
                 return
