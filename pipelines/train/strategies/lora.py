@@ -106,10 +106,17 @@ def merged_parameters(model: nn.Module, settings: LoraSettings) -> Iterator[Owne
         prefix = name.removesuffix(BASE)
         if prefix != name and prefix + A in parameters:
             down, up = (_whole(parameters[prefix + end]) for end in (A, B))
+            if _is_conv1d(model, prefix):
+                down, up = up.T, down.T
             width = layout.shape[1]
             rows = slice(layout.start // width, (layout.start + layout.count) // width)
             values = values + (scale * (up[rows] @ down)).reshape(-1)
         yield layout, values
+
+
+def _is_conv1d(model: nn.Module, prefix: str) -> bool:
+    """Whether an adapted layer stores its weight as (in, out), as transformers' Conv1D does."""
+    return bool(getattr(model.get_submodule(prefix), "fan_in_fan_out", False))
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Oracle: the rank of what has changed, PEFT's own start, and a run of one worker.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from processes import run_workers
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from training_files import align_config, metrics, run_here, seeded_metrics
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipelines.checkpoints import Checkpoint
 from pipelines.errors import InputError
 from pipelines.train.config import LoraSettings
 from pipelines.train.strategies.loading import empty_model, materialize
-from pipelines.train.strategies.lora import add_adapters, begin_adapters
+from pipelines.train.strategies.lora import add_adapters, begin_adapters, merged_parameters
 
 WEIGHTS = "model/model.safetensors"
 LORA: dict[str, Any] = {
@@ -44,6 +46,32 @@ def test_only_adapted_layers_change_and_by_low_rank(
             assert torch.equal(after[name], tensor), name
     delta = sum((after[n].double() - before[n].double()).square().sum() for n in before)
     assert lines[-1]["delta_norm"] == pytest.approx(delta.sqrt().item(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("target_modules", ["all-linear", ["c_proj", "lm_head"]])
+def test_layers_that_store_inputs_first(target_modules: str | list[str]) -> None:
+    """GPT-2's: the merged weights give the logits of the model with its adapters."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False
+    )
+    plain = GPT2LMHeadModel(config).eval()
+    adapted = copy.deepcopy(plain)
+    settings = LoraSettings(rank=4, alpha=8.0, target_modules=target_modules)
+    add_adapters(adapted, settings)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    merged = {
+        layout.name: values.view(layout.shape)
+        for layout, values in merged_parameters(adapted, settings)
+    }
+    tokens = torch.randint(0, 64, (2, 16))
+    with torch.no_grad():
+        expected = adapted(tokens).logits
+        plain.load_state_dict(merged)
+        torch.testing.assert_close(plain(tokens).logits, expected, atol=2e-6, rtol=1e-5)
 
 
 def test_interrupted_adapters_go_on(
