@@ -1,162 +1,316 @@
-"""LoRA adapters (PEFT) as models: their products are added while the base is read. Also opens a
-model by its name in a config: a checkpoint, an adapter, or `CHECKPOINT+ADAPTER`.
+"""LoRA adapters (PEFT) as models: they change the base as it is read. `open_model` opens what a
+config calls a model: a checkpoint, an adapter, or both with a `+` between.
 
-A weight W (out, in) becomes `W + s B A` with A (r, in), B (out, r), `s = alpha / r`, or
-`alpha / sqrt(r)` with rank-stabilised scaling (Hu et al. 2021; Kalajdzievski 2023).
+How an adapter changes a weight is in `pipelines.checkpoints.adapter`.
 """
 
-import math
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from pipelines.checkpoints.reader import HEAD, Checkpoint, is_embedding, read_json
+from pipelines.checkpoints.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Adapter,
+    AdapterParts,
+    check_kind,
+    conv1d_weights,
+    is_adapter,
+    parts_of,
+)
+from pipelines.checkpoints.reader import HEAD, Checkpoint, read_json, untied
 from pipelines.checkpoints.safetensors_header import StoredTensor
 from pipelines.checkpoints.source import Source, TensorSpec
 from pipelines.errors import InputError
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_LINEAR = (".lora_A.weight", ".lora_B.weight")
-_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-# Elements of the product that are computed at once, in blocks of whole rows that are counted from
-# row 0. So an element has the same bits whatever range is read.
+# Elements of the product that are made at once, in whole rows counted from the first one: so the
+# same element has the same bits in whatever range it is read.
 _BLOCK_ELEMENTS = 1 << 18
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """The names of the two factors of one weight's change, and the scale of their product."""
-
-    a: str
-    b: str
-    scale: float
-    transposed: bool  # the weight is stored as (in, out), or is an embedding
+_MOST_BEGINNINGS = 8  # of as many weights the first factors are kept, to be found once a weight
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptedCheckpoint:
-    """A `Source`: a base with an adapter applied on the fly, in float32."""
+    """A `Source`: a base with an adapter applied on the fly, in float32.
+
+    Of a base whose head is tied, an adapter may change the embedding alone, or the head alone. Then
+    the two differ, and the model has a head of its own.
+    """
 
     base: Source
     store: Checkpoint
-    adapters: dict[str, Adapter]
-    replaced: dict[str, str]  # weights that the adapter stores whole -> their names in its file
+    parts: AdapterParts
+    _squares_stored_transposed: frozenset[str] = frozenset()
+    _dora_factors: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    _first_factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def open(cls, path: str | Path, base: Source) -> Self:
-        """Read an adapter's config and headers.
+        """Read an adapter's description and headers.
 
         Raises:
             InputError: an adapter of another kind than LoRA, or one that does not fit the base.
         """
         path = Path(path)
-        settings = read_json(path / ADAPTER_CONFIG)
-        _check_kind(path, settings)
+        check_kind(path, read_json(path / ADAPTER_CONFIG))
         if not (path / ADAPTER_WEIGHTS).is_file():
             raise InputError(
                 f"adapter {path}: no {ADAPTER_WEIGHTS}; allowed: safetensors, no pickle"
             )
         store = Checkpoint.at(path)
-        adapters, replaced = _parts(store)
-        result = cls(base, store, adapters, replaced)
-        for name in adapters:
+        parts = parts_of(store).as_in(base.names())
+        result = cls(base, store, parts, _transposed_squares(parts, store, base))
+        for name in result.parts.products:
             result._check_shapes(name)
+        for name in result.parts.tokens:
+            result._check_tokens(name)
         return result
 
     @property
     def path(self) -> Path:
-        """The adapter's folder; the base's folder if the adapter has no tokenizer."""
+        """The adapter's folder; the base's where the adapter came without a tokenizer."""
         folder = self.store.path
         return folder if (folder / "tokenizer.json").is_file() else self.base.path
 
     @property
     def config(self) -> dict[str, Any]:
-        """The base's config.json."""
-        return self.base.config
+        """The base's config.json; not tied where the head is no longer the embedding."""
+        return untied(self.base.config) if self._unties else self.base.config
 
     def checkpoints(self) -> Iterable[Checkpoint]:
         """All files that are read."""
         return [*self.base.checkpoints(), self.store]
 
     def names(self) -> Iterable[str]:
-        """The base's tensors, and a head that is tied in the base and has its own values here."""
-        own = [*self.adapters, *self.replaced]
-        return list(dict.fromkeys([*self.base.names(), *own]))
+        """The base's tensors, and a head that is tied there and has its own values here."""
+        names = [*self.base.names(), *self.parts.names]
+        return list(dict.fromkeys([*names, HEAD] if self._unties else names))
 
     def find(self, name: str) -> TensorSpec | None:
-        """The base's tensor; its file is the adapter's if the adapter changes it."""
-        if name in self.replaced:
-            return replace(self.store.tensors[self.replaced[name]], name=name)
+        """The base's tensor; from the adapter's file where that changes it."""
+        if name in self.parts.replaced:
+            return replace(self.store.tensors[self.parts.replaced[name]], name=name)
         found = self.base.find(name)
-        if found is not None and name in self.adapters:
+        if found is not None and name in self.parts.names:
             return replace(found, file=self.store.path / ADAPTER_WEIGHTS)
         return found
 
     def stored(self, name: str) -> tuple[Checkpoint, StoredTensor] | None:
-        """The stored tensor in the base; None if the adapter changes it."""
-        return None if name in (*self.adapters, *self.replaced) else self.base.stored(name)
+        """Where a tensor is read from as it is: the base, unless the adapter changes it."""
+        return None if name in self._changed else self.base.stored(name)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop): in the stored dtype, or float32 if the adapter adds to them."""
-        if name in self.replaced:  # an embedding can be stored whole and have factors too
-            values = self.store.read(self.replaced[name], start, stop)
+        """Elements [start, stop): as stored, or in float32 where the adapter adds to them."""
+        name = self._tied_to(name)
+        if name in self.parts.replaced:  # an embedding can be stored whole and have factors too
+            values = self.store.read(self.parts.replaced[name], start, stop)
         else:
             values = self.base.read(name, start, stop)
-        if name not in self.adapters:
+        if name in self.parts.tokens:
+            values = self._with_tokens(name, values, start)
+        if name not in self.parts.products:
             return values
-        return values.to(torch.float32).add_(self._delta(name, start, stop))
+        return self._adapted(name, values.to(torch.float32), start)
+
+    @property
+    def _changed(self) -> list[str]:
+        """The tensors that are not the base's, a tied head among them."""
+        names = self.parts.names
+        return [*names, HEAD] if self._tied_to(HEAD) in names else names
+
+    @property
+    def _is_tied(self) -> bool:
+        """Whether the base's head is its embedding."""
+        return HEAD not in self.base.names() and self.base.find(HEAD) is not None
+
+    @property
+    def _embedding(self) -> str | None:
+        """The embedding that the base's head is tied to."""
+        found = self.base.find(HEAD) if self._is_tied else None
+        return None if found is None else found.name
+
+    @property
+    def _unties(self) -> bool:
+        """Whether embedding and head are one tensor in the base and two here. Tokens that are
+        trained in a tied embedding are trained in the head, too; all else PEFT changes in the one.
+        """
+        parts, embedding = self.parts, self._embedding
+        if embedding is None:
+            return False
+        return HEAD in parts.names or embedding in (*parts.products, *parts.replaced)
+
+    def _tied_to(self, name: str) -> str:
+        """The name by which a tensor is changed: a head that stays tied has its embedding's."""
+        embedding = self._embedding
+        return embedding if name == HEAD and embedding and not self._unties else name
+
+    def _with_tokens(self, name: str, values: Tensor, start: int) -> Tensor:
+        """Elements from `start` on with the rows that were trained in their places."""
+        tokens, spec = self.parts.tokens[name], self.find(name)
+        assert spec is not None
+        width, result = spec.shape[1], values.clone()
+        for place, row in enumerate(tokens.rows):
+            first, last = max(start, row * width), min(start + len(values), (row + 1) * width)
+            if first < last:
+                begin = place * width + first - row * width
+                own = self.store.read(tokens.name, begin, begin + last - first)
+                result[first - start : last - start] = own.to(values.dtype)
+        return result
+
+    def _adapted(self, name: str, values: Tensor, start: int) -> Tensor:
+        """A weight's float32 elements from `start` on, with its change."""
+        adapter = self.parts.products[name]
+        result = values.add_(self._delta(name, start, start + len(values)))
+        if adapter.magnitude is None:
+            return result
+        if name not in self._dora_factors:
+            self._dora_factors[name] = self._dora_factor(name)
+        factor, width = self._dora_factors[name], self._width(name)
+        places = torch.arange(start, start + len(values))
+        along_rows = self._is_transposed(name)
+        return result.mul_(factor[places % width if along_rows else places // width])
+
+    def _dora_factor(self, name: str) -> Tensor:
+        """Magnitude over norm for each output: W (out, in) has its norms along the inputs."""
+        adapter, width = self.parts.products[name], self._width(name)
+        spec = self.base.find(name)
+        assert spec is not None and adapter.magnitude is not None
+        squares, rows = [], max(1, _BLOCK_ELEMENTS // width)
+        for row in range(0, spec.shape[0], rows):
+            first, last = row * width, min(row + rows, spec.shape[0]) * width
+            part = self._plain(name, first, last).to(torch.float32)
+            part = part.add_(self._delta(name, first, last)).view(-1, width).double().square()
+            squares.append(part.sum(dim=0 if self._is_transposed(name) else 1))
+        norms = torch.cat(squares) if not self._is_transposed(name) else torch.stack(squares).sum(0)
+        return (self._factor(adapter.magnitude).view(-1).double() / norms.sqrt()).float()
+
+    def _plain(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of a weight without its product."""
+        if name in self.parts.replaced:
+            return self.store.read(self.parts.replaced[name], start, stop)
+        return self.base.read(name, start, stop)
 
     def _delta(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the scaled product, (stop - start,) float32."""
-        adapter, spec = self.adapters[name], self.base.find(name)
+        """Elements [start, stop) of the weight's change by its product, (stop - start,) float32."""
+        adapter, spec = self.parts.products[name], self.base.find(name)
         assert spec is not None
         width = spec.shape[1]
         rows = max(1, _BLOCK_ELEMENTS // width)
         first = start // width // rows * rows
         parts = [
-            self._product(adapter, row, min(row + rows, spec.shape[0]))
+            self._rows(name, row, min(row + rows, spec.shape[0]))
             for row in range(first, -(-stop // width), rows)
         ]
         flat = torch.cat([part.reshape(-1) for part in parts])
         return flat[start - first * width : stop - first * width].mul_(adapter.scale)
 
-    def _product(self, adapter: Adapter, first: int, last: int) -> Tensor:
-        """Rows [first, last) of the weight's change, before scaling: (last - first, width)."""
-        if adapter.transposed:  # (B A)' = A' B': the rows of the weight are columns of A
+    def _rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the stored weight's change, before scaling: (last - first, width);
+        less the product that training began with, where that was taken from the base.
+        """
+        adapter = self.parts.products[name]
+        if self._is_transposed(name):  # (B A)' = A' B': the rows of the weight are columns of A
             a, b = self._factor(adapter.a), self._factor(adapter.b)
-            return a[:, first:last].T @ b.T
-        rank = self.store.tensors[adapter.b].shape[1]
-        b = self.store.read(adapter.b, first * rank, last * rank).float().view(-1, rank)
-        return b @ self._factor(adapter.a)
+            trained = a[:, first:last].T @ b.T
+        else:
+            b = self.store.read(adapter.b, first * adapter.rank, last * adapter.rank)
+            trained = b.float().view(-1, adapter.rank) @ self._factor(adapter.a)
+        if adapter.beginning is None:
+            return trained
+        left, right = self._beginning(name)
+        return trained - left[first:last] @ right
+
+    def _beginning(self, name: str) -> tuple[Tensor, Tensor]:
+        """The factors that training began with, (rows, r) and (r, width) of the stored weight,
+        whose product is scaled as the trained one.
+        """
+        if name not in self._first_factors:
+            while len(self._first_factors) >= _MOST_BEGINNINGS:
+                self._first_factors.pop(next(iter(self._first_factors)), None)
+            self._first_factors[name] = self._find_beginning(name)
+        return self._first_factors[name]
+
+    def _find_beginning(self, name: str) -> tuple[Tensor, Tensor]:
+        """As PEFT takes them from a weight: PiSSA the largest singular values, OLoRA the first
+        columns of Q and rows of R.
+        """
+        adapter, spec = self.parts.products[name], self.base.find(name)
+        assert spec is not None
+        weight = self.base.read(name, 0, spec.num_elements).to(torch.float32).view(spec.shape)
+        if adapter.beginning == "olora":
+            q, r = torch.linalg.qr(weight)
+            return q[:, : adapter.rank].clone(), r[: adapter.rank].clone()
+        u, values, v = torch.linalg.svd(weight, full_matrices=False)
+        rank = adapter.rank
+        return u[:, :rank] * (values[:rank] / adapter.scale), v[:rank].clone()
 
     def _factor(self, name: str) -> Tensor:
         return self.store.read(name).float().view(self.store.tensors[name].shape)
 
+    def _width(self, name: str) -> int:
+        spec = self.base.find(name)
+        assert spec is not None
+        return spec.shape[1]
+
+    def _is_transposed(self, name: str) -> bool:
+        """Whether a weight is stored as (in, out): an embedding, or a Conv1D as in GPT-2."""
+        adapter, spec = self.parts.products[name], self.base.find(name)
+        assert spec is not None
+        made = self._made(adapter)
+        if adapter.of_embedding or made[0] != made[1]:
+            return adapter.of_embedding or made != spec.shape
+        return name in self._squares_stored_transposed
+
+    def _made(self, adapter: Adapter) -> tuple[int, int]:
+        """The shape (out, in) of the factors' product."""
+        return self.store.tensors[adapter.b].shape[0], self.store.tensors[adapter.a].shape[1]
+
     def _check_shapes(self, name: str) -> None:
-        """Raise InputError unless the factors fit each other and the base's weight."""
-        adapter, spec = self.adapters[name], self.base.find(name)
+        """The factors fit each other and the base's weight."""
+        adapter, spec = self.parts.products[name], self.base.find(name)
         if spec is None:
             raise InputError(
                 f"adapter {self.store.path}: changes {name!r}, which its base {self.base.path} "
                 "does not have"
             )
-        if is_embedding(name) and HEAD not in self.base.names() and self.base.find(HEAD):
-            raise InputError(
-                f"adapter {self.store.path}: changes the embedding of a model whose head is tied "
-                "to it; allowed: adapters of other weights, or a base with a head of its own"
-            )
         a, b = self.store.tensors[adapter.a].shape, self.store.tensors[adapter.b].shape
-        made = (a[1], b[0]) if adapter.transposed else (b[0], a[1])
-        if a[0] != b[1] or made != spec.shape:
+        made = self._made(adapter)
+        allowed = [made[::-1]] if adapter.of_embedding else [made, made[::-1]]
+        if a[0] != b[1] or spec.shape not in allowed:
             raise InputError(
                 f"{self.store.path / ADAPTER_WEIGHTS}: {name}: found factors {list(a)} and "
                 f"{list(b)}; allowed: factors of {list(spec.shape)}, as in {spec.file}"
+            )
+        if adapter.beginning == "olora" and self._is_transposed(name):
+            raise InputError(
+                f"{self.store.path / ADAPTER_CONFIG}: init_lora_weights: found 'olora', which PEFT "
+                f"cannot begin {name} with; allowed: pissa, or weights stored as (out, in)"
+            )
+
+    def _check_tokens(self, name: str) -> None:
+        """The trained rows are rows of the base's embedding, which nothing else changes."""
+        tokens, spec = self.parts.tokens[name], self.find(name)
+        found = self.store.tensors[tokens.name].shape
+        if (
+            spec is None
+            or found != (len(tokens.rows), *spec.shape[1:])
+            or (max(tokens.rows) >= spec.shape[0] or min(tokens.rows) < 0)
+        ):
+            raise InputError(
+                f"{self.store.path / ADAPTER_CONFIG}: trainable_token_indices: found "
+                f"{list(tokens.rows)} with values {list(found)}; allowed: rows of {name}, which is "
+                f"{list(spec.shape) if spec else 'missing'} in {self.base.path}"
+            )
+        if name in self.parts.products or (
+            name == self._embedding and HEAD in (*self.parts.products, *self.parts.replaced)
+        ):
+            raise InputError(
+                f"{self.store.path / ADAPTER_CONFIG}: trainable_token_indices: found rows of "
+                f"{name}, which the adapter changes in another way too; allowed: one of the two"
             )
 
 
@@ -188,48 +342,15 @@ def open_model(name: str, base: str | None = None) -> Source:
     return AdaptedCheckpoint.open(path, Checkpoint.open(candidates[0]))
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter."""
-    return (path / ADAPTER_CONFIG).is_file()
-
-
-def _check_kind(path: Path, settings: dict[str, Any]) -> None:
-    """Raise InputError unless this is a plain LoRA adapter."""
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise InputError(f"{path / ADAPTER_CONFIG}: peft_type: found {kind!r}; allowed: 'LORA'")
-    for field in ("use_dora", "lora_bias"):
-        if settings.get(field):
-            raise InputError(f"{path / ADAPTER_CONFIG}: {field}: found true; allowed: false")
-
-
-def _parts(store: Checkpoint) -> tuple[dict[str, Adapter], dict[str, str]]:
-    """An adapter's tensors: the factors, by the weight that they change, and the whole weights."""
-    adapters: dict[str, Adapter] = {}
-    replaced: dict[str, str] = {}
-    for name in store.tensors:
-        own = name.removeprefix(_PREFIX)
-        for (end_a, end_b), of_embedding in ((_LINEAR, False), (_EMBEDDING, True)):
-            if own.endswith(end_a):
-                module = own.removesuffix(end_a)
-                b = name.removesuffix(end_a) + end_b
-                if b not in store.tensors:
-                    raise InputError(f"adapter {store.path}: has {name!r} without {b!r}")
-                scale = _scale(store.config, module, store.tensors[name].shape[0])
-                transposed = of_embedding or bool(store.config.get("fan_in_fan_out"))
-                adapters[f"{module}.weight"] = Adapter(name, b, scale, transposed)
-        if ".lora_" not in own:
-            replaced[own.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = name
-        elif not own.endswith((*_LINEAR, *_EMBEDDING)):
-            raise InputError(f"adapter {store.path}: {name!r} is no part of a plain LoRA adapter")
-    return adapters, replaced
-
-
-def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
-    """The scale of a module's product; alpha patterns match the end of the module's path."""
-    alpha: float = settings["lora_alpha"]
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+def _transposed_squares(parts: AdapterParts, store: Checkpoint, base: Source) -> frozenset[str]:
+    """The square weights that are stored as (in, out), which their shape does not tell."""
+    squares = [
+        name
+        for name, adapter in parts.products.items()
+        if not adapter.of_embedding
+        and store.tensors[adapter.b].shape[0] == store.tensors[adapter.a].shape[1]
+    ]
+    if not squares:
+        return frozenset()
+    transposed = conv1d_weights(base.config)
+    return frozenset(AdapterParts(replaced=dict.fromkeys(transposed, "")).as_in(squares).replaced)

@@ -132,6 +132,14 @@ class CheckpointDelta:
         return tuned.sub_(self._base.read(name, start, stop).to(torch.float32))
 
 
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json of a model whose head is no longer its embedding."""
+    result = config | {"tie_word_embeddings": False}
+    if "tie_word_embeddings" in (config.get("text_config") or {}):
+        result["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
+    return result
+
+
 def is_embedding(name: str) -> bool:
     """Whether a tensor is an input embedding, by the usual names."""
     return _EMBEDDING.search(name) is not None

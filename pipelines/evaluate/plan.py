@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.adapter import is_adapter
 from pipelines.checkpoints.digests import DigestMemory, ModelDigest
-from pipelines.checkpoints.lora import is_adapter
 from pipelines.commit import partial_path
 from pipelines.config import Config
 from pipelines.errors import InputError

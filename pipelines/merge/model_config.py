@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.checkpoints import Source
-from pipelines.checkpoints.reader import HEAD
+from pipelines.checkpoints.reader import HEAD, untied
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.layers import num_layers
 from pipelines.merge.tensor import TensorMerge
@@ -22,7 +22,7 @@ def model_config(
     floating = sorted(str(d).removeprefix("torch.") for d in dtypes if d.is_floating_point)
     result["torch_dtype" if "torch_dtype" in result else "dtype"] = floating[0]
     if HEAD in tensors and HEAD not in reference.names():
-        result["tie_word_embeddings"] = False
+        result = untied(result)
     rows = {tensor.shape[0] for name, tensor in tensors.items() if is_by_token(name)}
     if len(rows) == 1 and "vocab_size" in result:
         result["vocab_size"] = rows.pop()

@@ -1,0 +1,234 @@
+"""What the files of a PEFT adapter say: which weights it changes, and how.
+
+A weight W (out, in) becomes `W + s B A` with A (r, in), B (out, r), `s = alpha / r`, or
+`alpha / sqrt(r)` with rank-stabilised scaling (Hu et al. 2021; Kalajdzievski 2023). DoRA scales the
+rows of the sum to stored magnitudes (Liu et al. 2024). PiSSA (Meng et al. 2024) and OLoRA
+(Büyükakyüz 2024) begin with factors of W itself. Their product is subtracted from W before the
+trained one is added.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipelines.checkpoints.reader import Checkpoint, is_embedding
+from pipelines.errors import InputError
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_LINEAR = (".lora_A.weight", ".lora_B.weight")
+_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+# Fields of PEFT's LoraConfig that change no weight beside what is read here.
+_KNOWN_FIELDS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora",
+    "use_rslora",
+}  # fmt: skip
+# Beginnings of training that leave the base's weights as they are.
+_PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+Beginning = Literal["pissa", "olora"]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The change of one weight: its factors by their names in the file.
+
+    Attributes:
+        scale: of the product.
+        rank: r.
+        of_embedding: A is (r, rows), and the weight's change is the transposed product.
+        magnitude: DoRA's norms of the rows of W, (out,).
+        beginning: whose first factors are taken from the base.
+    """
+
+    a: str
+    b: str
+    scale: float
+    rank: int
+    of_embedding: bool
+    magnitude: str | None = None
+    beginning: Beginning | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedTokens:
+    """Rows of an embedding that the adapter stores: their indices, and the tensor's name."""
+
+    rows: tuple[int, ...]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterParts:
+    """All that an adapter changes, by the names of the base's tensors.
+
+    Attributes:
+        products: weights that a low-rank product is added to.
+        replaced: weights that are stored whole, by their names in the file.
+        tokens: embeddings of which some rows are stored.
+    """
+
+    products: dict[str, Adapter] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, TrainedTokens] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The changed tensors."""
+        return list(dict.fromkeys([*self.products, *self.replaced, *self.tokens]))
+
+    def as_in(self, base: Iterable[str]) -> "AdapterParts":
+        """The same by the base's names, which may have one component less or more at their
+        beginning: on the hub, GPT-2's layers are `h.0`, in the model `transformer.h.0`.
+        """
+        known = set(base)
+        prefixes = sorted({name.partition(".")[0] for name in known})
+
+        def found(name: str) -> str:
+            longer = (f"{prefix}.{name}" for prefix in prefixes)
+            return next((n for n in (name, name.partition(".")[2], *longer) if n in known), name)
+
+        return AdapterParts(
+            {found(name): adapter for name, adapter in self.products.items()},
+            {found(name): stored for name, stored in self.replaced.items()},
+            {found(name): tokens for name, tokens in self.tokens.items()},
+        )
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+def check_kind(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise InputError for adapters that change weights in a way that is not known here."""
+    file = path / ADAPTER_CONFIG
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{file}: peft_type: found {kind!r}; allowed: 'LORA'")
+    beginning = settings.get("init_lora_weights", True)
+    if beginning not in (*_PLAIN_BEGINNINGS, "pissa", "olora"):
+        raise InputError(
+            f"{file}: init_lora_weights: found {beginning!r}, which changes the base's weights in "
+            "a way that its files do not tell; allowed: true, false, gaussian, eva, orthogonal, "
+            "pissa, olora, or an adapter that PEFT has saved with "
+            "path_initial_model_for_weight_conversion"
+        )
+    for name, value in settings.items():
+        if name not in _KNOWN_FIELDS and value:
+            found = str(value).lower() if isinstance(value, bool) else repr(value)
+            raise InputError(
+                f"{file}: {name}: found {found}, which is not known here; allowed: an adapter "
+                "without it"
+            )
+
+
+def parts_of(store: Checkpoint) -> AdapterParts:
+    """What an adapter's tensors are for.
+
+    Raises:
+        InputError: a tensor that is no part of a LoRA adapter as PEFT writes it.
+    """
+    parts = AdapterParts()
+    for name in store.tensors:
+        own = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        if own.endswith(_TOKENS):
+            module = own.removesuffix(_TOKENS)
+            parts.tokens[f"{module}.weight"] = TrainedTokens(_token_rows(store, module), name)
+        elif ".lora_" not in own:
+            parts.replaced[own.replace(".modules_to_save.", ".")] = name
+        elif own.endswith((_LINEAR[0], _EMBEDDING[0])):
+            module, adapter = _product(store, name, own)
+            parts.products[f"{module}.weight"] = adapter
+        elif not own.endswith((_LINEAR[1], _EMBEDDING[1], *_MAGNITUDES)):
+            raise InputError(f"adapter {store.path}: {name!r} is no part of a plain LoRA adapter")
+    return parts
+
+
+def _product(store: Checkpoint, name: str, own: str) -> tuple[str, Adapter]:
+    """The module whose factor A has this name, and its change."""
+    settings = store.config
+    end_a, end_b = _EMBEDDING if own.endswith(_EMBEDDING[0]) else _LINEAR
+    stem, module = name.removesuffix(end_a), own.removesuffix(end_a)
+    if stem + end_b not in store.tensors:
+        raise InputError(f"adapter {store.path}: has {name!r} without {stem + end_b!r}")
+    magnitudes = [stem + end for end in _MAGNITUDES if stem + end in store.tensors]
+    if bool(magnitudes) != bool(settings.get("use_dora")):
+        raise InputError(
+            f"{store.path / ADAPTER_CONFIG}: use_dora: found "
+            f"{str(bool(settings.get('use_dora'))).lower()}; "
+            f"allowed: {str(bool(magnitudes)).lower()}, as {ADAPTER_WEIGHTS} has "
+            f"{'magnitudes' if magnitudes else 'no magnitudes'} of {module}"
+        )
+    rank, beginning = store.tensors[name].shape[0], settings.get("init_lora_weights")
+    return module, Adapter(
+        a=name,
+        b=stem + end_b,
+        scale=_scale(settings, module, rank),
+        rank=rank,
+        of_embedding=end_a == _EMBEDDING[0],
+        magnitude=magnitudes[0] if magnitudes else None,
+        # PEFT begins embeddings with zeros, whatever is asked for.
+        beginning=beginning if beginning in ("pissa", "olora") and end_a == _LINEAR[0] else None,
+    )
+
+
+def _token_rows(store: Checkpoint, module: str) -> tuple[int, ...]:
+    """Which rows of a module's weight are stored: a list is for the input embedding.
+
+    Raises:
+        InputError: the config does not say it.
+    """
+    found = store.config.get("trainable_token_indices")
+    if isinstance(found, Mapping):
+        found = next((rows for key, rows in found.items() if _ends_with(module, key)), None)
+    elif found is not None and not is_embedding(f"{module}.weight"):
+        found = None
+    if not found:
+        raise InputError(
+            f"{store.path / ADAPTER_CONFIG}: trainable_token_indices: found none of {module}, of "
+            f"which {ADAPTER_WEIGHTS} has rows"
+        )
+    return tuple(found)
+
+
+def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """The product's factor for a module; patterns name modules by the end of their path."""
+    alpha: float = settings["lora_alpha"]
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _ends_with(module: str, key: str) -> bool:
+    return module == key or module.endswith(f".{key}")
+
+
+def conv1d_weights(config: Mapping[str, Any]) -> frozenset[str]:
+    """The weights that an architecture stores as (in, out), by their names in the model: those of
+    transformers' Conv1D. None of an architecture that transformers does not know.
+    """
+    import transformers
+    from transformers.pytorch_utils import Conv1D
+
+    [name, *_] = config.get("architectures") or [""]
+    architecture = getattr(transformers, name, None)
+    if architecture is None:
+        return frozenset()
+    with torch.device("meta"):
+        model = architecture(architecture.config_class.from_dict(dict(config)))
+    modules = model.named_modules()
+    return frozenset(f"{name}.weight" for name, module in modules if isinstance(module, Conv1D))
