@@ -42,6 +42,7 @@ from pipelines.train.files import (
     TENSORBOARD_FOLDER,
 )
 from pipelines.train.strategies.loading import check_tied, empty_model
+from pipelines.train.strategies.lora import add_adapters
 from pipelines.train.trackers import check_trackers
 from pipelines.train.workers import Job, check_cluster, run_workers
 
@@ -242,7 +243,10 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     check_trackers(config.trackers)
     checkpoint = Checkpoint.open(config.model)
     source_files(config.data, config.split)
-    check_tied(empty_model(config.model), checkpoint)
+    model = empty_model(config.model)
+    check_tied(model, checkpoint)
+    if config.lora is not None:
+        add_adapters(model, config.lora)
     if config.reference_model is not None:
         _check_reference(checkpoint, Checkpoint.open(config.reference_model))
     if config.optimizer.tau is not None:

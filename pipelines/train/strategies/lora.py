@@ -26,22 +26,59 @@ def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
     """Add adapters to the linear layers that the settings name; all other parameters are frozen.
 
     Raises:
-        InputError: peft is not installed, or no layer has such a name.
+        InputError: peft is not installed, no layer has such a name, or one that has is not linear
+            or shares its weight with another.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise InputError("lora: needs peft; pip install 'poise[lora]'") from None
+    names = settings.target_modules
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type] # peft divides it: any number will do
-        target_modules=settings.target_modules,
+        target_modules=_linear_layers(model) if names == "all-linear" else names,
     )
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
         first = str(error).splitlines()[0]
-        raise InputError(f"lora.target_modules: {settings.target_modules}: {first}") from None
+        raise InputError(f"lora.target_modules: {names}: {first}") from None
+    _check_layers(model)
+
+
+def _linear_layers(model: "PreTrainedModel") -> list[str]:
+    """The linear layers but the head. What peft itself takes for them has fused experts, too."""
+    head = model.get_output_embeddings()
+    linear = (nn.Linear, _conv1d())
+    return [n for n, m in model.named_modules() if isinstance(m, linear) and m is not head]
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Raise InputError unless all adapted layers are linear, with a weight of their own."""
+    from peft.tuners.lora import LoraLayer
+
+    parameters = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer = module.get_base_layer()
+        if not isinstance(layer, nn.Linear | _conv1d()):
+            raise InputError(
+                f"lora.target_modules: {name}: found {type(layer).__name__}; allowed: linear layers"
+            )
+        if name + BASE not in parameters:
+            raise InputError(
+                f"lora.target_modules: {name}: found a weight that is tied to another layer's; "
+                "allowed: layers with weights of their own"
+            )
+
+
+def _conv1d() -> type[nn.Module]:
+    """transformers' layer that stores its weight as (in, out), as in GPT-2."""
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
 
 
 def base_name(name: str) -> str:
@@ -106,17 +143,12 @@ def merged_parameters(model: nn.Module, settings: LoraSettings) -> Iterator[Owne
         prefix = name.removesuffix(BASE)
         if prefix != name and prefix + A in parameters:
             down, up = (_whole(parameters[prefix + end]) for end in (A, B))
-            if _is_conv1d(model, prefix):
+            if isinstance(model.get_submodule(f"{prefix}.base_layer"), _conv1d()):
                 down, up = up.T, down.T
             width = layout.shape[1]
             rows = slice(layout.start // width, (layout.start + layout.count) // width)
             values = values + (scale * (up[rows] @ down)).reshape(-1)
         yield layout, values
-
-
-def _is_conv1d(model: nn.Module, prefix: str) -> bool:
-    """Whether an adapted layer stores its weight as (in, out), as transformers' Conv1D does."""
-    return bool(getattr(model.get_submodule(prefix), "fan_in_fan_out", False))
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -13,13 +13,15 @@ from processes import run_workers
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from training_files import align_config, metrics, run_here, seeded_metrics
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from pipelines.checkpoints import Checkpoint
 from pipelines.errors import InputError
+from pipelines.train import plan_alignment
 from pipelines.train.config import LoraSettings
 from pipelines.train.strategies.loading import empty_model, materialize
-from pipelines.train.strategies.lora import add_adapters, begin_adapters, merged_parameters
+from pipelines.train.strategies.lora import A, add_adapters, begin_adapters, merged_parameters
+from tests.tiny_models import save_tiny_llama, tiny_tokenizer
 
 WEIGHTS = "model/model.safetensors"
 LORA: dict[str, Any] = {
@@ -115,11 +117,38 @@ def test_adapters_begin_as_in_peft(tiny_llama: Path) -> None:
     assert not weights[0].lora_B["default"].weight.any()
 
 
-def test_what_lora_cannot_do(tiny_llama: Path, preferences: Path) -> None:
-    """Unknown layers, ZeRO, and optimizers with a tau."""
-    model = empty_model(tiny_llama)
-    with pytest.raises(InputError, match=r"lora\.target_modules: \['nothing'\]"):
-        add_adapters(model, LoraSettings(target_modules=["nothing"]))
+def test_fused_experts_are_left_as_they_are(preferences: Path, tmp_path: Path) -> None:
+    """`all-linear` adapts linear layers, which the experts of such a mixture are not."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    add_adapters(model, LoraSettings())
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if A in name}
+    assert {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"} <= adapted
+    assert not any("experts" in name for name in adapted)
+
+
+def test_what_lora_cannot_do(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
+    """Unknown layers, those that are not linear or share a weight, ZeRO, optimizers with a tau; the
+    plan tells it, too.
+    """
+    for names, message in {
+        "nothing": r"lora\.target_modules: \['nothing'\]: Target modules",
+        "embed_tokens": r"lora\.target_modules: model.embed_tokens: found Embedding; allowed",
+    }.items():
+        settings = LORA | {"lora": {"target_modules": [names]}}
+        with pytest.raises(InputError, match=message):
+            plan_alignment(align_config(tiny_llama, preferences, **settings))
+    tied = empty_model(save_tiny_llama(tmp_path / "tied", tied=True))
+    with pytest.raises(
+        InputError, match=r"lora\.target_modules: lm_head: found a weight that is t"
+    ):
+        add_adapters(tied, LoraSettings(target_modules=["lm_head"]))
     with pytest.raises(ValidationError, match="allowed with lora: single, ddp, fsdp2"):
         align_config(tiny_llama, preferences, **LORA, strategy="zero2", num_workers=2)
     online = {
