@@ -26,6 +26,20 @@ def refuse_existing(final: str | Path, *, force: bool) -> None:
         )
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for a result, and those above it.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise InputError(
+            f"{path.parent}: no folder can be made in it ({error.strerror}); choose another output"
+        ) from None
+
+
 @contextmanager
 def staged_directory(final: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A directory for a result, which becomes `final` if the block ends without an error.
@@ -40,7 +54,7 @@ def staged_directory(final: str | Path, *, force: bool = False) -> Iterator[Path
     final = Path(final)
     refuse_existing(final, force=force)
     partial = partial_path(final)
-    partial.mkdir(parents=True, exist_ok=True)
+    make_folder(partial)
     with lock(partial):
         yield partial
         commit_directory(partial, final, force=force)
@@ -90,7 +104,7 @@ def commit_directory(partial: Path, final: Path, *, force: bool = False) -> None
 def write_atomically(path: str | Path, content: str | bytes | memoryview) -> None:
     """Write a small file so that readers see either the old or the new content, never a part."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

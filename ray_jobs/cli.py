@@ -1,6 +1,7 @@
 """The command `poise`: parse arguments, call one entry point, turn errors into exit statuses."""
 
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -22,12 +23,23 @@ app = typer.Typer(
     "losing another. Start with `poise demo`.",
 )
 
+
+def _no_address(out: Path | None) -> Path | None:
+    """Raise InputError for an address, which would be taken for the name of a folder here."""
+    if out is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(out)):
+        raise InputError(
+            f"--out: found the address {out}; allowed: a folder (`poise merge` alone "
+            "writes to addresses)"
+        )
+    return out
+
+
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file; see configs/")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override fields of the config")
 ]
 INTERRUPTED = 130
-Out = Annotated[Path, typer.Option("--out", help="where the result goes")]
+Out = Annotated[Path, typer.Option("--out", callback=_no_address, help="where the result goes")]
 Force = Annotated[
     bool, typer.Option("--force", help="replace an existing result when the new one is complete")
 ]
@@ -37,7 +49,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON o
 
 @app.command(epilog="Example: `poise demo --smoke --out runs/first --seed 1`")
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="folder of the run")] = Path("runs/demo"),
+    out: Annotated[
+        Path, typer.Option("--out", callback=_no_address, help="folder of the run")
+    ] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="of world, training and merges")] = 0,
     smoke: Annotated[bool, typer.Option("--smoke", help="a smaller world, about 3 min")] = False,
     force: Force = False,
@@ -162,7 +176,10 @@ def sweep(
 @app.command(epilog="Example: `poise report runs/demo`")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of finished runs")],
-    out: Annotated[Path | None, typer.Option("--out", help="folder; default the run's own")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", callback=_no_address, help="folder; default the run's own"),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Table, plots and HTML page of finished runs."""

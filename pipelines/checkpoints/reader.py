@@ -19,6 +19,7 @@ from pipelines.storage import with_retries
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$"
 )
@@ -42,6 +43,8 @@ class Checkpoint:
         path = Path(path)
         config = path / "config.json"
         if not path.is_dir():
+            if _ADDRESS.match(str(path)):
+                raise InputError(f"model {path}: found an address; allowed: a folder")
             raise InputError(f"model {path}: no such directory")
         if not config.is_file():
             raise InputError(f"model {path}: no config.json; expected a Hugging Face checkpoint")
@@ -200,6 +203,10 @@ def _weight_files(path: Path) -> list[Path]:
             raise InputError(f"{index}: weight_map: required, not given")
         names = sorted(set(places.values()))
         for name in names:
+            if Path(name).name != name:
+                raise InputError(
+                    f"{index}: weight_map: found {name!r}; allowed: files of the same folder"
+                )
             if not (path / name).is_file():
                 raise InputError(f"model {path}: {INDEX} names {name}, which is missing")
         return [path / name for name in names]

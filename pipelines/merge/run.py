@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.checkpoints.digests import DigestMemory, changed_parts
-from pipelines.commit import commit_directory, lock, partial_path, refuse_existing
+from pipelines.commit import commit_directory, lock, make_folder, partial_path, refuse_existing
 from pipelines.errors import InputError
 from pipelines.merge.card import write_companions
 from pipelines.merge.config import MergeConfig
@@ -73,7 +73,7 @@ def merge_planned(
         return out
     refuse_existing(out, force=force)
     folder = partial_path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with lock(folder):
         try:
             _fill(plan, folder, executor, memory)

@@ -17,7 +17,14 @@ from typing import Any
 from operators.optim import ShardLayout, Tau
 from pipelines.checkpoints import Checkpoint, CheckpointDelta
 from pipelines.checkpoints.digests import ModelDigest
-from pipelines.commit import commit_directory, lock, partial_path, refuse_existing, write_atomically
+from pipelines.commit import (
+    commit_directory,
+    lock,
+    make_folder,
+    partial_path,
+    refuse_existing,
+    write_atomically,
+)
 from pipelines.errors import InputError
 from pipelines.fingerprint import (
     MEANING,
@@ -394,7 +401,7 @@ def _unfinished_run(folder: Path, plan: Plan, *, force: bool) -> Iterator[None]:
                 "remove it, choose another output, or --force to begin anew"
             )
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with lock(folder):
         write_atomically(path, json.dumps(record))
         shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)

@@ -25,6 +25,11 @@ BAD_INPUT = [
     (["merge", "typo.yaml"], "OUT: give it once"),
     (["merge", "broken.yaml", "out"], "broken.yaml: line 2: not valid YAML"),
     (["demo", "--out", "."], "exists and is no run of this command"),
+    (
+        ["align", "typo.yaml", "--out", "s3://bucket/x"],
+        "found the address s3:/bucket/x; allowed",
+    ),
+    (["demo", "--out", "gs://bucket"], "--out: found the address gs:/bucket; allowed: a folder"),
     (["methods", "tie"], "method: found 'tie'; allowed: linear"),
     (["dance"], "No such command 'dance'"),
 ]

@@ -3,6 +3,7 @@
 Oracle: lines written by hand, and the folder as it was before.
 """
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -42,6 +43,30 @@ def test_missing_model(family: Family, tmp_path: Path) -> None:
     models = [{"model": str(family.models[0])}, {"model": str(tmp_path / "none")}]
     message = refused(family, tmp_path / "o" / "out", models=models)
     assert message == f"model {tmp_path}/none: no such directory"
+
+
+def test_an_address_as_a_model(family: Family, tmp_path: Path) -> None:
+    models = [{"model": str(family.models[0])}, {"model": "s3://bucket/model"}]
+    message = refused(family, tmp_path / "o" / "out", models=models)
+    assert message == "model s3:/bucket/model: found an address; allowed: a folder"
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "sub/a.safetensors"])
+def test_an_index_of_files_elsewhere(own_family: Family, tmp_path: Path, name: str) -> None:
+    model = own_family.models[0]
+    (model / "model.safetensors").unlink()
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {NORM: name}}))
+    message = refused(own_family, tmp_path / "o" / "out")
+    assert message == f"{index}: weight_map: found {name!r}; allowed: files of the same folder"
+
+
+def test_an_output_that_cannot_be_made(family: Family, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = MergeConfig.model_validate(family.config("linear"))
+    message = rf"^{tmp_path}/file: no folder can be made in it \(Not a directory\)"
+    with pytest.raises(InputError, match=message):
+        merge(config, tmp_path / "file" / "out")
 
 
 def test_different_shapes(own_family: Family, tmp_path: Path) -> None:
