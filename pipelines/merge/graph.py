@@ -9,7 +9,7 @@ from operators.merging import METHODS
 from pipelines.checkpoints import Source, TensorSpec
 from pipelines.errors import InputError
 from pipelines.merge.config import MergeConfig, ModelEntry, SliceSource
-from pipelines.merge.layers import by_layer, comes_first, num_layers, with_layer
+from pipelines.merge.layers import Stacks, with_layer
 from pipelines.merge.parameters import resolve
 from pipelines.merge.tensor import Operand, TensorMerge
 
@@ -19,6 +19,7 @@ class Ingredient:
     """A source in a slice: its layers from `first` on, and its own parameters."""
 
     source: Source
+    stacks: Stacks
     first: int
     own: Mapping[str, Any]
     is_base: bool = False
@@ -26,10 +27,12 @@ class Ingredient:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerSlice:
-    """Consecutive layers of the output from `start` on; `common` are parameters for all models."""
+    """Consecutive layers of the output from `start` on: `count` layers of the language model, or
+    without a count all layers of all stacks. `common` are parameters for all models.
+    """
 
     start: int
-    count: int
+    count: int | None
     ingredients: list[Ingredient]
     common: list[Mapping[str, Any]]
 
@@ -90,14 +93,13 @@ def _slices(
                     f"slices: {config.merge_method} needs base_model {config.base_model} among "
                     "the sources of every slice"
                 )
-            ingredients.append(Ingredient(base, first or 0, {}, is_base=True))
-        entry = entries[0]
-        # A layer that some models lack is an error about a missing tensor; it is not skipped.
-        count = max(num_layers(ingredient.source) for ingredient in ingredients)
+            stacks = Stacks.of(base.names())
+            ingredients.append(Ingredient(base, stacks, first or 0, {}, is_base=True))
+        entry, count = entries[0], None
         if isinstance(entry, SliceSource):
             count = entry.layer_range[1] - entry.layer_range[0]
         slices.append(LayerSlice(start, count, ingredients, common))
-        start += count
+        start += count or 0
     return slices
 
 
@@ -105,15 +107,25 @@ def _ingredient(entry: ModelEntry, models: Mapping[str, Source]) -> Ingredient:
     """An entry with its source.
 
     Raises:
-        InputError: its layer_range exceeds the model's layers.
+        InputError: its layer_range exceeds the model's layers, or the model has several stacks of
+            layers and it is not clear which one is meant.
     """
     source = models[entry.model]
-    if isinstance(entry, SliceSource) and entry.layer_range[1] > num_layers(source):
-        raise InputError(
-            f"layer_range of {entry.model}: found {list(entry.layer_range)}; allowed: up to its "
-            f"{num_layers(source)} layers"
-        )
-    return Ingredient(source, _first_layer(entry), entry.parameters)
+    stacks = Stacks.of(source.names())
+    if isinstance(entry, SliceSource):
+        if len(stacks.counts) > 1 and stacks.text is None:
+            found = ", ".join(f"{stack}N" for stack in stacks.counts)
+            raise InputError(
+                f"layer_range of {entry.model}: found several stacks of layers ({found}); allowed: "
+                "models with one stack, or with one beside the input embedding"
+            )
+        num_layers = stacks.counts.get(stacks.text or "", 0)
+        if entry.layer_range[1] > num_layers:
+            raise InputError(
+                f"layer_range of {entry.model}: found {list(entry.layer_range)}; allowed: up to "
+                f"its {num_layers} layers"
+            )
+    return Ingredient(source, stacks, _first_layer(entry), entry.parameters)
 
 
 def _first_layer(entry: ModelEntry) -> int:
@@ -121,22 +133,40 @@ def _first_layer(entry: ModelEntry) -> int:
 
 
 def _outlines(each: LayerSlice, *, first: bool, last: bool) -> Iterator[Outline]:
-    """The slice's tensors; embeddings come with the first slice, norm and head with the last."""
-    layers = [by_layer(ingredient.source.names()) for ingredient in each.ingredients]
-    for name in dict.fromkeys(name for own in layers for name in own.get(None, [])):
-        if first if comes_first(name) else last:
-            t = 0.0 if comes_first(name) else 1.0
-            yield Outline(name, t, [name] * len(layers))
-    for offset in range(each.count):
-        t = offset / (each.count - 1) if each.count > 1 else 1.0
-        numbers = [ingredient.first + offset for ingredient in each.ingredients]
-        names = dict.fromkeys(
-            with_layer(name, each.start + offset)
-            for own, number in zip(layers, numbers, strict=True)
-            for name in own.get(number, [])
-        )
-        for name in names:
-            yield Outline(name, t, [with_layer(name, number) for number in numbers])
+    """The slice's tensors. Embeddings come with the first slice, norm and head with the last; what
+    stands beside a language model, such as a vision tower, comes with the first one and whole.
+    """
+    seen: set[str] = set()
+    for ingredient in each.ingredients:
+        stacks = ingredient.stacks
+        for name in ingredient.source.names():
+            place = stacks.layer_of(name)
+            if place is not None and (each.count is None or place[0] == stacks.text):
+                outline = _of_layer(each, ingredient, name, *place)
+            elif stacks.comes_first(name):
+                outline = Outline(name, 0.0, [name] * len(each.ingredients)) if first else None
+            else:
+                outline = Outline(name, 1.0, [name] * len(each.ingredients)) if last else None
+            if outline is not None and outline.name not in seen:
+                seen.add(outline.name)
+                yield outline
+
+
+def _of_layer(
+    each: LayerSlice, ingredient: Ingredient, name: str, stack: str, layer: int
+) -> Outline | None:
+    """The output's tensor of an ingredient's tensor in a layer; None outside the slice. t goes from
+    0 in the first layer of the slice, or of the stack, to 1 in its last one.
+    """
+    count = each.count
+    if count is None:  # a layer that some models lack is an error about a missing tensor
+        count = max(one.stacks.counts.get(stack, 0) for one in each.ingredients)
+    offset = layer - ingredient.first
+    if not 0 <= offset < count:
+        return None
+    t = offset / (count - 1) if count > 1 else 1.0
+    names = [with_layer(name, one.first + offset) for one in each.ingredients]
+    return Outline(with_layer(name, each.start + offset), t, names)
 
 
 def _tensor(

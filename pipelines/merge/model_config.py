@@ -6,7 +6,7 @@ from typing import Any
 from pipelines.checkpoints import Source
 from pipelines.checkpoints.reader import HEAD, untied
 from pipelines.merge.config import MergeConfig
-from pipelines.merge.layers import num_layers
+from pipelines.merge.layers import Stacks
 from pipelines.merge.tensor import TensorMerge
 from pipelines.merge.vocabulary import is_by_token
 
@@ -24,21 +24,26 @@ def model_config(
     if HEAD in tensors and HEAD not in reference.names():
         result = untied(result)
     rows = {tensor.shape[0] for name, tensor in tensors.items() if is_by_token(name)}
-    if len(rows) == 1 and "vocab_size" in result:
-        result["vocab_size"] = rows.pop()
-    if config.slices:
-        result |= _stacked(config, reference)
+    text = result.get("text_config")
+    parts = [(result, reference.config)]
+    if isinstance(text, dict):  # sizes are where the language model is described, or in both places
+        result["text_config"] = dict(text)
+        parts.append((result["text_config"], text))
+    for part, before in parts:
+        if len(rows) == 1 and "vocab_size" in part:
+            part["vocab_size"] = next(iter(rows))
+        if config.slices:
+            part |= _stacked(config, reference, before)
     return result
 
 
-def _stacked(config: MergeConfig, reference: Source) -> dict[str, Any]:
+def _stacked(config: MergeConfig, reference: Source, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that slices change: the number of layers, and lists with one entry per layer."""
-    own = num_layers(reference)
+    stacks = Stacks.of(reference.names())
+    own = stacks.counts.get(stacks.text or "", 0)
     layers = [layer for each in config.slices for layer in range(*each.sources[0].layer_range)]
-    changed: dict[str, Any] = {
-        key: len(layers) for key in LAYER_COUNTS if reference.config.get(key) == own
-    }
-    for key, value in reference.config.items():
+    changed: dict[str, Any] = {key: len(layers) for key in LAYER_COUNTS if settings.get(key) == own}
+    for key, value in settings.items():
         if isinstance(value, list) and len(value) == own and max(layers) < own:
             changed[key] = [value[layer] for layer in layers]
     return changed
