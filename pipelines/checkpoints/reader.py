@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$"
+    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$"
 )
 
 
@@ -100,7 +101,10 @@ class Checkpoint:
         if name == HEAD and self.is_tied:
             assert self.embedding is not None
             return self.tensors[self.embedding]
-        return self.tensors.get(name)
+        if name in self.tensors:
+            return self.tensors[name]
+        tied = next((n for n in tied_names(self.path).get(name, ()) if n in self.tensors), None)
+        return None if tied is None else self.tensors[tied]
 
     def stored(self, name: str) -> tuple["Checkpoint", StoredTensor] | None:
         """This checkpoint and the stored tensor; None for a tied head, which is not stored."""
@@ -133,6 +137,31 @@ class CheckpointDelta:
         """Elements [start, stop) of the delta: (stop - start,) float32."""
         tuned = self._tuned.read(name, start, stop).to(torch.float32)
         return tuned.sub_(self._base.read(name, start, stop).to(torch.float32))
+
+
+@lru_cache(maxsize=64)
+def tied_names(path: Path) -> dict[str, list[str]]:
+    """The other names of each parameter that a checkpoint's architecture has under several names,
+    such as T5's one embedding; none where transformers does not know the architecture.
+    """
+    import transformers
+
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    [name, *_] = config.get("architectures") or [""]
+    architecture = getattr(transformers, name, None)
+    if architecture is None:
+        return {}
+    with torch.device("meta"):
+        model = architecture(architecture.config_class.from_dict(config))
+    names: dict[Any, list[str]] = {}
+    for own, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(own)
+    return {
+        own: [n for n in group if n != own]
+        for group in names.values()
+        for own in group
+        if len(group) > 1
+    }
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pipelines.errors import InputError
 
 TOKENIZER_FILE = "tokenizer.json"
 _BY_TOKEN = re.compile(
-    r"(embed_tokens|wte|word_embeddings|embed_in|embed_out|tok_embeddings|lm_head)\.weight$"
+    r"(embed_tokens|wte|word_embeddings|embed_in|embed_out|tok_embeddings|lm_head|\bshared)\.weight$"
 )
 NUM_LISTED = 5
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
@@ -154,3 +154,22 @@ def test_an_encoder_and_a_decoder_cannot_be_sliced(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=message):
         merged(tmp_path, merge_method="passthrough", slices=slices)
+
+
+@pytest.mark.parametrize("settings", [{}, {"allow_missing": ["*.embed_tokens.weight"]}])
+def test_an_embedding_stored_under_several_names_is_one(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """T5's files of old have it three times, those of today once."""
+    a, b = save_two(t5, tmp_path)
+    file = Path(a) / "model.safetensors"
+    tensors = load_file(file)
+    names = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+    save_file(tensors | {name: tensors[names[0]].clone() for name in names}, file, {"format": "pt"})
+    models = [{"model": b, "parameters": {"weight": 0.5}}]
+    out = merged(tmp_path, merge_method="task_arithmetic", base_model=a, models=models, **settings)
+    found = load_file(out / "model.safetensors")
+    other = load_file(Path(b) / "model.safetensors")[names[0]]
+    expected = tensors[names[0]] + 0.5 * (other - tensors[names[0]])
+    for name in names:
+        torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-6)
