@@ -12,7 +12,11 @@ from typer.testing import CliRunner
 
 from ray_jobs.cli import app, main
 
-COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+COMMANDS = [
+    command.callback.__name__.replace("_", "-")
+    for command in app.registered_commands
+    if command.callback
+]
 BAD_INPUT = [
     (["evaluate", "none.yaml"], "none.yaml: no such file"),
     (["sweep", "none.yaml"], "none.yaml: no such file"),
