@@ -33,9 +33,10 @@ def warnings(record: dict[str, Any]) -> list[str]:
     lines = [f"warning: {line}; left out" for line in record["unmatched"]]
     for kind, found in record["left_out"].items():
         modules = found["modules"][:4] + ["..."] * (len(found["modules"]) > 4)
+        named = modules[0] if len(modules) == 1 else "MODULE"
         lines.append(
             f"warning: {kind}: {found['tensors']} changed ({', '.join(modules)}), left out: "
-            f"{found['share']:.2%} of the delta's norm; --whole MODULE saves a module as it is"
+            f"{found['share']:.2%} of the delta's norm; --whole {named} saves a module as it is"
         )
     kept = record["extracted"]["kept"]
     if kept < ENOUGH:
@@ -63,4 +64,4 @@ def _table(record: dict[str, Any]) -> Table:
 
 
 def _told(found: dict[str, float]) -> list[str]:
-    return [f"{found['kept']:.2%}", f"{found['error']:.2e}", f"{found['cosine']:+.4f}"]
+    return [f"{found['kept']:.2%}", f"{found['error']:.3g}", f"{found['cosine']:+.4f}"]
