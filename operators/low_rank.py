@@ -36,7 +36,7 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How near P, a product of factors, is to a matrix D; those of several matrices add up.
+    """How near a product of factors P is to a matrix D; the fits of several matrices add up.
 
     Attributes:
         delta, product: `||D||^2` and `||P||^2`; inner: `<D, P>`; residual: `||D - P||^2`.
@@ -81,9 +81,9 @@ def low_rank_factors(
 ) -> Factors | None:
     """The factors of `D_r`; None for a matrix of zeros.
 
-    Singular vectors have a sign to choose: the largest element of each column of U is positive, so
-    that the same matrix has the same factors. Singular values within float32 rounding of zero are
-    left out, whatever the rank (see `operators.merging.singular`).
+    The signs of singular vectors are free: here the largest element of each column of U is
+    positive. Singular values within float32 rounding of zero are left out, whatever the rank (see
+    `operators.merging.singular`).
 
     Args:
         delta: D (m, n), finite.
@@ -104,11 +104,11 @@ def low_rank_factors(
 
 
 def rank_keeping(values: Tensor, total: float, share: float) -> int:
-    """The smallest r with `sum_{j<=r} s_j^2 >= share * total`; all where they do not reach it.
+    """The smallest r with `sum_{j<=r} s_j^2 >= share * total`; all values if they do not reach it.
 
     Args:
         values: singular values (k,), k >= 1, the largest first.
-        total: `||D||^2`, which small values that were left out are part of.
+        total: `||D||^2`, including singular values that were left out.
         share: in (0, 1].
     """
     below = values.square().cumsum(0) < share * total * (1 - _ROUNDING)
@@ -119,7 +119,7 @@ def fit_of(delta: Tensor, b: Tensor, a: Tensor) -> Fit:
     """How near `B A` is to D (m, n), in float64, some rows at a time.
 
     Args:
-        b (m, r), a (r, n): of any dtype, as they are stored: so their rounding counts.
+        b (m, r), a (r, n): in the dtype that is stored, so that its rounding counts.
     """
     a, result = a.double(), Fit()
     rows = max(1, _BLOCK_ELEMENTS // max(1, delta.shape[1]))

@@ -119,7 +119,9 @@ def extract_lora(
     ] = None,
     energy: Annotated[
         float | None,
-        typer.Option(help="use the smallest rank that keeps this share of the squared norm, (0, 1]"),
+        typer.Option(
+            help="use the smallest rank that keeps this share of the squared norm, (0, 1]"
+        ),
     ] = None,
     whole: Annotated[
         list[str] | None,

@@ -13,11 +13,11 @@ from pipelines.storage import resolve_output
 from ray_jobs.tables import print_table
 
 NUM_SHOWN = 10
-ENOUGH = 0.95  # of the delta's norm; below it the user is told
+ENOUGH = 0.95  # of the delta's norm; below it a warning is printed
 
 
 def run_extract(settings: dict[str, Any], out: Path, *, force: bool, strict: bool) -> None:
-    """Extract an adapter and print what it keeps: on stdout; what it leaves out on stderr."""
+    """Extract an adapter; print what it keeps on stdout, what it leaves out on stderr."""
     config = check(settings, ExtractConfig, "extract-lora")
     place = extract(config, resolve_output(out, None), force=force, strict=strict)
     record = read_record(place)
@@ -29,7 +29,7 @@ def run_extract(settings: dict[str, Any], out: Path, *, force: bool, strict: boo
 
 
 def warnings(record: dict[str, Any]) -> list[str]:
-    """What the adapter does not carry: a line for each kind."""
+    """The changes that the adapter does not hold: one line for each kind."""
     lines = [f"warning: {line}; left out" for line in record["unmatched"]]
     for kind, found in record["left_out"].items():
         modules = found["modules"][:4] + ["..."] * (len(found["modules"]) > 4)
@@ -48,7 +48,7 @@ def warnings(record: dict[str, Any]) -> list[str]:
 
 
 def _table(record: dict[str, Any]) -> Table:
-    """The modules that lose most, and all together."""
+    """The modules with the largest relative loss, and the totals."""
     modules = sorted(record["modules"].items(), key=lambda each: each[1]["kept"])
     title = f"the {NUM_SHOWN} modules that keep least" if len(modules) > NUM_SHOWN else None
     table = Table("module", "rank", "|delta|", "kept", "error", "cosine", title=title)

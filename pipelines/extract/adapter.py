@@ -20,8 +20,8 @@ from pipelines.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pipelines.checkpoints.reader import read_range
 from pipelines.checkpoints.safetensors_header import build_header, read_header
 from pipelines.commit import write_atomically
-from pipelines.extract.plan import ExtractPlan, Item
-from pipelines.extract.worker import STEP_ELEMENTS, factors_file
+from pipelines.extract.plan import STEP_ELEMENTS, ExtractPlan, Item
+from pipelines.extract.worker import factors_file
 from pipelines.merge.card import COPIED
 from pipelines.merge.journal import digests_of
 from pipelines.provenance import Provenance
@@ -31,7 +31,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of each item of a plan, in the plan's order."""
+    """The results of all finished items of a plan, in the plan's order."""
 
     plan: ExtractPlan
     ranks: list[int]
@@ -54,14 +54,14 @@ class Outcome:
 
     @property
     def whole(self) -> list[str]:
-        """The modules that are saved as they are: those that have changed."""
+        """The changed modules that are saved whole."""
         found = zip(self.plan.items, self.fits, strict=False)
         return sorted({i.module for i, fit in found if i.role == "whole" and fit.delta})
 
     @property
     def left_out(self) -> dict[str, dict[str, Any]]:
-        """What has changed and is not in the adapter, by kind: how many tensors, modules, and the
-        share of the whole delta's norm.
+        """The changes that are not in the adapter, by kind: number of tensors, modules, and share of
+        the norm of the whole delta.
         """
         total = self.total.delta
         found: dict[str, list[tuple[Item, float]]] = {}
@@ -84,7 +84,7 @@ class Outcome:
 
     @property
     def details(self) -> dict[str, Any]:
-        """For the record: what was kept, of each module too, and what was left out."""
+        """For the record: what is kept, in total and for each module, and what is left out."""
         modules = {
             name: {"rank": rank, "delta": fit.delta**0.5, **_told(fit)}
             for name, (rank, fit) in self.modules.items()
@@ -107,7 +107,7 @@ def _told(fit: Fit) -> dict[str, float]:
 
 
 def write_adapter(outcome: Outcome, folder: Path, memory: DigestMemory) -> None:
-    """Write all files of the adapter; its factors are there already, each in a file of its own."""
+    """Write all files of the adapter; the factors are read from the worker's files."""
     plan = outcome.plan
     _write_weights(outcome, folder)
     settings = json.dumps(adapter_config(outcome), indent=2)
@@ -137,7 +137,7 @@ def write_adapter(outcome: Outcome, folder: Path, memory: DigestMemory) -> None:
 
 
 def adapter_config(outcome: Outcome) -> dict[str, Any]:
-    """PEFT's description of the adapter. `lora_alpha` is the rank, so that products count once."""
+    """PEFT's config of the adapter. `lora_alpha` is the rank, so that the scale is 1."""
     plan, modules = outcome.plan, outcome.modules
     rank = max(rank for rank, _ in modules.values())
     patterns = {name: found for name, (found, _) in modules.items() if found != rank}
@@ -162,8 +162,8 @@ def adapter_config(outcome: Outcome) -> dict[str, Any]:
 
 
 def target_modules(meant: list[str], modules: list[str]) -> list[str] | str:
-    """How PEFT's config names modules so that it finds these and no others of the model: by the
-    last parts of their names, by whole names, or else by a regular expression.
+    """Names with which PEFT finds exactly these modules of the model: the last parts of their
+    names, else the full names, else a regular expression.
     """
     for candidates in ({name.rpartition(".")[2] for name in meant}, set(meant)):
         hit = {
@@ -175,7 +175,7 @@ def target_modules(meant: list[str], modules: list[str]) -> list[str] | str:
 
 
 def summary(outcome: Outcome) -> str:
-    """The card's text: from what, what was kept, and what was not."""
+    """The card's text: the inputs, what is kept, and what is left out."""
     plan, details = outcome.plan, outcome.details
     kept = {"linear layers": details["extracted"], "all tensors": details["all_tensors"]}
     lines = [
@@ -188,15 +188,15 @@ def summary(outcome: Outcome) -> str:
         lines.append(f"- left out: {kind}, {left['share']:.2%} of the delta's norm")
     config = adapter_config(outcome)
     return (
-        f"Made with Poise: a LoRA adapter for `{plan.config.base}` that leads to "
-        f"`{plan.config.tuned}`, from the singular vectors of the difference of their linear "
-        f"layers.\n\n- {len(outcome.modules)} modules, rank up to {config['r']}, "
+        f"Made with Poise: a LoRA adapter for `{plan.config.base}` that approximates "
+        f"`{plan.config.tuned}`, by truncated SVD of the difference of each linear "
+        f"layer.\n\n- {len(outcome.modules)} modules, rank up to {config['r']}, "
         f"{details['dtype']}\n" + "\n".join(lines)
     )
 
 
 def _tied_copies(outcome: Outcome) -> dict[str, str]:
-    """Tensors that are tied to one that is saved whole: PEFT reads them under both names."""
+    """Tensors that are tied to a saved one, and its name: PEFT needs both names in the file."""
     return {
         other: first
         for other, first in outcome.plan.architecture.tied.items()
@@ -209,7 +209,7 @@ Reader = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """A tensor of the adapter, and where its elements come from."""
+    """A tensor of the adapter, and how its elements are read."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -217,7 +217,7 @@ class _Written:
 
 
 def _write_weights(outcome: Outcome, folder: Path) -> None:
-    """Write the one file, some elements at a time; wide dtypes first, so that all are aligned."""
+    """Write the weights in steps; wide dtypes come first, so that all tensors are aligned."""
     tensors = {**_factors(outcome, folder), **_whole_tensors(outcome)}
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     with (folder / ADAPTER_WEIGHTS).open("wb") as file:
@@ -231,7 +231,7 @@ def _write_weights(outcome: Outcome, folder: Path) -> None:
 
 
 def _factors(outcome: Outcome, folder: Path) -> dict[str, _Written]:
-    """The factors of all modules, from the files that the worker wrote."""
+    """The factors of all modules, from the worker's files."""
     found = {}
     for number, (item, rank) in enumerate(zip(outcome.plan.items, outcome.ranks, strict=True)):
         if not rank:
@@ -250,7 +250,7 @@ def _factors(outcome: Outcome, folder: Path) -> dict[str, _Written]:
 
 
 def _whole_tensors(outcome: Outcome) -> dict[str, _Written]:
-    """The tensors of the modules that are saved as they are, in the tuned model's dtype."""
+    """The tensors of the modules that are saved whole, in the tuned model's dtype."""
     plan, found = outcome.plan, {}
     for item in plan.items:
         if item.module not in outcome.whole:

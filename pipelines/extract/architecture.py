@@ -1,5 +1,5 @@
-"""What each tensor of a model is: read from the modules that transformers makes of its config, on
-the meta device, not from names.
+"""The kind of each tensor of a model, by the class of its module: transformers builds the modules
+from the config, on the meta device.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ class Architecture:
 
     Attributes:
         name: of the class.
-        prefix: of the names without the head, which some checkpoints leave out.
-        modules: all names, as PEFT sees them.
-        leaves: those that have tensors and no module below them.
-        linear: the linear layers but the head, and whether their weight is stored as (in, out).
-        tensors: the kind of each one that a checkpoint has, were it not carried by a linear layer.
-        tied: tensors that are another one: its name.
+        prefix: of all names but the head's; some checkpoints omit it.
+        modules: the names of all modules, as PEFT finds them.
+        leaves: the modules with tensors and without submodules.
+        linear: the linear layers except the head, and whether the weight is stored as (in, out).
+        tensors: each tensor of a checkpoint, and its kind.
+        tied: each tensor that is tied to another, and the name of that one.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Architecture:
     tied: dict[str, str]
 
     def names(self, source: Source) -> dict[str, str]:
-        """The tensors of a source by the architecture's names; without those that are tied."""
+        """The tensors of a source by the architecture's names, without tied ones."""
         found = {}
         for name in source.names():
             whole = f"{self.prefix}.{name}"
@@ -54,7 +54,7 @@ def architecture_of(path: Path) -> Architecture:
     """The architecture of a checkpoint, from its config alone.
 
     Raises:
-        InputError: it is none of a causal language model that transformers knows.
+        InputError: it is not a causal language model that transformers knows.
     """
     from transformers.pytorch_utils import Conv1D
 

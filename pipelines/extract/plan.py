@@ -1,5 +1,5 @@
-"""What an extraction will do: which tensors become factors, which are saved whole, and which an
-adapter cannot carry.
+"""The plan of an extraction: which tensors get factors, which are saved whole, and which are left
+out.
 """
 
 from collections.abc import Iterable
@@ -17,6 +17,8 @@ from pipelines.errors import InputError
 from pipelines.extract.architecture import Architecture, Kind, architecture_of
 from pipelines.fingerprint import fingerprint_work
 from pipelines.merge.config import DTYPES, DtypeName
+
+STEP_ELEMENTS = 1 << 20  # of a tensor, read at once
 
 
 class ExtractConfig(Config):
@@ -47,7 +49,7 @@ class Item:
 
     Attributes:
         name: as the architecture has it; base, tuned: as the two store it.
-        role: what becomes of its delta; a kind of tensor where that is left out.
+        role: what is done with its delta; the kind of tensor if the delta is left out.
         transposed: a linear layer's weight is stored as (in, out).
     """
 
@@ -69,7 +71,7 @@ class ExtractPlan:
     """An extraction, ready to run.
 
     Attributes:
-        items: what is streamed first, then the matrices.
+        items: tensors that are only streamed come first, matrices last.
         unmatched: a line for each tensor that only one of the models has.
     """
 
@@ -100,12 +102,11 @@ class ExtractPlan:
 
 
 def plan_extraction(config: ExtractConfig) -> ExtractPlan:
-    """Open both models, check that they are of one architecture, and say what becomes of each
-    tensor.
+    """Open both models, check that they have one architecture, and give each tensor its role.
 
     Raises:
         InputError: a model that cannot be read, models that differ in architecture or in a
-            tensor's shape, or a module to be saved whole that there is not.
+            tensor's shape, or an unknown module to save whole.
     """
     base, tuned = open_model(config.base), open_model(config.tuned, config.base)
     if not isinstance(base, Checkpoint):
@@ -115,11 +116,13 @@ def plan_extraction(config: ExtractConfig) -> ExtractPlan:
     origin = next(iter(tuned.checkpoints())).path  # of an adapter: its base
     _check_architecture(architecture, architecture_of(origin), config)
     names = architecture.names(base), architecture.names(tuned)
+    for source in (base, tuned):
+        _check_tied(source, architecture)
     whole = _whole_modules(config.whole, architecture)
     items, unmatched = _items(base, *names, architecture, whole), _unmatched(config, *names)
-    for name in names[0].keys() ^ names[1].keys():
-        if name in architecture.tensors:
-            raise InputError(f"{next(line for line in unmatched if line.startswith(f'{name}:'))}")
+    for line in unmatched:
+        if line.partition(": ")[0] in architecture.tensors:
+            raise InputError(f"{line}; allowed: in both, as their architecture has it")
     checkpoints = {str(c.path): c for source in (base, tuned) for c in source.checkpoints()}
     return ExtractPlan(
         config=config,
@@ -148,7 +151,7 @@ def _check_shapes(base: Source, tuned: Source) -> None:
 
 
 def _check_architecture(base: Architecture, tuned: Architecture, config: ExtractConfig) -> None:
-    """Raise InputError for models that no adapter leads from one to the other."""
+    """Raise InputError for models of different classes, or with different tied tensors."""
     found = {"architecture": (tuned.name, base.name), "tied tensors": (tuned.tied, base.tied)}
     for what, (two, one) in found.items():
         if one != two:
@@ -158,9 +161,26 @@ def _check_architecture(base: Architecture, tuned: Architecture, config: Extract
             )
 
 
+def _check_tied(source: Source, architecture: Architecture) -> None:
+    """Raise InputError if a tied tensor is stored too, with other values."""
+    names = architecture.names(source)
+    for other in set(source.names()) & architecture.tied.keys():
+        stored = names.get(architecture.tied[other])
+        spec = source.find(other)
+        if stored is None or spec is None:
+            continue
+        for start in range(0, spec.num_elements, STEP_ELEMENTS):
+            stop = min(start + STEP_ELEMENTS, spec.num_elements)
+            if not torch.equal(source.read(other, start, stop), source.read(stored, start, stop)):
+                raise InputError(
+                    f"{spec.file}: {other}: found other values than {stored}, to which the config "
+                    "ties it; allowed: equal values, or tie_word_embeddings false"
+                )
+
+
 def _whole_modules(given: Iterable[str], architecture: Architecture) -> set[str]:
-    """The modules that are named by their names or ends of them; a tied one is the one that it is
-    tied to.
+    """The modules with the given names, or names that end so; a tied module stands for the one
+    that it is tied to.
     """
     result: set[str] = set()
     for entry in given:
@@ -181,7 +201,7 @@ def _items(
     architecture: Architecture,
     whole: set[str],
 ) -> list[Item]:
-    """The tensors that both have: in the order of the base's files, matrices last."""
+    """The tensors that both models have, in the order of the base's files, matrices last."""
     result = []
     for name, stored in in_base.items():
         module, _, leaf = name.rpartition(".")
@@ -207,7 +227,7 @@ def _items(
 def _unmatched(
     config: ExtractConfig, in_base: dict[str, str], in_tuned: dict[str, str]
 ) -> list[str]:
-    """A line for each tensor that only one has."""
+    """A line for each tensor that only one model has."""
     return [
         f"{name}: only in {config.base if name in in_base else config.tuned}"
         for name in [*in_base, *in_tuned]

@@ -1,4 +1,4 @@
-"""Run an extraction: plan, do what is not done yet, commit."""
+"""Run an extraction: plan, finish the open items, commit."""
 
 import errno
 import shutil
@@ -21,20 +21,20 @@ from pipelines.provenance import read_record
 def extract(
     config: ExtractConfig, out: str | Path, *, force: bool = False, strict: bool = False
 ) -> Path:
-    """Write the low-rank adapter that leads from one checkpoint to another into `out`, which
-    appears when it is complete.
+    """Write the low-rank adapter for the difference of two checkpoints into `out`, which gets its
+    name when it is complete.
 
-    An extraction that was interrupted goes on where it was. A finished `out` of the same config and
-    inputs is left as it is. The same inputs give the same bytes (on one machine, with the same
-    number of threads: linear algebra adds in their order).
+    An interrupted extraction resumes. A finished `out` with the same config and inputs is kept. The
+    same inputs give the same bytes on one machine with the same number of threads.
 
     Args:
-        force: replace an `out` that holds something else.
-        strict: refuse where something has changed that the adapter does not carry.
+        force: replace an `out` with other content.
+        strict: refuse if a tensor changed that the adapter does not hold.
 
     Raises:
-        InputError: models that do not fit together, nothing to extract, another run into `out`, an
-            `out` that holds something else while `force` is false, or what `strict` refuses.
+        InputError: models that do not fit together, no changed linear layer, another run into
+            `out`, an `out` with other content while `force` is false, or a change that `strict`
+            refuses.
     """
     return extract_planned(plan_extraction(config), out, force=force, strict=strict)
 
@@ -42,7 +42,7 @@ def extract(
 def extract_planned(
     plan: ExtractPlan, out: str | Path, *, force: bool = False, strict: bool = False
 ) -> Path:
-    """Carry out a plan, as `extract` does a config."""
+    """As `extract`, for a plan."""
     out = Path(out).absolute()
     refuse_inputs(out, plan.checkpoints, "extraction")
     if not force and is_finished(plan, out):
@@ -57,15 +57,15 @@ def extract_planned(
         try:
             _fill(plan, folder, strict=strict)
         except InputError:
-            shutil.rmtree(folder)  # the inputs must change, so nothing in it is of use
+            shutil.rmtree(folder)  # the inputs must change, so its content is useless
             raise
         commit_directory(folder, out, force=force)
     return out
 
 
 def _fill(plan: ExtractPlan, folder: Path, *, strict: bool) -> None:
-    """Bring the unfinished output to its end."""
-    journal = Journal(folder, OutputLayout({}, {}, {}))  # factors are files of their own
+    """Finish the unfinished output."""
+    journal = Journal(folder, OutputLayout({}, {}, {}))  # factors have their own files
     try:
         done = journal.open(plan.key)
         (folder / FACTORS).mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def _fill(plan: ExtractPlan, folder: Path, *, strict: bool) -> None:
         streamed = [n for n in range(len(plan.items)) if n not in matrices]
         with Progress(len(plan.items), "extract factors") as progress:
             progress.update(len(done))
-            for part in (streamed, matrices):  # what is left out is known before the long part
+            for part in (streamed, matrices):  # left-out changes are known before the slow part
                 waiting = [number for number in part if number not in done]
                 for _ in journal.record(map(worker.run, waiting)):
                     progress.advance()
@@ -92,7 +92,7 @@ def _fill(plan: ExtractPlan, folder: Path, *, strict: bool) -> None:
 
 
 def _check_strict(left_out: dict[str, Any], plan: ExtractPlan) -> None:
-    """Raise InputError where the adapter does not carry all that has changed."""
+    """Raise InputError if the adapter does not hold every change."""
     kinds = [f"{kind} ({found['tensors']})" for kind, found in left_out.items()]
     kinds += [line.replace(": ", " ", 1) for line in plan.unmatched[:1]]
     if kinds:
@@ -103,7 +103,7 @@ def _check_strict(left_out: dict[str, Any], plan: ExtractPlan) -> None:
 
 
 def _check_anything(outcome: Outcome) -> None:
-    """Raise InputError where no linear layer has changed: PEFT reads no adapter without one."""
+    """Raise InputError if no linear layer changed: PEFT cannot load an adapter without one."""
     if not outcome.modules:
         config = outcome.plan.config
         raise InputError(

@@ -1,4 +1,4 @@
-"""One tensor of an extraction: its delta, and the factors of that where it is a linear layer's."""
+"""One tensor of an extraction: its delta, and the factors of the delta for a linear layer."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,16 +14,15 @@ from pipelines.checkpoints import Source
 from pipelines.checkpoints.digests import BlockDigests
 from pipelines.commit import write_atomically
 from pipelines.errors import InputError
-from pipelines.extract.plan import ExtractPlan, Item
+from pipelines.extract.plan import STEP_ELEMENTS, ExtractPlan, Item
 from pipelines.merge.tensor import is_finite
 
-FACTORS = ".factors"  # the finished factors, a file for each matrix
-STEP_ELEMENTS = 1 << 20
+FACTORS = ".factors"  # finished factors, one file for each matrix
 Observer = Callable[[Source, str, int, Tensor], None]
 
 
 def factors_file(folder: Path, number: int) -> Path:
-    """Where the factors of an item stand until all are done."""
+    """The file with the factors of an item, until all are done."""
     return folder / FACTORS / f"{number:05}.safetensors"
 
 
@@ -35,10 +34,10 @@ class ExtractWorker:
     folder: Path
 
     def run(self, number: int) -> dict[str, Any]:
-        """Do one item; to do it twice does no harm.
+        """Do one item; it may be done twice.
 
         Returns:
-            its number, the rank of its factors (0 where there are none), the sums of its `Fit`, and
+            its number, the rank of its factors (0 if there are none), the sums of its `Fit`, and
             digests of what was read: [checkpoint, tensor, first element, digest].
 
         Raises:
@@ -67,7 +66,7 @@ class ExtractWorker:
         return {"item": number, "rank": rank, "fit": asdict(fit), "digests": digests}
 
     def _streamed(self, item: Item, observe: Observer) -> Fit:
-        """A delta that is kept whole, or not at all."""
+        """The delta of a tensor that is saved whole or left out."""
         squares = 0.0
         for _, part in self._delta(item, observe):
             squares += float(torch.sum(part * part))
@@ -76,7 +75,7 @@ class ExtractWorker:
         return Fit(squares, 0.0, 0.0, squares)
 
     def _factored(self, number: int, item: Item, observe: Observer) -> tuple[int, Fit]:
-        """The factors of a linear layer's delta, rounded to their dtype and written."""
+        """Write the factors of a linear layer's delta, rounded to their dtype."""
         flat = torch.empty(torch.Size(item.shape).numel(), dtype=torch.float64)
         for start, part in self._delta(item, observe):
             flat[start : start + part.numel()] = part
@@ -97,7 +96,7 @@ class ExtractWorker:
         return factors.rank, fit_of(delta, b, a)
 
     def _delta(self, item: Item, observe: Observer) -> Iterator[tuple[int, Tensor]]:
-        """`tuned - base` in flat ranges, float64, each after its first element's number."""
+        """Flat ranges of `tuned - base`, float64, each with the index of its first element."""
         count = torch.Size(item.shape).numel()
         for start in range(0, count, STEP_ELEMENTS):
             stop = min(start + STEP_ELEMENTS, count)
