@@ -15,8 +15,8 @@ from torch import Tensor
 
 from operators.low_rank import Fit
 from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pipelines.checkpoints.digests import DigestMemory, model_digest
-from pipelines.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pipelines.checkpoints.reader import read_range
 from pipelines.checkpoints.safetensors_header import build_header, read_header
 from pipelines.commit import write_atomically
@@ -60,8 +60,8 @@ class Outcome:
 
     @property
     def left_out(self) -> dict[str, dict[str, Any]]:
-        """The changes that are not in the adapter, by kind: number of tensors, modules, and share of
-        the norm of the whole delta.
+        """The changes that are not in the adapter, by kind: number of tensors, modules, and share
+        of the norm of the whole delta.
         """
         total = self.total.delta
         found: dict[str, list[tuple[Item, float]]] = {}

@@ -410,9 +410,11 @@ def test_names_without_the_prefix(tmp_path: Path) -> None:
     save_file(short, base / "model.safetensors", {"format": "pt"})
     out = extract(config_of(base, tuned, rank=4), tmp_path / "out")
     assert recorded(out)["unmatched"] == [f"h.0.attn.bias: only in {base}"]
-    merged = merged_by_peft(base, out)
+    merged, source = merged_by_peft(base, out), open_model(f"{base}+{out}")
     for name, values in load_file(tuned / "model.safetensors").items():
         torch.testing.assert_close(merged[name], values, rtol=0, atol=1e-6)
+        read = source.read(name.removeprefix("transformer."), 0, values.numel())
+        torch.testing.assert_close(read.view_as(values), values, rtol=0, atol=1e-6)
 
 
 def test_target_modules_hit_no_others() -> None:
