@@ -3,13 +3,13 @@
 All kinds of results have these fields in the record; some kinds add more:
 
     schema        2
-    kind          merged, aligned or exported
+    kind          merged, aligned, exported or extracted
     weights       the digest of the weights (pipelines/checkpoints/digests.py)
     companions    the digest of the config and tokenizer files
     fingerprint   of config and inputs; it identifies finished work, which is not repeated
     config        as run
     inputs        the inputs that were read: name or path -> its digests
-    seed
+    seed          null where nothing is random
     versions      of Python and of the packages that were used
 
 Records of schema 1 are read as well: see `read_record`.
@@ -31,7 +31,7 @@ from pipelines.versions import versions
 CARD_FILE = "README.md"
 SCHEMA = 2
 
-Kind = Literal["merged", "aligned", "exported"]
+Kind = Literal["merged", "aligned", "exported", "extracted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,8 @@ class Provenance:
         inputs: for each input, the digests of weights and companions, or one fingerprint of both.
         details: further fields of the record, for this kind of result.
         title, summary: of the card; the summary is Markdown.
-        base_models: the models it was made from, for the card's front matter.
+        base_models, library: the models it was made from, and the library that loads it, for the
+            card's front matter.
     """
 
     kind: Kind
@@ -50,11 +51,12 @@ class Provenance:
     fingerprint: str
     config: Mapping[str, Any]
     inputs: Mapping[str, ModelDigest | str]
-    seed: int
+    seed: int | None
     details: Mapping[str, Any] = field(default_factory=dict)
     title: str
     base_models: Sequence[str]
     tags: Sequence[str] = ()
+    library: str = "transformers"
     summary: str
 
     def write(self, folder: Path) -> None:
@@ -83,7 +85,7 @@ class Provenance:
         """A Hugging Face model card: front matter, how it was made, config, digests, versions."""
         front = {
             "base_model": list(self.base_models),
-            "library_name": "transformers",
+            "library_name": self.library,
             "tags": [*self.tags, "poise"],
         }
         lines = [
@@ -95,11 +97,12 @@ class Provenance:
             lines.append(f"- input {name}: `{digest}`")
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
         config = yaml.safe_dump(dict(self.config), sort_keys=False)
+        seed = "" if self.seed is None else f"Seed: {self.seed}. "
         return (
             f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
             f"# {self.title}\n\n{self.summary}\n\n"
             f"The config, from which it can be made again:\n\n```yaml\n{config}```\n\n"
-            f"Seed: {self.seed}. Digests:\n\n" + "\n".join(lines) + f"\n\nMade with {installed}.\n"
+            f"{seed}Digests:\n\n" + "\n".join(lines) + f"\n\nMade with {installed}.\n"
         )
 
 

@@ -109,6 +109,40 @@ def merge(
     run_merge(config, out or out_option, given, plan=plan, force=force)
 
 
+@app.command(epilog="Example: `poise extract-lora runs/sft runs/dpo --rank 16 --out runs/lora`")
+def extract_lora(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="a checkpoint")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="a model that was made from it")],
+    out: Annotated[Path, typer.Option("--out", help="folder of the adapter")],
+    rank: Annotated[
+        int | None, typer.Option(help="of each module; with --energy, the largest")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            help="use the smallest rank that keeps this share of the squared norm, (0, 1]"
+        ),
+    ] = None,
+    whole: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="save it unchanged, e.g. lm_head; may be repeated"),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="of the factors: float32, bfloat16 or float16; default TUNED's"),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="refuse if the adapter would leave out a change")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Write the difference of two checkpoints as a LoRA adapter (truncated SVD)."""
+    from ray_jobs.extract import run_extract
+
+    settings = {"base": base, "tuned": tuned, "rank": rank, "energy": energy, "dtype": dtype}
+    run_extract({**settings, "whole": whole or []}, out, force=force, strict=strict)
+
+
 @app.command(epilog="Example: `poise methods ties`")
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="a merge method")] = None,
@@ -136,10 +170,10 @@ def diff(
 @app.command(epilog="Example: `poise verify runs/ties --again`")
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a model that Poise made")],
-    again: Annotated[bool, typer.Option("--again", help="merge again and compare")] = False,
+    again: Annotated[bool, typer.Option("--again", help="make it again and compare")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a model, and the inputs of a merge, against the digests in its record."""
+    """Check a model, and the inputs of a merge or extraction, against the digests in its record."""
     from ray_jobs.verify import run_verify
 
     run_verify(folder, again=again, as_json=as_json)

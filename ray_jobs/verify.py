@@ -9,10 +9,10 @@ from pipelines.merge.verify import Verification, verify
 
 
 def run_verify(folder: Path, *, again: bool, as_json: bool) -> None:
-    """Print the state of a model and of a merge's inputs.
+    """Print the state of a model and of its inputs.
 
     Raises:
-        InputError: the model differs from its record, or a new merge gave another model.
+        InputError: the model differs from its record, or making it again gave another model.
     """
     found = verify(folder, again=again)
     if as_json:
@@ -23,7 +23,7 @@ def run_verify(folder: Path, *, again: bool, as_json: bool) -> None:
         parts = " and ".join(found.changed)
         raise InputError(f"{folder}: its {parts} are not those that its record describes")
     if found.again is False:
-        raise InputError(f"{folder}: the same config gave other weights when it was merged again")
+        raise InputError(f"{folder}: the same config gave other weights when it was made again")
 
 
 def _print(folder: Path, found: Verification) -> None:
@@ -31,4 +31,4 @@ def _print(folder: Path, found: Verification) -> None:
     for path, state in found.inputs.items():
         print(f"{state:8} {path} (input)")
     if found.again is not None:
-        print(f"{'same' if found.again else 'changed':8} merged again")
+        print(f"{'same' if found.again else 'changed':8} made again")

@@ -1,10 +1,16 @@
-"""Tiny random checkpoints for tests: a word tokenizer with a chat template, a Llama of 20k."""
+"""Tiny random checkpoints for tests: a word tokenizer with a chat template, a Llama, a GPT-2."""
 
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", *"0123456789", "yes", "no", "hello", "sorry", "."]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>"]
@@ -51,5 +57,23 @@ def save_tiny_llama(
         pad_token_id=tokenizer.pad_token_id,
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def save_tiny_gpt2(path: Path, seed: int = 0) -> Path:
+    """A random GPT-2, whose linear layers are stored as (in, out) and whose head is tied."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    GPT2LMHeadModel(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

@@ -56,6 +56,11 @@ class Journal:
                 writing.result()
             self._write(waiting)
 
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """What finished items gave, of earlier runs too."""
+        return self._results
+
     def digests(self) -> dict[str, dict[str, dict[int, str]]]:
         """Digests of the blocks that the items read and wrote, by checkpoint and tensor."""
         return digests_of(self._results)

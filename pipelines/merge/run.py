@@ -2,9 +2,11 @@
 
 import errno
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
+from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.digests import DigestMemory, changed_parts
 from pipelines.commit import commit_directory, lock, make_folder, partial_path, refuse_existing
 from pipelines.errors import InputError
@@ -66,9 +68,7 @@ def merge_planned(
     if "://" in str(out):
         return merge_to_url(plan, str(out), memory, force=force, executor=executor)
     out = Path(out).absolute()
-    for path in plan.checkpoints:
-        if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-            raise InputError(f"{out}: is or holds an input of the merge; choose another output")
+    refuse_inputs(out, plan.checkpoints, "merge")
     if not force and is_finished(plan, out):
         return out
     refuse_existing(out, force=force)
@@ -93,7 +93,30 @@ def output_place(out: str, storage: str | None) -> Path | str:
     return resolve_output(out, storage)
 
 
-def is_finished(plan: MergePlan, out: Path) -> bool:
+def refuse_inputs(out: Path, inputs: Iterable[str], work: str) -> None:
+    """Raise InputError for an output that is or holds an input of the work."""
+    for path in inputs:
+        if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise InputError(f"{out}: is or holds an input of the {work}; choose another output")
+
+
+class Planned(Protocol):
+    """What identifies finished work."""
+
+    @property
+    def key(self) -> str:
+        """Of the settings and the very files that are read."""
+
+    @property
+    def settings_key(self) -> str:
+        """Of the settings alone."""
+
+    @property
+    def checkpoints(self) -> Mapping[str, Checkpoint]:
+        """What is read, by path."""
+
+
+def is_finished(plan: Planned, out: Path) -> bool:
     """Whether `out` is the plan's result; inputs with changed files are read again."""
     record = read_record(out)
     if record is None:

@@ -1,6 +1,7 @@
-"""Check a model, and the inputs of a merge, against the record; merge it again."""
+"""Check a model, and the inputs of a merge or extraction, against the record; make it again."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -10,6 +11,7 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.digests import RECORD_FILE, changed_parts
 from pipelines.config import check
 from pipelines.errors import InputError
+from pipelines.extract import ExtractConfig, extract
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.run import merge
 from pipelines.provenance import read_record, recorded_digest
@@ -19,12 +21,12 @@ State = Literal["same", "changed", "missing"]
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The state of a model, and of a merge's inputs, compared with the record.
+    """The state of a model, and of its inputs, compared with the record.
 
     Attributes:
         changed: the parts of the model that differ from the record: `weights`, `companions` (its
             config and tokenizer files).
-        again: whether a new merge with the same config gave the same model; None: not tried.
+        again: whether the same config gave the same model again; None: not tried.
     """
 
     output: State
@@ -34,20 +36,20 @@ class Verification:
 
 
 def verify(folder: str | Path, *, again: bool = False) -> Verification:
-    """Compare a model, and a merge's inputs, with the digests in its record.
+    """Compare a model, and the inputs of a merge or extraction, with the digests in its record.
 
     Args:
-        again: also merge again, beside the folder, and compare.
+        again: also make it again, beside the folder, and compare.
 
     Raises:
-        InputError: no record; with `again` also: the model is not a merge, or its inputs can no
-            longer be merged.
+        InputError: no record; with `again` also: the model is neither merged nor extracted, or its
+            inputs no longer fit together.
     """
     folder = Path(folder).absolute()
     record = _record(folder)
     changed = _changed(folder, _digest(folder, record))
     inputs: dict[str, State] = {}
-    if record["kind"] == "merged":  # inputs of other kinds are not only checkpoints
+    if record["kind"] in MADE_AGAIN:  # inputs of other kinds are not only checkpoints
         inputs = {path: _state(Path(path), known) for path, known in record["inputs"].items()}
     same = None
     if again:
@@ -59,7 +61,8 @@ def _record(folder: Path) -> dict[str, Any]:
     record = read_record(folder)
     if record is None:
         raise InputError(
-            f"{folder}: no {RECORD_FILE}; allowed: the output of poise merge, align or export"
+            f"{folder}: no {RECORD_FILE}; allowed: the output of poise merge, align, export or "
+            "extract-lora"
         )
     _digest(folder, record)
     return record
@@ -88,14 +91,29 @@ def _changed(path: Path, known: dict[str, str] | str) -> list[str]:
         return ["weights"]
 
 
+def _merged_again(settings: Mapping[str, Any], source: str, out: Path) -> Path:
+    return Path(merge(check(settings, MergeConfig, source), out))
+
+
+def _extracted_again(settings: Mapping[str, Any], source: str, out: Path) -> Path:
+    return extract(check(settings, ExtractConfig, source), out)
+
+
+# By kind of record: results whose inputs are only checkpoints and adapters.
+MADE_AGAIN = {"merged": _merged_again, "extracted": _extracted_again}
+
+
 def _made_again(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether merging again, in a folder beside, gives the same model."""
-    if record["kind"] != "merged":
-        raise InputError(f"{folder}: found an {record['kind']} model; allowed with --again: merged")
-    config = check(record["config"], MergeConfig, str(folder / RECORD_FILE))
+    """Whether merging or extracting again, in a folder beside, gives the same model."""
+    if record["kind"] not in MADE_AGAIN:
+        raise InputError(
+            f"{folder}: found an {record['kind']} model; allowed with --again: "
+            f"{', '.join(MADE_AGAIN)}"
+        )
+    make = MADE_AGAIN[record["kind"]]
     scratch = Path(mkdtemp(prefix=f".{folder.name}.verify-", dir=folder.parent))
     try:
-        out = Path(merge(config, scratch / "again"))
+        out = make(record["config"], str(folder / RECORD_FILE), scratch / "again")
         known = _digest(folder, record)
         if isinstance(known, str):
             return not _changed(out, known)

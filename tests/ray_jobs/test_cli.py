@@ -12,12 +12,19 @@ from typer.testing import CliRunner
 
 from ray_jobs.cli import app, main
 
-COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+COMMANDS = [
+    command.callback.__name__.replace("_", "-")
+    for command in app.registered_commands
+    if command.callback
+]
 BAD_INPUT = [
     (["evaluate", "none.yaml"], "none.yaml: no such file"),
     (["sweep", "none.yaml"], "none.yaml: no such file"),
     (["align", "none.yaml"], "none.yaml: no such file"),
     (["merge", "none.yaml", "out"], "none.yaml: no such file"),
+    (["extract-lora", "none", "b", "--rank", "4", "--out", "o"], "model none: no such directory"),
+    (["extract-lora", "a", "b", "--out", "o"], "rank: required, not given; allowed: --rank, --ene"),
+    (["extract-lora", "a", "b", "--energy", "2", "--out", "o"], "energy: found 2.0; allowed: less"),
     (["report", "none"], "none"),
     (["serve", "none"], "none"),
     (["chat", "none"], "none"),

@@ -81,7 +81,7 @@ def test_an_export_has_them_too(
     with pytest.raises(SystemExit):
         cli.main()
     assert capfd.readouterr().err == (
-        f"poise: {out}: found an exported model; allowed with --again: merged\n"
+        f"poise: {out}: found an exported model; allowed with --again: merged, extracted\n"
     )
 
 

@@ -1,0 +1,267 @@
+"""The adapter's files: factors and whole modules in one safetensors file, PEFT's description of
+them, the tokenizer, and what record and card say.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from operators.low_rank import Fit
+from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pipelines.checkpoints.digests import DigestMemory, model_digest
+from pipelines.checkpoints.reader import read_range
+from pipelines.checkpoints.safetensors_header import build_header, read_header
+from pipelines.commit import write_atomically
+from pipelines.extract.plan import STEP_ELEMENTS, ExtractPlan, Item
+from pipelines.extract.worker import factors_file
+from pipelines.merge.card import COPIED
+from pipelines.merge.journal import digests_of
+from pipelines.provenance import Provenance
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The results of all finished items of a plan, in the plan's order."""
+
+    plan: ExtractPlan
+    ranks: list[int]
+    fits: list[Fit]
+    results: Sequence[dict[str, Any]]
+
+    @classmethod
+    def of(cls, plan: ExtractPlan, results: Sequence[dict[str, Any]]) -> "Outcome":
+        """From the results of the worker, in any order."""
+        by_item = {result["item"]: result for result in results}
+        ordered = [by_item[number] for number in range(len(plan.items)) if number in by_item]
+        fits = [Fit(**result["fit"]) for result in ordered]
+        return cls(plan, [result["rank"] for result in ordered], fits, ordered)
+
+    @property
+    def modules(self) -> dict[str, tuple[int, Fit]]:
+        """The linear layers that have factors: rank and fit."""
+        found = zip(self.plan.items, self.ranks, self.fits, strict=False)
+        return {item.module: (rank, fit) for item, rank, fit in found if rank}
+
+    @property
+    def whole(self) -> list[str]:
+        """The changed modules that are saved whole."""
+        found = zip(self.plan.items, self.fits, strict=False)
+        return sorted({i.module for i, fit in found if i.role == "whole" and fit.delta})
+
+    @property
+    def left_out(self) -> dict[str, dict[str, Any]]:
+        """The changes that are not in the adapter, by kind: number of tensors, modules, and share
+        of the norm of the whole delta.
+        """
+        total = self.total.delta
+        found: dict[str, list[tuple[Item, float]]] = {}
+        for item, fit in zip(self.plan.items, self.fits, strict=False):
+            if item.role not in ("factors", "whole") and fit.delta:
+                found.setdefault(item.role, []).append((item, fit.delta))
+        return {
+            kind: {
+                "tensors": len(tensors),
+                "modules": sorted({item.module.rpartition(".")[2] for item, _ in tensors}),
+                "share": (sum(squares for _, squares in tensors) / total) ** 0.5,
+            }
+            for kind, tensors in found.items()
+        }
+
+    @property
+    def total(self) -> Fit:
+        """Of all tensors."""
+        return sum(self.fits, Fit())
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """For the record: what is kept, in total and for each module, and what is left out."""
+        modules = {
+            name: {"rank": rank, "delta": fit.delta**0.5, **_told(fit)}
+            for name, (rank, fit) in self.modules.items()
+        }
+        extracted = sum((fit for _, fit in self.modules.values()), Fit())
+        return {
+            "dtype": str(self.plan.dtype).removeprefix("torch."),
+            "extracted": _told(extracted),
+            "all_tensors": _told(self.total),
+            "whole": self.whole,
+            "left_out": self.left_out,
+            "unmatched": self.plan.unmatched,
+            "modules": modules,
+            "settings": self.plan.settings_key,
+        }
+
+
+def _told(fit: Fit) -> dict[str, float]:
+    return {"kept": fit.kept, "error": fit.error, "cosine": fit.cosine}
+
+
+def write_adapter(outcome: Outcome, folder: Path, memory: DigestMemory) -> None:
+    """Write all files of the adapter; the factors are read from the worker's files."""
+    plan = outcome.plan
+    _write_weights(outcome, folder)
+    settings = json.dumps(adapter_config(outcome), indent=2)
+    write_atomically(folder / ADAPTER_CONFIG, f"{settings}\n")
+    for name in COPIED:
+        if (plan.tuned.path / name).is_file():
+            shutil.copyfile(plan.tuned.path / name, folder / name)
+    known = digests_of(outcome.results)
+    inputs = {
+        path: memory.digest(found, known.get(path), plan.identities[path])
+        for path, found in plan.checkpoints.items()
+    }
+    Provenance(
+        kind="extracted",
+        digest=model_digest(Checkpoint.at(folder)),
+        fingerprint=plan.key,
+        config=plan.settings,
+        inputs=inputs,
+        seed=None,
+        details=outcome.details,
+        title="Low-rank adapter of a difference",
+        base_models=[plan.config.base],
+        tags=["lora"],
+        library="peft",
+        summary=summary(outcome),
+    ).write(folder)
+
+
+def adapter_config(outcome: Outcome) -> dict[str, Any]:
+    """PEFT's config of the adapter. `lora_alpha` is the rank, so that the scale is 1."""
+    plan, modules = outcome.plan, outcome.modules
+    rank = max(rank for rank, _ in modules.values())
+    patterns = {name: found for name, (found, _) in modules.items() if found != rank}
+    settings: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": plan.config.base,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": target_modules(list(modules), plan.architecture.modules),
+        "modules_to_save": outcome.whole or None,
+        "fan_in_fan_out": any(item.transposed for item in plan.items if item.role == "factors"),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+    }
+    if _tied_copies(outcome):
+        settings["ensure_weight_tying"] = True
+    return settings
+
+
+def target_modules(meant: list[str], modules: list[str]) -> list[str] | str:
+    """Names with which PEFT finds exactly these modules of the model: the last parts of their
+    names, else the full names, else a regular expression.
+    """
+    for candidates in ({name.rpartition(".")[2] for name in meant}, set(meant)):
+        hit = {
+            name for name in modules if any(f".{name}".endswith(f".{end}") for end in candidates)
+        }
+        if hit == set(meant):
+            return sorted(candidates)
+    return "|".join(re.escape(name) for name in sorted(meant))
+
+
+def summary(outcome: Outcome) -> str:
+    """The card's text: the inputs, what is kept, and what is left out."""
+    plan, details = outcome.plan, outcome.details
+    kept = {"linear layers": details["extracted"], "all tensors": details["all_tensors"]}
+    lines = [
+        f"- of the delta's norm in {name}: {found['kept']:.2%} kept, cosine {found['cosine']:.4f}"
+        for name, found in kept.items()
+    ]
+    if outcome.whole:
+        lines.append(f"- saved whole: {', '.join(outcome.whole)}")
+    for kind, left in outcome.left_out.items():
+        lines.append(f"- left out: {kind}, {left['share']:.2%} of the delta's norm")
+    config = adapter_config(outcome)
+    return (
+        f"Made with Poise: a LoRA adapter for `{plan.config.base}` that approximates "
+        f"`{plan.config.tuned}`, by truncated SVD of the difference of each linear "
+        f"layer.\n\n- {len(outcome.modules)} modules, rank up to {config['r']}, "
+        f"{details['dtype']}\n" + "\n".join(lines)
+    )
+
+
+def _tied_copies(outcome: Outcome) -> dict[str, str]:
+    """Tensors that are tied to a saved one, and its name: PEFT needs both names in the file."""
+    return {
+        other: first
+        for other, first in outcome.plan.architecture.tied.items()
+        if first.rpartition(".")[0] in outcome.whole
+    }
+
+
+Reader = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A tensor of the adapter, and how its elements are read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Reader
+
+
+def _write_weights(outcome: Outcome, folder: Path) -> None:
+    """Write the weights in steps; wide dtypes come first, so that all tensors are aligned."""
+    tensors = {**_factors(outcome, folder), **_whole_tensors(outcome)}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    with (folder / ADAPTER_WEIGHTS).open("wb") as file:
+        file.write(build_header({n: (tensors[n].dtype, tensors[n].shape) for n in order}))
+        for name in order:
+            tensor = tensors[name]
+            count = torch.Size(tensor.shape).numel()
+            for start in range(0, count, STEP_ELEMENTS):
+                values = tensor.read(start, min(start + STEP_ELEMENTS, count)).to(tensor.dtype)
+                file.write(values.contiguous().view(torch.uint8).numpy().data)
+
+
+def _factors(outcome: Outcome, folder: Path) -> dict[str, _Written]:
+    """The factors of all modules, from the worker's files."""
+    found = {}
+    for number, (item, rank) in enumerate(zip(outcome.plan.items, outcome.ranks, strict=True)):
+        if not rank:
+            continue
+        stored = read_header(factors_file(folder, number))
+        for part, end in (("a", "lora_A"), ("b", "lora_B")):
+            tensor = stored[part]
+
+            def read(start: int, stop: int, tensor: Any = tensor) -> Tensor:
+                return read_range(tensor, start, stop)
+
+            found[f"{PREFIX}{item.module}.{end}.weight"] = _Written(
+                tensor.dtype, tensor.shape, read
+            )
+    return found
+
+
+def _whole_tensors(outcome: Outcome) -> dict[str, _Written]:
+    """The tensors of the modules that are saved whole, in the tuned model's dtype."""
+    plan, found = outcome.plan, {}
+    for item in plan.items:
+        if item.module not in outcome.whole:
+            continue
+        spec = plan.tuned.find(item.tuned)
+        assert spec is not None
+
+        def read(start: int, stop: int, name: str = item.tuned) -> Tensor:
+            return plan.tuned.read(name, start, stop)
+
+        found[item.name] = _Written(spec.dtype, spec.shape, read)
+    for other, first in _tied_copies(outcome).items():
+        found[other] = found[first]
+    return {f"{PREFIX}{name}": written for name, written in found.items()}
