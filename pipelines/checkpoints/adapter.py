@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from pipelines.checkpoints.reader import Checkpoint, is_embedding
 from pipelines.errors import InputError
 
@@ -215,20 +213,3 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
 
 def _ends_with(module: str, key: str) -> bool:
     return module == key or module.endswith(f".{key}")
-
-
-def conv1d_weights(config: Mapping[str, Any]) -> frozenset[str]:
-    """The weights that an architecture stores as (in, out), by their names in the model: those of
-    transformers' Conv1D. None of an architecture that transformers does not know.
-    """
-    import transformers
-    from transformers.pytorch_utils import Conv1D
-
-    [name, *_] = config.get("architectures") or [""]
-    architecture = getattr(transformers, name, None)
-    if architecture is None:
-        return frozenset()
-    with torch.device("meta"):
-        model = architecture(architecture.config_class.from_dict(dict(config)))
-    modules = model.named_modules()
-    return frozenset(f"{name}.weight" for name, module in modules if isinstance(module, Conv1D))

@@ -18,10 +18,10 @@ from pipelines.checkpoints.adapter import (
     Adapter,
     AdapterParts,
     check_kind,
-    conv1d_weights,
     is_adapter,
     parts_of,
 )
+from pipelines.checkpoints.architecture import conv1d_weights
 from pipelines.checkpoints.reader import HEAD, Checkpoint, read_json, untied
 from pipelines.checkpoints.safetensors_header import StoredTensor
 from pipelines.checkpoints.source import Source, TensorSpec

@@ -7,13 +7,13 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from pipelines.checkpoints.architecture import tied_names
 from pipelines.checkpoints.safetensors_header import StoredTensor, read_header
 from pipelines.errors import InputError
 from pipelines.storage import with_retries
@@ -103,8 +103,8 @@ class Checkpoint:
             return self.tensors[self.embedding]
         if name in self.tensors:
             return self.tensors[name]
-        tied = next((n for n in tied_names(self.path).get(name, ()) if n in self.tensors), None)
-        return None if tied is None else self.tensors[tied]
+        others = (other for other in tied_names(self.config, name) if other in self.tensors)
+        return self.tensors.get(next(others, ""))
 
     def stored(self, name: str) -> tuple["Checkpoint", StoredTensor] | None:
         """This checkpoint and the stored tensor; None for a tied head, which is not stored."""
@@ -137,31 +137,6 @@ class CheckpointDelta:
         """Elements [start, stop) of the delta: (stop - start,) float32."""
         tuned = self._tuned.read(name, start, stop).to(torch.float32)
         return tuned.sub_(self._base.read(name, start, stop).to(torch.float32))
-
-
-@lru_cache(maxsize=64)
-def tied_names(path: Path) -> dict[str, list[str]]:
-    """The other names of each parameter that a checkpoint's architecture has under several names,
-    such as T5's one embedding; none where transformers does not know the architecture.
-    """
-    import transformers
-
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    [name, *_] = config.get("architectures") or [""]
-    architecture = getattr(transformers, name, None)
-    if architecture is None:
-        return {}
-    with torch.device("meta"):
-        model = architecture(architecture.config_class.from_dict(config))
-    names: dict[Any, list[str]] = {}
-    for own, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(own)
-    return {
-        own: [n for n in group if n != own]
-        for group in names.values()
-        for own in group
-        if len(group) > 1
-    }
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:
