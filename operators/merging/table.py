@@ -14,7 +14,7 @@ from operators.merging.average import (
     stock_statistics,
 )
 from operators.merging.composed import COMPOSED
-from operators.merging.interpolation import expo, slerp, slerp_statistics
+from operators.merging.interpolation import expo, nearswap, slerp, slerp_statistics
 from operators.merging.method import Method
 from operators.merging.mixup import (
     check_mixup,
@@ -24,6 +24,18 @@ from operators.merging.mixup import (
     mixup_ties_statistics,
 )
 from operators.merging.singular import r_tsvm, tsvm
+from operators.merging.spherical import (
+    check_karcher,
+    check_multislerp,
+    check_sum,
+    karcher,
+    karcher_statistics,
+    multislerp,
+    multislerp_statistics,
+    nuslerp,
+    nuslerp_statistics,
+    nuslerp_unit,
+)
 from operators.merging.task_vectors import LAMBDA, WEIGHT, check_scope, composition
 from operators.parameters import REQUIRED, Parameter
 from operators.sparsify import DENSITY, SCOPE, TIES
@@ -127,6 +139,53 @@ METHODS: dict[str, Method] = {
         unit="tensor",
         num_models=(1, 1),
         statistics=slerp_statistics,
+    ),
+    "nuslerp": Method(
+        nuslerp,
+        "along the arc between two models, or between their task vectors",
+        {
+            "weight": WEIGHT,
+            "nuslerp_flatten": Parameter("one arc for the whole tensor", True),
+            "nuslerp_row_wise": Parameter("where not flattened: arcs of rows, not columns", True),
+        },
+        needs_base=None,
+        unit="tensor",
+        unit_with=nuslerp_unit,
+        num_models=(2, 2),
+        statistics=nuslerp_statistics,
+        check=check_sum,
+    ),
+    "multislerp": Method(
+        multislerp,
+        "barycentre on the sphere of the models, or of their task vectors, in one step",
+        {
+            "weight": WEIGHT,
+            "normalize_weights": MEAN,
+            "eps": Parameter("up to which length directions cancel", 1e-6, 0, above_low=True),
+        },
+        needs_base=None,
+        unit="tensor",
+        statistics=multislerp_statistics,
+        check=check_multislerp,
+    ),
+    "karcher": Method(
+        karcher,
+        "nearest point on the sphere to all models, by arcs",
+        {
+            "weight": replace(WEIGHT, low=0),
+            "max_iter": Parameter("steps at most", 10, 1),
+            "tol": Parameter("length of a step that ends the search", 1e-5, 0, above_low=True),
+        },
+        needs_base=False,
+        unit="tensor",
+        statistics=karcher_statistics,
+        check=check_karcher,
+    ),
+    "nearswap": Method(
+        nearswap,
+        "the model where it is near the base, else a small step towards it",
+        {"t": Parameter("how near is near", REQUIRED, 0, above_low=True)},
+        num_models=(1, 1),
     ),
     "expo": Method(
         expo,
