@@ -23,6 +23,7 @@ from operators.merging.mixup import (
     m3_ties,
     mixup_ties_statistics,
 )
+from operators.merging.selecting import arcee_fusion, fusion_statistics, sce, sce_statistics
 from operators.merging.singular import r_tsvm, tsvm
 from operators.merging.spherical import (
     check_karcher,
@@ -157,11 +158,13 @@ METHODS: dict[str, Method] = {
     ),
     "multislerp": Method(
         multislerp,
-        "barycentre on the sphere of the models, or of their task vectors, in one step",
+        "mean along arcs of the models, or of their task vectors, in one step",
         {
             "weight": WEIGHT,
             "normalize_weights": MEAN,
-            "eps": Parameter("up to which length directions cancel", 1e-6, 0, above_low=True),
+            "eps": Parameter(
+                "directions cancel if their weighted sum is no longer", 1e-6, 0, above_low=True
+            ),
         },
         needs_base=None,
         unit="tensor",
@@ -170,11 +173,11 @@ METHODS: dict[str, Method] = {
     ),
     "karcher": Method(
         karcher,
-        "nearest point on the sphere to all models, by arcs",
+        "direction nearest to all models along arcs, with their mean length",
         {
             "weight": replace(WEIGHT, low=0),
-            "max_iter": Parameter("steps at most", 10, 1),
-            "tol": Parameter("length of a step that ends the search", 1e-5, 0, above_low=True),
+            "max_iter": Parameter("the largest number of steps", 10, 1),
+            "tol": Parameter("stop at a step shorter than this", 1e-5, 0, above_low=True),
         },
         needs_base=False,
         unit="tensor",
@@ -184,8 +187,17 @@ METHODS: dict[str, Method] = {
     "nearswap": Method(
         nearswap,
         "the model where it is near the base, else a small step towards it",
-        {"t": Parameter("how near is near", REQUIRED, 0, above_low=True)},
+        {"t": Parameter("the largest change of an element", REQUIRED, 0, above_low=True)},
         num_models=(1, 1),
+    ),
+    "arcee_fusion": Method(
+        arcee_fusion,
+        "the model's most important changes, the base elsewhere",
+        {"tukey_fence": Parameter("quartile ranges above the median to be important", 1.5, 0)},
+        unit="tensor",
+        streamed_unit="row",
+        num_models=(1, 1),
+        statistics=fusion_statistics,
     ),
     "expo": Method(
         expo,
@@ -216,6 +228,17 @@ METHODS: dict[str, Method] = {
         num_models=(2, 2),
         statistics=mixup_ties_statistics,
         check=check_mixup_ties,
+    ),
+    "sce": Method(
+        sce,
+        "elements that differ most between the models, weighted by size, minority signs erased",
+        {
+            "select_topk": Parameter(
+                "fraction of the elements, those of the largest variance", 1.0, 0, 1, above_low=True
+            )
+        },
+        unit="tensor",
+        statistics=sce_statistics,
     ),
     "tsvm": Method(
         tsvm,

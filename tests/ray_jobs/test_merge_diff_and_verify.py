@@ -48,6 +48,8 @@ def merged(models: list[Path], tmp_path: Path) -> Path:
         ("multislerp", 2, {}),
         ("karcher", 3, {}),
         ("nearswap", 1, {"t": 0.01}),
+        ("arcee_fusion", 1, {}),
+        ("sce", 2, {"select_topk": 0.5}),
     ],
 )
 def test_methods_that_mergekits_files_name(

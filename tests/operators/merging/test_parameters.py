@@ -173,6 +173,17 @@ CASES = [
     ("nearswap", ONE, None, {"t": 1}, "base_model: required, not given"),
     ("nearswap", ONE, BASE, {}, "t: required, not given; allowed: above 0"),
     ("nearswap", TWO, BASE, {"t": 1}, "models: found 2; allowed: 1"),
+    ("arcee_fusion", TWO, BASE, {}, "models: found 2; allowed: 1"),
+    (
+        "arcee_fusion",
+        ONE,
+        BASE,
+        {"tukey_fence": -1},
+        "tukey_fence: found -1; allowed: at least 0",
+    ),
+    ("sce", TWO, None, {}, "base_model: required, not given"),
+    ("sce", TWO, BASE, {"select_topk": 0}, f"select_topk: found 0; {DENSITY}"),
+    ("sce", TWO, BASE, {"weight": 1}, "weight: unknown parameter; allowed: select_topk"),
     ("m3_average", THREE, None, {"mixup_alpha": 1}, "models: found 3; allowed: 2"),
     (
         "m3_average",

@@ -24,6 +24,7 @@ SETTINGS = {
     "model_stock": {},
     "multislerp": {},
     "karcher": {},
+    "sce": {},
     "tsvm": {},
     "r_tsvm": {},
 }

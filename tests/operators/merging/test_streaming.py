@@ -34,6 +34,9 @@ CASES = [
     ("multislerp", {"weight": [0.3, 0.5, 2]}),
     ("karcher", {"weight": [0.3, 0.5, 2]}),
     ("nearswap", {"t": 0.05}),
+    ("arcee_fusion", {}),
+    ("sce", {}),
+    ("sce", {"select_topk": 0.3}),
     ("expo", {"alpha": 0.3}),
     ("m3_average", {"mixup_alpha": 0.5, "dare_density": 0.8}),
     ("m3_task_arithmetic", {"mixup_lambda": 0.3}),
@@ -114,6 +117,8 @@ def test_ranges_give_what_the_whole_gives(method: str, parameters, shape) -> Non
         ("breadcrumbs", {"density": 0.5}),
         ("model_stock", {}),
         ("karcher", {}),
+        ("arcee_fusion", {}),
+        ("sce", {"select_topk": 0.3}),
         ("dare_linear", {"density": 0.5, "rescale": "l1"}),
         ("m3_ties", {"mixup_lambda": 0.5, "density": 0.3, "dare_density": 0.8}),
     ],
@@ -172,6 +177,7 @@ def test_an_empty_tensor_stays_empty() -> None:
     for method, own in (
         ("ties", {"density": 0.5}),
         ("model_stock", {}),
+        ("sce", {"select_topk": 0.5}),
         ("nuslerp", {"nuslerp_flatten": False}),
         ("tsvm", {}),
     ):

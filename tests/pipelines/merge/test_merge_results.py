@@ -26,7 +26,7 @@ from tests.pipelines.merge.conftest import (
 from tests.tiny_models import save_tiny_llama
 
 # Every way in which methods are streamed: by elements, by rows, with thresholds, norms or a draw,
-# or as whole tensors; with a base, without, or as it is given.
+# with a number for each row, or as whole tensors; with a base, without, or as it is given.
 METHODS: dict[str, dict[str, object]] = {
     "linear": {"weight": 0.5},
     "task_arithmetic": {"lambda": 0.7},
@@ -40,6 +40,8 @@ METHODS: dict[str, dict[str, object]] = {
     "multislerp": {},
     "karcher": {"max_iter": 3},
     "nearswap": {"t": 0.01},
+    "arcee_fusion": {"tukey_fence": 0.5},
+    "sce": {"select_topk": 0.4},
 }
 
 
