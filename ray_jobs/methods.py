@@ -50,6 +50,8 @@ def _print_one(name: str, method: Method) -> None:
     fewest, most = method.num_models
     models = f"{fewest} or more" if most is None else f"{fewest} to {most}"
     base = "with a base model" if method.needs_base else "without a base model"
+    if method.needs_base is None:
+        base = "with a base model or without"
     table = Table("parameter", "default", "allowed", "of each model", "meaning", title=name)
     for key, parameter in method.parameters.items():
         each = "yes" if parameter.per_model else ""

@@ -1,10 +1,11 @@
-"""The statistic of thresholds: the cut of each model's delta that keeps exactly k elements.
+"""The statistic of thresholds: the cut of each model's delta that keeps exactly k elements, or of
+one vector that a method makes of all models.
 
 The first pass looks at a sample (at all of a small tensor) and brackets each threshold. The search
 (operators.selection) continues from there, usually for one more pass, or two in large tensors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from operators.merging.method import (
 from operators.selection import (
     FEW_BUCKETS,
     MANY_BUCKETS,
+    TOP_MAGNITUDE,
     Search,
     TopCut,
     begin_search,
@@ -49,15 +51,20 @@ class CutSearch:
     """All thresholds of a tensor, or of all tensors of a merge (`scope: model`).
 
     Attributes:
-        vectors: makes the vectors to cut from a range: one float32 tensor for each model.
-        targets: for each threshold, its model, and the cut or the search for it.
+        vectors: makes the vectors to cut from a range: one float32 tensor for each model, or a
+            single one.
+        num_vectors: the number of these vectors.
+        targets: for each threshold, its vector, and the cut or the search for it.
         sampled: whether the pass over the sample is done.
+        whole_magnitudes: end at a magnitude, without the pass that tells equal ones apart.
     """
 
     scope: Scope
     vectors: Vectors
+    num_vectors: int
     targets: tuple[tuple[int, Search | TopCut], ...]
     sampled: bool = False
+    whole_magnitudes: bool = False
 
     @property
     def done(self) -> bool:
@@ -101,6 +108,8 @@ class CutSearch:
                 np.concatenate([keys for _, keys in sorted(runs, key=_place)]) for runs in total
             ]
             states = [self._bracketed(search, samples[model]) for model, search in self._open]
+        if self.whole_magnitudes:
+            states = [_of_magnitude(state) for state in states]
         ahead = iter(states)
         targets = tuple(
             (model, next(ahead) if isinstance(state, Search) else state)
@@ -109,8 +118,8 @@ class CutSearch:
         return replace(self, sampled=True, targets=targets)
 
     def fill(self, context: MergeContext, name: str) -> MergeContext:
-        """The context with every model's cuts."""
-        cuts: list[list[TopCut]] = [[] for _ in range(self.scope.num_models)]
+        """The context with every vector's cuts."""
+        cuts: list[list[TopCut]] = [[] for _ in range(self.num_vectors)]
         for model, state in self.targets:
             assert isinstance(state, TopCut)
             cuts[model].append(state)
@@ -118,7 +127,7 @@ class CutSearch:
 
     @property
     def _open(self) -> list[tuple[int, Search]]:
-        """The unfinished searches, each with its model."""
+        """The unfinished searches, each with its vector."""
         return [(model, state) for model, state in self.targets if isinstance(state, Search)]
 
     @property
@@ -135,9 +144,9 @@ class CutSearch:
         return [(begin, end) for begin, end in runs if begin < end]
 
     def _observe_sample(self, work: MergeInput, offset: int) -> list[list[Run]]:
-        """For each model, the sampled runs of a range."""
+        """For each vector, the sampled runs of a range."""
         begin = offset + work.start
-        runs: list[list[Run]] = [[] for _ in work.models]
+        runs: list[list[Run]] = [[] for _ in range(self.num_vectors)]
         for first, last in self._sample(begin, begin + work.count):
             vectors = self.vectors(work.part(first - begin, last - begin))
             for own, vector in zip(runs, vectors, strict=True):
@@ -153,6 +162,13 @@ class CutSearch:
         few = share * count <= _FEW and count <= WORDS and not search.by_index
         most_buckets = FEW_BUCKETS if few else MANY_BUCKETS
         return replace(search.between(low, high), most_buckets=most_buckets)
+
+
+def _of_magnitude(state: Search | TopCut) -> Search | TopCut:
+    """The cut at a magnitude, if the search goes on only among elements of that magnitude."""
+    if isinstance(state, Search) and state.tied:
+        return state.cut(state.magnitudes[0], None)
+    return state
 
 
 def _kept_by(search: Search) -> int:
@@ -188,7 +204,46 @@ def _begin(sparsifier: Sparsifier, vectors: Vectors, scope: Scope) -> CutSearch:
         for model in range(scope.num_models)
         for kept in sparsifier.counts(of_model(scope.parameters, model), scope.count)
     ]
-    return CutSearch(scope, vectors, tuple(targets))
+    return CutSearch(scope, vectors, scope.num_models, tuple(targets))
+
+
+def cut_of(vector: Vectors, count: Callable[[Mapping[str, Any], int], int]) -> StatisticFactory:
+    """The statistic of one cut, `context.cuts[0][0]`, through one vector made of all models.
+
+    Args:
+        vector: makes the single float32 tensor to cut from a range.
+        count: parameters, number of elements -> the number of elements that stay.
+    """
+    return partial(_begin_one, vector, count)
+
+
+def _begin_one(
+    vector: Vectors, count: Callable[[Mapping[str, Any], int], int], scope: Scope
+) -> CutSearch:
+    if scope.count == 0:
+        return CutSearch(scope, vector, 1, ())
+    kept = count(scope.parameters, scope.count)
+    return CutSearch(scope, vector, 1, ((0, begin_search(kept, scope.count)),))
+
+
+def magnitudes_at(vector: Vectors, ranks: Callable[[int], Sequence[int]]) -> StatisticFactory:
+    """The statistic of order statistics: magnitudes of one vector made of all models, by rank. They
+    are the keys of `context.cuts[0]`, in the order of `ranks`.
+
+    Args:
+        vector: makes a single float32 tensor of a range.
+        ranks: number of elements -> ranks; rank 1 is the largest magnitude.
+    """
+    return partial(_begin_magnitudes, vector, ranks)
+
+
+def _begin_magnitudes(
+    vector: Vectors, ranks: Callable[[int], Sequence[int]], scope: Scope
+) -> CutSearch:
+    found = ranks(scope.count) if scope.count else ()
+    searches = [Search(rank, scope.count, 0, 0) for rank in found]
+    targets = tuple((0, search.between(1, TOP_MAGNITUDE)) for search in searches)
+    return CutSearch(scope, vector, 1, targets, whole_magnitudes=True)
 
 
 def _place(run: Run) -> int:

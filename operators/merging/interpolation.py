@@ -1,4 +1,4 @@
-"""Interpolation between two models (slerp) and extrapolation beyond the second one (ExPO)."""
+"""Two models: along the arc (slerp), beyond the second (ExPO), or where they are near."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -49,3 +49,15 @@ def expo(work: MergeInput) -> Tensor:
     """ExPO (Zheng et al. 2024, eq. 1): `W_1 + alpha (W_1 - W_0)`, W_0 = SFT, W_1 = aligned."""
     [aligned], [delta] = work.weights(), work.deltas()
     return aligned.add(delta, alpha=work.parameters["alpha"])
+
+
+def nearswap(work: MergeInput) -> Tensor:
+    """NearSwap (alchemonaut 2024; also mergekit's): per element `W_0 + w (W_1 - W_0)` with
+    `w = clamp(t / |W_1 - W_0|, 0, 1)`: the model's value where it is within t, else a step of t
+    towards it.
+
+    The step `w D` is computed as the delta clamped to `[-t, t]`, which is the same and also right
+    for equal elements, where the formula has `0 / 0`.
+    """
+    [delta], t = work.deltas(), work.parameters["t"]
+    return work.origin().add(delta.clamp(-t, t))

@@ -34,7 +34,9 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from operators.counter_random import counter_key
@@ -56,6 +58,8 @@ class MergeContext:
         cuts: for each model, the cuts of its delta: top-p has one, breadcrumbs up to two.
         cut_offset: index of the tensor's first element in the scope of the cuts.
         rescale: for each model, the factor of the kept elements (`rescale: l1`).
+        squares: for each model, the sum of the squares of the method's vector, float64.
+        rows: for each row of the tensor, a number that the method needs, float64.
         gram: inner products of the method's vectors over the tensor, float64.
         mixup_lambda: M3's lambda, drawn once for the merge.
     """
@@ -63,6 +67,8 @@ class MergeContext:
     cuts: tuple[tuple[TopCut, ...], ...] = ()
     cut_offset: int = 0
     rescale: tuple[float, ...] = ()
+    squares: tuple[float, ...] = ()
+    rows: NDArray[np.float64] | None = None
     gram: tuple[tuple[float, ...], ...] = ()
     mixup_lambda: float | None = None
 
@@ -235,10 +241,12 @@ class Method:
     """An entry of the table of merge methods.
 
     Attributes:
-        needs_base: whether the method takes a base model; a parameter's name: only if that is set.
+        needs_base: whether the method takes a base model; a parameter's name: only if that is set;
+            None: if a base model is given, and the method then merges task vectors.
         unit: the smallest part that can be merged without a context, at default parameters: an
             element, a row or the whole tensor. Engines that gather contexts use `unit_of`.
         streamed_unit: the smallest part that can be merged with a context.
+        unit_with: parameters -> the same, for methods whose unit depends on them.
         num_models: the fewest and the most models (None: any number).
         statistics: parameters -> the statistics to gather, in this order.
         check: raises ValueError for parameters that contradict each other.
@@ -248,9 +256,10 @@ class Method:
     merge: MergeFunction
     summary: str
     parameters: Mapping[str, Parameter]
-    needs_base: bool | str = True
+    needs_base: bool | str | None = True
     unit: Unit = "element"
     streamed_unit: Unit = "element"
+    unit_with: Callable[[Mapping[str, Any]], Unit] | None = None
     num_models: tuple[int, int | None] = (1, None)
     statistics: Callable[[Mapping[str, Any]], tuple[StatisticFactory, ...]] = no_statistics
     check: Callable[[Mapping[str, Any]], None] | None = None
@@ -260,6 +269,8 @@ class Method:
         """The smallest part that can be merged alone, given these parameters and a context."""
         if self.chosen is not None:
             return self.chosen(parameters).unit_of(parameters)
+        if self.unit_with is not None:
+            return self.unit_with(parameters)
         return "row" if parameters.get("scope") == "row" else self.streamed_unit
 
     def grain(self, shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int:
@@ -321,6 +332,8 @@ class Method:
             allowed = str(fewest) if most == fewest else allowed
             raise ValueError(f"models: found {num_models}; allowed: {allowed}")
         needed = self.needs_base
+        if needed is None:
+            return
         if isinstance(needed, str):
             if parameters is None:
                 return

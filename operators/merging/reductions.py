@@ -18,6 +18,7 @@ from operators.merging.method import (
     MergeContext,
     MergeInput,
     Scope,
+    Statistic,
     StatisticFactory,
     rows_of_block,
 )
@@ -93,6 +94,11 @@ def gram_of(vectors: Vectors) -> StatisticFactory:
     return partial(_begin, BlockSums(partial(_block_gram, vectors), _with_gram))
 
 
+def squares_of(vectors: Vectors) -> StatisticFactory:
+    """The statistic of the vectors' sums of squares."""
+    return partial(_begin, BlockSums(partial(_block_squares, vectors), _with_squares))
+
+
 def rescale_by_l1(sparse: Vectors, *, by_rows: bool) -> StatisticFactory:
     """The statistic of `||D_i||_1 / ||F(D_i)||_1`, the factor of `rescale: l1`.
 
@@ -104,8 +110,61 @@ def rescale_by_l1(sparse: Vectors, *, by_rows: bool) -> StatisticFactory:
     return partial(_begin, BlockSums(of_block, _with_rescale, by_rows))
 
 
-def _begin(sums: BlockSums, scope: Scope) -> BlockSums:
-    return sums
+@dataclass(frozen=True, slots=True)
+class RowValues:
+    """A statistic: a number for each row of a tensor, kept instead of added up.
+
+    `of_rows` makes (r,) of whole rows. It sees the same blocks of rows for any ranges.
+    """
+
+    of_rows: BlockFunction
+    values: Mapping[str, NDArray[np.float64]] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the one pass is over."""
+        return self.values is not None
+
+    def wanted(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Every element counts."""
+        return [(first, last)]
+
+    def observe(self, work: MergeInput, offset: int) -> Partials:
+        """The values of the range's rows, block by block."""
+        size = rows_of_block(work.width) * work.width
+        assert work.start % size == 0, "a range starts inside a block"
+        return {
+            (work.name, work.start + first): self.of_rows(block)
+            for first, block in work.parts(size)
+        }
+
+    def add(self, one: Partials, other: Partials) -> Partials:
+        """The rows of both."""
+        return one | other
+
+    def advance(self, total: Partials) -> "RowValues":
+        """The values of each tensor's rows, in their order."""
+        ordered = sorted(total.items(), key=lambda item: item[0])
+        names = dict.fromkeys(name for (name, _), _ in ordered)
+        values = {
+            name: np.concatenate([rows for (owner, _), rows in ordered if owner == name])
+            for name in names
+        }
+        return replace(self, values=values)
+
+    def fill(self, context: MergeContext, name: str) -> MergeContext:
+        """The context with a tensor's values."""
+        assert self.values is not None
+        return replace(context, rows=self.values.get(name))
+
+
+def row_values(of_rows: BlockFunction) -> StatisticFactory:
+    """The statistic of a number for each row: `context.rows`. The method's unit is the row."""
+    return partial(_begin, RowValues(of_rows))
+
+
+def _begin(statistic: Statistic, scope: Scope) -> Statistic:
+    return statistic
 
 
 def _block_gram(vectors: Vectors, block: MergeInput) -> NDArray[np.float64]:
@@ -118,6 +177,19 @@ def _block_gram(vectors: Vectors, block: MergeInput) -> NDArray[np.float64]:
 
 def _with_gram(context: MergeContext, gram: NDArray[np.float64]) -> MergeContext:
     return replace(context, gram=tuple(map(tuple, gram.tolist())))
+
+
+def _block_squares(vectors: Vectors, block: MergeInput) -> NDArray[np.float64]:
+    """Sums of squares over a block, (T,)."""
+    total = np.zeros(())
+    for _, part in block.parts(CHUNK):
+        wide = (vector.numpy().astype(np.float64) for vector in vectors(part))
+        total = total + np.array([np.square(vector).sum() for vector in wide])
+    return total
+
+
+def _with_squares(context: MergeContext, sums: NDArray[np.float64]) -> MergeContext:
+    return replace(context, squares=tuple(sums.tolist()))
 
 
 def _block_norms(sparse: Vectors, by_rows: bool, block: MergeInput) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from operators.merging.average import (
     stock_statistics,
 )
 from operators.merging.composed import COMPOSED
-from operators.merging.interpolation import expo, slerp, slerp_statistics
+from operators.merging.interpolation import expo, nearswap, slerp, slerp_statistics
 from operators.merging.method import Method
 from operators.merging.mixup import (
     check_mixup,
@@ -23,7 +23,20 @@ from operators.merging.mixup import (
     m3_ties,
     mixup_ties_statistics,
 )
+from operators.merging.selecting import arcee_fusion, fusion_statistics, sce, sce_statistics
 from operators.merging.singular import r_tsvm, tsvm
+from operators.merging.spherical import (
+    check_karcher,
+    check_multislerp,
+    check_sum,
+    karcher,
+    karcher_statistics,
+    multislerp,
+    multislerp_statistics,
+    nuslerp,
+    nuslerp_statistics,
+    nuslerp_unit,
+)
 from operators.merging.task_vectors import LAMBDA, WEIGHT, check_scope, composition
 from operators.parameters import REQUIRED, Parameter
 from operators.sparsify import DENSITY, SCOPE, TIES
@@ -128,6 +141,64 @@ METHODS: dict[str, Method] = {
         num_models=(1, 1),
         statistics=slerp_statistics,
     ),
+    "nuslerp": Method(
+        nuslerp,
+        "along the arc between two models, or between their task vectors",
+        {
+            "weight": WEIGHT,
+            "nuslerp_flatten": Parameter("one arc for the whole tensor", True),
+            "nuslerp_row_wise": Parameter("where not flattened: arcs of rows, not columns", True),
+        },
+        needs_base=None,
+        unit="tensor",
+        unit_with=nuslerp_unit,
+        num_models=(2, 2),
+        statistics=nuslerp_statistics,
+        check=check_sum,
+    ),
+    "multislerp": Method(
+        multislerp,
+        "mean along arcs of the models, or of their task vectors, in one step",
+        {
+            "weight": WEIGHT,
+            "normalize_weights": MEAN,
+            "eps": Parameter(
+                "directions cancel if their weighted sum is no longer", 1e-6, 0, above_low=True
+            ),
+        },
+        needs_base=None,
+        unit="tensor",
+        statistics=multislerp_statistics,
+        check=check_multislerp,
+    ),
+    "karcher": Method(
+        karcher,
+        "direction nearest to all models along arcs, with their mean length",
+        {
+            "weight": replace(WEIGHT, low=0),
+            "max_iter": Parameter("the largest number of steps", 10, 1),
+            "tol": Parameter("stop at a step shorter than this", 1e-5, 0, above_low=True),
+        },
+        needs_base=False,
+        unit="tensor",
+        statistics=karcher_statistics,
+        check=check_karcher,
+    ),
+    "nearswap": Method(
+        nearswap,
+        "the model where it is near the base, else a small step towards it",
+        {"t": Parameter("the largest change of an element", REQUIRED, 0, above_low=True)},
+        num_models=(1, 1),
+    ),
+    "arcee_fusion": Method(
+        arcee_fusion,
+        "the model's most important changes, the base elsewhere",
+        {"tukey_fence": Parameter("quartile ranges above the median to be important", 1.5, 0)},
+        unit="tensor",
+        streamed_unit="row",
+        num_models=(1, 1),
+        statistics=fusion_statistics,
+    ),
     "expo": Method(
         expo,
         "extrapolation from SFT through the aligned model",
@@ -157,6 +228,17 @@ METHODS: dict[str, Method] = {
         num_models=(2, 2),
         statistics=mixup_ties_statistics,
         check=check_mixup_ties,
+    ),
+    "sce": Method(
+        sce,
+        "elements that differ most between the models, weighted by size, minority signs erased",
+        {
+            "select_topk": Parameter(
+                "fraction of the elements, those of the largest variance", 1.0, 0, 1, above_low=True
+            )
+        },
+        unit="tensor",
+        statistics=sce_statistics,
     ),
     "tsvm": Method(
         tsvm,

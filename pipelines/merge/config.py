@@ -156,8 +156,10 @@ class MergeConfig(Config):
 
     @property
     def uses_base(self) -> bool:
-        """Whether the method merges the base; for some methods a parameter decides."""
+        """Whether the method merges the base; for some, a parameter or a given base decides."""
         needed = self.method.needs_base
+        if needed is None:
+            return self.base_model is not None
         if isinstance(needed, str):
             return self.parameters.get(needed) is not None
         return needed

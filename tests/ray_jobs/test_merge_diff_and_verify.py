@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from pipelines.merge import MergeConfig, merge
@@ -38,6 +39,31 @@ def merged(models: list[Path], tmp_path: Path) -> Path:
     config["models"] = [{"model": str(path)} for path in models[1:]]
     config["parameters"] = {"density": 0.5}
     return merge(MergeConfig.model_validate(config), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("method", "num_models", "parameters"),
+    [
+        ("nuslerp", 2, {"weight": 1}),
+        ("multislerp", 2, {}),
+        ("karcher", 3, {}),
+        ("nearswap", 1, {"t": 0.01}),
+        ("arcee_fusion", 1, {}),
+        ("sce", 2, {"select_topk": 0.5}),
+    ],
+)
+def test_methods_that_mergekits_files_name(
+    method: str, num_models: int, parameters, models: list[Path], tmp_path: Path, monkeypatch
+) -> None:
+    """From a file to a model that can be verified, by the command line."""
+    config: dict[str, object] = {"merge_method": method, "parameters": parameters}
+    config["models"] = [{"model": str(path)} for path in models[-num_models:]]
+    if num_models < 3:
+        config["base_model"] = str(models[0])
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(config))
+    assert poise(monkeypatch, "merge", tmp_path / "merge.yaml", tmp_path / "out") == 0
+    assert poise(monkeypatch, "verify", tmp_path / "out") == 0
+    assert poise(monkeypatch, "methods", method) == 0
 
 
 def test_diff(models: list[Path], monkeypatch, capfd) -> None:

@@ -153,6 +153,22 @@ def test_thresholds(kind: str, ties: str, count: int) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["normal", "tied", "zeros"])
+def test_methods_that_see_several_models_at_once(kind: str, dtype: torch.dtype) -> None:
+    """Vectors of a method's own are cut, and arcs are combined, as deltas are."""
+    models = [values(kind, 4000, 100).roll(i).to(dtype) for i in range(2)]
+    base = values("octaves", 4000, 100).clamp(-0.1, 0.1).to(dtype)
+    for method, count, own in (
+        ("sce", 2, {"select_topk": 0.3}),
+        ("arcee_fusion", 1, {}),
+        ("multislerp", 2, {}),
+        ("nearswap", 1, {"t": 1e-3}),
+    ):
+        run_it = partial(merge_tensor, method, models[:count], base, name="x", **own)
+        assert_same_bits(lambda kernels, run_it=run_it: run_it(kernels=kernels))
+
+
 def test_a_sample_that_misled() -> None:
     """All that is large lies between the runs of the sample, or all that is small does."""
     count, run, num_runs = 400_000, 1024, 32

@@ -130,3 +130,22 @@ def test_expo_goes_beyond_the_aligned_model() -> None:
     base, aligned = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 1.0])
     found = merge_tensor("expo", [aligned], base, name="x", alpha=0.5)
     assert found.tolist() == [1.75, 0.5]
+
+
+def test_nearswap_by_hand() -> None:
+    """Within t the model, else t towards it; at t itself the model."""
+    base = torch.tensor([1.0, 1.0, 1.0, 1.0, -2.0])
+    model = torch.tensor([1.25, 3.0, -1.0, 1.0, -1.5])
+    found = merge_tensor("nearswap", [model], base, name="x", t=0.5)
+    assert found.tolist() == [1.25, 1.5, 0.5, 1.0, -1.5]
+
+
+def test_nearswap_equals_its_formula() -> None:
+    base, [model] = family((5, 7), 1)
+    model.view(-1)[:5] = base.view(-1)[:5]
+    a, b = base.double(), model.double()
+    weight = torch.nan_to_num(0.08 / (b - a).abs(), nan=1.0, posinf=1.0).clamp(0, 1)
+    found = merge_tensor("nearswap", [model], base, name="x", t=0.08)
+    torch.testing.assert_close(found.double(), (1 - weight) * a + weight * b, rtol=1e-6, atol=1e-6)
+    far = merge_tensor("nearswap", [model], base, name="x", t=1e9)
+    torch.testing.assert_close(far, model, rtol=1e-6, atol=1e-6)

@@ -22,6 +22,9 @@ SETTINGS = {
     "breadcrumbs": {"density": 1.0, "normalize": True},
     "breadcrumbs_ties": {"density": 1.0, "normalize": True},
     "model_stock": {},
+    "multislerp": {},
+    "karcher": {},
+    "sce": {},
     "tsvm": {},
     "r_tsvm": {},
 }

@@ -28,6 +28,15 @@ CASES = [
     ("model_stock", {}),
     ("model_stock", {"filter_wise": True}),
     ("slerp", {"t": 0.3}),
+    ("nuslerp", {"weight": [0.3, 0.5]}),
+    ("nuslerp", {"nuslerp_flatten": False}),
+    ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": False}),
+    ("multislerp", {"weight": [0.3, 0.5, 2]}),
+    ("karcher", {"weight": [0.3, 0.5, 2]}),
+    ("nearswap", {"t": 0.05}),
+    ("arcee_fusion", {}),
+    ("sce", {}),
+    ("sce", {"select_topk": 0.3}),
     ("expo", {"alpha": 0.3}),
     ("m3_average", {"mixup_alpha": 0.5, "dare_density": 0.8}),
     ("m3_task_arithmetic", {"mixup_lambda": 0.3}),
@@ -90,12 +99,14 @@ def inputs(method: str, shape, *, bf16: bool = False, coarse: bool = False, para
 @pytest.mark.parametrize("shape", [(61, 37), (999,)])
 def test_ranges_give_what_the_whole_gives(method: str, parameters, shape) -> None:
     for coarse in (False, True):
-        models, base = inputs(method, shape, coarse=coarse, parameters=parameters)
+        models, own_base = inputs(method, shape, coarse=coarse, parameters=parameters)
         own = dict(parameters)
-        whole = merge_tensor(method, models, base, name="x", seed=3, **own)
-        assert torch.equal(whole, merge_tensor(method, models, base, name="x", seed=3, **own))
-        for num_parts in (1, 2, 7):
-            assert torch.equal(streamed(method, models, base, own, num_parts, seed=3), whole)
+        optional = METHODS[method].needs_base is None
+        for base in (own_base, family(shape)[0]) if optional else (own_base,):
+            whole = merge_tensor(method, models, base, name="x", seed=3, **own)
+            assert torch.equal(whole, merge_tensor(method, models, base, name="x", seed=3, **own))
+            for num_parts in (1, 2, 7):
+                assert torch.equal(streamed(method, models, base, own, num_parts, seed=3), whole)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +116,9 @@ def test_ranges_give_what_the_whole_gives(method: str, parameters, shape) -> Non
         ("ties", {"density": 0.4, "ties": "index"}),
         ("breadcrumbs", {"density": 0.5}),
         ("model_stock", {}),
+        ("karcher", {}),
+        ("arcee_fusion", {}),
+        ("sce", {"select_topk": 0.3}),
         ("dare_linear", {"density": 0.5, "rescale": "l1"}),
         ("m3_ties", {"mixup_lambda": 0.5, "density": 0.3, "dare_density": 0.8}),
     ],
@@ -160,6 +174,12 @@ def test_a_range_without_a_context_is_refused() -> None:
 
 
 def test_an_empty_tensor_stays_empty() -> None:
-    for method, own in (("ties", {"density": 0.5}), ("model_stock", {}), ("tsvm", {})):
+    for method, own in (
+        ("ties", {"density": 0.5}),
+        ("model_stock", {}),
+        ("sce", {"select_topk": 0.5}),
+        ("nuslerp", {"nuslerp_flatten": False}),
+        ("tsvm", {}),
+    ):
         found = merge_tensor(method, [torch.empty(0, 3)] * 2, torch.empty(0, 3), name="x", **own)
         assert found.shape == (0, 3)

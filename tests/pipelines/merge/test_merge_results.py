@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from operators.merging import METHODS as TABLE
 from operators.merging import merge_tensor
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, load_merge_config, merge
@@ -24,7 +25,8 @@ from tests.pipelines.merge.conftest import (
 )
 from tests.tiny_models import save_tiny_llama
 
-# Every way in which methods are streamed: by elements, by rows, with thresholds, norms or a draw.
+# Every way in which methods are streamed: by elements, by rows, with thresholds, norms or a draw,
+# with a number for each row, or as whole tensors; with a base, without, or as it is given.
 METHODS: dict[str, dict[str, object]] = {
     "linear": {"weight": 0.5},
     "task_arithmetic": {"lambda": 0.7},
@@ -34,12 +36,25 @@ METHODS: dict[str, dict[str, object]] = {
     "della": {"density": 0.5, "epsilon": 0.2},
     "breadcrumbs": {"density": 0.5, "gamma": 0.1},
     "model_stock": {},
+    "nuslerp": {"weight": 0.5},
+    "multislerp": {},
+    "karcher": {"max_iter": 3},
+    "nearswap": {"t": 0.01},
+    "arcee_fusion": {"tukey_fence": 0.5},
+    "sce": {"select_topk": 0.4},
 }
 
 
 def merged(family: Family, out: Path, method: str, **fields: object) -> Path:
-    """Merge with the local executor."""
+    """Merge as many models as the method takes, with the local executor."""
+    if "models" not in fields:
+        fields["models"] = [{"model": str(path)} for path in taken(family, method)]
     return merge(MergeConfig.model_validate(family.config(method, **fields)), out)
+
+
+def taken(family: Family, method: str) -> tuple[Path, ...]:
+    """The models that a method takes of a family's."""
+    return family.models[: TABLE[method].num_models[1]]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -47,11 +62,12 @@ def test_every_tensor_is_what_merge_tensor_gives(
     family: Family, tmp_path: Path, method: str
 ) -> None:
     out = merged(family, tmp_path / "out", method, parameters=METHODS[method], seed=7)
-    base, models = weights_of(family.base), [weights_of(path) for path in family.models]
+    base = weights_of(family.base)
+    models = [weights_of(path) for path in taken(family, method)]
     result = weights_of(out)
     assert list(result) == list(base)
     for name, values in result.items():
-        own_base = None if method == "linear" else base[name]
+        own_base = None if TABLE[method].needs_base is False else base[name]
         expected = merge_tensor(
             method,
             [model[name] for model in models],
@@ -74,6 +90,27 @@ def test_steps_of_any_size_give_the_same_bytes(
             patch.setattr("pipelines.merge.plan.PIECE_ELEMENTS", 300)
             out = merged(family, tmp_path / f"{method}-steps", method, parameters=parameters)
         assert all(torch.equal(values, whole[name]) for name, values in weights_of(out).items())
+
+
+@pytest.mark.parametrize("row_wise", [True, False])
+def test_nuslerp_of_rows_and_columns_with_and_without_a_base(
+    family: Family, tmp_path: Path, row_wise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that is listed among the models is none of the two."""
+    monkeypatch.setattr("pipelines.merge.tensor.CHUNK_ELEMENTS", 96)
+    parameters = {"nuslerp_flatten": False, "nuslerp_row_wise": row_wise}
+    base, models = weights_of(family.base), [weights_of(path) for path in family.models[:2]]
+    paths = [str(path) for path in (family.base, *family.models[:2])]
+    for base_model, listed in ((paths[0], paths), (None, paths[1:])):
+        entries = [{"model": path} for path in listed]
+        config = {"base_model": base_model, "parameters": parameters}
+        out = merged(family, tmp_path / str(len(listed)), "nuslerp", models=entries, **config)
+        for name, values in weights_of(out).items():
+            own_base = None if base_model is None else base[name]
+            own = [model[name] for model in models]
+            assert torch.equal(
+                values, merge_tensor("nuslerp", own, own_base, name=name, **parameters)
+            ), name
 
 
 def test_thresholds_over_the_whole_model(family: Family, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ dtype: float32
     ("field", "message"),
     [
         ("modules: {}", "modules: unknown field; allowed: "),
-        ("merge_method: karcher", "merge_method: found 'karcher'; allowed: linear"),
+        ("merge_method: ramplus_tl", "merge_method: found 'ramplus_tl'; allowed: linear"),
         ("slices: []\nmodels: []", "models, slices: give exactly one of them"),
         (
             "slices: [{sources: [{model: MODEL, layer_range: [1, 1]}]}]",
