@@ -48,13 +48,17 @@ def _described(method: Method) -> dict[str, object]:
 def _print_one(name: str, method: Method) -> None:
     """One method's parameters as a table."""
     fewest, most = method.num_models
-    models = f"{fewest} or more" if most is None else f"{fewest} to {most}"
+    models = f"{fewest} or more models" if most is None else f"{fewest} to {most} models"
+    if fewest == most:
+        models = f"{fewest} model" + "s" * (fewest != 1)
     base = "with a base model" if method.needs_base else "without a base model"
     if method.needs_base is None:
         base = "with a base model or without"
+    elif isinstance(method.needs_base, str):
+        base = f"with a base model if {method.needs_base} is given"
     table = Table("parameter", "default", "allowed", "of each model", "meaning", title=name)
     for key, parameter in method.parameters.items():
         each = "yes" if parameter.per_model else ""
         table.add_row(key, str(parameter.default), parameter.allowed, each, parameter.meaning)
-    print(f"{method.summary}; {models} models, {base}")
+    print(f"{method.summary}; {models}, {base}")
     print_table(table)
