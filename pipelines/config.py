@@ -3,10 +3,11 @@
 import copy
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -80,6 +81,7 @@ class NamedIn:
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+_TYPE_NAME = re.compile(r"[A-Z]\w*|str|int|float|bool|none|(list|dict|tuple|literal|function)\W.*")
 
 
 class _Loader(yaml.SafeLoader):
@@ -177,21 +179,32 @@ def check(values: Any, model: type[ConfigT], source: str) -> ConfigT:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise InputError(f"{source}: {describe(error, model)}") from None
+        raise InputError(f"{source}: {describe(error, model, values)}") from None
 
 
-def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of a pydantic error in one line: field, what was found, what is allowed."""
+def describe(error: ValidationError, model: type[BaseModel], values: Any = None) -> str:
+    """The first problem of a pydantic error in one line: field, what was found, what is allowed.
+
+    Args:
+        values: what was checked, by which fields are told from names of types.
+    """
     problems = error.errors(include_url=False)
     # A misspelt required field is both unknown and missing: show the misspelt name.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
-    first = problems[0]
-    field = ".".join(str(part) for part in first["loc"])
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    places = {id(problem): _written(problem["loc"], values) for problem in problems}
+    top = places[id(problems[0])]
+    # Of a field with several forms, each one that does not fit is a problem: the deepest says most.
+    same = [p for p in problems if places[id(p)][: len(top)] == top]
+    first = max(same, key=lambda problem: len(places[id(problem)]))
+    parts = places[id(first)]
+    field = ".".join(parts)
+    others = [p for p in problems if parts[: len(places[id(p)])] != places[id(p)]]
+    more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        allowed = ", ".join(sorted(model.model_fields)) if len(first["loc"]) == 1 else ""
-        hint = f"; allowed: {allowed}" if allowed else ""
-        return f"{field}: unknown field{hint}{more}"
+        known = _fields_at(model, parts[:-1])
+        near = get_close_matches(parts[-1], known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{field}: unknown field; allowed: {', '.join(known)}{hint}{more}"
     if first["type"] == "missing":
         return f"{field}: required, not given{more}"
     message = first["msg"].removeprefix("Value error, ")
@@ -203,6 +216,40 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     found = f"found {first['input']!r}"
     separated = f"{found}: {message}" if allowed == message else f"{found}; allowed: {allowed}"
     return f"{field}: {separated}{more}"
+
+
+def _written(place: tuple[int | str, ...], values: Any) -> list[str]:
+    """A problem's place as the user wrote it: where a field has several forms, pydantic puts the
+    name of the form's type behind the field.
+    """
+    parts: list[str] = []
+    for part in place:
+        is_entry = isinstance(values, list) and isinstance(part, int) and part < len(values)
+        if is_entry or (isinstance(values, Mapping) and part in values):
+            values = values[part]
+        elif _TYPE_NAME.fullmatch(str(part)):
+            continue
+        else:
+            values = None
+        parts.append(str(part))
+    return parts
+
+
+def _fields_at(model: type[BaseModel], place: Iterable[str]) -> list[str]:
+    """The fields that are known at a place of a config; numbers and names of entries lead on."""
+    models = {model}
+    for part in place:
+        fields = [each.model_fields[part] for each in models if part in each.model_fields]
+        models = {own for field in fields for own in _models_in(field.annotation)} or models
+    return sorted({name for each in models for name in each.model_fields})
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The configs that a field may hold, in lists and mappings too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
 
 
 def load_config(path: str | Path, model: type[ConfigT], overrides: Iterable[str] = ()) -> ConfigT:

@@ -23,7 +23,8 @@ from typing import Any, Literal
 
 import yaml
 
-from pipelines.checkpoints.digests import RECORD_FILE, ModelDigest
+from pipelines.checkpoints.companions import RECORD_FILE
+from pipelines.checkpoints.digests import ModelDigest
 from pipelines.checkpoints.reader import read_json
 from pipelines.commit import write_atomically
 from pipelines.versions import versions

@@ -27,7 +27,7 @@ def run_merge(
         return
     assert out is not None
     place = output_place(out, config.storage)
-    for notice in config.notices():
+    for notice in planned.notices():
         print(notice, file=sys.stderr)
     if runs_on_ray(config):
         with ray_session():

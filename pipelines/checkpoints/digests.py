@@ -1,4 +1,4 @@
-"""Digests of a model: one of its weights, one of the config and tokenizer files beside them.
+"""Digests of a model: one of its weights, one of the files beside them: config, tokenizer, code.
 
 The digest of weights depends only on the tensors' names, dtypes, shapes and bytes: not on shards,
 on the order of tensors in files, or on other files. A tensor's elements, row-major and
@@ -8,9 +8,10 @@ of its bytes. The digest of weights is
     fingerprint({name: [dtype, shape, [[first element of block, its digest], ...]], ...})
 
 with the dtype as torch writes it (`torch.bfloat16`). So code that reads or writes whole blocks can
-compute it at the same time, in any order of tensors and blocks. The digest of companions is
+compute it at the same time, in any order of tensors and blocks. The digest of companions, the files
+that travel with the model (pipelines/checkpoints/companions.py), is
 
-    fingerprint({file name: fingerprint_file(file), ...})
+    fingerprint({its place below the model's folder: fingerprint_file(file), ...})
 
 Both detect damage and change; they do not protect against forgery.
 """
@@ -27,6 +28,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from pipelines.checkpoints.companions import RECORD_FILE, companions_of
 from pipelines.checkpoints.reader import Checkpoint, read_json
 from pipelines.commit import write_atomically
 from pipelines.errors import InputError
@@ -34,12 +36,9 @@ from pipelines.fingerprint import fingerprint, fingerprint_file
 
 BLOCK_ELEMENTS = 1 << 22
 READ_ELEMENTS = 1 << 18
-RECORD_FILE = "poise.json"
-_COMPANIONS = ("*.json", "*.jinja", "*.model")
-# Tokenizer files that are not in the digests of earlier versions.
-_ADDED_COMPANIONS = ("merges.txt", "vocab.txt", "*.tiktoken")
-# The index only says where tensors lie, and the record only says how the model was made.
-_NOT_COMPANIONS = ("*.safetensors.index.json", RECORD_FILE, ".*")
+# The files in the digests of version 0.1.
+_OLD_COMPANIONS = ("*.json", "*.jinja", "*.model")
+_OLD_EXCEPTIONS = ("*.safetensors.index.json", RECORD_FILE, ".*")
 
 Digests = dict[int, str]  # first element of a block -> 32 hex digits of its bytes
 Identity = dict[str, list[int]]  # file -> length in bytes, time of change in ns
@@ -47,7 +46,7 @@ Identity = dict[str, list[int]]  # file -> length in bytes, time of change in ns
 
 @dataclass(frozen=True, slots=True)
 class ModelDigest:
-    """A model's digests, 32 hex digits each: of its weights, of its config and tokenizer files."""
+    """A model's digests, 32 hex digits each: of its weights, of the files that travel with them."""
 
     weights: str
     companions: str
@@ -104,7 +103,7 @@ def model_digest(checkpoint: Checkpoint, known: Mapping[str, Digests] | None = N
         known: digests of blocks by tensor, from an earlier read or write; a tensor with a missing
             block is read.
     """
-    companions = fingerprint(_file_digests(companion_files(checkpoint.path)))
+    companions = fingerprint(_file_digests(companions_of(checkpoint.path).files))
     return ModelDigest(fingerprint(_described(checkpoint, known or {})), companions)
 
 
@@ -116,26 +115,24 @@ def changed_parts(checkpoint: Checkpoint, recorded: Mapping[str, str] | str) -> 
             parts, which cannot say which of them differs.
     """
     if isinstance(recorded, str):
-        files = companion_files(checkpoint.path, _COMPANIONS)
+        files = {file.name: file for file in _old_companions(checkpoint.path)}
         content = fingerprint([_described(checkpoint, {}), _file_digests(files)])
         return [] if content == recorded else ["weights or companions"]
     found = asdict(model_digest(checkpoint))
     return [name for name, digest in found.items() if recorded.get(name) != digest]
 
 
-def companion_files(
-    folder: Path, patterns: Iterable[str] = (*_COMPANIONS, *_ADDED_COMPANIONS)
-) -> list[Path]:
-    """The config and tokenizer files in a model's folder, sorted by name."""
-    found = {file for pattern in patterns for file in folder.glob(pattern)}
-    return sorted(found - {file for pattern in _NOT_COMPANIONS for file in folder.glob(pattern)})
+def _old_companions(folder: Path) -> set[Path]:
+    """The files beside the weights that are in a digest of version 0.1."""
+    found = {file for pattern in _OLD_COMPANIONS for file in folder.glob(pattern)}
+    return found - {file for pattern in _OLD_EXCEPTIONS for file in folder.glob(pattern)}
 
 
 def identity(checkpoint: Checkpoint) -> Identity:
     """Length and modification time of each file; files with equal ones are not read again."""
-    files = {tensor.file for tensor in checkpoint.tensors.values()}
-    files |= set(companion_files(checkpoint.path))
-    stats = {file.name: file.stat() for file in sorted(files)}
+    files = {tensor.file.name: tensor.file for tensor in checkpoint.tensors.values()}
+    files |= companions_of(checkpoint.path).files
+    stats = {name: file.stat() for name, file in sorted(files.items())}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
@@ -207,8 +204,8 @@ def _described(checkpoint: Checkpoint, known: Mapping[str, Digests]) -> dict[str
         }
 
 
-def _file_digests(files: Iterable[Path]) -> dict[str, str]:
-    return {file.name: fingerprint_file(file) for file in files}
+def _file_digests(files: Mapping[str, Path]) -> dict[str, str]:
+    return {place: fingerprint_file(file) for place, file in files.items()}
 
 
 def _memory(values: Tensor) -> memoryview:

@@ -77,6 +77,11 @@ class AdaptedCheckpoint:
         return folder if (folder / "tokenizer.json").is_file() else self.base.path
 
     @property
+    def home(self) -> Path:
+        """The base's, whose config.json it has."""
+        return self.base.home
+
+    @property
     def config(self) -> dict[str, Any]:
         """The base's config.json; not tied where the head is no longer the embedding."""
         return untied(self.base.config) if self._unties else self.base.config

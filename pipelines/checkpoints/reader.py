@@ -61,6 +61,11 @@ class Checkpoint:
         return cls(path, settings, tensors)
 
     @property
+    def home(self) -> Path:
+        """The folder of its config.json: its own."""
+        return self.path
+
+    @property
     def num_elements(self) -> int:
         """Elements of all tensors together."""
         return sum(tensor.num_elements for tensor in self.tensors.values())
@@ -205,9 +210,9 @@ def _weight_files(path: Path) -> list[Path]:
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise InputError(f"{index}: weight_map: required, not given")
-        names = sorted(set(places.values()))
+        names = sorted(set(places.values()), key=str)
         for name in names:
-            if Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name:
                 raise InputError(
                     f"{index}: weight_map: found {name!r}; allowed: files of the same folder"
                 )

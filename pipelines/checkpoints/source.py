@@ -34,7 +34,11 @@ class Source(Protocol):
 
     @property
     def path(self) -> Path:
-        """The folder of config and tokenizer files, also for messages."""
+        """The folder of the tokenizer files, also for messages."""
+
+    @property
+    def home(self) -> Path:
+        """The folder of config.json and of the files that travel with the model."""
 
     @property
     def config(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ them, the tokenizer, and what record and card say.
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,15 @@ from torch import Tensor
 from operators.low_rank import Fit
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pipelines.checkpoints.companions import companions_of, copy_files, is_of_tokenizer
 from pipelines.checkpoints.digests import DigestMemory, model_digest
 from pipelines.checkpoints.reader import read_range
 from pipelines.checkpoints.safetensors_header import build_header, read_header
 from pipelines.commit import write_atomically
 from pipelines.extract.plan import STEP_ELEMENTS, ExtractPlan, Item
 from pipelines.extract.worker import factors_file
-from pipelines.merge.card import COPIED
 from pipelines.merge.journal import digests_of
+from pipelines.merge.output_files import GENERATION_FILE
 from pipelines.provenance import Provenance
 
 PREFIX = "base_model.model."
@@ -112,9 +112,9 @@ def write_adapter(outcome: Outcome, folder: Path, memory: DigestMemory) -> None:
     _write_weights(outcome, folder)
     settings = json.dumps(adapter_config(outcome), indent=2)
     write_atomically(folder / ADAPTER_CONFIG, f"{settings}\n")
-    for name in COPIED:
-        if (plan.tuned.path / name).is_file():
-            shutil.copyfile(plan.tuned.path / name, folder / name)
+    files = companions_of(plan.tuned.path).files
+    of_tokenizer = {k: f for k, f in files.items() if is_of_tokenizer(k) and k != GENERATION_FILE}
+    copy_files(of_tokenizer, folder)
     known = digests_of(outcome.results)
     inputs = {
         path: memory.digest(found, known.get(path), plan.identities[path])

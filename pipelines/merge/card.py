@@ -1,32 +1,18 @@
 """The files beside the merged weights: config, tokenizer, record and card."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from operators.merging import mixup_lambda
 from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.companions import copy_files
 from pipelines.checkpoints.digests import DigestMemory, model_digest
 from pipelines.commit import write_atomically
 from pipelines.merge.config import MergeConfig
-from pipelines.merge.model_config import model_config
+from pipelines.merge.output_files import CONFIG_FILE
 from pipelines.merge.plan import OUTPUT, KnownDigests, MergePlan
-from pipelines.merge.tokenizer import TEMPLATE_FILE
-from pipelines.merge.vocabulary import TOKENIZER_FILE
 from pipelines.provenance import Provenance
-
-GENERATION_FILE = "generation_config.json"
-COPIED = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    TEMPLATE_FILE,
-)
 
 
 def write_companions(
@@ -38,26 +24,12 @@ def write_companions(
         digests: of the blocks that the workers read and wrote, by path and tensor.
         memory: known digests of inputs; new ones are added.
     """
-    _write_tokenizer(plan, folder)
-    config = model_config(plan.config, plan.tensors, plan.reference)
-    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    output = Checkpoint(folder, config, plan.layout.stored(folder))
+    copy_files(plan.files.copied, folder)
+    for place, text in plan.files.written.items():
+        write_atomically(folder / place, text)
+    write_atomically(folder / CONFIG_FILE, json.dumps(plan.files.config, indent=2) + "\n")
+    output = Checkpoint(folder, plan.files.config, plan.layout.stored(folder))
     provenance(plan, output, digests, memory).write(folder)
-
-
-def _write_tokenizer(plan: MergePlan, folder: Path) -> None:
-    """Copy the tokenizer's files and the generation settings; write the new files."""
-    generation = plan.reference.path / GENERATION_FILE
-    if generation.is_file():
-        shutil.copyfile(generation, folder / GENERATION_FILE)
-    for name in COPIED:
-        source = plan.tokenizer.folder / name
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
-    if plan.tokenizer.text is not None:
-        write_atomically(folder / TOKENIZER_FILE, plan.tokenizer.text)
-    if plan.template is not None:
-        write_atomically(folder / TEMPLATE_FILE, plan.template)
 
 
 def drawn(plan: MergePlan) -> dict[str, float]:

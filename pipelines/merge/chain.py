@@ -24,6 +24,7 @@ class MergedSource:
 
     name: str
     path: Path  # of the model that gives the tokenizer
+    home: Path  # of the model that gives config.json
     config: dict[str, Any]
     tensors: Mapping[str, TensorMerge]
     inputs: list[Checkpoint]
@@ -33,7 +34,7 @@ class MergedSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for another process, without the values that are kept here."""
-        names = ("name", "path", "config", "tensors", "inputs")
+        names = ("name", "path", "home", "config", "tensors", "inputs")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from operators.merging import METHODS, Method
 from pipelines.config import Config, apply_overrides, check, load_config, parse_documents
 from pipelines.errors import InputError
+from pipelines.merge.forms import plain_forms
 from pipelines.merge.parameters import has_filters, resolve, value_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,10 +63,42 @@ class Slice(Config):
         return self
 
 
+class TokenRow(Config):
+    """Where a token's row comes from, in mergekit's longer form: zeros, or a token of a model."""
+
+    kind: Literal["zero", "model_token"]
+    model: str | None = Field(None, description="one of the merge's models")
+    token: str | None = Field(None, description="a token of that model")
+    token_id: int | None = Field(None, ge=0, description="or its number")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "TokenRow":
+        given = [self.model is not None, (self.token is None) != (self.token_id is None)]
+        if given != [self.kind == "model_token"] * 2:
+            raise ValueError("allowed: kind zero alone, or model_token with model and one token")
+        return self
+
+
+class TokenSetting(Config):
+    """A token that the output has whatever its tokenizer, and where its row comes from."""
+
+    source: str | TokenRow | None = Field(
+        None, description="the model whose row is taken; default as for all tokens"
+    )
+    force: bool = Field(False, description="take it for models that have the token, too")
+
+    @model_validator(mode="after")
+    def _forces_something(self) -> "TokenSetting":
+        if self.force and self.source is None:
+            raise ValueError("force: has no effect without source")
+        return self
+
+
 class TokenizerSettings(Config):
     """mergekit's longer form of `tokenizer`."""
 
     source: str = Field("union", description="union, base or a model")
+    tokens: dict[str, TokenSetting] = Field({}, description="what is to be done with single tokens")
     pad_to_multiple_of: int | None = Field(None, ge=1, description="of the embeddings' rows")
 
 
@@ -105,6 +138,11 @@ class MergeConfig(Config):
         "cpu", description="the device of methods on whole matrices (tsvm, r_tsvm)"
     )
     storage: str | None = Field(None, description="where relative outputs live: folder or address")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mergekits_forms(cls, values: Any) -> Any:
+        return plain_forms(values) if isinstance(values, Mapping) else values
 
     @field_validator("memory_budget", "max_shard_bytes", mode="before")
     @classmethod
@@ -195,6 +233,11 @@ class MergeConfig(Config):
         if isinstance(self.tokenizer, TokenizerSettings):
             return self.tokenizer.source
         return self.tokenizer or self.tokenizer_source
+
+    @property
+    def token_settings(self) -> dict[str, TokenSetting]:
+        """What is to be done with single tokens."""
+        return self.tokenizer.tokens if isinstance(self.tokenizer, TokenizerSettings) else {}
 
     @property
     def pad_rows_to(self) -> int | None:

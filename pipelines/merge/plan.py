@@ -20,8 +20,11 @@ from pipelines.merge.chain import MergedSource
 from pipelines.merge.config import OF_THE_FILE, MergeConfig
 from pipelines.merge.graph import output_tensors
 from pipelines.merge.model_config import model_config
+from pipelines.merge.output_files import OutputFiles, output_files
+from pipelines.merge.single_tokens import OutputTokenizer
+from pipelines.merge.templates import is_file, wanted_templates
 from pipelines.merge.tensor import TensorMerge
-from pipelines.merge.tokenizer import OutputTokenizer, align_vocabularies, chat_template
+from pipelines.merge.tokenizer import align_vocabularies
 
 # Elements of one piece: whole blocks of the digests, large enough for efficient reads.
 PIECE_ELEMENTS = BLOCK_ELEMENTS
@@ -55,7 +58,7 @@ class MergePlan:
     checkpoints: dict[str, Checkpoint]
     identities: dict[str, Identity]  # of the inputs' files at the time of planning
     tokenizer: OutputTokenizer
-    template: str | None  # the chat template, if the config asks for one
+    files: OutputFiles  # beside the weights
     named: Mapping[str, "MergePlan"] = field(default_factory=dict)  # named merges with an `out`
 
     @property
@@ -107,12 +110,20 @@ class MergePlan:
     @property
     def settings_key(self) -> str:
         """Fingerprint of the settings alone: equal keys and equal inputs give equal results."""
-        return fingerprint_work(self.settings, "merge")
+        return fingerprint_work(self._with_meaning(self.settings), "merge")
 
     @cached_property
     def key(self) -> str:
         """Fingerprint of the settings and of the inputs' identities; it identifies a run."""
-        return fingerprint_work([self.settings, self.identities], "merge")
+        return fingerprint_work(self._with_meaning([self.settings, self.identities]), "merge")
+
+    def _with_meaning(self, value: Any) -> Any:
+        """A value with what earlier versions did differently for the same config, if anything."""
+        return value if self.files.meaning is None else [self.files.meaning, value]
+
+    def notices(self) -> list[str]:
+        """A line for each thing in the config or the files that a user would not expect."""
+        return [*self.config.notices(), *self.files.notices]
 
     def input_digests(self, known: KnownDigests, memory: DigestMemory) -> dict[str, ModelDigest]:
         """The digests of all inputs, by path.
@@ -173,6 +184,10 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
     models = {name: sources[name] for name in names}
     base = None if config.base_model is None else sources[reference]
     tensors = output_tensors(config, models, base)
+    own = sources[reference]
+    templates = wanted_templates(config.chat_template, models, own)
+    settings = model_config(config, tensors, own)
+    files = output_files(settings, own, tokenizer, templates, is_file(config.chat_template))
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     layout = plan_layout(described, config.max_shard_bytes)
     return MergePlan(
@@ -185,7 +200,7 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
         checkpoints=checkpoints,
         identities=identities,
         tokenizer=tokenizer,
-        template=chat_template(config.chat_template, models, sources[reference]),
+        files=files,
     )
 
 
@@ -196,9 +211,14 @@ def _as_source(name: str, plan: MergePlan) -> MergedSource:
             f"merges.{name}: tokenizer: found a union that adds tokens; allowed: only in the last "
             "merge of a file"
         )
-    config = model_config(plan.config, plan.tensors, plan.reference)
-    checkpoints = list(plan.checkpoints.values())
-    return MergedSource(name, plan.tokenizer.folder, config, plan.tensors, checkpoints)
+    return MergedSource(
+        name=name,
+        path=plan.tokenizer.folder,
+        home=plan.reference.home,
+        config=plan.files.config,
+        tensors=plan.tensors,
+        inputs=list(plan.checkpoints.values()),
+    )
 
 
 def _items(tensors: Mapping[str, TensorMerge], layout: OutputLayout) -> list[Item]:

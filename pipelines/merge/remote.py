@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.checkpoints.digests import RECORD_FILE, DigestMemory
+from pipelines.checkpoints.companions import RECORD_FILE
+from pipelines.checkpoints.digests import DigestMemory
 from pipelines.commit import lock
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
@@ -62,7 +63,13 @@ class Destination:
     def put(self, file: Path) -> None:
         """Upload a file under its own name; it appears when it is complete."""
         with self._failing():
+            if isinstance(self.store, LocalFileSystem):  # in a store, folders are only names
+                self.store.makedirs(self.folder, exist_ok=True)
             self.store.put_file(str(file), f"{self.folder}/{file.name}")
+
+    def below(self, folder: str) -> "Destination":
+        """A folder in this one; itself for an empty name."""
+        return replace(self, folder=f"{self.folder}/{folder}".rstrip("/"))
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file."""
@@ -72,12 +79,13 @@ class Destination:
             self.store.pipe_file(f"{self.folder}/{name}", json.dumps(value).encode())
 
     def sizes(self) -> dict[str, int]:
-        """The files in the folder, with their lengths."""
+        """The files in the folder and its subfolders, with their lengths."""
         with self._failing():
             if not self.store.exists(self.folder):
                 return {}
-            found = self.store.ls(self.folder, detail=True)
-        return {Path(each["name"]).name: each["size"] for each in found if each["type"] == "file"}
+            found = self.store.find(self.folder, detail=True)
+        start = len(self.folder) + 1
+        return {name[start:]: each["size"] for name, each in found.items() if name[start:]}
 
     def remove(self, names: Iterator[str] | list[str]) -> None:
         """Delete files."""
@@ -125,7 +133,7 @@ def merge_to_url(
     scratch.mkdir(exist_ok=True)
     with lock(scratch):
         for file in scratch.iterdir():  # files of a killed merge, perhaps of another plan
-            file.unlink()
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
         try:
             written = _fill(plan, there, scratch, marker, executor, memory)
         finally:
@@ -171,7 +179,8 @@ def _fill(
     plan.layout.write_index(scratch)
     # config.json makes it a checkpoint, and the record says that it is complete: upload them last.
     last = {"config.json": 1, RECORD_FILE: 2}
-    files = sorted(scratch.iterdir(), key=lambda file: last.get(file.name, 0))
-    for file in files:
-        there.put(file)
-    return {*plan.layout.headers, *(file.name for file in files)}
+    found = {f.relative_to(scratch).as_posix(): f for f in scratch.rglob("*") if f.is_file()}
+    places = sorted(found, key=lambda place: (last.get(place, 0), place))
+    for place in places:
+        there.below(place.rpartition("/")[0]).put(found[place])
+    return {*plan.layout.headers, *places}

@@ -1,16 +1,14 @@
-"""The output's tokens (of one model, the union, or the common ones if the config does not say), and
-its chat template.
-"""
+"""The output's tokens: of one model, the union, or the common ones if the config does not say."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.checkpoints import Source, open_model
 from pipelines.errors import InputError
 from pipelines.merge.config import MergeConfig
+from pipelines.merge.single_tokens import OutputTokenizer, chosen_rows, with_tokens
 from pipelines.merge.vocabulary import (
     TOKENIZER_FILE,
     Tokens,
@@ -19,16 +17,6 @@ from pipelines.merge.vocabulary import (
     tokens_of,
     with_rows,
 )
-
-TEMPLATE_FILE = "chat_template.jinja"
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTokenizer:
-    """The folder of the output's tokenizer files; `text` is a new tokenizer.json, if any."""
-
-    folder: Path
-    text: str | None = None
 
 
 def align_vocabularies(
@@ -59,6 +47,9 @@ def align_vocabularies(
         return with_rows(sources, base, owns), plain
     known = _required(sources, vocabularies)
     target, tokenizer = _target(config, wanted, sources, known, reference)
+    target, tokenizer = with_tokens(target, tokenizer, config.token_settings)
+    chosen = chosen_rows(config.token_settings, sources, known, target)
+    forced = {token for token, each in config.token_settings.items() if each.force}
     size = max(target.values()) + 1
     if all(own == target for own in known.values()) and not config.pad_rows_to:
         size = max(size, *(num_rows(source) for source in sources.values()))
@@ -68,11 +59,11 @@ def align_vocabularies(
     for name, own in known.items():
         places, num_own = [-1] * size, num_rows(sources[name])
         for token, row in target.items():
-            place = own.get(token, -1)
+            place = -1 if token in forced else own.get(token, -1)
             # A token that was added without resizing the embedding has no row in it.
             places[row] = place if place < num_own else -1
         owns[name] = places
-    return with_rows(sources, base, owns), tokenizer
+    return with_rows(sources, base, owns, chosen), tokenizer
 
 
 def _padded(rows: range, size: int) -> list[int]:
@@ -187,33 +178,3 @@ def _vocabulary(tokenizer: dict[str, Any], folder: Path) -> dict[str, int]:
             "extended; allowed for union: BPE, WordPiece, WordLevel"
         )
     return found
-
-
-def chat_template(
-    wanted: str | None, models: Mapping[str, Source], reference: Source
-) -> str | None:
-    """The chat template that a config asks for: a text, a model's template, or with `auto` the most
-    common one. None: the config does not ask, and the tokenizer's own template stays.
-
-    Args:
-        reference: the base, or the first model; it decides between equally common templates.
-
-    Raises:
-        InputError: a model without a template.
-    """
-    if wanted is None or "{" in wanted:
-        return wanted
-    if wanted == "auto":
-        folders = dict.fromkeys(each.path for each in (reference, *models.values()))
-        files = [folder / TEMPLATE_FILE for folder in folders]
-        texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
-        if not texts:
-            raise InputError(f"chat_template: found 'auto', and no model has a {TEMPLATE_FILE}")
-        return max(texts, key=texts.count)  # the first one in a tie
-    path = (models[wanted].path if wanted in models else Path(wanted)) / TEMPLATE_FILE
-    if not path.is_file():
-        raise InputError(
-            f"chat_template: found {wanted!r}, and no {path}; allowed: a Jinja template, or a "
-            "model that has one"
-        )
-    return path.read_text(encoding="utf-8")

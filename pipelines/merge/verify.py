@@ -8,7 +8,8 @@ from tempfile import mkdtemp
 from typing import Any, Literal
 
 from pipelines.checkpoints import Checkpoint
-from pipelines.checkpoints.digests import RECORD_FILE, changed_parts
+from pipelines.checkpoints.companions import RECORD_FILE
+from pipelines.checkpoints.digests import changed_parts
 from pipelines.config import check
 from pipelines.errors import InputError
 from pipelines.extract import ExtractConfig, extract

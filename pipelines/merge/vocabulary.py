@@ -42,11 +42,18 @@ class VocabularySource:
     rows: Rows
     donors: tuple[Rows, ...]  # a missing row is the mean of their rows
     first_donor: Rows | None  # the base, whose row is preferred to the mean
+    # For single rows of the output: the row of a model that replaces a missing one; None: zeros.
+    chosen: Mapping[int, tuple[Source, int] | None]
 
     @property
     def path(self) -> Path:
         """The model's path."""
         return self.rows.source.path
+
+    @property
+    def home(self) -> Path:
+        """The model's own."""
+        return self.rows.source.home
 
     @property
     def config(self) -> dict[str, Any]:
@@ -88,6 +95,12 @@ class VocabularySource:
 
     def _missing(self, name: str, row: int, width: int) -> Tensor:
         """The row of a token that the model lacks: (width,) float32."""
+        if row in self.chosen:
+            found = self.chosen[row]
+            if found is None:
+                return torch.zeros(width)
+            source, own = found
+            return source.read(name, own * width, (own + 1) * width).float()
         having = [donor for donor in self.donors if donor.own[row] >= 0]
         if self.first_donor is not None and self.first_donor.own[row] >= 0:
             having = [self.first_donor]
@@ -118,7 +131,12 @@ def is_by_token(name: str) -> bool:
 
 def tokens_of(source: Source) -> Tokens | None:
     """The tokens of a model's tokenizer.json with their rows; None if there is no file."""
-    path = source.path / TOKENIZER_FILE
+    return tokens_in(source.path)
+
+
+def tokens_in(folder: Path) -> Tokens | None:
+    """The tokens of a folder's tokenizer.json with their rows; None if there is no file."""
+    path = folder / TOKENIZER_FILE
     if not path.is_file():
         return None
     try:
@@ -135,17 +153,22 @@ def num_rows(source: Source) -> int:
 
 
 def with_rows(
-    sources: Mapping[str, Source], base: str | None, owns: Mapping[str, Sequence[int]]
+    sources: Mapping[str, Source],
+    base: str | None,
+    owns: Mapping[str, Sequence[int]],
+    chosen: Mapping[int, tuple[Source, int] | None] | None = None,
 ) -> dict[str, Source]:
     """Give each source the output's rows.
 
     Args:
         sources: by any key; base: the key of the base, if there is one.
         owns: for each source, its row for each row of the output, or -1.
+        chosen: for single rows of the output, which row stands in where one is missing.
     """
     rows = {key: Rows(source, torch.tensor(owns[key])) for key, source in sources.items()}
     first = None if base is None else rows[base]
-    return {key: VocabularySource(each, tuple(rows.values()), first) for key, each in rows.items()}
+    donors, chosen = tuple(rows.values()), chosen or {}
+    return {key: VocabularySource(each, donors, first, chosen) for key, each in rows.items()}
 
 
 def describe_difference(path: Path, own: Tokens, other_path: Path, other: Tokens) -> str:

@@ -13,6 +13,12 @@ from torch import Tensor
 
 from operators.optim import ShardLayout
 from pipelines.checkpoints import Checkpoint, plan_layout
+from pipelines.checkpoints.companions import (
+    ADAPTER_CONFIG,
+    check_links,
+    companions_of,
+    copy_files,
+)
 from pipelines.checkpoints.digests import BlockDigests, Digests, ModelDigest, model_digest
 from pipelines.errors import InputError
 from pipelines.provenance import Provenance
@@ -20,17 +26,6 @@ from pipelines.train.config import AlignConfig
 from pipelines.train.strategies import first_rank, wait_for_all
 
 MAX_SHARD_BYTES = 5_000_000_000
-OTHER_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 class Owner(Protocol):
@@ -63,9 +58,9 @@ def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         layout.create(folder)
-        for pattern in OTHER_FILES:
-            for file in source.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+        others = companions_of(source)
+        check_links(source, others.foreign)
+        copy_files({k: file for k, file in others.files.items() if k != ADAPTER_CONFIG}, folder)
     wait_for_all()
     seen = {name: BlockDigests(tensor.num_elements) for name, tensor in checkpoint.tensors.items()}
     for part, values in owner.owned():

@@ -16,6 +16,7 @@ from typing import Any
 
 from operators.optim import ShardLayout, Tau
 from pipelines.checkpoints import Checkpoint, CheckpointDelta
+from pipelines.checkpoints.companions import check_links, companions_of
 from pipelines.checkpoints.digests import ModelDigest
 from pipelines.commit import (
     commit_directory,
@@ -249,6 +250,7 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     _check_packages(config)
     check_trackers(config.trackers)
     checkpoint = Checkpoint.open(config.model)
+    check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
     source_files(config.data, config.split)
     model = empty_model(config.model)
     check_tied(model, checkpoint)

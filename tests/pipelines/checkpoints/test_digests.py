@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipelines.checkpoints import Checkpoint, plan_layout
+from pipelines.checkpoints.companions import companions_of
 from pipelines.checkpoints.digests import (
     BlockDigests,
     changed_parts,
-    companion_files,
     identity,
     model_digest,
 )
@@ -126,15 +126,16 @@ def test_a_block_that_was_not_wholly_seen_has_no_digest() -> None:
     assert digests.finished() == {}
 
 
-def test_companions_are_config_and_tokenizer(tmp_path: Path) -> None:
+def test_companions_are_all_files_that_travel(tmp_path: Path) -> None:
     checkpoint = save(tmp_path / "model", {"a": torch.ones(3)}, 1)
     folder = checkpoint.path
-    for name in ("tokenizer.json", "merges.txt", "chat_template.jinja"):
+    (folder / "1_Pooling").mkdir()
+    for name in ("tokenizer.json", "merges.txt", "model.py", "1_Pooling/config.json"):
         (folder / name).write_text(name)
-    for name in ("README.md", "poise.json", "model.safetensors.index.json", ".x.json", "a.txt"):
+    for name in ("README.md", "poise.json", "model.safetensors.index.json", ".x.json", "a.bin"):
         (folder / name).write_text(name)
-    names = ["chat_template.jinja", "config.json", "merges.txt", "tokenizer.json"]
-    assert [file.name for file in companion_files(folder)] == names
+    names = ["1_Pooling/config.json", "config.json", "merges.txt", "model.py", "tokenizer.json"]
+    assert list(companions_of(folder).files) == names
     before = model_digest(checkpoint)
     assert before.companions == blake2(small_files(folder, names))
     (folder / "poise.json").write_text("changed")
@@ -190,7 +191,7 @@ def test_a_merge_records_the_digest_of_what_it_wrote(tmp_path: Path, shard_bytes
     for path in inputs:
         tensors = load_file(path / "model.safetensors")
         assert record["inputs"][str(path)]["weights"] == blake2(described(tensors, BLOCK))
-    names = [file.name for file in companion_files(out)]
+    names = list(companions_of(out).files)
     assert record["companions"] == blake2(small_files(out, names))
 
 

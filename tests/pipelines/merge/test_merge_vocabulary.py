@@ -128,7 +128,7 @@ def test_chat_template(family: Family, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(out)
     said = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert said == "hi!"
-    with pytest.raises(InputError, match="chat_template: found 'none', and no none/chat_template"):
+    with pytest.raises(InputError, match="found 'none', and there is no none; allowed: auto"):
         merged(family, tmp_path / "other", chat_template="none")
 
 

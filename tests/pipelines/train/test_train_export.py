@@ -15,6 +15,7 @@ from training_files import align_config, run_here
 from transformers import AutoModelForCausalLM
 
 from pipelines.errors import InputError
+from pipelines.merge.verify import verify
 from pipelines.train import AlignConfig, plan_alignment
 from pipelines.train.export_run import export_checkpoint
 from pipelines.train.run import _unfinished_run
@@ -59,6 +60,23 @@ def test_export_gives_what_the_run_would(
         export_checkpoint(folder, tmp_path / "early")
     with pytest.raises(InputError, match="holds no unfinished run"):
         export_checkpoint(tmp_path / "last", tmp_path / "other")
+
+
+def test_all_files_of_the_model_travel(preferences: Path, tmp_path: Path) -> None:
+    """In subfolders too; pickles and links that lead elsewhere do not."""
+    model = save_tiny_llama(tmp_path / "model")
+    (model / "1_Pooling").mkdir()
+    for place in ("modeling_own.py", "LICENSE", "1_Pooling/config.json", "optimizer.bin"):
+        (model / place).write_text("{}")
+    unfinished(align_config(model, preferences), tmp_path / "run")
+    out = export_checkpoint(tmp_path / "run", tmp_path / "out")
+    for place in ("modeling_own.py", "LICENSE", "1_Pooling/config.json", "tokenizer.json"):
+        assert (out / place).read_bytes() == (model / place).read_bytes()
+    assert not (out / "optimizer.bin").exists()
+    assert verify(out).output == "same"
+    (model / "key.txt").symlink_to(preferences)
+    with pytest.raises(InputError, match=r"key\.txt: is a link to .*; allowed: links to files of "):
+        plan_alignment(align_config(model, preferences), tmp_path / "cache")
 
 
 def test_export_merges_what_is_pending(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
