@@ -118,7 +118,8 @@ class MergeConfig(Config):
     )
     chat_template: str | None = Field(None, description="a Jinja template, or a model's folder")
     allow_missing: list[str] = Field(
-        [], description="patterns of tensors that some models lack; copied from the base if it can"
+        [],
+        description="patterns of tensors that some models lack; the others merge them",
     )
     merges: dict[str, "MergeConfig"] = Field(
         {}, description="named merges, which models and later named merges refer to"

@@ -1,6 +1,6 @@
 """From a config to the tensors of the output: slices of layers, operands, parameters, checks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -169,25 +169,24 @@ def _of_layer(
     return Outline(with_layer(name, each.start + offset), t, names)
 
 
+Having = list[tuple[Ingredient, Operand]]  # the ingredients that have a tensor
+
+
 def _tensor(
     config: MergeConfig, each: LayerSlice, outline: Outline, base: Source | None
 ) -> TensorMerge:
     """One tensor of the output, with its operands checked against each other."""
-    operands = _operands(config, each, outline, base)
-    reference = next((o.spec for o in operands if o.source is base), operands[0].spec)
-    for operand in operands:
+    having = _having(config, each, outline)
+    specs = [operand.spec for _, operand in having]
+    reference = next((o.spec for _, o in having if o.source is base), specs[0])
+    for _, operand in having:
         _check_like(operand.name, operand.spec, reference)
     dtype = reference.dtype
     if dtype.is_floating_point and config.output_dtype is not None:
         dtype = config.output_dtype
-    method, has_base = config.merge_method, each.ingredients[-1].is_base
-    own = [ingredient.own for ingredient in each.ingredients if not ingredient.is_base]
+    method, models, has_base = _method(config, each, having)
     try:
-        if len(operands) < len(each.ingredients):  # some models lack it: it is copied from one
-            method, has_base = "passthrough", False
-            parameters = METHODS[method].complete({}, 1)
-        else:
-            parameters = resolve(config.method, own, each.common, outline.name, outline.t)
+        parameters = _parameters(config, method, models, each.common, outline)
     except ValueError as error:
         raise InputError(f"{outline.name}: {error}") from None
     return TensorMerge(
@@ -195,8 +194,8 @@ def _tensor(
         shape=reference.shape,
         dtype=dtype,
         method=method,
-        models=tuple(operands[:-1] if has_base else operands),
-        base=operands[-1] if has_base else None,
+        models=tuple(operand for _, operand in models),
+        base=having[-1][1] if has_base else None,
         parameters=parameters,
         seed=config.seed,
         allow_nonfinite=config.allow_nonfinite,
@@ -204,29 +203,64 @@ def _tensor(
     )
 
 
-def _operands(
-    config: MergeConfig, each: LayerSlice, outline: Outline, base: Source | None
-) -> list[Operand]:
-    """The tensor in every ingredient. If some lack it and `allow_missing` matches, only one of the
-    others: the base, or the first one.
+def _having(config: MergeConfig, each: LayerSlice, outline: Outline) -> Having:
+    """The tensor in every ingredient; in those that have it, where `allow_missing` matches.
 
     Raises:
         InputError: an ingredient lacks it.
     """
     operands = [
-        Operand(ingredient.source, name)
+        (ingredient, Operand(ingredient.source, name))
         for ingredient, name in zip(each.ingredients, outline.names, strict=True)
     ]
-    having = [operand for operand in operands if operand.source.find(operand.name) is not None]
-    missing = [operand for operand in operands if operand not in having]
-    if missing and any(fnmatchcase(outline.name, pattern) for pattern in config.allow_missing):
-        return [next((o for o in having if o.source is base), having[0])]
-    for operand in missing:
-        raise InputError(
-            f"model {operand.source.path}: has no tensor {operand.name!r}, which "
-            f"{having[0].spec.file} has"
-        )
-    return operands
+    having = [(one, o) for one, o in operands if o.source.find(o.name) is not None]
+    if any(fnmatchcase(outline.name, pattern) for pattern in config.allow_missing):
+        return having
+    for _, operand in operands:
+        if operand.source.find(operand.name) is None:
+            raise InputError(
+                f"model {operand.source.path}: has no tensor {operand.name!r}, which "
+                f"{having[0][1].spec.file} has"
+            )
+    return having
+
+
+def _method(config: MergeConfig, each: LayerSlice, having: Having) -> tuple[str, Having, bool]:
+    """The method for those that have a tensor, its models, and whether the last ingredient is their
+    base. Where too few models have it for the method, it is the base's; where the base lacks it,
+    the mean of the models.
+    """
+    models = [(one, operand) for one, operand in having if not one.is_base]
+    has_base, needs_base = having[-1][0].is_base, each.ingredients[-1].is_base
+    fewest, most = config.method.num_models
+    enough = fewest <= len(models) and (most is None or len(models) <= most)
+    if len(having) == len(each.ingredients) or (enough and has_base == needs_base):
+        return config.merge_method, models, has_base
+    if has_base or len(models) == 1:
+        return "passthrough", having[-1:], False
+    return "linear", models, False
+
+
+def _parameters(
+    config: MergeConfig,
+    method: str,
+    models: Having,
+    common: list[Mapping[str, Any]],
+    outline: Outline,
+) -> dict[str, Any]:
+    """The parameters for a tensor; a method that stands in for the config's takes the weights."""
+    own = [one.own for one, _ in models]
+    if method == config.merge_method:
+        return resolve(config.method, own, common, outline.name, outline.t)
+    if method == "passthrough":
+        return METHODS[method].complete({}, 1)
+    weights = _weights(own), _weights(common)
+    return resolve(METHODS[method], *weights, outline.name, outline.t)
+
+
+def _weights(scopes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The merge weights alone."""
+    return [{k: v for k, v in each.items() if k == "weight"} for each in scopes]
 
 
 def _check_like(name: str, spec: TensorSpec, reference: TensorSpec) -> None:
@@ -246,3 +280,16 @@ def _check_like(name: str, spec: TensorSpec, reference: TensorSpec) -> None:
             f"{spec.file}: {name}: found {spec.dtype}; allowed: {reference.dtype}, as in "
             f"{reference.file}"
         )
+
+
+def kind_of(
+    tensors: Mapping[str, TensorMerge], reference: Source, models: Iterable[Source]
+) -> Source:
+    """The model whose kind the output is of: the reference; or where the output has tensors that it
+    lacks, such as a reward model's head, the first model that has them.
+    """
+    foreign = [name for name in tensors if reference.find(name) is None]
+    for model in (reference, *models):
+        if all(model.find(name) is not None for name in foreign):
+            return model
+    return reference

@@ -18,7 +18,8 @@ from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint_work
 from pipelines.merge.chain import MergedSource
 from pipelines.merge.config import OF_THE_FILE, MergeConfig
-from pipelines.merge.graph import output_tensors
+from pipelines.merge.graph import kind_of, output_tensors
+from pipelines.merge.layers import Stacks
 from pipelines.merge.model_config import model_config
 from pipelines.merge.output_files import OutputFiles, output_files
 from pipelines.merge.single_tokens import OutputTokenizer
@@ -59,11 +60,12 @@ class MergePlan:
     identities: dict[str, Identity]  # of the inputs' files at the time of planning
     tokenizer: OutputTokenizer
     files: OutputFiles  # beside the weights
+    kind: Source  # whose config.json the output has
     named: Mapping[str, "MergePlan"] = field(default_factory=dict)  # named merges with an `out`
 
     @property
     def reference(self) -> Source:
-        """The model that gives the output's config and tokenizer."""
+        """The base, or else the first model."""
         return self.base or next(iter(self.models.values()))
 
     @property
@@ -119,7 +121,12 @@ class MergePlan:
 
     def _with_meaning(self, value: Any) -> Any:
         """A value with what earlier versions did differently for the same config, if anything."""
-        return value if self.files.meaning is None else [self.files.meaning, value]
+        adapters = any("peft_type" in found.config for found in self.checkpoints.values())
+        sources = [*self.models.values(), self.reference]
+        stacks = any(len(Stacks.of(source.names()).counts) > 1 for source in sources)
+        parts = {"missing": bool(self.config.allow_missing), "adapters": adapters, "stacks": stacks}
+        changed = [self.files.meaning, *(part for part, is_there in parts.items() if is_there)]
+        return value if changed == [None] else [changed, value]
 
     def notices(self) -> list[str]:
         """A line for each thing in the config or the files that a user would not expect."""
@@ -185,9 +192,12 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
     base = None if config.base_model is None else sources[reference]
     tensors = output_tensors(config, models, base)
     own = sources[reference]
+    kind = own if config.slices else kind_of(tensors, own, models.values())
+    tensors, lines = _of_kind(tensors, own, kind)
     templates = wanted_templates(config.chat_template, models, own)
-    settings = model_config(config, tensors, own)
-    files = output_files(settings, own, tokenizer, templates, is_file(config.chat_template))
+    settings = model_config(config, tensors, kind)
+    files = output_files(settings, kind, tokenizer, templates, is_file(config.chat_template))
+    files = replace(files, notices=[*lines, *files.notices])
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     layout = plan_layout(described, config.max_shard_bytes)
     return MergePlan(
@@ -201,7 +211,22 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
         identities=identities,
         tokenizer=tokenizer,
         files=files,
+        kind=kind,
     )
+
+
+def _of_kind(
+    tensors: dict[str, TensorMerge], reference: Source, kind: Source
+) -> tuple[dict[str, TensorMerge], list[str]]:
+    """The output's tensors without those that a model of its kind does not have, and lines."""
+    if kind is reference:
+        return tensors, []
+    own = {name: tensor for name, tensor in tensors.items() if kind.find(name) is not None}
+    lines = [f"config.json is that of {kind.path}: {reference.path} lacks some of its tensors"]
+    left = [name for name in tensors if name not in own]
+    if left:
+        lines.append(f"left out, as {kind.path} does not have them: {', '.join(left)}")
+    return own, lines
 
 
 def _as_source(name: str, plan: MergePlan) -> MergedSource:
@@ -214,7 +239,7 @@ def _as_source(name: str, plan: MergePlan) -> MergedSource:
     return MergedSource(
         name=name,
         path=plan.tokenizer.folder,
-        home=plan.reference.home,
+        home=plan.kind.home,
         config=plan.files.config,
         tensors=plan.tensors,
         inputs=list(plan.checkpoints.values()),

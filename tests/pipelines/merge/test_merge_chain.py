@@ -112,22 +112,6 @@ def test_a_named_merge_that_nobody_uses(family: Family) -> None:
         MergeConfig.model_validate(config)
 
 
-def test_allow_missing(own_family: Family, tmp_path: Path) -> None:
-    extra, norm = "model.extra.weight", "model.norm.weight"
-    first, second = own_family.models[:2]
-    save_weights(second, weights_of(second) | {extra: torch.arange(3.0)})
-    tensors = weights_of(first)
-    del tensors[norm]
-    save_weights(first, tensors)
-    config = own_family.config("task_arithmetic", allow_missing=["*.extra.*"])
-    with pytest.raises(InputError, match=f"model {first}: has no tensor '{norm}'"):
-        merge(MergeConfig.model_validate(config), tmp_path / "out")
-    config["allow_missing"] = ["*.extra.*", norm]
-    result = weights_of(merge(MergeConfig.model_validate(config), tmp_path / "out"))
-    assert torch.equal(result[extra], torch.arange(3.0))
-    assert torch.equal(result[norm], weights_of(own_family.base)[norm])
-
-
 def test_allow_nonfinite(own_family: Family, tmp_path: Path) -> None:
     norm = "model.norm.weight"
     model = own_family.models[0]
