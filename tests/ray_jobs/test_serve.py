@@ -90,6 +90,11 @@ def assert_nothing_remains(mark: str) -> None:
     assert left == []
 
 
+def _hear_interrupts() -> None:
+    """As in a terminal; whoever runs the tests in the background may have Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def server(paths: list[Path], port: int, root: Path, mark: str) -> Iterator[subprocess.Popen[str]]:
     """`poise serve PATHS --port PORT` in a process group of its own, killed at the latest here."""
@@ -101,6 +106,7 @@ def server(paths: list[Path], port: int, root: Path, mark: str) -> Iterator[subp
         cwd=root,
         env={**os.environ, MARK: mark},
         start_new_session=True,
+        preexec_fn=_hear_interrupts,
     )
     try:
         yield process
