@@ -4,6 +4,7 @@ shared disks that fail temporarily.
 
 import errno
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,11 @@ PASSING_ERRORS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT)
 PAUSES_S = (0.1, 1.0, 5.0)
 
 T = TypeVar("T")
+
+
+def is_address(place: str | Path) -> bool:
+    """Whether a place is an address, `s3://...`; as a path it has lost a slash."""
+    return re.match(r"[a-z][a-z0-9+.-]+:/", str(place)) is not None
 
 
 def resolve_output(output: str | Path, storage: str | Path | None) -> Path:

@@ -1,7 +1,6 @@
 """The command `poise`: parse arguments, call one entry point, turn errors into exit statuses."""
 
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -26,7 +25,9 @@ app = typer.Typer(
 
 def _no_address(out: Path | None) -> Path | None:
     """Raise InputError for an address, which would be taken for the name of a folder here."""
-    if out is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(out)):
+    from pipelines.storage import is_address
+
+    if out is not None and is_address(out):
         raise InputError(
             f"--out: found the address {out}; allowed: a folder (`poise merge` alone "
             "writes to addresses)"

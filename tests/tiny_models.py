@@ -1,14 +1,14 @@
 """Tiny random checkpoints for tests: a word tokenizer with a chat template, a Llama, a GPT-2."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -37,43 +37,46 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_llama(
-    path: Path, seed: int = 0, *, tied: bool = False, dtype: torch.dtype = torch.float32
+def save_tiny(
+    make: type[PreTrainedModel], path: Path, seed: int, *, dtype: torch.dtype, **fields: Any
 ) -> Path:
-    """A random Llama with its tokenizer, saved as a Hugging Face checkpoint; returns `path`."""
+    """A random model of an architecture with its tokenizer, saved as a Hugging Face checkpoint."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = make.config_class(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **fields,
     )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(path)
+    make(config).to(dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def save_tiny_llama(
+    path: Path,
+    seed: int = 0,
+    *,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **fields: Any,
+) -> Path:
+    """A random Llama of 20k parameters, or of other sizes; returns `path`."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    fields = sizes | fields
+    return save_tiny(LlamaForCausalLM, path, seed, dtype=dtype, tie_word_embeddings=tied, **fields)
 
 
 def save_tiny_gpt2(path: Path, seed: int = 0) -> Path:
     """A random GPT-2, whose linear layers are stored as (in, out) and whose head is tied."""
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        n_positions=64,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    GPT2LMHeadModel(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    return save_tiny(GPT2LMHeadModel, path, seed, dtype=torch.float32, **sizes)

@@ -16,11 +16,10 @@ from torch import Tensor
 from pipelines.checkpoints.architecture import tied_names
 from pipelines.checkpoints.safetensors_header import StoredTensor, read_header
 from pipelines.errors import InputError
-from pipelines.storage import with_retries
+from pipelines.storage import is_address, with_retries
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/")
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$"
 )
@@ -44,7 +43,7 @@ class Checkpoint:
         path = Path(path)
         config = path / "config.json"
         if not path.is_dir():
-            if _ADDRESS.match(str(path)):
+            if is_address(path):
                 raise InputError(f"model {path}: found an address; allowed: a folder")
             raise InputError(f"model {path}: no such directory")
         if not config.is_file():

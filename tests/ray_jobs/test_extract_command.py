@@ -1,25 +1,14 @@
 """`poise extract-lora` as a user sees it. Oracle: the record that it writes."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ray_jobs import cli
+from tests.ray_jobs.command_line import poise
 from tests.tiny_models import save_tiny_llama
-
-
-def poise(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command line in this process; returns the exit status."""
-    monkeypatch.setattr(sys, "argv", ["poise", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

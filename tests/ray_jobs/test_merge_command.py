@@ -3,7 +3,6 @@
 Oracle: statuses and lines written by hand, and the folder as it was before.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ray_jobs import cli
+from tests.ray_jobs.command_line import poise
 from tests.tiny_models import save_tiny_llama
 
 
@@ -20,16 +19,6 @@ from tests.tiny_models import save_tiny_llama
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("models")
     return [save_tiny_llama(folder / f"m{i}", seed=i) for i in range(2)]
-
-
-def poise(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command line in this process; returns the exit status."""
-    monkeypatch.setattr(sys, "argv", ["poise", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def write_config(folder: Path, paths: list[Path], **fields: object) -> Path:

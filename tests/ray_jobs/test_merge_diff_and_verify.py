@@ -4,7 +4,6 @@ Oracle: norms and cosines in float64, and a tensor that is changed by hand.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pipelines.merge import MergeConfig, merge
-from ray_jobs import cli
+from tests.ray_jobs.command_line import poise
 from tests.tiny_models import save_tiny_llama
-
-
-def poise(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command line in this process; returns the exit status."""
-    monkeypatch.setattr(sys, "argv", ["poise", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipelines.errors import InputError
 from pipelines.evaluate.generate import Generator
 from ray_jobs.serve import run_serve
-from tests.tiny_models import save_tiny_llama, tiny_tokenizer
+from tests.tiny_models import save_tiny_llama
 
 MARK = "POISE_TEST_SERVER"
 QUESTION = [{"role": "user", "content": "a b"}]
@@ -35,23 +33,7 @@ def save_servable_llama(path: Path, seed: int) -> Path:
 
     Its weights are large, so that greedy answers are long, varied and far from a tie.
     """
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.5,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return save_tiny_llama(path, seed, hidden_size=64, intermediate_size=96, initializer_range=0.5)
 
 
 def free_port() -> int:
