@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipelines.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from pipelines.checkpoints.reader import INDEX, WEIGHTS, read_json
 from pipelines.errors import InputError
 
 RECORD_FILE = "poise.json"
-ADAPTER_CONFIG = "adapter_config.json"
 NUM_LISTED = 5
 _RECORDS = {RECORD_FILE, "metrics.jsonl", "tensorboard", "mergekit_config.yml", "__pycache__"}
 _RESULTS = (RECORD_FILE, "evaluation.json", "sweep.json", "steps.json")  # of a folder of its own
@@ -226,6 +226,6 @@ def _json_list(path: Path) -> list[Any]:
 def _merged_files(folder: Path) -> set[str]:
     """The files of the model's own weights."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
-        return {WEIGHTS, INDEX, "adapter_model.safetensors"}
+        return {WEIGHTS, INDEX, ADAPTER_WEIGHTS}
     places = read_json(folder / INDEX).get("weight_map")
     return {INDEX, *(map(str, places.values()) if isinstance(places, dict) else ())}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.checkpoints import Source
+from pipelines.checkpoints.adapter import ADAPTER_CONFIG
 from pipelines.checkpoints.companions import (
-    ADAPTER_CONFIG,
     check_links,
     companions_of,
     is_of_tokenizer,

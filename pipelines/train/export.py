@@ -13,8 +13,8 @@ from torch import Tensor
 
 from operators.optim import ShardLayout
 from pipelines.checkpoints import Checkpoint, plan_layout
+from pipelines.checkpoints.adapter import ADAPTER_CONFIG
 from pipelines.checkpoints.companions import (
-    ADAPTER_CONFIG,
     check_links,
     companions_of,
     copy_files,
