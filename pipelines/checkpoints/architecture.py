@@ -7,10 +7,13 @@ that transformers does not know says nothing.
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def tied_names(config: Mapping[str, Any], name: str) -> list[str]:
@@ -25,14 +28,14 @@ def conv1d_weights(config: Mapping[str, Any]) -> frozenset[str]:
     """
     from transformers.pytorch_utils import Conv1D
 
-    modules = dict(model.named_modules()) if (model := _model(config)) is not None else {}
+    modules = dict(model.named_modules()) if (model := model_of(config)) is not None else {}
     return frozenset(f"{name}.weight" for name, each in modules.items() if isinstance(each, Conv1D))
 
 
 @lru_cache(maxsize=64)
 def _tied_groups(config: str) -> list[list[str]]:
     """The names of each parameter that has several."""
-    model = _model(json.loads(config))
+    model = model_of(json.loads(config))
     names: dict[nn.Parameter, list[str]] = {}
     if model is not None:
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -40,7 +43,7 @@ def _tied_groups(config: str) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _model(config: Mapping[str, Any]) -> nn.Module | None:
+def model_of(config: Mapping[str, Any]) -> "PreTrainedModel | None":
     """The model of a config.json on the meta device; None if transformers does not know its class
     or cannot build it.
     """
@@ -52,7 +55,7 @@ def _model(config: Mapping[str, Any]) -> nn.Module | None:
         return None
     try:
         with torch.device("meta"):
-            model: nn.Module = architecture(architecture.config_class.from_dict(dict(config)))
+            model: PreTrainedModel = architecture(architecture.config_class.from_dict(dict(config)))
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
     return model
