@@ -62,13 +62,6 @@ class Architecture:
         return {name: tuple(each.shape) for name, each in self.model.state_dict().items()}
 
     @cached_property
-    def buffers(self) -> frozenset[str]:
-        """The tensors that are not trained."""
-        return frozenset(self.shapes) - {
-            name for name, _ in self.model.named_parameters(remove_duplicate=False)
-        }
-
-    @cached_property
     def tied_groups(self) -> list[list[str]]:
         """The names of each parameter that has several."""
         names: dict[nn.Parameter, list[str]] = {}
@@ -182,6 +175,14 @@ def built_architecture(config: Mapping[str, Any]) -> Architecture | None:
     if isinstance(found, str):
         raise InputError(found)
     return found
+
+
+def model_of(config: Mapping[str, Any]) -> "PreTrainedModel | None":
+    """The model of a config.json on the meta device, as `architecture_of`; it is shared, and not to
+    be changed.
+    """
+    found = architecture_of(config)
+    return None if found is None else found.model
 
 
 def tied_names(config: Mapping[str, Any], name: str) -> list[str]:
