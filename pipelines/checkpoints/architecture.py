@@ -103,6 +103,17 @@ class Architecture:
         name, converter = self._renamed(stored)
         return name if converter is None and name in self.shapes else None
 
+    def does_without(self, stored: str) -> bool:
+        """Whether the class knows a stored tensor that its model has no place for, such as a mask
+        that is not stored any more.
+        """
+        from transformers.utils.loading_report import LoadStateDictInfo
+
+        name, _ = self._renamed(stored)
+        report = LoadStateDictInfo(set(), {name}, set(), [], {}, set())
+        self.model._adjust_missing_and_unexpected_keys(report)
+        return name not in self.shapes and not report.unexpected_keys
+
     def _renamed(self, stored: str) -> tuple[str, str | None]:
         """A stored tensor's place in the model, as loading finds it, and what converts it."""
         from transformers.core_model_loading import WeightConverter, rename_source_key

@@ -7,6 +7,7 @@ from typing import Any
 
 from operators.merging import METHODS
 from pipelines.checkpoints import Source, TensorSpec
+from pipelines.checkpoints.architecture import architecture_of
 from pipelines.errors import InputError
 from pipelines.merge.config import MergeConfig, ModelEntry, SliceSource
 from pipelines.merge.layers import Stacks, with_layer
@@ -204,7 +205,8 @@ def _tensor(
 
 
 def _having(config: MergeConfig, each: LayerSlice, outline: Outline) -> Having:
-    """The tensor in every ingredient; in those that have it, where `allow_missing` matches.
+    """The tensor in every ingredient; in those that have it, where `allow_missing` matches, or
+    where the models' class does without it.
 
     Raises:
         InputError: an ingredient lacks it.
@@ -214,7 +216,12 @@ def _having(config: MergeConfig, each: LayerSlice, outline: Outline) -> Having:
         for ingredient, name in zip(each.ingredients, outline.names, strict=True)
     ]
     having = [(one, o) for one, o in operands if o.source.find(o.name) is not None]
-    if any(fnmatchcase(outline.name, pattern) for pattern in config.allow_missing):
+    if len(having) == len(operands) or any(
+        fnmatchcase(outline.name, pattern) for pattern in config.allow_missing
+    ):
+        return having
+    known = architecture_of(having[0][0].source.config)
+    if known is not None and known.does_without(outline.name):
         return having
     for _, operand in operands:
         if operand.source.find(operand.name) is None:

@@ -14,6 +14,7 @@ from pipelines.checkpoints.digests import (
     ModelDigest,
     identity,
 )
+from pipelines.checkpoints.named_like import named_like
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint_work
 from pipelines.merge.chain import MergedSource
@@ -195,6 +196,7 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
         str(found.path): found for source in sources.values() for found in source.checkpoints()
     }
     identities = {path: identity(found) for path, found in checkpoints.items()}
+    sources = {name: named_like(each, sources[reference]) for name, each in sources.items()}
     sources, tokenizer = align_vocabularies(config, sources, reference)
     models = {name: sources[name] for name in names}
     base = None if config.base_model is None else sources[reference]

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     BertConfig,
     BertForMaskedLM,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -28,6 +29,7 @@ from transformers import (
 
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, merge, plan_merge
+from tests.hub_models import save_as_on_hub
 from tests.pipelines.merge.conftest import save_weights, set_config, weights_of
 
 SIZES: dict[str, Any] = {
@@ -236,4 +238,45 @@ def test_rows_of_every_tensor_that_has_one_for_each_token(tmp_path: Path) -> Non
     rows = [*((one[name][:4] + two[name][:4]) / 2), one[name][4], two[name][4], two[name][5]]
     torch.testing.assert_close(found[name], torch.stack(rows))
     assert AutoConfig.from_pretrained(out).vocab_size == 7
+    assert_loads(out, BertForMaskedLM)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt2", "gpt_neox", "bloom"])
+@pytest.mark.parametrize("fused_first", [False, True])
+def test_one_model_in_two_layouts(name: str, fused_first: bool, tmp_path: Path) -> None:
+    """As on the hub and as the model has them (experts fused, names with prefixes): the result is
+    that of equal layouts, in the layout of the first.
+    """
+    hub = [save_as_on_hub(name, tmp_path / f"hub-{seed}", seed) for seed in range(2)]
+    fused = [save_as_on_hub(name, tmp_path / f"fused-{s}", s, fused=True) for s in range(2)]
+    one, two = (fused, hub) if fused_first else (hub, fused)
+    found = weights_of(merge(config_of([one[0], two[1]]), tmp_path / "mixed"))
+    expected = weights_of(merge(config_of(one), tmp_path / "same"))
+    assert expected.keys() <= found.keys()  # masks are carried over where only one has them
+    for key, values in expected.items():
+        torch.testing.assert_close(found[key], values, rtol=0, atol=0, msg=key)
+
+
+def test_a_base_model_beside_one_with_a_head(tmp_path: Path) -> None:
+    """BertModel beside BertForMaskedLM: the common part merges, the head is the one's own."""
+    config = BertConfig(**SIZES)
+    masked = save(tmp_path / "masked", BertForMaskedLM, config, 0)
+    plain = save(tmp_path / "plain", BertModel, config, 1)
+    both = config_of([masked, plain])
+    assert "has no tensor 'cls.predictions" in refused(both, tmp_path / "out")
+    name = "encoder.layer.1.output.dense.weight"
+    mean = (weights_of(masked)[f"bert.{name}"] + weights_of(plain)[name]) / 2
+    both = config_of([masked, plain], allow_missing=["cls.*", "pooler.*"])
+    assert any(
+        "left out" in line and "cls.predictions" in line for line in plan_merge(both).notices()
+    )
+    found = assert_loads(merge(both, tmp_path / "plain-out"), BertModel).state_dict()
+    torch.testing.assert_close(found[name], mean)
+
+    tensors = weights_of(plain)
+    save_weights(plain, {k: v for k, v in tensors.items() if not k.startswith("pooler")})
+    out = merge(config_of([masked, plain], allow_missing=["cls.*"]), tmp_path / "out")
+    found = weights_of(out)
+    torch.testing.assert_close(found[f"bert.{name}"], mean)
+    assert torch.equal(found["cls.predictions.bias"], weights_of(masked)["cls.predictions.bias"])
     assert_loads(out, BertForMaskedLM)
