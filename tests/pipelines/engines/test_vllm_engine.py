@@ -34,8 +34,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models of the same shapes, tied, so that the head is the embedding; reward models."""
     root = tmp_path_factory.mktemp("vllm")
     reward = {"num_labels": 1, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.5}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.2}
     causal = {name: save_chatty(root / name, n, tied=True) for n, name in enumerate("abc")}
+    bad = save_chatty(root / "bad", 5, tied=True)
+    causal["bad"] = damage(bad, "model.layers.1.mlp.up_proj.weight")
     return causal | {
         name: save_tiny(
             LlamaForSequenceClassification, root / name, n, dtype=torch.float32, **reward, **heads
@@ -151,20 +153,6 @@ def test_a_swap_leaves_nothing_of_the_old_weights(
     assert_same_answers(answers(engine), answers(merged))
 
 
-def test_after_swaps_an_engine_is_as_one_freshly_started(engine, models: dict[str, Path]) -> None:
-    answers(engine)
-    engine.swap(models["b"])
-    fresh = open_engine(models["b"], VLLM)
-    try:
-        found, expected = answers(engine), answers(fresh)
-    finally:
-        fresh.close()
-    assert [each.tokens for each in found] == [each.tokens for each in expected]
-    for one, two in zip(found, expected, strict=True):
-        for mine, theirs in zip(one.logprobs, two.logprobs, strict=True):
-            assert mine == pytest.approx(theirs, abs=1e-5)
-
-
 def test_a_failed_swap_refuses_to_answer_until_one_succeeds(
     engine, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -218,36 +206,50 @@ def test_rewards_and_their_swap(models: dict[str, Path], tmp_path: Path) -> None
         engine.close()
 
 
-def test_asynchronous_requests_are_each_of_one_model(models: dict[str, Path]) -> None:
-    asyncio.run(swaps_under_load(models))
+def test_after_a_swap_as_freshly_started_and_no_answer_of_two_models(
+    engine, models: dict[str, Path]
+) -> None:
+    answers(engine)
+    engine.swap(models["b"])
+    asyncio.run(swaps_under_load(models, answers(engine)))
 
 
-async def swaps_under_load(models: dict[str, Path]) -> None:
-    """Requests run all the time; each answer must be that of the weights it names."""
+async def swaps_under_load(models: dict[str, Path], swapped: list) -> None:
+    """A new engine with model b gives what one gave into which b was swapped. Then requests run all
+    the time; each answer must be that of the weights it names.
+    """
     from pipelines.engines.vllm_engine import AsyncVllmEngine
 
     expected = {}
     for name in "ab":
         other = open_engine(models[name])
         expected[other.weights] = [each.tokens for each in answers(other)]
-    engine = AsyncVllmEngine(models["a"], VLLM)
+    engine = AsyncVllmEngine(models["b"], VLLM)
     seen: list[tuple[int, object]] = []
-    stopped = asyncio.Event()
 
     async def client(number: int) -> None:
-        while not stopped.is_set():
+        while True:
             place = (number + len(seen)) % len(PROMPTS)
             [found] = await engine.generate([PROMPTS[place]], GREEDY)
             seen.append((place, found))
 
     try:
+        fresh = await engine.generate(PROMPTS, GREEDY)
+        assert [each.tokens for each in fresh] == [each.tokens for each in swapped]
+        for one, two in zip(fresh, swapped, strict=True):
+            for mine, theirs in zip(one.logprobs, two.logprobs, strict=True):
+                assert mine == pytest.approx(theirs, abs=1e-5)
         clients = [asyncio.create_task(client(number)) for number in range(4)]
-        for name in "babababa":
+        for name in "abababa":
             await asyncio.sleep(0.3)
             await engine.swap(models[name])
         await asyncio.sleep(0.3)
-        stopped.set()
-        await asyncio.gather(*clients)
+        bad = models["bad"]
+        with pytest.raises(InputError, match="holds NaN or Inf"):
+            await engine.swap(bad)
+        for ended in await asyncio.gather(*clients, return_exceptions=True):
+            assert "does not answer, as a swap failed" in str(ended)
+        await engine.swap(models["a"])
         for place, found in seen:
             assert found.tokens == expected[found.weights][place]
         assert len({found.weights for _, found in seen}) == 2 and len(seen) > 30
