@@ -145,7 +145,7 @@ class MergeWeights:
             context = contexts.get(name) or tensor.context()
             values = torch.empty(tensor.num_elements, dtype=tensor.dtype)
             for start, stop in tensor.steps(0, tensor.num_elements):
-                values[start:stop] = tensor.rounded(tensor.merged(start, stop, context))
+                values[start:stop] = tensor.rounded(tensor.merged(start, stop, context), start)
             return values.view(tensor.shape)
 
         with many_short_calls(), ThreadPoolExecutor(num_workers) as pool:
@@ -178,7 +178,9 @@ def weights_of(source: "str | Path | MergePlan | Weights") -> Weights:
 
 
 class Inspection:
-    """Looks at tensors on their way: refuses NaN and Inf, takes the digest of weights."""
+    """Looks at tensors on their way: refuses NaN and Inf (but in masks, which have zeros and -Inf
+    alone), takes the digest of weights.
+    """
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -191,7 +193,7 @@ class Inspection:
             InputError: NaN or Inf in a tensor.
         """
         for name, tensor in self._weights.stream():
-            if tensor.is_floating_point() and not is_finite(tensor):
+            if tensor.is_floating_point() and not (is_finite(tensor) or _is_mask(tensor)):
                 raise InputError(
                     f"{self._weights.name}: {name}: holds NaN or Inf; allowed: finite numbers"
                 )
@@ -204,6 +206,11 @@ class Inspection:
     def digest(self) -> str:
         """The digest of weights, after the stream has ended."""
         return weights_digest(self._weights.tensors, self._blocks)
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether a tensor is one of the few that hold infinities for good."""
+    return bool(((tensor == 0) | (tensor == -torch.inf)).all())
 
 
 def inspect(weights: Weights) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from pipelines.engines import (
@@ -321,6 +322,25 @@ def test_a_failed_swap_refuses_to_answer_until_one_succeeds(
         inspect(weights_of(bad))
     with pytest.raises(InputError, match="holds NaN or Inf"):
         open_engine(bad)
+
+
+@pytest.mark.parametrize(
+    ("values", "is_refused"),
+    [
+        ([0.0, -torch.inf, 0.0], False),  # a mask
+        ([1.0, -torch.inf, 0.0], True),
+        ([0.0, torch.inf, 0.0], True),
+        ([0.0, torch.nan, -torch.inf], True),
+    ],
+)
+def test_infinities_are_for_masks(tmp_path: Path, values: list[float], is_refused: bool) -> None:
+    save_file({"mask": torch.tensor(values)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    if is_refused:
+        with pytest.raises(InputError, match="mask: holds NaN or Inf"):
+            inspect(weights_of(tmp_path))
+    else:
+        assert inspect(weights_of(tmp_path)) == weights_digest(tmp_path)
 
 
 def test_another_chat_template_comes_with_a_swap(models: dict[str, Path], tmp_path: Path) -> None:
