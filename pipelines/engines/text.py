@@ -86,7 +86,7 @@ class Text:
     def beginning(self) -> int:
         """The token that begins texts, or else the one that ends them."""
         token = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if token is None else token
+        return int(self.tokenizer.eos_token_id if token is None else token)
 
     def check_room(self, lengths: Sequence[int], most: int, what: str) -> None:
         """Raise InputError, which counts them, where inputs have more than `most` tokens, or none.

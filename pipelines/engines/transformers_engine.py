@@ -320,7 +320,8 @@ def _made(
                 "tensors of its class"
             )
     made.generation_config = GenerationConfig()  # a checkpoint's own would act unseen
-    return made.eval()
+    model: PreTrainedModel = made.eval()
+    return model
 
 
 def _first_line(error: BaseException) -> str:

@@ -251,7 +251,8 @@ def head_size(config: Mapping[str, Any]) -> int | None:
     """Elements of one attention head, for the plain attention of Llama and its relatives."""
     if config.get("kv_lora_rank"):  # multi-head latent attention has other head sizes
         return None
-    if isinstance(config.get("head_dim"), int):
-        return config["head_dim"]
+    own = config.get("head_dim")
+    if isinstance(own, int):
+        return own
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None

@@ -47,4 +47,5 @@ class WeightLoader:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         model = self.model_runner.get_model()
-        finalize_layerwise_reload(model, self.model_runner.vllm_config.model_config)
+        end: Any = finalize_layerwise_reload  # without types
+        end(model, self.model_runner.vllm_config.model_config)
