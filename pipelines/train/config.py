@@ -138,12 +138,17 @@ class OptimizerConfig(Config):
 
 
 class LoraSettings(Config):
-    """Low-rank adapters; only they are trained, and they are merged into the output's weights."""
+    """Low-rank adapters; only they are trained."""
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0, description="the adapter is multiplied by alpha / rank")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="names of linear layers, such as q_proj; not the head"
+    )
+    save: Literal["merged", "adapter", "both"] = Field(
+        "merged",
+        description="write the model with the adapters merged into its weights, the adapter alone, "
+        "or both, with the adapter in the subfolder `adapter`",
     )
 
 

@@ -4,7 +4,8 @@ provenance.
 
 import shutil
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,13 +19,23 @@ from pipelines.checkpoints.companions import (
     check_links,
     companions_of,
     copy_files,
+    is_of_tokenizer,
 )
-from pipelines.checkpoints.digests import BlockDigests, Digests, ModelDigest, model_digest
+from pipelines.checkpoints.digests import (
+    BlockDigests,
+    Digests,
+    ModelDigest,
+    companions_digest,
+    model_digest,
+)
 from pipelines.checkpoints.module_view import copied_tensors
 from pipelines.errors import InputError
+from pipelines.merge.output_files import GENERATION_FILE
 from pipelines.provenance import Provenance
+from pipelines.train.adapter_files import write_adapter
 from pipelines.train.config import AlignConfig
-from pipelines.train.strategies import first_rank, wait_for_all
+from pipelines.train.files import ADAPTER_FOLDER
+from pipelines.train.strategies import Strategy, first_rank, wait_for_all
 from pipelines.train.strategies.loading import empty_model
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -63,7 +74,7 @@ def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None
         layout.create(folder)
         others = companions_of(source)
         check_links(source, others.foreign)
-        copy_files({k: file for k, file in others.files.items() if k != ADAPTER_CONFIG}, folder)
+        copy_files({k: f for k, f in others.files.items() if not _is_of_adapter(k)}, folder)
     wait_for_all()
     seen = {name: BlockDigests(tensor.num_elements) for name, tensor in checkpoint.tensors.items()}
     for part, values in owner.owned():
@@ -85,6 +96,38 @@ def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None
     # Blocks that no single rank wrote as a whole are read again.
     written = Checkpoint(folder, checkpoint.config, layout.stored(folder))
     return model_digest(written, known)
+
+
+def export_result(strategy: Strategy, config: AlignConfig, folder: Path) -> ModelDigest | None:
+    """Write what the config asks for: the model, with adapters merged in; the adapter alone, with
+    the source's tokenizer; or both. Every rank must call.
+
+    Returns, raises: as `export_model`.
+    """
+    save = "merged" if config.lora is None else config.lora.save
+    if save == "adapter":
+        return _export_adapter(strategy, config, folder)
+    digest = export_model(strategy, config.model, folder)
+    if save == "both":
+        write_adapter(strategy, config, folder / ADAPTER_FOLDER)
+    if digest is not None and save == "both":
+        digest = replace(digest, companions=companions_digest(folder))
+    return digest
+
+
+def _export_adapter(strategy: Strategy, config: AlignConfig, folder: Path) -> ModelDigest | None:
+    """Write the adapter alone."""
+    if first_rank():
+        shutil.rmtree(folder, ignore_errors=True)
+    write_adapter(strategy, config, folder)
+    wait_for_all()
+    if not first_rank():
+        return None
+    files = companions_of(config.model).files
+    copy_files(
+        {k: f for k, f in files.items() if is_of_tokenizer(k) and k != GENERATION_FILE}, folder
+    )
+    return model_digest(Checkpoint.at(folder))
 
 
 def _of_all_ranks(own: dict[str, Digests]) -> dict[str, Digests]:
@@ -112,6 +155,8 @@ def provenance(
         key: the fingerprint of the work.
         inputs: the fingerprints of the inputs, by the config's fields.
     """
+    is_adapter = config.lora is not None and config.lora.save == "adapter"
+    made = "an adapter for it, trained" if is_adapter else "trained"
     return Provenance(
         kind=kind,
         digest=digest,
@@ -123,14 +168,20 @@ def provenance(
         title=f"Trained by {config.objective.name} with {config.optimizer.name}",
         base_models=[str(config.model)],
         tags=[config.objective.name],
+        library="peft" if is_adapter else "transformers",
         summary=(
-            f"Made with Poise: `{config.model}`, trained.\n\n"
+            f"Made with Poise: `{config.model}`, {made}.\n\n"
             f"- objective: {config.objective.name}\n"
             f"- optimizer: {config.optimizer.name}\n"
             f"- data: `{config.data}`\n"
             f"- steps: {num_steps:,} of {config.global_batch_size} rows"
         ),
     )
+
+
+def _is_of_adapter(place: str) -> bool:
+    """Whether a file of the source is an adapter's, which does not fit the trained model."""
+    return place == ADAPTER_CONFIG or PurePosixPath(place).parts[0] == ADAPTER_FOLDER
 
 
 def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
