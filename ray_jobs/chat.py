@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
+from pipelines.engines import Sampling
+from pipelines.engines.transformers_engine import TransformersEngine
 from pipelines.errors import InputError
-from pipelines.evaluate.generate import Generator
 from ray_jobs.session import quiet_environment
 
 MAX_NEW_TOKENS = 256
-_UNBOUNDED = 1_000_000
 
 
 def run_chat(path: Path) -> None:
@@ -22,13 +22,13 @@ def run_chat(path: Path) -> None:
         InputError: `path` is no checkpoint that loads, or its tokenizer has no chat template.
     """
     quiet_environment()
-    generator = Generator(path)
-    if not generator.tokenizer.chat_template:
+    engine = TransformersEngine(path)
+    if not engine.text.tokenizer.chat_template:
         raise InputError(f"model {path}: its tokenizer has no chat template")
     at_terminal = sys.stdin.isatty()
     while line := _read_line(at_terminal):
         if line.strip():
-            _answer(generator, line.strip())
+            _answer(engine, line.strip())
     if at_terminal:
         print(file=sys.stderr)
 
@@ -40,14 +40,12 @@ def _read_line(at_terminal: bool) -> str:
     return sys.stdin.readline()
 
 
-def _answer(generator: Generator, question: str) -> None:
+def _answer(engine: TransformersEngine, question: str) -> None:
     """Print the greedy answer to one question, within the model's maximum length."""
     messages = [{"role": "user", "content": question}]
-    positions = getattr(generator.model.config, "max_position_embeddings", _UNBOUNDED)
-    num_tokens = len(generator.encode(messages))
-    if num_tokens >= positions:
-        print(f"too long: {num_tokens} tokens; the model reads {positions}", file=sys.stderr)
+    num_tokens = len(engine.encode(messages))
+    if num_tokens >= engine.context:
+        print(f"too long: {num_tokens} tokens; the model reads {engine.context}", file=sys.stderr)
         return
-    length = min(MAX_NEW_TOKENS, positions - num_tokens)
-    answer = generator.complete([messages], max_new_tokens=length, batch_size=1)[0]
-    print(answer.strip(), flush=True)
+    [answer] = engine.generate([messages], Sampling(max_tokens=MAX_NEW_TOKENS))
+    print(answer.text.strip(), flush=True)

@@ -107,6 +107,23 @@ def model_digest(checkpoint: Checkpoint, known: Mapping[str, Digests] | None = N
     return ModelDigest(fingerprint(_described(checkpoint, known or {})), companions)
 
 
+def weights_digest(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], blocks: Mapping[str, Digests]
+) -> str:
+    """The digest of weights that need not be on a disk.
+
+    Args:
+        tensors: dtype and shape of each tensor.
+        blocks: the digests of all blocks of each tensor.
+    """
+    return fingerprint(
+        {
+            name: [str(dtype), list(shape), sorted(blocks[name].items())]
+            for name, (dtype, shape) in tensors.items()
+        }
+    )
+
+
 def companions_digest(folder: Path) -> str:
     """The digest of the files beside a model's weights."""
     return fingerprint(_file_digests(companions_of(folder).files))

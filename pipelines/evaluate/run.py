@@ -10,6 +10,7 @@ from typing import Any, Literal
 from operators.statistics import mean_of_means
 from pipelines.checkpoints.digests import DigestMemory
 from pipelines.commit import staged_directory, write_atomically
+from pipelines.engines import EngineConfig
 from pipelines.evaluate.cells import Cell, CellResult, CellWorker, finished_cell
 from pipelines.evaluate.plan import MODELS_FILE, EvaluateConfig, EvaluationPlan, plan_evaluation
 from pipelines.evaluate.tasks import DIMENSIONS, Task
@@ -154,14 +155,22 @@ def _here(rows: list[dict[str, str]]) -> Iterator[dict[str, str]]:
 def _in_ray(
     rows: list[dict[str, str]], num_models: int, num_workers: int
 ) -> Iterable[dict[str, str]]:
-    """Measure cells in Ray Data actors; only descriptions and numbers pass through Ray."""
+    """Measure cells in Ray Data actors; only descriptions and numbers pass through Ray.
+
+    Each actor has what its engine needs, so on GPUs each has one to itself.
+    """
     import ray
 
+    cluster = ray.cluster_resources()
+    need = EngineConfig().need(cluster)
+    size = min(num_workers, num_models)
     dataset = ray.data.from_items(rows, override_num_blocks=num_models)
     return dataset.map(
         CellWorker,  # type: ignore[arg-type] # Ray takes classes too
-        compute=ray.data.ActorPoolStrategy(size=min(num_workers, num_models)),
-        num_cpus=0.9,
+        compute=ray.data.ActorPoolStrategy(
+            size=min(size, need.most(cluster)) if need.num_gpus else size
+        ),
+        **need.options,
     ).iter_rows()
 
 

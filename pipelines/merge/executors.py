@@ -34,7 +34,7 @@ def in_threads(
     needs = plan.num_working_bytes
     waiting = list(reversed(items))
     running: dict[Future[Result], int] = {}
-    with _many_short_calls(), ThreadPoolExecutor(plan.config.num_workers) as pool:
+    with many_short_calls(), ThreadPoolExecutor(plan.config.num_workers) as pool:
         try:
             while waiting or running:
                 while waiting and _fits(plan, needs[waiting[-1]], running.values()):
@@ -49,7 +49,7 @@ def in_threads(
 
 
 @contextmanager
-def _many_short_calls() -> Iterator[None]:
+def many_short_calls() -> Iterator[None]:
     """Settings for threads whose calls each leave the interpreter for less than a millisecond: one
     torch thread each, and a shorter switch interval. The default of 5 ms made merges take a third
     longer.

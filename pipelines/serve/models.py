@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.engines.vllm_requests import head_size
 from pipelines.errors import InputError
 
 # The dtypes that vLLM computes in; for other checkpoints vLLM chooses.
@@ -62,7 +63,7 @@ def _look_at(path: Path) -> ServedModel:
         name=folder.name,
         path=folder,
         dtype=dtype if dtype in SERVED_DTYPES else "auto",
-        head_size=_head_size(config),
+        head_size=head_size(config),
     )
 
 
@@ -107,13 +108,3 @@ def _check_chat_template(path: Path, folder: Path) -> None:
             f"model {path}: its tokenizer has no chat template; "
             "expected chat_template.jinja beside it, or the field in tokenizer_config.json"
         )
-
-
-def _head_size(config: dict[str, Any]) -> int | None:
-    """Elements of one attention head, for the plain attention of Llama and its relatives."""
-    if config.get("kv_lora_rank"):  # multi-head latent attention has other head sizes
-        return None
-    if isinstance(config.get("head_dim"), int):
-        return config["head_dim"]
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None

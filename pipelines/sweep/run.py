@@ -13,6 +13,7 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.digests import DigestMemory, ModelDigest
 from pipelines.commit import staged_directory, write_atomically
 from pipelines.config import apply_overrides, load_yaml
+from pipelines.engines import EngineConfig
 from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate_planned, plan_evaluation
 from pipelines.evaluate.tasks import DIMENSIONS, load_rows, load_tasks
@@ -126,6 +127,7 @@ def _ends(values: list[Any] | Range) -> list[Any]:
 
 def _tune(config: SweepConfig, folder: Path, key: str) -> list[dict[str, Any]]:
     """Run the trials under Ray Tune; results in the order of the search space."""
+    import ray
     from ray import tune
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
@@ -138,7 +140,7 @@ def _tune(config: SweepConfig, folder: Path, key: str) -> list[dict[str, Any]]:
             key=key,
             directory=str(Path.cwd()),
         ),
-        {"CPU": config.cpus_per_trial},
+        trial_need(config, ray.cluster_resources()),
     )
     tuner = tune.Tuner(
         trainable,
@@ -160,6 +162,15 @@ def _tune(config: SweepConfig, folder: Path, key: str) -> list[dict[str, Any]]:
         assert reported is not None  # a trial without a report is in results.errors
         trials.append(reported["trial"])
     return trials
+
+
+def trial_need(config: SweepConfig, cluster: dict[str, float]) -> dict[str, float]:
+    """The resources of one trial: the config's CPUs, and what its engine needs beside them.
+
+    Args:
+        cluster: resources by name.
+    """
+    return EngineConfig().need(cluster).bundle | {"CPU": config.cpus_per_trial}
 
 
 def _space(values: list[Any] | Range) -> Any:

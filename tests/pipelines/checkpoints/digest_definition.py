@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors.torch import load_file
 from torch import Tensor
 
 
@@ -36,3 +37,8 @@ def small_files(folder: Path, names: list[str]) -> dict[str, str]:
         name: hashlib.blake2b((folder / name).read_bytes(), digest_size=16).hexdigest()
         for name in names
     }
+
+
+def weights_digest(folder: Path) -> str:
+    """The digest of the weights in a checkpoint of one file."""
+    return blake2(described(load_file(folder / "model.safetensors")))

@@ -1,0 +1,133 @@
+"""Sampling inside transformers' own generation loop: an answer's randomness is its seed's alone.
+
+transformers takes the token with the highest score. So a sampled token is made the highest by the
+Gumbel-max trick: argmax(logits / temperature + noise) with noise = -ln(-ln(u)) has the softmax's
+distribution. u is a function of the answer's seed, the number of its token, and the token's id
+(`operators.counter_random`): neither the batch nor the order of prompts has a part in it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from operators.counter_random import WORDS, counter_key, unsigned_words
+from pipelines.engines.interface import Sampling
+
+if TYPE_CHECKING:
+    from pipelines.engines.text import Text
+
+
+class Sampler:
+    """Chooses the tokens of one batch; a `LogitsProcessor` of transformers.
+
+    Args:
+        prompts: the tokens of each prompt, without padding.
+        width: tokens of the padded prompts.
+        seeds: of each answer; unused where decoding is greedy.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompts: Sequence[Sequence[int]],
+        width: int,
+        seeds: Sequence[int] | None,
+    ) -> None:
+        self._sampling, self._prompts, self._width, self._seeds = sampling, prompts, width, seeds
+        self._in_prompt: Tensor | None = None  # (batch, vocabulary)
+        self.logprobs: list[list[dict[int, float]]] = [[] for _ in prompts]
+
+    def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """Scores whose highest is the next token.
+
+        Args:
+            tokens: (batch, length), padded prompts and answers so far.
+            scores: (batch, vocabulary), the model's logits.
+        """
+        scores = scores.to(torch.float32)
+        answers = tokens[:, self._width :]
+        chosen = self._penalised(answers, scores) if self._sampling.has_penalties else scores
+        if self._sampling.temperature > 0:
+            chosen = kept(chosen / self._sampling.temperature, self._sampling)
+            chosen = chosen.to(torch.float64) + self._noise(answers.shape[1], chosen)
+        if self._sampling.top_logprobs is not None:
+            self._record(scores, chosen.argmax(-1), self._sampling.top_logprobs)
+        return chosen
+
+    def _penalised(self, answers: Tensor, logits: Tensor) -> Tensor:
+        """Logits after the penalties on tokens of prompts and answers."""
+        counts = torch.zeros_like(logits)
+        counts.scatter_add_(1, answers, torch.ones_like(answers, dtype=logits.dtype))
+        if self._in_prompt is None:
+            self._in_prompt = torch.zeros_like(logits, dtype=torch.bool)
+            for row, prompt in zip(self._in_prompt, self._prompts, strict=True):
+                row[torch.tensor(prompt, device=row.device)] = True
+        factor = self._sampling.repetition_penalty
+        divided = torch.where(logits > 0, logits / factor, logits * factor)
+        result = torch.where(self._in_prompt | (counts > 0), divided, logits)
+        result = result - self._sampling.frequency_penalty * counts
+        return result - self._sampling.presence_penalty * (counts > 0)
+
+    def _noise(self, step: int, like: Tensor) -> Tensor:
+        """Gumbel noise of each answer's token number `step`: (batch, vocabulary) float64."""
+        assert self._seeds is not None
+        size = like.shape[1]
+        words = [unsigned_words(counter_key(s, "answer", 0, step), 0, size) for s in self._seeds]
+        uniform = (np.stack(words) + 0.5) / WORDS
+        return torch.from_numpy(-np.log(-np.log(uniform))).to(like.device)
+
+    def _record(self, logits: Tensor, chosen: Tensor, count: int) -> None:
+        """Keep the log-probabilities of the best tokens and of the chosen one."""
+        values = logits.log_softmax(-1)
+        best = values.topk(min(count, values.shape[1]), dim=-1)
+        own = values.gather(1, chosen[:, None])
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for row, (ids, found), token, value in zip(
+            self.logprobs, rows, chosen.tolist(), own[:, 0].tolist(), strict=True
+        ):
+            row.append(dict(zip(ids, found, strict=True)) | {token: value})
+
+
+def kept(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits with -inf for the tokens that top_k and top_p leave out: (batch, vocabulary).
+
+    top_p keeps the fewest best tokens whose probabilities sum to at least p.
+    """
+    if sampling.top_k > 0:
+        least = logits.topk(min(sampling.top_k, logits.shape[1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, places = logits.sort(dim=-1, descending=True)
+        shares = ordered.softmax(-1, dtype=torch.float64)
+        before = shares.cumsum(-1) - shares  # the probability of all better tokens
+        left_out = (before >= sampling.top_p).scatter(1, places, before >= sampling.top_p)
+        logits = logits.masked_fill(left_out, -torch.inf)
+    return logits
+
+
+class StopTexts:
+    """Ends a row when a stop text is in its answer; a `StoppingCriteria` of transformers.
+
+    Attributes:
+        lengths: tokens of the answers that are at their end; None: not ended by a stop text.
+    """
+
+    def __init__(self, text: "Text", stop: Sequence[str], width: int, num_rows: int) -> None:
+        self._decode: Callable[[Sequence[int]], str] = text.decode
+        self._stop, self._width = stop, width
+        # A text of n bytes ends in at most the last n tokens, and special ones between them.
+        self._tail = 2 * max(len(each.encode()) for each in stop) + 8
+        self.lengths: list[int | None] = [None] * num_rows
+
+    def __call__(self, tokens: Tensor, scores: Tensor, **unused: object) -> Tensor:
+        """Which rows are at their end: (batch,) bool."""
+        length = tokens.shape[1] - self._width
+        tails = tokens[:, max(self._width, tokens.shape[1] - self._tail) :].tolist()
+        for row, tail in enumerate(tails):
+            if self.lengths[row] is None and any(s in self._decode(tail) for s in self._stop):
+                self.lengths[row] = length
+        ended = [each is not None for each in self.lengths]
+        return torch.tensor(ended, device=tokens.device)
