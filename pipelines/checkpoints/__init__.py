@@ -1,6 +1,6 @@
 """Hugging Face checkpoints on disk: lazy reading by range, and writing in place."""
 
-from pipelines.checkpoints.lora import open_model
+from pipelines.checkpoints.lora import open_model, pinned_model
 from pipelines.checkpoints.reader import Checkpoint, CheckpointDelta
 from pipelines.checkpoints.safetensors_header import StoredTensor
 from pipelines.checkpoints.source import Source, TensorSpec
@@ -14,5 +14,6 @@ __all__ = [
     "StoredTensor",
     "TensorSpec",
     "open_model",
+    "pinned_model",
     "plan_layout",
 ]
