@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from pipelines.checkpoints.hub import folder_of
 from pipelines.errors import InputError
 from pipelines.evaluate.generate import Generator
 from ray_jobs.session import quiet_environment
@@ -22,7 +23,7 @@ def run_chat(path: Path) -> None:
         InputError: `path` is no checkpoint that loads, or its tokenizer has no chat template.
     """
     quiet_environment()
-    generator = Generator(path)
+    generator = Generator(folder_of(path))
     if not generator.tokenizer.chat_template:
         raise InputError(f"model {path}: its tokenizer has no chat template")
     at_terminal = sys.stdin.isatty()

@@ -93,6 +93,11 @@ class Repository:
         return self.cache / self._folder_name
 
     @property
+    def name(self) -> str:
+        """The id without the organisation."""
+        return self.id.rpartition("/")[2]
+
+    @property
     def _folder_name(self) -> str:
         return "--".join([f"{self.kind}s", *self.id.split("/")])
 

@@ -20,9 +20,11 @@ from pipelines.checkpoints.companions import (
     copy_files,
 )
 from pipelines.checkpoints.digests import BlockDigests, Digests, ModelDigest, model_digest
+from pipelines.checkpoints.hub import hub_ids, recorded
 from pipelines.errors import InputError
 from pipelines.provenance import Provenance
 from pipelines.train.config import AlignConfig
+from pipelines.train.models import model_paths, with_names
 from pipelines.train.strategies import first_rank, wait_for_all
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -110,6 +112,8 @@ def provenance(
         key: the fingerprint of the work.
         inputs: the fingerprints of the inputs, by the config's fields.
     """
+    models = model_paths(config).values()
+    config = with_names(config)
     return Provenance(
         kind=kind,
         digest=digest,
@@ -117,9 +121,9 @@ def provenance(
         config=config.model_dump(mode="json", exclude={"storage", "cache"}),
         inputs=inputs,
         seed=config.seed,
-        details=details,
+        details={**details, **recorded(models)},
         title=f"Trained by {config.objective.name} with {config.optimizer.name}",
-        base_models=[str(config.model)],
+        base_models=hub_ids(str(config.model)),
         tags=[config.objective.name],
         summary=(
             f"Made with Poise: `{config.model}`, trained.\n\n"
