@@ -174,3 +174,19 @@ def test_the_command_merges_a_recipe_and_diffs(
     assert json.loads(capsys.readouterr().out)[-1]["name"] == "all"
     assert poise(monkeypatch, "diff", "org/one", "org/none") == 2
     assert "poise: model org/none: no such directory here, and" in capsys.readouterr().err
+
+
+def test_python_files_come_if_the_user_brings_them(
+    hub: Stub, commits: dict[str, str], family: Family
+) -> None:
+    settings = json.loads((family.base / "config.json").read_text())
+    named = json.dumps(settings | {"auto_map": {"AutoConfig": "own.Config"}}).encode()
+    hub.add("org/coded", family.base, **{"config.json": named, "own.py": b"raise SystemExit"})
+    config = config_of({"org/base": "org/coded"})
+    [line] = [each for each in plan_merge(config).notices() if "auto_map" in each]
+    assert line.endswith("; hf download org/coded --include '*.py' brings it")
+    assert "own.py" not in hub.fetched()
+    (folder_of("org/coded") / "own.py").write_bytes(b"raise SystemExit")
+    plan = plan_merge(config)
+    assert not any("auto_map" in each for each in plan.notices())
+    assert "own.py" in plan.files.copied
