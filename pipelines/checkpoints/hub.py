@@ -262,7 +262,7 @@ def _download(
     if not quiet:
         named = f"{at.id}@{at.revision[:12]}"
         print(
-            f"  {named}: fetching {len(files)} files, {size / MEGABYTE:,.1f} MB, from "
+            f"  {named}: fetching {len(files)} file(s), {size / MEGABYTE:,.1f} MB, from "
             f"{hub.endpoint}",
             file=sys.stderr,
         )

@@ -201,10 +201,12 @@ class HubClient:
             raise HubError(f"is gated: {page} says how to get access; then it needs {login}")
         if code == "EntryNotFound":
             raise HubError(f"the hub lacks a file that it lists: {response.url.path}")
-        if status in (401, 403, 404):
-            what = f"a private {name.kind}" if status != 403 else f"this {name.kind}"
-            raise HubError(f"the hub does not know it ({page}), or {what} needs {login}")
-        raise HubError(f"{self.endpoint} answers with status {status}")
+        if status == 401 or code == "RepoNotFound":
+            raise HubError(
+                f"the hub does not know it ({page}), or a private {name.kind} needs {login}"
+            )
+        said = response.headers.get("X-Error-Message", "which is perhaps a proxy's")
+        raise UnreachableError(f"it answers with status {status}, {said}")
 
 
 def _safe(part: str) -> str:

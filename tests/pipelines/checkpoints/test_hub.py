@@ -309,6 +309,9 @@ def test_a_hub_that_is_down_is_as_none(hub: Stub, llama: Path) -> None:
     hub.status = 503
     with pytest.raises(InputError, match=r"cannot be reached \(it answers with status 503\)"):
         folder_of("org/name")
+    hub.status = 403  # without the hub's own words
+    with pytest.raises(InputError, match=r"answers with status 403, which is perhaps a proxy's"):
+        folder_of("org/name")
     hub.status = None
     folder_of("org/name")
     hub.status = 503
