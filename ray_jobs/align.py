@@ -29,6 +29,7 @@ def run_align(
 def describe_plan(config: AlignConfig) -> str:
     """The plan of a run and its memory, as lines with a name and a value."""
     planned = plan_alignment(config)
+    config = planned.config
     counts = planned.table.counts
     shape = shape_of(config.model)
     memory = estimate_memory(shape, config, int(planned.table.lengths.max()))

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from pipelines.checkpoints.hub import folder_of
 from pipelines.engines import Sampling
 from pipelines.engines.transformers_engine import TransformersEngine
 from pipelines.errors import InputError
@@ -22,7 +23,7 @@ def run_chat(path: Path) -> None:
         InputError: `path` is no checkpoint that loads, or its tokenizer has no chat template.
     """
     quiet_environment()
-    engine = TransformersEngine(path)
+    engine = TransformersEngine(folder_of(path))
     if not engine.text.tokenizer.chat_template:
         raise InputError(f"model {path}: its tokenizer has no chat template")
     at_terminal = sys.stdin.isatty()

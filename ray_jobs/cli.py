@@ -112,8 +112,10 @@ def merge(
 
 @app.command(epilog="Example: `poise extract-lora runs/sft runs/dpo --rank 16 --out runs/lora`")
 def extract_lora(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="a checkpoint")],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="a model that was made from it")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="a checkpoint, or a name on the hub")],
+    tuned: Annotated[
+        str, typer.Argument(metavar="TUNED", help="a model that was made from it, also on the hub")
+    ],
     out: Annotated[Path, typer.Option("--out", help="folder of the adapter")],
     rank: Annotated[
         int | None, typer.Option(help="of each module; with --energy, the largest")
@@ -157,8 +159,8 @@ def methods(
 
 @app.command(epilog="Example: `poise diff runs/a runs/b --base runs/sft`")
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="a checkpoint or adapter")],
-    b: Annotated[str, typer.Argument(metavar="B", help="another checkpoint or adapter")],
+    a: Annotated[str, typer.Argument(metavar="A", help="a checkpoint or adapter, or ORG/NAME")],
+    b: Annotated[str, typer.Argument(metavar="B", help="another one")],
     base: Annotated[str | None, typer.Option("--base", help="their common ancestor")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -225,7 +227,9 @@ def report(
 
 @app.command(epilog="Example: `poise serve runs/demo/models/linear --port 8000`")
 def serve(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="finished checkpoints")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="MODEL...", help="checkpoints, or names on the hub")
+    ],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
 ) -> None:
@@ -237,7 +241,9 @@ def serve(
 
 @app.command(epilog="Example: `echo 'reverse a b c' | poise chat runs/demo/models/linear`")
 def chat(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="a finished checkpoint")],
+    path: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="a checkpoint, or a name on the hub")
+    ],
 ) -> None:
     """Talk to a model in the terminal."""
     from ray_jobs.chat import run_chat

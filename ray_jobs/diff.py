@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from rich.table import Table
 
+from pipelines.checkpoints import pinned_model
 from pipelines.merge.diff import TensorDiff, diff_models, unmatched
 from ray_jobs.tables import print_table
 
@@ -14,6 +15,8 @@ NUM_SHOWN = 40
 
 def run_diff(a: str, b: str, base: str | None, *, as_json: bool) -> None:
     """Compare two models; print the result on stdout, and tensors without a match on stderr."""
+    base = None if base is None else pinned_model(base)
+    a, b = pinned_model(a, base), pinned_model(b, base)
     found = diff_models(a, b, base)
     for line in unmatched(a, b, base):
         print(line, file=sys.stderr)

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
+from pipelines.hub.offline import ASKED_OFFLINE, is_offline
 
 POLL_S = 0.5
 PROJECT_ROOT = Path(__file__).resolve().parent.parent  # the checkout, or site-packages
 
-# No library sends usage data or waits for a network that may be missing.
+# No library sends usage data or waits for a network that may be missing. Models of the hub are
+# fetched by Poise alone (pipelines/checkpoints/hub.py), unless the user's HF_HUB_OFFLINE forbids
+# it.
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -39,6 +42,7 @@ LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 def quiet_environment() -> None:
     """Set the variables that keep libraries quiet and offline, unless the user has set them."""
+    os.environ.setdefault(ASKED_OFFLINE, "1" if is_offline() else "0")
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # When transformers saves, it loads DeepSpeed, which warns on machines without a GPU.
@@ -146,6 +150,7 @@ def worker_environment() -> dict[str, str]:
     """Environment of the workers: quiet, and with the import paths of the project."""
     paths = [str(PROJECT_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     quiet = {name: os.environ.get(name, value) for name, value in QUIET_ENVIRONMENT.items()}
+    quiet[ASKED_OFFLINE] = "1" if is_offline() else "0"
     return {**quiet, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 

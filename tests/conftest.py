@@ -1,13 +1,42 @@
-"""Fixtures for all tests: one Ray for the whole run and tiny checkpoints."""
+"""Fixtures for all tests: one Ray for the whole run, and a hub on loopback."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+from pipelines.hub import client
+from pipelines.hub.offline import ASKED_OFFLINE
 from ray_jobs.session import quiet_environment, ray_session
+from tests.hub_stub import Stub, running_hub
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the real hub
 quiet_environment()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
+    """A hub on loopback that this process and those it starts ask, with an empty cache."""
+    monkeypatch.setattr(client, "PAUSES_S", (0.0, 0.0, 0.0))
+    with running_hub() as stub:
+        use_hub(stub.endpoint, tmp_path / "hf-home", monkeypatch)
+        yield stub
+
+
+def use_hub(endpoint: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make an address the hub, and a folder the place of its cache and its login."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setenv(ASKED_OFFLINE, "0")
+    # This process has read the variables already.
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
 
 
 @pytest.fixture(scope="session")

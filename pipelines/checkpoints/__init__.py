@@ -1,6 +1,6 @@
 """Hugging Face checkpoints on disk: lazy reading by range, and writing in place."""
 
-from pipelines.checkpoints.lora import open_model
+from pipelines.checkpoints.lora import open_model, pinned_model
 from pipelines.checkpoints.module_view import CheckpointDelta, ModuleView
 from pipelines.checkpoints.reader import Checkpoint
 from pipelines.checkpoints.safetensors_header import StoredTensor
@@ -16,5 +16,6 @@ __all__ = [
     "StoredTensor",
     "TensorSpec",
     "open_model",
+    "pinned_model",
     "plan_layout",
 ]

@@ -15,7 +15,7 @@ Nothing is run or loaded: a model's own Python files are text here.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -65,25 +65,53 @@ class Companions:
 def companions_of(folder: Path) -> Companions:
     """Sort the files of a model's folder; nothing of them is read but the lists of parts."""
     found = {file.relative_to(folder).as_posix(): file for file in _walk(folder, (folder,))}
-    parts, merged = _parts(folder), _merged_files(folder)
-    strangers = _strangers(found, parts)
+    staying, merged = _staying(found, _parts(folder)), _merged_files(folder)
     result = Companions()
     for place, file in found.items():
-        path = PurePosixPath(place)
-        stranger = next((s for s in strangers if path.is_relative_to(s)), None)
-        if stranger is not None:
-            result.left_out.append(f"{stranger}/")
-        elif _is_weight(path.name) and not _travels(path, parts, found):
-            if place not in merged:
-                result.left_out.append(place)
+        if place in staying:
+            if place not in merged or staying[place] != place:
+                result.left_out.append(staying[place])
         elif leads_outside(file, folder):
             result.foreign.append(place)
         elif file.is_file():
             result.files[place] = file
-            if path.suffix == ".safetensors":
+            if file.suffix == ".safetensors":
                 result.parts.append(place)
     result.left_out[:] = dict.fromkeys(result.left_out)
     return result
+
+
+def lists_of(places: Collection[str]) -> list[str]:
+    """The files among those of a hub's model that say which others are parts of it."""
+    names = ["modules.json", "router_config.json", *([] if WEIGHTS in places else [INDEX])]
+    return [name for name in names if name in places]
+
+
+def needed_files(places: Collection[str], folder: Path) -> list[str]:
+    """The files that a model needs of all that the hub has of it: its weights and what travels with
+    them, but no Python files.
+
+    Args:
+        places: of all files, below the model's folder.
+        folder: holds the files of `lists_of` already.
+    """
+    results = {str(PurePosixPath(p).parent) for p in places if PurePosixPath(p).name in _RESULTS}
+    found = [place for place in places if not _is_passed_over(PurePosixPath(place), results)]
+    staying = _staying(found, _parts(folder))
+    merged = {WEIGHTS, ADAPTER_WEIGHTS} if WEIGHTS in places else _merged_files(folder)
+    return [
+        place
+        for place in found
+        if (place in merged or place not in staying) and not place.endswith(".py")
+    ]
+
+
+def _is_passed_over(path: PurePosixPath, results: Collection[str]) -> bool:
+    """Whether `_walk` would not give a file: by its name, or for the folder that it is in."""
+    parents = [str(parent) for parent in path.parents][:-1]
+    return any(
+        name in _RECORDS or _LEFT_BEHIND.fullmatch(name.lower()) for name in path.parts
+    ) or any(parent in results for parent in parents)
 
 
 def check_links(folder: Path, foreign: Iterable[str]) -> None:
@@ -176,13 +204,26 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
             yield from _walk(file, (*above, file))
 
 
+def _staying(found: Collection[str], parts: Collection[str]) -> dict[str, str]:
+    """The files that do not travel, by their places, and what names each: itself or its folder."""
+    strangers, result = _strangers(found, parts), {}
+    for place in found:
+        path = PurePosixPath(place)
+        stranger = next((s for s in strangers if path.is_relative_to(s)), None)
+        if stranger is not None:
+            result[place] = f"{stranger}/"
+        elif _is_weight(path.name) and not _travels(path, parts, found):
+            result[place] = place
+    return result
+
+
 def _is_weight(name: str) -> bool:
     name = name.lower()
     is_other = _OTHER_FORMATS.fullmatch(name) or _INDEX.fullmatch(name)
     return name.endswith(".safetensors") or is_other is not None
 
 
-def _travels(path: PurePosixPath, parts: Iterable[str], found: Mapping[str, Path]) -> bool:
+def _travels(path: PurePosixPath, parts: Iterable[str], found: Collection[str]) -> bool:
     """Whether weights in a subfolder are a part's, or an adapter's, in safetensors."""
     if len(path.parts) == 1 or not re.search(r"\.safetensors(\.index\.json)?$", path.name):
         return False
@@ -190,7 +231,7 @@ def _travels(path: PurePosixPath, parts: Iterable[str], found: Mapping[str, Path
     return is_adapter or any(path.is_relative_to(part) for part in parts)
 
 
-def _strangers(found: Mapping[str, Path], parts: Iterable[str]) -> list[str]:
+def _strangers(found: Collection[str], parts: Iterable[str]) -> list[str]:
     """Subfolders whose weights are not this model's: the outermost with weights."""
     holding = {PurePosixPath(place).parent for place in found if _is_weight(Path(place).name)}
     strangers = [

@@ -1,9 +1,10 @@
 """Lazy reading of Hugging Face checkpoints: any flat range of a tensor."""
 
+import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -195,11 +196,32 @@ def _weight_files(path: Path) -> list[Path]:
             if not (path / name).is_file():
                 raise InputError(f"model {path}: {INDEX} names {name}, which is missing")
         return [path / name for name in names]
+    refuse_pickles(f"model {path}", [file.name for file in path.iterdir()])
+    raise InputError(f"model {path}: no {WEIGHTS} and no {INDEX}")
+
+
+def has_all_weights(path: Path) -> bool:
+    """Whether a folder has a checkpoint's config and weights, or an adapter's, all of them."""
+    if (path / "adapter_config.json").is_file():
+        return (path / "adapter_model.safetensors").is_file()
+    try:
+        return (path / "config.json").is_file() and bool(_weight_files(path))
+    except (InputError, OSError):
+        return False
+
+
+def refuse_pickles(model: str, names: Collection[str]) -> None:
+    """Raise InputError if the files of a model's folder have weights in no other form than pickles.
+
+    Args:
+        model: what it is, for the message.
+    """
+    if any(name in names for name in (WEIGHTS, INDEX, "adapter_model.safetensors")):
+        return
     for pattern in ("*.bin", "*.pt", "*.pth"):
-        for file in path.glob(pattern):
+        for name in fnmatch.filter(names, pattern):
             raise InputError(
-                f"model {path}: found {file.name}, a pickle, which can run code; allowed: "
+                f"{model}: found {name}, a pickle, which can run code; allowed: "
                 "safetensors (convert it: load it with transformers where you trust it, then "
                 "save_pretrained)"
             )
-    raise InputError(f"model {path}: no {WEIGHTS} and no {INDEX}")

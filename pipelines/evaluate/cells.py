@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from operators.statistics import clustered_mean
+from pipelines.checkpoints.hub import bring
 from pipelines.commit import write_atomically
 from pipelines.evaluate.generate import Generator
 from pipelines.evaluate.graders import grade
@@ -94,12 +95,16 @@ def run_cell(cell: Cell, generator: Generator, folder: str | Path) -> CellResult
 
 
 class CellWorker:
-    """A Ray Data actor that measures cells and keeps the last model it loaded."""
+    """A Ray Data actor that measures cells and keeps the last model it loaded.
 
-    def __init__(self, num_threads: int = 1) -> None:
+    What a node lacks of the hub's models it fetches, unless the user is `offline`.
+    """
+
+    def __init__(self, num_threads: int = 1, *, offline: bool = False) -> None:
         import torch
 
         torch.set_num_threads(num_threads)
+        self.offline = offline
         self.path = ""
         self.generator: Generator | None = None
 
@@ -110,6 +115,7 @@ class CellWorker:
         cell = Cell(**json.loads(row["cell"]))
         if self.generator is None or self.path != cell.path:
             self.generator = None  # free the old model before loading the new one
+            bring([cell.path], offline=self.offline)
             self.generator, self.path = Generator(cell.path), cell.path
         result = run_cell(cell, self.generator, row["folder"])
         return {"folder": row["folder"], "result": json.dumps(asdict(result))}

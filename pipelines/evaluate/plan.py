@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.adapter import is_adapter
 from pipelines.checkpoints.digests import DigestMemory, ModelDigest
+from pipelines.checkpoints.hub import folder_of
 from pipelines.commit import partial_path
 from pipelines.config import Config
 from pipelines.errors import InputError
@@ -30,7 +31,9 @@ _FILES_OF_VERSION_1 = ("*.safetensors", "*.json", "*.jinja", "*.model")
 class EvaluateConfig(Config):
     """The models, the tasks, and the settings of generation."""
 
-    models: dict[str, Path] = Field(min_length=1, description="name -> checkpoint directory")
+    models: dict[str, Path] = Field(
+        min_length=1, description="name -> checkpoint, or name on the hub"
+    )
     tasks: Path = Field(description="a tasks.yaml")
     only: list[str] | None = Field(None, description="names of the tasks to run; default all")
     split: Split = "test"
@@ -99,6 +102,8 @@ def plan_evaluation(
     tasks = _selected_tasks(config)
     for task in tasks:
         load_rows(task, config.split)
+    folders = {name: folder_of(path) for name, path in config.models.items()}
+    config = config.model_copy(update={"models": folders})
     checkpoints = {name: _opened(name, path) for name, path in config.models.items()}
     digests = {name: memory.digest(checkpoint) for name, checkpoint in checkpoints.items()}
     keys = _keys(config, tasks, {name: asdict(digest) for name, digest in digests.items()})

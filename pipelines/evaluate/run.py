@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 from operators.statistics import mean_of_means
 from pipelines.checkpoints.digests import DigestMemory
+from pipelines.checkpoints.hub import recorded
 from pipelines.commit import staged_directory, write_atomically
 from pipelines.engines import EngineConfig
 from pipelines.evaluate.cells import Cell, CellResult, CellWorker, finished_cell
 from pipelines.evaluate.plan import MODELS_FILE, EvaluateConfig, EvaluationPlan, plan_evaluation
 from pipelines.evaluate.tasks import DIMENSIONS, Task
+from pipelines.hub.offline import is_offline
 from pipelines.progress import Progress
 
 RESULT_FILE = "evaluation.json"
@@ -106,9 +108,16 @@ class _OpenRun:
             "fingerprint": plan.fingerprint,
             "digests": {name: asdict(digest) for name, digest in plan.digests.items()},
             "models": models,
+            **self._hub(),
         }
         write_atomically(self.folder / RESULT_FILE, json.dumps(summary, indent=2) + "\n")
         return summary
+
+    def _hub(self) -> dict[str, Any]:
+        """The commits of the hub's models, by their names in the config."""
+        found = {name: recorded([path]) for name, path in self._plan.config.models.items()}
+        commits = {name: each["hub"][0] for name, each in found.items() if each}
+        return {"hub": commits} if commits else {}
 
 
 def _finished_summary(plan: EvaluationPlan) -> dict[str, Any] | None:
@@ -167,6 +176,7 @@ def _in_ray(
     dataset = ray.data.from_items(rows, override_num_blocks=num_models)
     return dataset.map(
         CellWorker,  # type: ignore[arg-type] # Ray takes classes too
+        fn_constructor_kwargs={"offline": is_offline()},
         compute=ray.data.ActorPoolStrategy(
             size=min(size, need.most(cluster)) if need.num_gpus else size
         ),

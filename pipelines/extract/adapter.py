@@ -21,6 +21,7 @@ from pipelines.checkpoints.adapter import (
 )
 from pipelines.checkpoints.companions import companions_of, copy_files, is_of_tokenizer
 from pipelines.checkpoints.digests import DigestMemory, model_digest
+from pipelines.checkpoints.hub import described, hub_ids, hub_name, recorded
 from pipelines.checkpoints.reader import read_range
 from pipelines.checkpoints.safetensors_header import build_header, read_header
 from pipelines.commit import write_atomically
@@ -119,7 +120,7 @@ def write_adapter(outcome: Outcome, folder: Path, memory: DigestMemory) -> None:
     copy_files(of_tokenizer, folder)
     known = digests_of(outcome.results)
     inputs = {
-        path: memory.digest(found, known.get(path), plan.identities[path])
+        described(found.path): memory.digest(found, known.get(path), plan.identities[path])
         for path, found in plan.checkpoints.items()
     }
     Provenance(
@@ -129,9 +130,9 @@ def write_adapter(outcome: Outcome, folder: Path, memory: DigestMemory) -> None:
         config=plan.settings,
         inputs=inputs,
         seed=None,
-        details=outcome.details,
+        details=outcome.details | recorded(each.path for each in plan.checkpoints.values()),
         title="Low-rank adapter of a difference",
-        base_models=[plan.config.base],
+        base_models=hub_ids(plan.config.base),
         tags=["lora"],
         library="peft",
         summary=summary(outcome),
@@ -146,7 +147,7 @@ def adapter_config(outcome: Outcome) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": plan.config.base,
+        "base_model_name_or_path": hub_ids(plan.config.base)[0],
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": patterns,
@@ -158,6 +159,8 @@ def adapter_config(outcome: Outcome) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
+    if (base := hub_name(plan.config.base)) is not None:
+        settings["revision"] = base.revision
     if _tied_copies(outcome):
         settings["ensure_weight_tying"] = True
     return settings

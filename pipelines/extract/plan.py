@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from pipelines.checkpoints import Checkpoint, Source, open_model
+from pipelines.checkpoints import Checkpoint, Source, open_model, pinned_model
 from pipelines.checkpoints.digests import Identity, identity
 from pipelines.config import Config
 from pipelines.errors import InputError
@@ -108,6 +108,9 @@ def plan_extraction(config: ExtractConfig) -> ExtractPlan:
         InputError: a model that cannot be read, models that differ in architecture or in a
             tensor's shape, or an unknown module to save whole.
     """
+    base_name = pinned_model(config.base)
+    names = {"base": base_name, "tuned": pinned_model(config.tuned, base_name)}
+    config = config.model_copy(update={k: v for k, v in names.items() if v != getattr(config, k)})
     base, tuned = open_model(config.base), open_model(config.tuned, config.base)
     if not isinstance(base, Checkpoint):
         raise InputError(f"base: found the adapter {config.base}; allowed: a checkpoint")
@@ -115,11 +118,11 @@ def plan_extraction(config: ExtractConfig) -> ExtractPlan:
     architecture = architecture_of(base.path)
     origin = next(iter(tuned.checkpoints())).path  # of an adapter: its base
     _check_architecture(architecture, architecture_of(origin), config)
-    names = architecture.names(base), architecture.names(tuned)
+    own = architecture.names(base), architecture.names(tuned)
     for source in (base, tuned):
         _check_tied(source, architecture)
     whole = _whole_modules(config.whole, architecture)
-    items, unmatched = _items(base, *names, architecture, whole), _unmatched(config, *names)
+    items, unmatched = _items(base, *own, architecture, whole), _unmatched(config, *own)
     for line in unmatched:
         if line.partition(": ")[0] in architecture.tensors:
             raise InputError(f"{line}; allowed: in both, as their architecture has it")

@@ -8,9 +8,11 @@ from operators.merging import mixup_lambda
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.companions import copy_files
 from pipelines.checkpoints.digests import DigestMemory, model_digest
+from pipelines.checkpoints.hub import recorded
 from pipelines.commit import write_atomically
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.output_files import CONFIG_FILE
+from pipelines.merge.pins import ids_of
 from pipelines.merge.plan import OUTPUT, KnownDigests, MergePlan
 from pipelines.provenance import Provenance
 
@@ -64,9 +66,13 @@ def provenance(
         config=plan.settings,
         inputs=plan.input_digests(digests, memory),
         seed=plan.config.seed,
-        details={"drawn": draws, "settings": plan.settings_key},
+        details={
+            "drawn": draws,
+            "settings": plan.settings_key,
+            **recorded(each.path for each in plan.checkpoints.values()),
+        },
         title=f"Merge by {plan.config.merge_method}",
-        base_models=list(dict.fromkeys(_written(plan.config))),
+        base_models=ids_of(list(_written(plan.config))),
         tags=["merge"],
         summary=(
             f"Made with Poise: {plan.config.method.summary}.\n\n{rooted}Models:\n\n{listed}{told}"

@@ -32,7 +32,9 @@ Parameters = Annotated[
 class ModelEntry(Config):
     """One model and its own parameters."""
 
-    model: str = Field(description="a checkpoint's folder, an adapter's, or CHECKPOINT+ADAPTER")
+    model: str = Field(
+        description="a checkpoint's folder or name on the hub, an adapter's, or CHECKPOINT+ADAPTER"
+    )
     parameters: Parameters = Field({}, description="of the method, for this model")
 
 
@@ -116,7 +118,7 @@ class MergeConfig(Config):
     tokenizer: str | TokenizerSettings | None = Field(
         None, description="whose tokens the output has: union, base or a model"
     )
-    chat_template: str | None = Field(None, description="a Jinja template, or a model's folder")
+    chat_template: str | None = Field(None, description="a Jinja template, its file, or a model")
     allow_missing: list[str] = Field(
         [],
         description="patterns of tensors that some models lack; the others merge them",

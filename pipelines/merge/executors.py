@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from operators.merging import MergeContext
+from pipelines.checkpoints.hub import bring
 from pipelines.errors import InputError
+from pipelines.hub.offline import is_offline
 from pipelines.merge.plan import MergePlan
 from pipelines.merge.worker import MergeWorker
 
@@ -98,7 +100,7 @@ def in_ray(plan: MergePlan, folder: Path, items: list[int], contexts: Contexts) 
     )
     results = dataset.map(
         _Actor,  # type: ignore[arg-type] # Ray takes classes too
-        fn_constructor_args=(plan, str(folder.absolute()), contexts, str(Path.cwd())),
+        fn_constructor_args=(plan, str(folder.absolute()), contexts, str(Path.cwd()), is_offline()),
         compute=ray.data.ActorPoolStrategy(size=size),
         num_cpus=0.9,
         num_gpus=1 if plan.works_on_gpu else 0,
@@ -109,16 +111,26 @@ def in_ray(plan: MergePlan, folder: Path, items: list[int], contexts: Contexts) 
 class _Actor:
     """A worker in a separate process with one thread, because the pool has a process per core.
 
-    Ray starts it in Ray's own working directory; relative paths are relative to `directory`.
+    Ray starts it in Ray's own working directory; relative paths are relative to `directory`. What
+    a node lacks of the hub's models it fetches, unless the user is `offline`.
     """
 
-    def __init__(self, plan: MergePlan, folder: str, contexts: Contexts, directory: str) -> None:
+    def __init__(
+        self, plan: MergePlan, folder: str, contexts: Contexts, directory: str, offline: bool
+    ) -> None:
         torch.set_num_threads(1)
         if Path(directory).is_dir():
             os.chdir(directory)
+        self._error = ""
+        try:
+            bring(plan.checkpoints, offline=offline)
+        except InputError as error:  # Ray would start the actor again
+            self._error = str(error)
         self._worker = MergeWorker(plan, Path(folder), contexts)
 
     def __call__(self, row: dict[str, Any]) -> Result:
+        if self._error:
+            return {"item": row["item"], "digests": [], "error": self._error}
         result = self._worker(row)
         # Arrow has no lists of mixed types, so all parts of a digest become text.
         return result | {"digests": [list(map(str, entry)) for entry in result["digests"]]}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from operators.merging import METHODS
+from pipelines.checkpoints.hub import hub_name
 
 _SWITCHES = {"rescale"}  # those of mergekit that are words here
 
@@ -31,12 +32,12 @@ def plain_forms(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"random_seed: found {seed!r}; allowed: a whole number")
         result["seed"] = seed
-    result = _with_models(result, plain_model)
+    result = with_models(result, plain_model)
     spellings: dict[str, str] = {}
     named = result.get("merges")
     for name in named if isinstance(named, Mapping) else ():
         spellings[str(name)] = str(name)
-    result = _with_models(result, lambda name, _: _one_spelling(name, spellings))
+    result = with_models(result, lambda name, _: _one_spelling(name, spellings))
     method = METHODS.get(str(result.get("merge_method")))
     if method is not None:
         switches = {n for n, p in method.parameters.items() if isinstance(p.default, bool)}
@@ -76,10 +77,14 @@ def _path(value: Any, field: str) -> str:
     path = parts.pop("path", None)
     if not isinstance(path, str):
         raise ValueError(f"{field}: found {value!r}; allowed: a folder, or {{path: FOLDER}}")
+    if (found := hub_name(path)) is not None and found.revision == "main":
+        revision = parts.pop("revision", None)
+        path = path if revision is None else f"{path}@{revision}"
     for name, found in parts.items():
         if found is not None:
             raise ValueError(
-                f"{field}: {name}: found {found!r}; allowed: path alone, as models are folders"
+                f"{field}: {name}: found {found!r}; allowed: path alone, and revision of a model "
+                "on the hub"
             )
     return path
 
@@ -103,8 +108,12 @@ def place_of(name: str) -> str:
     return name
 
 
-def _with_models(values: dict[str, Any], change: Callable[[Any, str], Any]) -> dict[str, Any]:
-    """The fields with every model's name changed, the base's first."""
+def with_models(values: dict[str, Any], change: Callable[[Any, str], Any]) -> dict[str, Any]:
+    """The fields of a merge with every model's name changed, the base's first.
+
+    Args:
+        change: of a name, or a long form, and its field.
+    """
     result = dict(values)
     if "base_model" in result:
         result["base_model"] = change(result["base_model"], "base_model")

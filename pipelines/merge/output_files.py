@@ -20,6 +20,7 @@ from pipelines.checkpoints.companions import (
     told,
 )
 from pipelines.checkpoints.reader import read_json
+from pipelines.hub.cache import snapshot_of
 from pipelines.merge.single_tokens import OutputTokenizer
 from pipelines.merge.templates import (
     SETTINGS_FILES,
@@ -102,7 +103,7 @@ def output_files(
         if not templates:
             notices.append("chat_template: auto: no model has one, and so the output has none")
         written |= _with_templates(copied, templates)
-    notices += _missing_code(config, copied)
+    notices += _missing_code(config, copied, reference.home)
     if generation is not None and generation.parent != reference.path:
         meant[GENERATION_FILE] = str(generation)
     new = [place for place in copied if place not in _LONG_COPIED]
@@ -179,11 +180,14 @@ def _with_templates(copied: dict[str, Path], templates: Templates) -> dict[str, 
     return written
 
 
-def _missing_code(config: Mapping[str, Any], copied: Mapping[str, Path]) -> Iterator[str]:
+def _missing_code(
+    config: Mapping[str, Any], copied: Mapping[str, Path], home: Path
+) -> Iterator[str]:
     """A line for each Python file that config.json names and its folder has not."""
-    named = config.get("auto_map")
+    named, found = config.get("auto_map"), snapshot_of(home)
+    hint = f"; hf download {found[0].id} --include '*.py' brings it" if found else ""
     for value in named.values() if isinstance(named, Mapping) else ():
         for each in value if isinstance(value, list) else [value]:
             file = f"{str(each).partition('.')[0]}.py"
             if isinstance(each, str) and "--" not in each and file not in copied:
-                yield f"{CONFIG_FILE}: auto_map names {file}, which its folder does not have"
+                yield f"{CONFIG_FILE}: auto_map names {file}, which its folder does not have{hint}"

@@ -14,6 +14,7 @@ from pipelines.checkpoints.digests import (
     ModelDigest,
     identity,
 )
+from pipelines.checkpoints.hub import described
 from pipelines.checkpoints.named_like import named_like
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint_work
@@ -24,6 +25,7 @@ from pipelines.merge.graph import kind_of, output_tensors
 from pipelines.merge.layers import Stacks
 from pipelines.merge.model_config import model_config
 from pipelines.merge.output_files import OutputFiles, output_files
+from pipelines.merge.pins import with_pins
 from pipelines.merge.single_tokens import OutputTokenizer
 from pipelines.merge.templates import is_file, wanted_templates
 from pipelines.merge.tensor import TensorMerge
@@ -142,14 +144,14 @@ class MergePlan:
         return [*self.config.notices(), *self.files.notices]
 
     def input_digests(self, known: KnownDigests, memory: DigestMemory) -> dict[str, ModelDigest]:
-        """The digests of all inputs, by path.
+        """The digests of all inputs, by path; by id and commit for those of the hub.
 
         Args:
             known: digests of blocks from the merge, by path and tensor.
             memory: digests from other merges of the file.
         """
         return {
-            path: memory.digest(found, known.get(path), self.identities[path])
+            described(found.path): memory.digest(found, known.get(path), self.identities[path])
             for path, found in self.checkpoints.items()
         }
 
@@ -163,6 +165,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     """
     if config.out is not None:
         raise InputError("out: has no effect here; allowed: in a named merge")
+    config = with_pins(config)
     sources: dict[str, Source] = {}
     written: dict[str, MergePlan] = {}
     for name, each in config.merges.items():

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.digests import DigestMemory, changed_parts
+from pipelines.checkpoints.hub import described
 from pipelines.commit import commit_directory, lock, make_folder, partial_path, refuse_existing
 from pipelines.errors import InputError
 from pipelines.merge.card import write_companions
@@ -124,9 +125,10 @@ def is_finished(plan: Planned, out: Path) -> bool:
     if record.get("fingerprint") == plan.key:
         return True
     inputs = record.get("inputs", {})
-    if record.get("settings") != plan.settings_key or inputs.keys() != plan.checkpoints.keys():
+    checkpoints = {described(each.path): each for each in plan.checkpoints.values()}
+    if record.get("settings") != plan.settings_key or inputs.keys() != checkpoints.keys():
         return False
-    return not any(changed_parts(plan.checkpoints[path], known) for path, known in inputs.items())
+    return not any(changed_parts(checkpoints[name], known) for name, known in inputs.items())
 
 
 def _fill(plan: MergePlan, folder: Path, executor: ExecutorName, memory: DigestMemory) -> None:

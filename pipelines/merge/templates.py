@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines.checkpoints import Source
 from pipelines.checkpoints.companions import TEMPLATES_FOLDER
+from pipelines.checkpoints.hub import folder_of
 from pipelines.checkpoints.reader import read_json
 from pipelines.errors import InputError
 
@@ -91,7 +92,7 @@ def wanted_templates(
         return {DEFAULT: wanted}
     if wanted == "auto":
         return _most_common(dict.fromkeys(each.path for each in (reference, *models.values())))
-    path = models[wanted].path if wanted in models else Path(wanted)
+    path = models[wanted].path if wanted in models else _place(wanted)
     if is_file(str(path)):
         return {DEFAULT: _text(path)}
     is_model = os.path.isdir(path)  # noqa: PTH112
@@ -105,6 +106,11 @@ def wanted_templates(
         f"chat_template: found {wanted!r}, and {reason}; allowed: auto, a Jinja template, its "
         f"file, a model that has one, {', '.join(BUILT_IN)}"
     )
+
+
+def _place(wanted: str) -> Path:
+    """The file or folder that a config asks for; of a model on the hub its tokenizer's folder."""
+    return Path(wanted) if os.path.exists(wanted) else folder_of(wanted, "tokenizer")  # noqa: PTH110
 
 
 def is_file(wanted: str | None) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.checkpoints import Source, open_model
+from pipelines.checkpoints.hub import folder_of, hub_name
 from pipelines.errors import InputError
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.single_tokens import OutputTokenizer, chosen_rows, with_tokens
@@ -14,6 +15,7 @@ from pipelines.merge.vocabulary import (
     Tokens,
     describe_difference,
     num_rows,
+    tokens_in,
     tokens_of,
     with_rows,
 )
@@ -131,11 +133,15 @@ def _target(
         return known[reference], OutputTokenizer(sources[reference].path)
     if wanted in known:
         return known[wanted], OutputTokenizer(sources[wanted].path)
-    other = open_model(wanted)
-    tokens = tokens_of(other)
+    if hub_name(wanted) is not None:  # of which only the tokenizer is needed
+        folder = folder_of(wanted, "tokenizer")
+        tokens = tokens_in(folder)
+    else:
+        other = open_model(wanted)
+        folder, tokens = other.path, tokens_of(other)
     if tokens is None:
-        raise InputError(f"tokenizer: {other.path}: no {TOKENIZER_FILE}")
-    return tokens, OutputTokenizer(other.path)
+        raise InputError(f"tokenizer: {folder}: no {TOKENIZER_FILE}")
+    return tokens, OutputTokenizer(folder)
 
 
 def _union(folder: Path, models: list[tuple[Path, Tokens]]) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.companions import RECORD_FILE
 from pipelines.checkpoints.digests import changed_parts
+from pipelines.checkpoints.hub import here
 from pipelines.config import check
 from pipelines.errors import InputError
 from pipelines.extract import ExtractConfig, extract
@@ -51,7 +52,7 @@ def verify(folder: str | Path, *, again: bool = False) -> Verification:
     changed = _changed(folder, _digest(folder, record))
     inputs: dict[str, State] = {}
     if record["kind"] in MADE_AGAIN:  # inputs of other kinds are not only checkpoints
-        inputs = {path: _state(Path(path), known) for path, known in record["inputs"].items()}
+        inputs = {name: _state(name, known) for name, known in record["inputs"].items()}
     same = None
     if again:
         same = _made_again(folder, record)
@@ -77,9 +78,10 @@ def _digest(folder: Path, record: dict[str, Any]) -> dict[str, str] | str:
     return digest
 
 
-def _state(path: Path, known: dict[str, str] | str) -> State:
-    """The state of a checkpoint or adapter."""
-    if not path.is_dir():
+def _state(name: str, known: dict[str, str] | str) -> State:
+    """The state of a checkpoint or adapter: a path, or a commit of the hub, in its cache here."""
+    path = here(name)
+    if path is None:
         return "missing"
     return "changed" if _changed(path, known) else "same"
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.checkpoints.hub import folder_of
 from pipelines.engines.vllm_requests import head_size
 from pipelines.errors import InputError
+from pipelines.hub.cache import snapshot_of
 
 # The dtypes that vLLM computes in; for other checkpoints vLLM chooses.
 SERVED_DTYPES = ("bfloat16", "float16", "float32")
@@ -17,7 +19,7 @@ class ServedModel:
     """A finished checkpoint, as a server needs to know it.
 
     Attributes:
-        name: its name in requests: the name of its folder.
+        name: its name in requests: the name of its folder, or the hub's without the organisation.
         path: the absolute checkpoint directory.
         dtype: of its weights; "auto" if the config names none that vLLM serves.
         head_size: elements of one attention head; None if the config does not give it.
@@ -52,7 +54,7 @@ def find_models(paths: list[Path]) -> list[ServedModel]:
 
 def _look_at(path: Path) -> ServedModel:
     """One checkpoint, checked without loading its weights."""
-    folder = path.expanduser().resolve()
+    folder = folder_of(path).expanduser().resolve()
     if not folder.is_dir():
         raise InputError(f"model {path}: no such directory; expected a Hugging Face checkpoint")
     config = _read_config(path, folder / "config.json")
@@ -60,7 +62,7 @@ def _look_at(path: Path) -> ServedModel:
     _check_chat_template(path, folder)
     dtype = config.get("dtype") or config.get("torch_dtype")
     return ServedModel(
-        name=folder.name,
+        name=folder.name if (found := snapshot_of(folder)) is None else found[0].name,
         path=folder,
         dtype=dtype if dtype in SERVED_DTYPES else "auto",
         head_size=head_size(config),

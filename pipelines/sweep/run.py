@@ -19,6 +19,7 @@ from pipelines.evaluate import EvaluateConfig, evaluate_planned, plan_evaluation
 from pipelines.evaluate.tasks import DIMENSIONS, load_rows, load_tasks
 from pipelines.fingerprint import fingerprint, fingerprint_file, fingerprint_work
 from pipelines.merge import load_merge_config, merge, plan_merge
+from pipelines.merge.pins import Pins, pins_of, renamed, with_pins
 from pipelines.provenance import read_record
 from pipelines.sweep.config import Range, SweepConfig
 
@@ -44,10 +45,13 @@ def sweep(config: SweepConfig, out: str | Path, *, force: bool = False) -> dict[
 
 @dataclass(frozen=True, slots=True)
 class SweepPlan:
-    """A fully checked sweep; `fingerprint` is of config and inputs."""
+    """A fully checked sweep; `fingerprint` is of config and inputs, and `pins` has the commits of
+    the hub's models.
+    """
 
     config: SweepConfig
     fingerprint: str
+    pins: Pins
 
 
 def sweep_planned(plan: SweepPlan, out: str | Path, *, force: bool = False) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def sweep_planned(plan: SweepPlan, out: str | Path, *, force: bool = False) -> d
         if finished["fingerprint"] == key:
             return finished
     with staged_directory(out, force=force) as folder:
-        trials = _tune(config, folder.absolute(), key)
+        trials = _tune(plan, folder.absolute())
         sign = 1 if config.mode == "max" else -1
         best = max(trials, key=lambda trial: sign * trial["value"])  # the first one in a tie
         result = {
@@ -71,6 +75,7 @@ def sweep_planned(plan: SweepPlan, out: str | Path, *, force: bool = False) -> d
             "trials": trials,
         }
         chosen = apply_overrides(load_yaml(config.merge), _overrides(best["parameters"]))
+        chosen = renamed(chosen, plan.pins) if plan.pins else chosen
         write_atomically(folder / "merge.yaml", yaml.safe_dump(chosen, sort_keys=False))
         write_atomically(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
         for scratch in ("tune", "trials"):
@@ -100,9 +105,12 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     tried = {key: _ends(values) for key, values in config.search.items()}
     first = {key: values[0] for key, values in tried.items()}
     merge_config = load_merge_config(config.merge, _overrides(first))
+    pins = pins_of(merge_config)
     for key, values in tried.items():
         for value in values[1:]:
-            load_merge_config(config.merge, _overrides(first | {key: value}))
+            other = load_merge_config(config.merge, _overrides(first | {key: value}))
+            pins = pins_of(other, pins)
+    merge_config = with_pins(merge_config, pins)
     inputs = plan_merge(merge_config).identities
     rows = {}
     for task in tasks:
@@ -113,7 +121,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     made = merge_config.model_dump(mode="json")
     # A sweep's numbers come from merges and evaluations.
     key = fingerprint_work([settings, files, made, inputs, rows], "sweep", "merge", "evaluate")
-    return SweepPlan(config, key)
+    return SweepPlan(config, key, pins)
 
 
 def _ends(values: list[Any] | Range) -> list[Any]:
@@ -125,12 +133,13 @@ def _ends(values: list[Any] | Range) -> list[Any]:
     return list(bounds)
 
 
-def _tune(config: SweepConfig, folder: Path, key: str) -> list[dict[str, Any]]:
+def _tune(plan: SweepPlan, folder: Path) -> list[dict[str, Any]]:
     """Run the trials under Ray Tune; results in the order of the search space."""
     import ray
     from ray import tune
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
+    config, key = plan.config, plan.fingerprint
     space = {name: _space(values) for name, values in config.search.items()}
     trainable = tune.with_resources(
         tune.with_parameters(
@@ -138,6 +147,7 @@ def _tune(config: SweepConfig, folder: Path, key: str) -> list[dict[str, Any]]:
             config=config.model_dump_json(),
             folder=str(folder),
             key=key,
+            pins=plan.pins,
             directory=str(Path.cwd()),
         ),
         trial_need(config, ray.cluster_resources()),
@@ -186,7 +196,7 @@ def _space(values: list[Any] | Range) -> Any:
 
 
 def _trial(
-    parameters: dict[str, Any], *, config: str, folder: str, key: str, directory: str
+    parameters: dict[str, Any], *, config: str, folder: str, key: str, pins: Pins, directory: str
 ) -> None:
     """Merge with `parameters`, evaluate, keep the numbers and delete the checkpoint.
 
@@ -204,7 +214,7 @@ def _trial(
     if not record.is_file():
         scratch = Path(folder) / "trials" / name
         shutil.rmtree(scratch, ignore_errors=True)
-        merged = load_merge_config(settings.merge, _overrides(parameters))
+        merged = with_pins(load_merge_config(settings.merge, _overrides(parameters)), pins)
         model = Path(merge(merged, scratch / CANDIDATE, executor="local"))
         metrics = _measure(settings, model)
         value = (metrics.get(settings.metric) or metrics["tasks"][settings.metric])["value"]

@@ -155,7 +155,7 @@ class LoraSettings(Config):
 class AlignConfig(Config):
     """An alignment run."""
 
-    model: Path = Field(description="Hugging Face checkpoint to start from")
+    model: Path = Field(description="checkpoint to start from: a folder, or a name on the hub")
     reference_model: Path | None = Field(
         None, description="checkpoint of the reference; the model itself unless given"
     )

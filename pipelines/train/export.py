@@ -28,6 +28,7 @@ from pipelines.checkpoints.digests import (
     companions_digest,
     model_digest,
 )
+from pipelines.checkpoints.hub import hub_ids, recorded
 from pipelines.checkpoints.module_view import copied_tensors
 from pipelines.errors import InputError
 from pipelines.merge.output_files import GENERATION_FILE
@@ -35,6 +36,7 @@ from pipelines.provenance import Provenance
 from pipelines.train.adapter_files import write_adapter
 from pipelines.train.config import AlignConfig
 from pipelines.train.files import ADAPTER_FOLDER
+from pipelines.train.models import model_paths, with_names
 from pipelines.train.strategies import Strategy, first_rank, wait_for_all
 from pipelines.train.strategies.loading import empty_model
 
@@ -155,6 +157,8 @@ def provenance(
         key: the fingerprint of the work.
         inputs: the fingerprints of the inputs, by the config's fields.
     """
+    models = model_paths(config).values()
+    config = with_names(config)
     is_adapter = config.lora is not None and config.lora.save == "adapter"
     made = "an adapter for it, trained" if is_adapter else "trained"
     return Provenance(
@@ -164,9 +168,9 @@ def provenance(
         config=config.model_dump(mode="json", exclude={"storage", "cache"}),
         inputs=inputs,
         seed=config.seed,
-        details=details,
+        details={**details, **recorded(models)},
         title=f"Trained by {config.objective.name} with {config.optimizer.name}",
-        base_models=[str(config.model)],
+        base_models=hub_ids(str(config.model)),
         tags=[config.objective.name],
         library="peft" if is_adapter else "transformers",
         summary=(

@@ -6,12 +6,15 @@ from pathlib import Path
 import torch
 
 from operators.optim.layout import layout_of
+from pipelines.checkpoints.hub import bring
 from pipelines.commit import partial_path, refuse_existing, staged_directory
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
+from pipelines.hub.offline import is_offline
 from pipelines.train.checkpoints import saved_steps, step_folder
 from pipelines.train.config import AlignConfig
 from pipelines.train.export import export_result, provenance
+from pipelines.train.models import model_paths
 from pipelines.train.strategies import Strategy, build_strategy
 from pipelines.train.strategies.zero_layout import Layouts
 from pipelines.train.strategies.zero_resume import SavedShards, load_shards
@@ -39,6 +42,7 @@ def export_checkpoint(
         raise InputError(f"{run}: holds no unfinished run; a finished one is a checkpoint already")
     record = json.loads((folder / RUN_FILE).read_text())
     config = AlignConfig.model_validate(record["config"])
+    bring(model_paths(config).values(), offline=is_offline())
     steps = saved_steps(folder)
     if not steps:
         raise InputError(f"{folder}: has no checkpoint yet")

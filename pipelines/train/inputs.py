@@ -12,6 +12,7 @@ from pipelines.errors import InputError
 from pipelines.train.architecture import meta_model
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import TokenTable, source_files
+from pipelines.train.models import with_folders
 from pipelines.train.optimizer import delta_of
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.strategies.lora import add_adapters
@@ -27,6 +28,7 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     """
     _check_packages(config)
     check_trackers(config.trackers)
+    config = with_folders(config)
     checkpoint = Checkpoint.open(config.model)
     check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
     source_files(config.data, config.split)

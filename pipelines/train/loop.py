@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from operators.optim import OnlineMergingAdamW
+from pipelines.checkpoints.hub import bring
 from pipelines.commit import lock, write_atomically
 from pipelines.fingerprint import fingerprint
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
@@ -38,6 +39,7 @@ from pipelines.train.metrics import (
     delta_metrics,
     merge_metrics,
 )
+from pipelines.train.models import model_paths
 from pipelines.train.objectives import (
     MicroLoss,
     Shares,
@@ -62,8 +64,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     Args:
         settings: `runs`, each with `config` (an AlignConfig as JSON), `folder` of the run, `cache`,
             the `tokens` below it and their fingerprint `data_key`, the reference model's
-            fingerprint `reference_key`, `num_steps`, and `num_threads` of each worker on a CPU, or
-            None. All workers must be able to reach the folders.
+            fingerprint `reference_key`, `num_steps`, `num_threads` of each worker on a CPU, or
+            None, and `offline`: whether the hub may not be asked. All workers must be able to
+            reach the folders, but for the hub's models, which a node fetches that lacks them.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for run in settings["runs"]:
@@ -95,6 +98,7 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
     config = AlignConfig.model_validate_json(settings["config"])
     try:
         with _alone(folder):
+            bring(model_paths(config).values(), offline=settings["offline"])
             run = Run(config, settings, device)
             run.train()
             run.strategy.merge_pending()

@@ -29,8 +29,9 @@ from pipelines.fingerprint import (
     fingerprint_directory,
     fingerprint_work,
 )
+from pipelines.hub.offline import is_offline
 from pipelines.provenance import read_record
-from pipelines.train.config import AlignConfig, OptimizerConfig
+from pipelines.train.config import AlignConfig
 from pipelines.train.data import (
     TokenSettings,
     TokenTable,
@@ -45,6 +46,7 @@ from pipelines.train.files import (
     TENSORBOARD_FOLDER,
 )
 from pipelines.train.inputs import check_inputs, check_vocabulary, remarks
+from pipelines.train.models import model_paths, with_folders, with_models, with_names
 from pipelines.train.workers import Job, check_cluster, run_workers
 
 CACHE_FOLDER = ".poise-cache"
@@ -81,19 +83,14 @@ class Plan:
     @cached_property
     def inputs(self) -> dict[str, str]:
         """Fingerprints of everything that the run reads; computing them reads every byte."""
-        paths = {"model": self.config.model}
-        if self.config.reference_model is not None:
-            paths["reference_model"] = self.config.reference_model
-        if (delta := self.config.optimizer.tau) is not None:
-            paths |= {"optimizer.tau.base": delta.base}
-            paths |= {"optimizer.tau.tuned": delta.tuned}
+        paths = model_paths(self.config)
         keys = {name: fingerprint_directory(path, CHECKPOINT_FILES) for name, path in paths.items()}
         return keys | {"data": self.data_key}
 
     @cached_property
     def fingerprint(self) -> str:
         """The fingerprint of everything that determines the run's result."""
-        config = self.config
+        config = with_names(self.config)
         return fingerprint_work([material(config), self.inputs], "align")
 
 
@@ -133,6 +130,7 @@ def align_in_turn(
         InputError, TrainingError: as `align`; or the configs need different workers.
     """
     _check_workers([config for config, _ in runs])
+    runs = [(with_folders(config), out) for config, out in runs]
     outs, jobs = [Path(out).absolute() for _, out in runs], []
     with ExitStack() as stack:
         for (config, _), out in zip(runs, outs, strict=True):
@@ -200,6 +198,7 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
     Raises:
         InputError: config, model or data that cannot be used.
     """
+    config = with_folders(config)
     cache = cache or config.cache
     if cache is None:
         cache = Path(tempfile.mkdtemp(prefix="poise-"))
@@ -242,18 +241,8 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
 
 def with_absolute_paths(config: AlignConfig) -> AlignConfig:
     """The config for workers, which Ray Train starts in another working directory."""
-    changes: dict[str, Path | OptimizerConfig] = {
-        "model": config.model.absolute(),
-        "data": config.data.absolute(),
-    }
-    if config.reference_model is not None:
-        changes["reference_model"] = config.reference_model.absolute()
-    tau = config.optimizer.tau
-    if tau is not None:
-        places = {"base": tau.base.absolute(), "tuned": tau.tuned.absolute()}
-        update = {"tau": tau.model_copy(update=places)}
-        changes["optimizer"] = config.optimizer.model_copy(update=update)
-    return config.model_copy(update=changes)
+    absolute = with_models(config, Path.absolute)
+    return absolute.model_copy(update={"data": config.data.absolute()})
 
 
 def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) -> dict[str, Any]:
@@ -267,6 +256,7 @@ def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) 
         "reference_key": plan.inputs.get("reference_model", plan.inputs["model"]),
         "num_steps": plan.num_steps,
         "num_threads": _asked_threads(),
+        "offline": is_offline(),
     }
 
 
@@ -300,12 +290,9 @@ def fingerprint_by_old_names(plan: Plan) -> str:
     optimizer["reference"] = optimizer.pop("tau")
     if optimizer["implementation"] == "eager":
         optimizer["implementation"] = "reference"
-    paths = {"model": config.model, "reference_model": config.reference_model}
-    if (tau := config.optimizer.tau) is not None:
-        paths |= {"optimizer.reference.base": tau.base, "optimizer.reference.tuned": tau.tuned}
-    for name, path in paths.items():
-        if path is not None:
-            inputs[name] = fingerprint_directory(path, CHECKPOINT_FILES)
+    for name, path in model_paths(config).items():
+        old = name.replace(".tau.", ".reference.")
+        inputs[old] = fingerprint_directory(path, CHECKPOINT_FILES)
     return fingerprint([same, inputs])
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from pipelines.evaluate.generate import Generator
 from ray_jobs.chat import run_chat
+from tests.hub_stub import Stub
 from tests.tiny_models import save_tiny_llama
 
 
@@ -75,3 +76,17 @@ def test_a_tokenizer_without_a_chat_template(tmp_path: Path, project_root: Path)
     done = chat(model, "", project_root)
     assert done.returncode == 2
     assert "chat template" in done.stderr
+
+
+def test_a_model_of_the_hub_in_a_process_of_its_own(
+    hub: Stub, tmp_path: Path, project_root: Path
+) -> None:
+    """The variables alone name the hub; what is missing ends with one line."""
+    model = save_tiny_llama(tmp_path / "model")
+    hub.add("org/name", model)
+    done = chat(Path("org/name"), "a b\n", project_root)
+    assert (done.returncode, done.stdout) == (0, expected(model, "a b"))
+    other = chat(Path("org/none"), "a b\n", project_root)
+    assert (other.returncode, other.stdout) == (2, "")
+    assert other.stderr.startswith("poise: model org/none: no such directory here, and the hub")
+    assert other.stderr.count("\n") == 1

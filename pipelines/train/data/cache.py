@@ -9,9 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.checkpoints.hub import bring
 from pipelines.commit import commit_directory, lock, partial_path, write_atomically
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint, fingerprint_directory, fingerprint_file
+from pipelines.hub.offline import is_offline
 from pipelines.progress import Progress
 from pipelines.train.data.rows import Part, parts_of, read_part, source_files
 from pipelines.train.data.table import (
@@ -138,6 +140,7 @@ def _in_ray(left: list[tuple[int, Part]], settings: TokenSettings, folder: Path)
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map(
         _Tokenizing,  # type: ignore[arg-type] # Ray takes classes too
         fn_constructor_args=(settings, str(folder)),
+        fn_constructor_kwargs={"offline": is_offline()},
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0.9,
     )
@@ -154,9 +157,10 @@ def _in_ray(left: list[tuple[int, Part]], settings: TokenSettings, folder: Path)
 class _Tokenizing:
     """Turns each part of the data into an Arrow file."""
 
-    def __init__(self, settings: TokenSettings, folder: str) -> None:
+    def __init__(self, settings: TokenSettings, folder: str, *, offline: bool = False) -> None:
         from transformers import AutoTokenizer
 
+        bring([settings.tokenizer], offline=offline)
         self.settings, self.folder = settings, Path(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer, local_files_only=True)
 

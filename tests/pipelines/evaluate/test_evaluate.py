@@ -4,6 +4,7 @@ Oracle: the models' recorded answers, from which every score is known by hand.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,17 @@ import torch
 import yaml
 
 from pipelines.errors import InputError
-from pipelines.evaluate import EvaluateConfig, best_model, evaluate, plan_evaluation
+from pipelines.evaluate import (
+    EvaluateConfig,
+    best_model,
+    evaluate,
+    evaluate_planned,
+    plan_evaluation,
+)
 from pipelines.evaluate.generate import Generator
 from pipelines.evaluate.graders import grade
 from pipelines.evaluate.tasks import load_rows, load_tasks
+from tests.hub_stub import Stub
 from tests.tiny_models import save_tiny_llama
 
 
@@ -198,3 +206,18 @@ def test_a_damaged_model_is_named_before_the_work(world: Path, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
     with pytest.raises(InputError, match="does not load"):
         Generator(model)
+
+
+def test_a_model_of_the_hub_has_the_numbers_of_its_folder(
+    hub: Stub, world: Path, tmp_path: Path
+) -> None:
+    """A worker whose node lacks the cache fetches it; the commit stands beside the numbers."""
+    commit = hub.add("org/name", world / "model-0")
+    config = config_of(world, models={"first": "org/name", "second": world / "model-1"})
+    plan = plan_evaluation(config, tmp_path / "hub")
+    shutil.rmtree(plan.config.models["first"])
+    [found] = evaluate_planned([plan], executor="local")
+    same = evaluate(config_of(world), tmp_path / "here", executor="local")
+    assert found["models"] == same["models"]
+    assert found["hub"] == {"first": {"id": "org/name", "commit": commit}}
+    assert "hub" not in same

@@ -87,8 +87,8 @@ def test_models_as_mappings(family: Family, tmp_path: Path) -> None:
     [
         (
             {"model": {"path": "a", "revision": "main"}},
-            "models.0.model.model: revision: found 'main'; allowed: path alone, as models are "
-            "folders",
+            "models.0.model.model: revision: found 'main'; allowed: path alone, and revision "
+            "of a model on the hub",
         ),
         ({"model": {"pth": "a"}}, "models.0.model.model: found {'pth': 'a'}; allowed: a folder, "),
         ({"model": {"path": "a"}, "override_architecture": "X"}, "models.0.model: override_arch"),

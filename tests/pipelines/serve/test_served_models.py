@@ -3,8 +3,11 @@
 Oracle: checkpoints with exactly one defect each, and vLLM's own list of head sizes.
 """
 
+import asyncio
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch
 from pipelines.errors import InputError
 from pipelines.serve import ServedModel, check_servable, engine_device, find_models
 from pipelines.serve.app import needed_resources
+from tests.hub_stub import Stub
 from tests.tiny_models import save_tiny_llama
 
 
@@ -124,3 +128,27 @@ def test_resources_grow_with_the_models(tmp_path: Path) -> None:
     assert (one["GPU"], two["GPU"]) == (1, 2)
     assert two["CPU"] - one["CPU"] >= 1
     assert "GPU" not in needed_resources(models, "cpu")
+
+
+def test_a_model_of_the_hub_has_its_name_there(hub: Stub, tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "any")
+    hub.add("org/name", folder)
+    [found] = find_models([Path("hf://org/name")])
+    assert (found.name, found.dtype, found.head_size) == ("name", "float32", 16)
+    assert (found.path / "model.safetensors").read_bytes() == (
+        folder / "model.safetensors"
+    ).read_bytes()
+
+
+def test_the_engine_fetches_what_its_node_lacks(hub: Stub, tmp_path: Path) -> None:
+    """The hook that the engine calls, with the driver's cache out of its reach."""
+    from pipelines.serve.local_files import LocalFiles
+
+    hub.add("org/name", save_tiny_llama(tmp_path / "any"))
+    [model] = find_models([Path("org/name")])
+    shutil.rmtree(model.path)
+    loading = {"model_loading_config": {"model_id": "name", "model_source": str(model.path)}}
+    hook = LocalFiles(SimpleNamespace(**loading))
+    asyncio.run(hook.on_before_node_init())
+    assert (model.path / "model.safetensors").is_file()
+    assert hook.ctx.run_init_node is False
