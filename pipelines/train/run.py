@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,16 @@ from pipelines.fingerprint import (
 from pipelines.provenance import read_record
 from pipelines.train.config import AlignConfig, OptimizerConfig
 from pipelines.train.data import (
+    DataSet,
+    SetTable,
     TokenSettings,
     TokenTable,
+    joined_table,
     num_steps_of,
     source_files,
     token_table,
 )
+from pipelines.train.data.sets import ReadingConfig
 from pipelines.train.export import provenance
 from pipelines.train.files import (
     EXPORTED_FILE,
@@ -84,6 +88,7 @@ class Plan:
     num_tokens: int
     table: TokenTable
     data_key: str
+    tables: list[SetTable] = field(default_factory=list)
 
     @cached_property
     def inputs(self) -> dict[str, str]:
@@ -101,9 +106,21 @@ class Plan:
     def fingerprint(self) -> str:
         """The fingerprint of everything that determines the run's result."""
         config = self.config
-        same = config.model_dump(mode="json", exclude=IMMATERIAL)
+        same = _material(config)
         same["strategy"] = config.traits.family
         return fingerprint_work([same, self.inputs], "align")
+
+
+def _material(config: AlignConfig) -> dict[str, Any]:
+    """What of a config determines the result; how data are read only where it is set, so that
+    configs without these fields stay the same.
+    """
+    reading = {
+        name
+        for name, about in ReadingConfig.model_fields.items()
+        if name != "split" and getattr(config, name) == about.default
+    }
+    return config.model_dump(mode="json", exclude=IMMATERIAL | reading)
 
 
 def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
@@ -211,19 +228,8 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
         weakref.finalize(plan.table, shutil.rmtree, cache, ignore_errors=True)
         return plan
     checkpoint = check_inputs(config)
-    settings = TokenSettings(
-        str(config.model),
-        config.objective.definition.rows,
-        config.max_length,
-        config.too_long,
-    )
-    table, data_key = token_table(
-        config.data,
-        config.split,
-        settings,
-        cache,
-        max_bad_share=config.max_bad_share,
-    )
+    tables = [_table_of(config, data, cache) for data in config.sets]
+    table, data_key = joined_table(tables, config.seed, cache)
     _check_vocabulary(checkpoint, table)
     num_steps = config.num_steps
     if num_steps is None:
@@ -237,7 +243,24 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
         num_tokens=round(mean_tokens * config.global_batch_size * num_steps),
         table=table,
         data_key=data_key,
+        tables=tables,
     )
+
+
+def _table_of(config: AlignConfig, data: DataSet, cache: Path) -> SetTable:
+    """One data set as tokens."""
+    settings = TokenSettings(
+        str(config.model),
+        config.objective.definition.rows,
+        config.max_length,
+        config.too_long,
+        keep_equal=bool(config.objective.rpo_alpha),
+        reading=data.reading(config.seed),
+    )
+    table, key = token_table(
+        data.path, data.split, settings, cache, max_bad_share=config.max_bad_share
+    )
+    return SetTable(data, table, key)
 
 
 def check_inputs(config: AlignConfig) -> Checkpoint:
@@ -251,7 +274,8 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     check_trackers(config.trackers)
     checkpoint = Checkpoint.open(config.model)
     check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
-    source_files(config.data, config.split)
+    for data in config.sets:
+        source_files(data.path, data.split)
     model = empty_model(config.model)
     check_tied(model, checkpoint)
     if config.lora is not None:
@@ -265,10 +289,13 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
 
 def with_absolute_paths(config: AlignConfig) -> AlignConfig:
     """The config for workers, which Ray Train starts in another working directory."""
-    changes: dict[str, Path | OptimizerConfig] = {
-        "model": config.model.absolute(),
-        "data": config.data.absolute(),
-    }
+    changes: dict[str, Any] = {"model": config.model.absolute()}
+    if isinstance(config.data, Path):
+        changes["data"] = config.data.absolute()
+    else:
+        changes["data"] = [
+            each.model_copy(update={"path": each.path.absolute()}) for each in config.sets
+        ]
     if config.reference_model is not None:
         changes["reference_model"] = config.reference_model.absolute()
     tau = config.optimizer.tau
@@ -365,11 +392,11 @@ def _is_of(record: dict[str, Any], plan: Plan) -> bool:
 def fingerprint_by_old_names(plan: Plan) -> str:
     """The plan's fingerprint in the version where `tau` and `eager` were called `reference`."""
     config, inputs = plan.config, {"data": plan.data_key}
-    same = config.model_dump(mode="json", exclude=IMMATERIAL)
+    same = _material(config)
     same["strategy"] = config.traits.family
     optimizer = same["optimizer"]
-    for field in ("sparsifier", "consensus", "sparsifier_parameters"):
-        del optimizer[field]  # that version did not have this field
+    for name in ("sparsifier", "consensus", "sparsifier_parameters"):
+        del optimizer[name]  # that version did not have this field
     optimizer["reference"] = optimizer.pop("tau")
     if optimizer["implementation"] == "eager":
         optimizer["implementation"] = "reference"
