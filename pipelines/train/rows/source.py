@@ -56,14 +56,14 @@ class RowSource:
         assert self._reader is not None
         name, options = self._reading.reader, dict(self._reading.options)
         assert name is not None
-        try:
-            read = read_published(name, found, self._draw, options)
-        except LeftOutError as left:
-            raise LeftOutError(left.reason, self._kind.rows_per_pair) from None
         known = {*self._reader.columns, *self._reader.also, *self._ignored}
         for row in found if isinstance(found, Group) else [found]:
             self.seen.update(row)
             self.unused.update(row.keys() - known)
+        try:
+            read = read_published(name, found, self._draw, options)
+        except LeftOutError as left:
+            raise LeftOutError(left.reason, self._kind.rows_per_pair) from None
         return [self._row(values) for values in read]
 
     def _row(self, values: dict[str, Any]) -> Row:
