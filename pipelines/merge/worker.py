@@ -46,7 +46,7 @@ class MergeWorker:
             digests of read and written blocks: [checkpoint, tensor, first element, digest].
 
         Raises:
-            InputError: NaN or Inf in an input, integer tensors that differ, or a result that the
+            InputError: NaN or Inf in an input, packed weights that differ, or a result that the
                 output's dtype cannot hold.
         """
         seen: Seen = {}
@@ -80,7 +80,7 @@ class MergeWorker:
         if context is None:
             context = tensor.context()
         for start, stop in tensor.steps(piece.start, piece.stop):
-            values = tensor.rounded(tensor.merged(start, stop, context, observe_input))
+            values = tensor.rounded(tensor.merged(start, stop, context, observe_input), start)
             observe(OUTPUT, piece.name, tensor.num_elements, start, values)
             self.plan.layout.write(self.folder, piece.name, start, values)
 

@@ -20,10 +20,12 @@ from pipelines.checkpoints.companions import (
     copy_files,
 )
 from pipelines.checkpoints.digests import BlockDigests, Digests, ModelDigest, model_digest
+from pipelines.checkpoints.module_view import copied_tensors
 from pipelines.errors import InputError
 from pipelines.provenance import Provenance
 from pipelines.train.config import AlignConfig
 from pipelines.train.strategies import first_rank, wait_for_all
+from pipelines.train.strategies.loading import empty_model
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -40,10 +42,10 @@ class Owner(Protocol):
 
 
 def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None:
-    """Write the policy with the names, dtypes and other files of `source`.
+    """Write the policy with the names, layout, dtypes and other files of `source`.
 
     Parameters are rounded once, from the master weights, and written under each of their names in
-    `source`; other tensors are copied. Every rank must call.
+    `source`, which need not be those of the model; other tensors are copied. Every rank must call.
 
     Returns:
         the digests of the written model on the first rank; None on the others.
@@ -51,6 +53,7 @@ def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None
     Raises:
         InputError: a value that the source's dtype cannot hold.
     """
+    _, weights = empty_model(source)
     checkpoint = Checkpoint.open(source)
     tensors = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
     layout = plan_layout(tensors, MAX_SHARD_BYTES)
@@ -65,13 +68,12 @@ def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None
     seen = {name: BlockDigests(tensor.num_elements) for name, tensor in checkpoint.tensors.items()}
     for part, values in owner.owned():
         for name in (part.name, *owner.tied_names.get(part.name, ())):
-            if name in checkpoint.tensors:
-                rounded = _rounded(name, values, checkpoint.tensors[name].dtype)
-                layout.write(folder, name, part.start, rounded)
-                seen[name].update(part.start, rounded.reshape(-1))
+            for place in weights.parts(name, part.start, values.detach()):
+                rounded = _rounded(name, place.values, tensors[place.name][0])
+                layout.write(folder, place.name, place.start, rounded)
+                seen[place.name].update(place.start, rounded)
     if first_rank():
-        tied = {other for others in owner.tied_names.values() for other in others}
-        for name in checkpoint.tensors.keys() - owner.parameter_names - tied:
+        for name in copied_tensors(weights, owner.parameter_names):
             copied = checkpoint.read(name)
             layout.write(folder, name, 0, copied)
             seen[name].update(0, copied)
@@ -133,7 +135,7 @@ def provenance(
 
 def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values in the checkpoint's dtype, on the CPU."""
-    rounded = values.detach().to(dtype).cpu()
+    rounded = values.to(dtype).cpu()
     if not torch.isfinite(rounded).all():
         raise InputError(f"model: {name}: a trained value does not fit into {dtype}, or is NaN")
     return rounded
