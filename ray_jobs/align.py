@@ -7,7 +7,9 @@ from pathlib import Path
 from pipelines.config import load_config
 from pipelines.storage import resolve_output
 from pipelines.train import AlignConfig, align, check_inputs, plan_alignment, remarks
+from pipelines.train.data import TokenTable
 from pipelines.train.memory import estimate_memory, shape_of
+from pipelines.train.models import with_folders
 from ray_jobs.session import ray_session
 
 
@@ -38,14 +40,43 @@ def describe_plan(config: AlignConfig) -> str:
         "strategy": f"{config.strategy} on {config.num_workers} worker(s), {config.precision}",
         "parameters": f"{shape.num_parameters:,}",
         "rows": f"{planned.table.num_rows:,} of {counts.rows:,} ({counts.bad} bad, "
-        f"{counts.dropped} dropped, {counts.prompts_cut} prompts cut)",
+        f"{counts.dropped} dropped, {counts.prompts_cut} prompts cut"
+        f"{counts.left_out_in_words()})",
+        **_lines_about_data(planned.table),
         "steps": f"{planned.num_steps:,} of {config.global_batch_size} rows",
         "tokens": f"about {planned.num_tokens:,}",
         "memory": f"about {_gigabytes(memory.total)} on each worker",
     }
     lines |= {f"  {f.name}": _gigabytes(getattr(memory, f.name)) for f in fields(memory)}
     found = [f"{name:<15} {value}" for name, value in lines.items()]
-    return "\n".join([*found, *(f"note: {line}" for line in remarks(config))])
+    return "\n".join([*found, *(f"note: {line}" for line in remarks(with_folders(config)))])
+
+
+def _lines_about_data(table: TokenTable) -> dict[str, str]:
+    """What is remarkable about the rows, and the part of each of several sets."""
+    lines = {}
+    for each in table.sets:
+        dimension = f", {each.dimension}" if each.dimension else ""
+        lines[f"  {each.name}"] = f"{each.rows:,} from {each.available:,} rows{dimension}"
+    counts = table.counts
+    told = {
+        "prompts": f"{counts.repeated_prompts:,} rows have the prompt of an earlier row"
+        if counts.repeated_prompts
+        else "",
+        "  shared": f"{counts.shared_prompts:,} prompts are in more than one set"
+        if counts.shared_prompts
+        else "",
+        "responses": f"{counts.prompts_in_responses:,} rows repeat the prompt in a response"
+        if counts.prompts_in_responses
+        else "",
+    }
+    lines |= {name: text for name, text in told.items() if text}
+    named, metadata = counts.unused_columns()
+    if named or metadata:
+        parts = [", ".join(named) or "none but metadata"]
+        parts += [f"metadata: {', '.join(metadata)}"] if metadata else []
+        lines["columns unused"] = "; ".join(parts)
+    return lines
 
 
 def _gigabytes(count: int) -> str:

@@ -11,6 +11,7 @@ from operators.merging import METHODS
 from operators.sparsify import SPARSIFIERS
 from pipelines.evaluate.graders import GRADERS
 from pipelines.train.row_kinds import ROW_KINDS
+from pipelines.train.rows.readers import READERS
 from pipelines.train.strategy_table import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,7 @@ TABLES = {
     "grader of tasks": GRADERS,
     "strategy": STRATEGIES,
     "kind of rows": ROW_KINDS,
+    "reader of a published set": READERS,
 }
 # Entries of that name in two tables, defaults, and what reads methods from the other tables.
 ELSEWHERE = {

@@ -10,6 +10,7 @@ from operators.optim import MergeOptions
 from operators.optim.options import AlphaSchedule
 from operators.optim.tau import DeltaPlacement, MissingDelta
 from pipelines.config import Config, NamedIn
+from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_sets
 from pipelines.train.row_kinds import ROW_KINDS, RowKind
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
 
@@ -152,7 +153,7 @@ class LoraSettings(Config):
     )
 
 
-class AlignConfig(Config):
+class AlignConfig(ReadingConfig):
     """An alignment run."""
 
     model: Path = Field(description="checkpoint to start from: a folder, or a name on the hub")
@@ -164,9 +165,8 @@ class AlignConfig(Config):
         description="computed before the first step for all rows that the run sees, and kept in "
         "the cache; or computed for each micro-batch (objectives with a reference)",
     )
-    data: Path = Field(description="rows as JSON lines, Parquet or Arrow: a file, or a folder")
-    split: str | None = Field(
-        None, description="only the folder's files whose names or paths begin with this"
+    data: DataField = Field(
+        description="rows as JSON lines, Parquet or Arrow: a file or a folder; or one or more sets"
     )
     max_length: int = Field(1024, ge=2, description="tokens of prompt and response together")
     too_long: Literal["error", "cut_prompt", "drop"] = Field(
@@ -233,6 +233,7 @@ class AlignConfig(Config):
             )
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"trackers: found {self.trackers}; allowed: each once")
+        self._check_data()
         self._check_reference_fields()
         self._check_strategy()
         self._check_rows()
@@ -248,6 +249,31 @@ class AlignConfig(Config):
     def traits(self) -> Traits:
         """The strategy's traits."""
         return STRATEGIES[self.strategy]
+
+    @property
+    def sets(self) -> list[DataSet]:
+        """The data sets; a path is one, read as the fields of this config say."""
+        if isinstance(self.data, DataSet):
+            return [self.data]
+        if isinstance(self.data, list):
+            return self.data
+        values = {name: getattr(self, name) for name in ReadingConfig.model_fields}
+        return [DataSet(path=self.data, **values)]
+
+    def _check_data(self) -> None:
+        if not isinstance(self.data, Path):
+            for name, field in ReadingConfig.model_fields.items():
+                if getattr(self, name) != field.default:
+                    raise ValueError(
+                        f"{name}: has no effect where data are sets; allowed in each of them"
+                    )
+        check_sets(self.sets)
+        readers = [each.reader for each in self.sets if each.reader is not None]
+        if readers and self.objective.definition.rows == "texts":
+            raise ValueError(
+                f"reader: {readers[0]} gives preference pairs, which objective "
+                f"{self.objective.name} does not take"
+            )
 
     def _check_strategy(self) -> None:
         if self.lora is not None and not self.traits.takes_adapters:

@@ -177,7 +177,7 @@ def provenance(
             f"Made with Poise: `{config.model}`, {made}.\n\n"
             f"- objective: {config.objective.name}\n"
             f"- optimizer: {config.optimizer.name}\n"
-            f"- data: `{config.data}`\n"
+            f"- data: {', '.join(f'`{each.path}`' for each in config.sets)}\n"
             f"- steps: {num_steps:,} of {config.global_batch_size} rows"
         ),
     )

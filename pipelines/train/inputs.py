@@ -31,7 +31,8 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     config = with_folders(config)
     checkpoint = Checkpoint.open(config.model)
     check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
-    source_files(config.data, config.split)
+    for data in config.sets:
+        source_files(data.path, data.split)
     model, weights = empty_model(config.model)
     check_tied(model, weights)
     if config.lora is not None:

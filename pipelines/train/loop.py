@@ -207,6 +207,7 @@ class Run:
                 if due:
                     record |= delta_metrics(self.strategy, config)
                     record |= merge_metrics(self.strategy)
+                record |= self.table.rows_by_set(rows)
                 record |= clock.measure(int(self.table.lengths[rows].sum()))
                 out.write({"step": step, **record})
                 checkpoints.check()

@@ -1,13 +1,13 @@
-"""The kinds of rows: how a row of a file becomes examples (in TRL's formats), and the loss of a
-micro-batch of rows.
+"""The kinds of rows: how a row becomes examples (in TRL's formats), and the loss of a micro-batch
+of rows.
 
 A new kind is a class here. The shared code for tokens, batches and scores only needs to know how
 many sequences a row has.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -22,26 +22,21 @@ from pipelines.train.objectives import (
     pair_loss,
     text_loss,
 )
+from pipelines.train.rows.columns import MissingPromptError, Row
+from pipelines.train.rows.examples import (
+    EQUAL,
+    Example,
+    LeftOutError,
+    check_conversation,
+    example_of,
+    template_arguments,
+)
+from pipelines.train.rows.messages import Messages
+from pipelines.train.rows.prompts import after, common_messages, common_text
 
 if TYPE_CHECKING:
     from pipelines.train.config import ObjectiveConfig
     from pipelines.train.data import TokenTable
-
-Messages = list[dict[str, Any]]
-Content = str | Messages
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A prompt with its responses: all texts, or all lists of messages.
-
-    Pairs have two responses, the chosen one first; `label` says whether a single response is
-    desirable. A conversation or a plain text is one response to an empty prompt.
-    """
-
-    prompt: Content
-    responses: tuple[Content, ...]
-    label: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,34 +56,40 @@ class RowKind(ABC):
 
     columns: ClassVar[str]  # the columns that a row needs, in words
     sequences_per_row: ClassVar[int] = 1
+    rows_per_pair: ClassVar[int] = 1  # what a preference pair counts for
     has_point: ClassVar[bool] = False  # whether prompts also come with other rows' responses
 
-    def examples(self, row: Any) -> list[Example]:
+    def examples(self, row: Row) -> list[Example]:
         """A row as examples: one, or two if a pair is read as two labelled responses.
 
         Raises:
-            InputError: columns are missing or have wrong types; the message says which.
+            InputError: columns are missing, have wrong types or say nothing; the message says
+                which.
+            LeftOutError: the row is sound, but of no use.
         """
-        if isinstance(row, InputError):
-            raise row
-        if not isinstance(row, dict):
-            raise InputError(f"expected an object with columns, found {type(row).__name__}")
-        return self._read(row)
+        found = self._read(row)
+        if template := template_arguments(row):
+            if isinstance(found[0].responses[0], str):
+                raise InputError(f"{', '.join(template)}: texts have no chat template")
+            found = [replace(example, template=template) for example in found]
+        return found
 
     @abstractmethod
-    def _read(self, row: dict[str, Any]) -> list[Example]: ...
+    def _read(self, row: Row) -> list[Example]: ...
 
     @abstractmethod
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """A micro-batch's share of the global batch's loss."""
 
-    def _require(self, row: dict[str, Any], columns: Iterable[str]) -> None:
-        for column in columns:
-            if row.get(column) is None:
-                found = ", ".join(row) or "none"
-                raise InputError(
-                    f"has no column {column!r}; found: {found}; needed: {self.columns}"
-                )
+    def _require(self, row: Row, meanings: Iterable[str]) -> None:
+        for meaning in meanings:
+            names = row.names(meaning)
+            if all(row.values.get(name) is None for name in names):
+                if any(name in row.values for name in names) and meaning != "prompt":
+                    raise InputError(f"{meaning}: is null")
+                found, name = ", ".join(row.values) or "none", "/".join(names)
+                lacks = MissingPromptError if meaning == "prompt" else InputError
+                raise lacks(f"has no column {name!r}; found: {found}; needed: {self.columns}")
 
 
 class Pairs(RowKind):
@@ -97,20 +98,35 @@ class Pairs(RowKind):
     columns = "prompt, chosen, rejected (or chosen, rejected that begin with the prompt)"
     sequences_per_row = 2
 
-    def _read(self, row: dict[str, Any]) -> list[Example]:
-        """The prompt is given, or it is the longest common beginning of both responses."""
+    def _read(self, row: Row) -> list[Example]:
+        """The prompt is given, or both responses begin with it."""
         self._require(row, ("chosen", "rejected"))
-        chosen, rejected = row["chosen"], row["rejected"]
-        prompt = row.get("prompt")
+        chosen, rejected = row.content("chosen"), row.content("rejected")
+        if row.is_mapped("prompt"):
+            self._require(row, ("prompt",))
+        prompt, repeats = row.content("prompt"), False
         if isinstance(chosen, list) and isinstance(rejected, list):
+            if prompt is None:
+                prompt = row.conversation()
             if not isinstance(prompt, list):
-                # As in UltraFeedback-binarized: whole conversations, and the prompt as a text.
-                prompt = _common_messages(chosen, rejected)
-            chosen, rejected = (_after(prompt, messages) for messages in (chosen, rejected))
-        elif isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
-            prompt = _common_text(chosen, rejected)
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        return [_checked({"prompt": prompt, "chosen": chosen, "rejected": rejected})]
+                prompt = _prompt_of_messages(row, prompt, chosen, rejected)
+            else:
+                repeats = any(
+                    bool(prompt) and r[: len(prompt)] == prompt for r in (chosen, rejected)
+                )
+            chosen, rejected = after(prompt, chosen), after(prompt, rejected)
+        elif isinstance(chosen, str) and isinstance(rejected, str):
+            if prompt is None:
+                prompt = common_text(chosen, rejected)
+                chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+            elif isinstance(prompt, str):
+                repeats = bool(prompt.strip()) and (
+                    chosen.startswith(prompt) or rejected.startswith(prompt)
+                )
+        pair = example_of(row, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        if pair.responses[0] == pair.responses[1] and not row.keep_equal:
+            raise LeftOutError(EQUAL)
+        return [replace(pair, repeats_prompt=True) if repeats else pair]
 
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """A preference objective."""
@@ -122,21 +138,25 @@ class Labelled(RowKind):
     """A response that is desirable or not."""
 
     columns = "prompt, completion, label (or a preference pair)"
+    rows_per_pair = 2
     has_point = True
 
-    def _read(self, row: dict[str, Any]) -> list[Example]:
+    def _read(self, row: Row) -> list[Example]:
         """Prompt, completion and label; a pair is a desirable and an undesirable response."""
-        if "completion" not in row and "chosen" in row:
-            (pair,) = ROW_KINDS["pairs"].examples(row)
+        if row.values.get("completion") is None and row.values.get("chosen") is not None:
+            try:
+                (pair,) = ROW_KINDS["pairs"]._read(row)
+            except LeftOutError as left:
+                raise LeftOutError(left.reason, self.rows_per_pair) from None
             return [
-                Example(pair.prompt, (response,), label)
+                replace(pair, responses=(response,), label=label)
                 for response, label in zip(pair.responses, (True, False), strict=True)
             ]
         self._require(row, ("prompt", "completion", "label"))
-        if not isinstance(row["label"], bool):
-            raise InputError(f"label: found {row['label']!r}; allowed: true, false")
-        parts = {"prompt": row["prompt"], "completion": row["completion"]}
-        return [_checked(parts, row["label"])]
+        label = row.get("label")
+        if not isinstance(label, bool):
+            raise InputError(f"label: found {label!r}; allowed: true, false")
+        return [_completion(row, label)]
 
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """KTO."""
@@ -154,77 +174,49 @@ class Texts(RowKind):
 
     columns = "messages, or prompt and completion, or text"
 
-    def _read(self, row: dict[str, Any]) -> list[Example]:
+    def _read(self, row: Row) -> list[Example]:
         """A conversation, a prompt with its completion, or plain text."""
-        if isinstance(row.get("messages"), list):
-            if not any(_role(message) == "assistant" for message in row["messages"]):
-                raise InputError("messages: holds no message of role 'assistant' to learn")
-            return [_checked({"prompt": [], "messages": row["messages"]})]
-        if isinstance(row.get("text"), str):
-            return [_checked({"prompt": "", "text": row["text"]})]
+        messages = row.content("messages")
+        if isinstance(messages, list):
+            check_conversation(messages, "/".join(row.names("messages")))
+            return [example_of(row, {"prompt": [], "messages": messages})]
+        text = row.get("text")
+        if isinstance(text, str):
+            return [example_of(row, {"prompt": "", "text": text})]
         self._require(row, ("prompt", "completion"))
-        return [_checked({"prompt": row["prompt"], "completion": row["completion"]})]
+        return [_completion(row, None)]
 
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """Supervised fine-tuning."""
         return text_loss(config, batch.responses, batch.shares)
 
 
+def _prompt_of_messages(row: Row, prompt: Any, chosen: Messages, rejected: Messages) -> Messages:
+    """The prompt of two lists of messages where no column holds it as messages."""
+    if isinstance(prompt, str) and all(
+        response and response[0].get("role") == "assistant" for response in (chosen, rejected)
+    ):
+        return [{"role": "user", "content": prompt}]
+    # As in UltraFeedback-binarized: whole conversations, and the prompt as a text.
+    common = common_messages(chosen, rejected)
+    if isinstance(prompt, str) and not any(
+        prompt.strip() in (message.get("content") or "") for message in common
+    ):
+        row.used.difference_update(row.names("prompt"))
+    return common
+
+
+def _completion(row: Row, label: bool | None) -> Example:
+    """A prompt with its completion."""
+    prompt, completion = row.content("prompt"), row.content("completion")
+    repeats = (
+        bool(prompt)
+        and isinstance(completion, str | list)
+        and (completion[: len(prompt)] == prompt)
+    )
+    found = example_of(row, {"prompt": prompt, "completion": completion}, label)
+    return replace(found, repeats_prompt=True) if repeats else found
+
+
 # By the names in `Objective.rows` (operators.losses).
 ROW_KINDS: dict[str, RowKind] = {"pairs": Pairs(), "labelled": Labelled(), "texts": Texts()}
-
-
-def _checked(parts: Mapping[str, Any], label: bool | None = None) -> Example:
-    """An example from a prompt and its responses (by column name). Raises InputError unless all are
-    texts or all are messages, and no response is empty.
-    """
-    if len({type(part) for part in parts.values()} & {str, list}) != 1 or not all(
-        isinstance(part, str | list) for part in parts.values()
-    ):
-        found = ", ".join(f"{name} {type(part).__name__}" for name, part in parts.items())
-        raise InputError(f"{', '.join(parts)} must be all texts or all messages; found: {found}")
-    for name, part in parts.items():
-        if isinstance(part, list):
-            for message in part:
-                if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-                    raise InputError(f"{name}: a message needs role and content, both texts")
-                _role(message)
-        if not part and name != "prompt":
-            raise InputError(f"{name}: is empty")
-    prompt, *responses = parts.values()
-    return Example(prompt, tuple(responses), label)
-
-
-def _role(message: Any) -> str:
-    role = message.get("role") if isinstance(message, dict) else None
-    if not isinstance(role, str):
-        raise InputError(f"a message has no role: {message!r}"[:120])
-    return role
-
-
-def _common_messages(first: Messages, second: Messages) -> Messages:
-    """The messages that both conversations begin with."""
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    if count == 0 or count == len(first) or count == len(second):
-        raise InputError("chosen and rejected do not begin with the same prompt and then differ")
-    return first[:count]
-
-
-def _after(prompt: Messages, messages: Messages) -> Messages:
-    """A response; if it begins with the prompt, without it."""
-    return messages[len(prompt) :] if prompt and messages[: len(prompt)] == prompt else messages
-
-
-def _common_text(first: str, second: str) -> str:
-    """The longest common beginning; a space at its end belongs to the responses."""
-    shorter = min(len(first), len(second))
-    count = next((i for i in range(shorter) if first[i] != second[i]), shorter)
-    if count and first[count - 1] == " ":
-        count -= 1
-    if count == 0 or count >= shorter:
-        raise InputError("chosen and rejected do not begin with the same prompt and then differ")
-    return first[:count]

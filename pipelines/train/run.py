@@ -8,7 +8,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,15 @@ from pipelines.hub.offline import is_offline
 from pipelines.provenance import read_record
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import (
+    DataSet,
+    SetTable,
     TokenSettings,
     TokenTable,
+    joined_table,
     num_steps_of,
     token_table,
 )
+from pipelines.train.data.sets import ReadingConfig
 from pipelines.train.export import provenance
 from pipelines.train.files import (
     EXPORTED_FILE,
@@ -79,6 +83,7 @@ class Plan:
     num_tokens: int
     table: TokenTable
     data_key: str
+    tables: list[SetTable] = field(default_factory=list)
 
     @cached_property
     def inputs(self) -> dict[str, str]:
@@ -95,8 +100,15 @@ class Plan:
 
 
 def material(config: AlignConfig) -> dict[str, Any]:
-    """The part of a config that determines a run's result."""
-    same = config.model_dump(mode="json", exclude=IMMATERIAL)
+    """What of a config determines the result; how data are read only where it is set, so that
+    configs without these fields stay the same.
+    """
+    reading = {
+        name
+        for name, about in ReadingConfig.model_fields.items()
+        if name != "split" and getattr(config, name) == about.default
+    }
+    same = config.model_dump(mode="json", exclude=IMMATERIAL | reading)
     same["strategy"] = config.traits.family
     if config.lora is not None and config.lora.save == "merged":
         del same["lora"]["save"]  # which earlier versions did not have, and always did
@@ -210,19 +222,8 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
         weakref.finalize(plan.table, shutil.rmtree, cache, ignore_errors=True)
         return plan
     checkpoint = check_inputs(config)
-    settings = TokenSettings(
-        str(config.model),
-        config.objective.definition.rows,
-        config.max_length,
-        config.too_long,
-    )
-    table, data_key = token_table(
-        config.data,
-        config.split,
-        settings,
-        cache,
-        max_bad_share=config.max_bad_share,
-    )
+    tables = [_table_of(config, data, cache) for data in config.sets]
+    table, data_key = joined_table(tables, config.seed, cache)
     check_vocabulary(checkpoint, table)
     num_steps = config.num_steps
     if num_steps is None:
@@ -236,13 +237,33 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
         num_tokens=round(mean_tokens * config.global_batch_size * num_steps),
         table=table,
         data_key=data_key,
+        tables=tables,
     )
+
+
+def _table_of(config: AlignConfig, data: DataSet, cache: Path) -> SetTable:
+    """One data set as tokens."""
+    settings = TokenSettings(
+        str(config.model),
+        config.objective.definition.rows,
+        config.max_length,
+        config.too_long,
+        keep_equal=bool(config.objective.rpo_alpha),
+        reading=data.reading(config.seed),
+    )
+    table, key = token_table(
+        data.path, data.split, settings, cache, max_bad_share=config.max_bad_share
+    )
+    return SetTable(data, table, key)
 
 
 def with_absolute_paths(config: AlignConfig) -> AlignConfig:
     """The config for workers, which Ray Train starts in another working directory."""
     absolute = with_models(config, Path.absolute)
-    return absolute.model_copy(update={"data": config.data.absolute()})
+    if isinstance(config.data, Path):
+        return absolute.model_copy(update={"data": config.data.absolute()})
+    sets = [each.model_copy(update={"path": each.path.absolute()}) for each in config.sets]
+    return absolute.model_copy(update={"data": sets})
 
 
 def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) -> dict[str, Any]:
@@ -285,8 +306,8 @@ def fingerprint_by_old_names(plan: Plan) -> str:
     config, inputs = plan.config, {"data": plan.data_key}
     same = material(config)
     optimizer = same["optimizer"]
-    for field in ("sparsifier", "consensus", "sparsifier_parameters"):
-        del optimizer[field]  # that version did not have this field
+    for name in ("sparsifier", "consensus", "sparsifier_parameters"):
+        del optimizer[name]  # that version did not have this field
     optimizer["reference"] = optimizer.pop("tau")
     if optimizer["implementation"] == "eager":
         optimizer["implementation"] = "reference"

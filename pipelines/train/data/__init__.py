@@ -10,19 +10,24 @@ from pipelines.train.data.batches import (
     num_steps_of,
     rows_seen,
 )
-from pipelines.train.data.cache import TokenSettings, token_table
+from pipelines.train.data.cache import token_table
 from pipelines.train.data.rows import source_files
+from pipelines.train.data.sets import DataSet, SetTable, joined_table
 from pipelines.train.data.table import TokenTable
+from pipelines.train.data.tokenizing import TokenSettings
 
 __all__ = [
     "PAD",
     "Batch",
+    "DataSet",
+    "SetTable",
     "TokenSettings",
     "TokenTable",
     "collate",
     "collate_mismatched",
     "deal",
     "global_batch",
+    "joined_table",
     "num_steps_of",
     "rows_seen",
     "source_files",

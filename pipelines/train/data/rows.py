@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
+from pipelines.train.rows.messages import without_nulls
 
 PART_BYTES = 16_000_000
 # Files of a hub data set or of `save_to_disk` that hold no rows.
@@ -184,10 +185,24 @@ def _read_row_groups(part: Part) -> Iterator[tuple[int, Any]]:
 
     try:
         with pq.ParquetFile(part.file) as file:
-            rows = file.read_row_groups(list(range(part.start, part.stop))).to_pylist()
+            rows = _plain(file.read_row_groups(list(range(part.start, part.stop))))
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"data: {part.file}: not a readable Parquet file: {error}") from None
     yield from enumerate(rows, start=part.first_row)
+
+
+def _plain(rows: Any) -> list[dict[str, Any]]:
+    """Rows of an Arrow table or batch without the null keys of mappings inside their columns, since
+    all mappings of a column have the keys of all.
+    """
+    import pyarrow as pa
+
+    nested = [field.name for field in rows.schema if pa.types.is_nested(field.type)]
+    found: list[dict[str, Any]] = rows.to_pylist()
+    for row in found:
+        for name in nested:
+            row[name] = without_nulls(row[name])
+    return found
 
 
 def _read_arrow(part: Part) -> Iterator[tuple[int, Any]]:
@@ -204,7 +219,7 @@ def _read_arrow(part: Part) -> Iterator[tuple[int, Any]]:
             source.seek(0)
             batches = iter(pa.ipc.open_stream(source))
         for batch in batches:
-            yield from enumerate(batch.to_pylist(), start=first)
+            yield from enumerate(_plain(batch), start=first)
             first += batch.num_rows
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"data: {part.file}: not a readable Arrow file: {error}") from None

@@ -1,7 +1,7 @@
 """Tokenised rows on disk, read by index from a memory-mapped Arrow file."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +11,10 @@ import pyarrow as pa
 
 from pipelines.errors import InputError
 from pipelines.train.data.tokens import TokenRow
+from pipelines.train.rows.columns import kind_of_column
 
-TABLE_FILE, COUNTS_FILE = "tokens.arrow", "counts.json"
+TABLE_FILE, COUNTS_FILE, PROMPTS_FILE = "tokens.arrow", "counts.json", "prompts.npy"
+SETS_FILE = "sets.json"
 SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
@@ -33,25 +35,67 @@ class Counts:
     dropped: int = 0
     prompts_cut: int = 0
     prompts_shortened: int = 0
+    prompts_in_responses: int = 0
+    repeated_prompts: int = 0
+    shared_prompts: int = 0  # by several sets
     first_bad: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)  # by reason
+    columns: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)  # columns
 
     def add(self, other: "Counts") -> None:
         """Add another part's counts."""
-        for name in ("rows", "bad", "dropped", "prompts_cut", "prompts_shortened"):
+        for name in COUNTED:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.first_bad = (self.first_bad + other.first_bad)[:3]
+        for reason, count in other.left_out.items():
+            self.left_out[reason] = self.left_out.get(reason, 0) + count
+        self.columns = sorted({*self.columns, *other.columns})
+        self.unused = sorted({*self.unused, *other.unused})
+
+    def add_bad(self, why: str) -> None:
+        """Count a bad row."""
+        self.rows += 1
+        self.bad += 1
+        self.first_bad = [*self.first_bad, why][:3]
+
+    def leave_out(self, reason: str, count: int) -> None:
+        """Count rows that are sound but of no use."""
+        self.rows += count
+        self.left_out[reason] = self.left_out.get(reason, 0) + count
+
+    def left_out_in_words(self) -> str:
+        """Why rows were left out, to follow their number; empty if none were."""
+        told = [f"{count} left out {reason}" for reason, count in self.left_out.items()]
+        return "".join(f", {part}" for part in told)
+
+    def unused_columns(self) -> tuple[list[str], list[str]]:
+        """The columns that are not used: those to name, and metadata."""
+        quiet = {"metadata", "twice"}
+        named = [name for name in self.unused if kind_of_column(name) not in quiet]
+        return named, [name for name in self.unused if name not in named]
 
     def remarks(self) -> str:
-        """A line about changed or omitted rows for the user; empty if there are none."""
+        """Lines about changed or omitted rows and columns for the user; empty if there are none."""
         told = {
             "bad and left out": self.bad,
             "too long and left out": self.dropped,
+            **{f"left out {reason}": count for reason, count in self.left_out.items()},
             "with a prompt cut at its beginning": self.prompts_cut,
             "whose prompt alone renders differently than before a response": self.prompts_shortened,
+            "whose response repeats the prompt": self.prompts_in_responses,
+            "with the prompt of an earlier row": self.repeated_prompts,
+            "with the prompt of another set": self.shared_prompts,
         }
         parts = [f"{count} {what}" for what, count in told.items() if count]
         first = f"; the first: {self.first_bad[0]}" if self.first_bad else ""
-        return f"of {self.rows} rows: {', '.join(parts)}{first}" if parts else ""
+        lines = [f"of {self.rows} rows: {', '.join(parts)}{first}"] if parts else []
+        if named := self.unused_columns()[0]:
+            lines.append(f"columns not used: {', '.join(named)}")
+        return "\n  ".join(lines)
+
+
+COUNTED = ("rows", "bad", "dropped", "prompts_cut", "prompts_shortened", "prompts_in_responses")
 
 
 def record_batch(rows: Iterable[TokenRow]) -> pa.RecordBatch:
@@ -60,6 +104,19 @@ def record_batch(rows: Iterable[TokenRow]) -> pa.RecordBatch:
     columns = zip(*entries, strict=True) if entries else ((), (), ())
     arrays = [pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+@dataclass(frozen=True, slots=True)
+class SetRows:
+    """The rows of one of several sets in their joined table: `rows` from `first` on, of `available`
+    ones.
+    """
+
+    name: str
+    dimension: str
+    first: int
+    rows: int
+    available: int
 
 
 class TokenTable:
@@ -72,6 +129,7 @@ class TokenTable:
         reader = pa.ipc.open_file(pa.memory_map(str(self.folder / TABLE_FILE)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._first = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        self._batches = batches
         self._columns = [
             tuple(_lists(batch.column(name)) for name in ("ids", "response")) for batch in batches
         ]
@@ -86,6 +144,34 @@ class TokenTable:
         """Token ids (int32) and learned-token marks (uint8) of a row's sequences."""
         first = row * self.sequences_per_row
         return [self._sequence(first + i) for i in range(self.sequences_per_row)]
+
+    def batches_of(self, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
+        """The entries of some rows, in table order, as they stand on disk.
+
+        Args:
+            rows: (rows,) int64: indices in the table, ascending.
+        """
+        count = self.sequences_per_row
+        for batch, first, last in zip(self._batches, self._first, self._first[1:], strict=False):
+            inside = rows[(rows * count >= first) & (rows * count < last)] * count - first
+            if len(inside):
+                entries = (inside[:, None] + np.arange(count)).reshape(-1)
+                yield batch.take(pa.array(entries))
+
+    @cached_property
+    def sets(self) -> list[SetRows]:
+        """The sets of a joined table; empty if the table is of one set."""
+        path = self.folder / SETS_FILE
+        return [SetRows(**each) for each in json.loads(path.read_text())] if path.is_file() else []
+
+    def rows_by_set(self, rows: list[int]) -> dict[str, int]:
+        """How many of some rows are of each set, by `rows/NAME`; empty if there is one set."""
+        if not self.sets:
+            return {}
+        firsts = [each.first for each in self.sets]
+        places = np.searchsorted(firsts, rows, side="right") - 1
+        numbers = np.bincount(places, minlength=len(firsts))
+        return {f"rows/{each.name}": int(n) for each, n in zip(self.sets, numbers, strict=True)}
 
     def _sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         batch = int(np.searchsorted(self._first, number, side="right")) - 1

@@ -1,10 +1,14 @@
 """Examples as token ids, with marks on learned tokens."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.errors import InputError
-from pipelines.train.row_kinds import Content, Example, Messages
+from pipelines.train.data.turns import find_turn
+from pipelines.train.rows.examples import Example
+from pipelines.train.rows.messages import Messages
+from pipelines.train.rows.prompts import common_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +36,27 @@ class TokenRow:
     prompt_shortened: bool = False  # the prompt alone renders differently than before a response
 
 
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A tokenizer's chat template with a row's own arguments."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    arguments: Mapping[str, Any] | None
+
+    def text(self, messages: Messages, *, ask: bool = False) -> str:
+        """A conversation as text; `ask` opens the assistant's next turn."""
+        arguments = {"add_generation_prompt": ask, **(self.arguments or {})}
+        return _render(self.tokenizer, messages, arguments)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text that the template made."""
+        return _encode(self.tokenizer, text, add_special_tokens=False)
+
+    def ids(self, messages: Messages, *, ask: bool = False) -> list[int]:
+        """A conversation as tokens."""
+        return self.encode(self.text(messages, ask=ask))
+
+
 def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> TokenRow:
     """An example as tokens.
 
@@ -42,24 +67,27 @@ def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> TokenRow
     Raises:
         InputError: messages without a chat template, or an empty response.
     """
-    if isinstance(example.prompt, list):
+    if isinstance(example.responses[0], list):
         if tokenizer.chat_template is None:
             raise InputError("holds messages, but the tokenizer has no chat template")
+        template = Template(tokenizer, example.template)
         if not example.prompt:
             (messages,) = example.responses
             assert isinstance(messages, list)
-            return TokenRow((_conversation(messages, tokenizer),), example.label)
-        prompt = _render(tokenizer, example.prompt, ask=True)
-        wholes = [_whole(tokenizer, example.prompt, each) for each in example.responses]
+            return TokenRow((_conversation(messages, template),), example.label)
+        assert isinstance(example.prompt, list)
+        prompt = template.ids(example.prompt, ask=True)
+        wholes = [template.ids(example.prompt + each) for each in example.responses]  # type: ignore[operator]
     else:
+        assert isinstance(example.prompt, str)
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         prompt = _encode(tokenizer, example.prompt)
-        wholes = [_whole(tokenizer, example.prompt, each) for each in example.responses]
+        wholes = [_encode(tokenizer, example.prompt + each) for each in example.responses]  # type: ignore[operator]
         # Some tokenizers append an end token to every text; the prompt must not have one.
         if end and prompt[-1:] == end:
             prompt = prompt[:-1]
         wholes = [whole if whole[-1:] == end else whole + end for whole in wholes]
-    cut = min(_common_prefix(prompt, whole) for whole in wholes)
+    cut = min(common_length(prompt, whole) for whole in wholes)
     sequences = []
     for whole in wholes:
         first = max(cut, 1)
@@ -69,24 +97,22 @@ def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> TokenRow
     return TokenRow(tuple(sequences), example.label, prompt_shortened=cut < len(prompt))
 
 
-def _whole(tokenizer: "PreTrainedTokenizerBase", prompt: Content, response: Content) -> list[int]:
-    """A prompt with a response; both are texts or both are messages."""
-    if isinstance(prompt, str):
-        assert isinstance(response, str)
-        return _encode(tokenizer, prompt + response)
-    assert isinstance(response, list)
-    return _render(tokenizer, prompt + response, ask=False)
+def _render(
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, arguments: Mapping[str, Any]
+) -> str:
+    """A conversation through the chat template.
 
-
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, ask: bool) -> list[int]:
-    """A conversation through the chat template; `ask` opens the assistant's next turn."""
+    Args:
+        arguments: `add_generation_prompt`, which opens the assistant's next turn, and the row's
+            own.
+    """
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
     except Exception as error:  # errors of the template, such as roles in a wrong order
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"the chat template refuses the messages: {first}") from None
     assert isinstance(text, str)
-    return _encode(tokenizer, text, add_special_tokens=False)
+    return text
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) -> list[int]:
@@ -99,27 +125,27 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) ->
         ) from None
 
 
-def _conversation(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> Sequence:
+def _conversation(messages: Messages, template: "Template") -> Sequence:
     """A whole conversation; every turn of the assistant is learned."""
-    ids = _render(tokenizer, messages, ask=False)
+    whole = template.text(messages)
+    ids = template.encode(whole)
     response = [0] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, messages[:turn], ask=True) if turn else []
-        after = _render(tokenizer, messages[: turn + 1], ask=False)
-        if ids[: len(before)] != before or ids[: len(after)] != after:
-            raise InputError("the chat template changes earlier turns when later ones follow")
-        for place in range(max(len(before), 1), len(after)):
+        before = template.ids(messages[:turn], ask=True) if turn else []
+        after = template.ids(messages[: turn + 1])
+        first, last = len(before), len(after)
+        if ids[:first] != before or ids[:last] != after:  # a later turn changes how this one looks
+            start, end = find_turn(messages, turn, whole, template.text)
+            first, last = (
+                common_length(template.encode(whole[:place]), ids) for place in (start, end)
+            )
+        for place in range(max(first, 1), last):
             response[place] = 1
     if not any(response):
         raise InputError("a response is empty")
     return Sequence(ids, response)
-
-
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def fit(row: TokenRow, max_length: int, too_long: TooLong) -> tuple[TokenRow | None, bool]:

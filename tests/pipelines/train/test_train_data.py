@@ -73,14 +73,20 @@ def test_conversational_pairs(name: str, tiny_llama: Path, tmp_path: Path) -> No
 
 
 def test_pairs_of_texts(tiny_llama: Path, tmp_path: Path) -> None:
-    """Explicit prompt, and the prompt as the common beginning; an end token closes responses."""
+    """Explicit prompt, and the prompt as the common beginning, which ends where an answer is opened
+    (whatever words the answers have in common); an end token closes responses.
+    """
+    start = "\n\nHuman: a b\n\nAssistant:"
     rows = [
         {"prompt": "a b", "chosen": " yes c", "rejected": " no"},
-        {"chosen": "a b yes c", "rejected": "a b no"},
+        {"chosen": f"{start} yes c", "rejected": f"{start} no"},
+        {"chosen": f"{start} yes c", "rejected": f"{start} yes d"},
     ]
     table = table_of(rows, "pairs", tiny_llama, tmp_path)
-    for row in (0, 1):
-        assert texts(table, row) == [("a b", "yes c </s>"), ("a b", "no </s>")]
+    assert texts(table, 0) == [("a b", "yes c </s>"), ("a b", "no </s>")]
+    opened = "<unk> a b <unk>"  # the tokenizer knows neither speaker
+    assert texts(table, 1) == [(opened, "yes c </s>"), (opened, "no </s>")]
+    assert texts(table, 2) == [(opened, "yes c </s>"), (opened, "yes d </s>")]
 
 
 def test_labelled_rows(tiny_llama: Path, tmp_path: Path) -> None:
@@ -141,7 +147,30 @@ BAD_ROWS = {
         {"prompt": [USER], "chosen": [{"role": "assistant"}], "rejected": [NO]},
         "chosen: a message needs role and content, both texts",
     ),
-    "same": ({"chosen": [USER, YES], "rejected": [USER, YES]}, "begin with the same prompt"),
+    "another start": ({"chosen": [USER, YES], "rejected": [NO]}, "begin with the same prompt"),
+    "no turn ends": ({"chosen": "a yes", "rejected": "a no"}, "up to where a turn ends"),
+    "null": ({"prompt": "a", "chosen": None, "rejected": "b"}, "chosen: is null"),
+    "blank": ({"prompt": "a", "chosen": " \n", "rejected": "b"}, "chosen: is empty"),
+    "blank message": (
+        {"prompt": [USER], "chosen": [YES], "rejected": [{"role": "assistant", "content": ""}]},
+        "rejected: is empty",
+    ),
+    "user's turn": (
+        {"prompt": [USER], "chosen": [YES, USER], "rejected": [NO]},
+        "chosen: the last turn is the user's",
+    ),
+    "part": (
+        {
+            "prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            "chosen": [YES],
+            "rejected": [NO],
+        },
+        "prompt: found a part of type 'image_url'; allowed: text",
+    ),
+    "images": (
+        {"images": ["a.png"], "prompt": [USER], "chosen": [YES], "rejected": [NO]},
+        "holds images, which are not supported (ignored_columns: [images]",
+    ),
     "long": (
         {"prompt": "a " * 30, "chosen": " b", "rejected": " c"},
         "found 32 tokens; allowed: max_length 20",

@@ -1,0 +1,1 @@
+"""What rows say: their columns, their messages, the readers of published sets, and bad rows."""
