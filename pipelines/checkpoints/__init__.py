@@ -1,6 +1,6 @@
 """Hugging Face checkpoints on disk: lazy reading by range, and writing in place."""
 
-from pipelines.checkpoints.lora import open_model
+from pipelines.checkpoints.lora import open_model, unadapted
 from pipelines.checkpoints.reader import Checkpoint, CheckpointDelta
 from pipelines.checkpoints.safetensors_header import StoredTensor
 from pipelines.checkpoints.source import Source, TensorSpec
@@ -15,4 +15,5 @@ __all__ = [
     "TensorSpec",
     "open_model",
     "plan_layout",
+    "unadapted",
 ]

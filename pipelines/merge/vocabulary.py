@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pipelines.checkpoints import Checkpoint, Source, StoredTensor, TensorSpec
+from pipelines.checkpoints import Checkpoint, Source, StoredTensor, TensorSpec, unadapted
 from pipelines.errors import InputError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -127,6 +127,14 @@ def _fill(values: Tensor, name: str, rows: Rows, first: int) -> None:
 def is_by_token(name: str) -> bool:
     """Whether a tensor has a row for each token."""
     return _BY_TOKEN.search(name) is not None
+
+
+def beneath(source: Source, name: str) -> Source | None:
+    """What an adapter changes a tensor of, with the same rows; None where no adapter does."""
+    if not isinstance(source, VocabularySource):
+        return unadapted(source, name)
+    base = unadapted(source.rows.source, name)
+    return None if base is None else replace(source, rows=replace(source.rows, source=base))
 
 
 def tokens_of(source: Source) -> Tokens | None:

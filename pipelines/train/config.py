@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from operators.losses import OBJECTIVES, Objective
@@ -25,6 +26,9 @@ ONLINE_FIELDS = {
     "delta_placement",
     "implementation",
 }
+
+SavedDtype = Literal["source", "float32", "bfloat16"]
+SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ObjectiveConfig(Config):
@@ -147,6 +151,14 @@ class LoraSettings(Config):
     )
 
 
+class SaveSettings(Config):
+    """How the aligned model is written."""
+
+    dtype: SavedDtype = Field(
+        "source", description="of the weights: each tensor's own in the model, or one for all"
+    )
+
+
 class AlignConfig(Config):
     """An alignment run."""
 
@@ -171,6 +183,7 @@ class AlignConfig(Config):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
+    save: SaveSettings = SaveSettings()
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_share: float = Field(0.0, ge=0, lt=1, description="share of the steps")
     num_steps: int | None = Field(None, ge=1, description="optimizer steps; or num_epochs")

@@ -2,8 +2,10 @@
 provenance.
 """
 
+import json
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from operators.kernels.choice import merging_kernels
 from operators.optim import ShardLayout
+from operators.rounding import loses, rounding_of
 from pipelines.checkpoints import Checkpoint, plan_layout
 from pipelines.checkpoints.adapter import ADAPTER_CONFIG
 from pipelines.checkpoints.companions import (
@@ -20,9 +24,11 @@ from pipelines.checkpoints.companions import (
     copy_files,
 )
 from pipelines.checkpoints.digests import BlockDigests, Digests, ModelDigest, model_digest
+from pipelines.commit import write_atomically
 from pipelines.errors import InputError
 from pipelines.provenance import Provenance
-from pipelines.train.config import AlignConfig
+from pipelines.rounding import Row, rounding_record, rounding_text, row_of
+from pipelines.train.config import SAVED_DTYPES, AlignConfig, SavedDtype
 from pipelines.train.strategies import first_rank, wait_for_all
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -39,20 +45,34 @@ class Owner(Protocol):
         ...
 
 
-def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None:
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A written model's digests, and what its dtype keeps of the change (pipelines/rounding.py)."""
+
+    digest: ModelDigest
+    rounding: dict[str, Any]
+
+
+def export_model(
+    owner: Owner, source: Path, folder: Path, dtype: SavedDtype = "source"
+) -> Exported | None:
     """Write the policy with the names, dtypes and other files of `source`.
 
     Parameters are rounded once, from the master weights, and written under each of their names in
     `source`; other tensors are copied. Every rank must call.
 
+    Args:
+        dtype: of all floating tensors; `source`: each has its own.
+
     Returns:
-        the digests of the written model on the first rank; None on the others.
+        on the first rank; None on the others.
 
     Raises:
-        InputError: a value that the source's dtype cannot hold.
+        InputError: a value that the written dtype cannot hold.
     """
     checkpoint = Checkpoint.open(source)
-    tensors = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
+    tensors = {n: (written_dtype(t.dtype, dtype), t.shape) for n, t in checkpoint.tensors.items()}
+    kernels = merging_kernels(checkpoint.num_elements)
     layout = plan_layout(tensors, MAX_SHARD_BYTES)
     if first_rank():
         shutil.rmtree(folder, ignore_errors=True)
@@ -61,37 +81,63 @@ def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None
         others = companions_of(source)
         check_links(source, others.foreign)
         copy_files({k: file for k, file in others.files.items() if k != ADAPTER_CONFIG}, folder)
+        if dtype != "source":
+            config = with_dtype(checkpoint.config, dtype)
+            write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
     wait_for_all()
     seen = {name: BlockDigests(tensor.num_elements) for name, tensor in checkpoint.tensors.items()}
+    rows: list[Row] = []
     for part, values in owner.owned():
         for name in (part.name, *owner.tied_names.get(part.name, ())):
             if name in checkpoint.tensors:
-                rounded = _rounded(name, values, checkpoint.tensors[name].dtype)
+                rounded = _rounded(name, values, tensors[name][0])
+                if loses(rounded.dtype):
+                    base = checkpoint.read(name, part.start, part.start + rounded.numel())
+                    flat = values.detach().float().reshape(-1), rounded.reshape(-1)
+                    rows.append(row_of(name, part.start, rounding_of(*flat, base, kernels)))
                 layout.write(folder, name, part.start, rounded)
                 seen[name].update(part.start, rounded.reshape(-1))
     if first_rank():
         tied = {other for others in owner.tied_names.values() for other in others}
         for name in checkpoint.tensors.keys() - owner.parameter_names - tied:
-            copied = checkpoint.read(name)
+            copied = _rounded(name, checkpoint.read(name), tensors[name][0])
             layout.write(folder, name, 0, copied)
             seen[name].update(0, copied)
     wait_for_all()
     layout.sync(folder)
-    known = _of_all_ranks({name: digests.finished() for name, digests in seen.items()})
+    known, rows = _of_all_ranks({name: digests.finished() for name, digests in seen.items()}, rows)
     if not first_rank():
         return None
     # Blocks that no single rank wrote as a whole are read again.
     written = Checkpoint(folder, checkpoint.config, layout.stored(folder))
-    return model_digest(written, known)
+    found = rounding_record(rows, [each for each, _ in tensors.values()], str(source))
+    return Exported(model_digest(written, known), found)
 
 
-def _of_all_ranks(own: dict[str, Digests]) -> dict[str, Digests]:
-    """The digests of all ranks; waits for all of them."""
+def written_dtype(own: torch.dtype, wanted: SavedDtype) -> torch.dtype:
+    """The dtype of a tensor in the output; integers keep theirs."""
+    return own if wanted == "source" or not own.is_floating_point else SAVED_DTYPES[wanted]
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json of weights in a dtype; its parts that name one have it too."""
+    parts = {k: with_dtype(v, dtype) for k, v in config.items() if _names_dtype(v)}
+    result = dict(config) | parts
+    return result | {"torch_dtype" if "torch_dtype" in result else "dtype": dtype}
+
+
+def _names_dtype(part: Any) -> bool:
+    return isinstance(part, Mapping) and ("dtype" in part or "torch_dtype" in part)
+
+
+def _of_all_ranks(own: dict[str, Digests], rows: list[Row]) -> tuple[dict[str, Digests], list[Row]]:
+    """The digests and the sums of all ranks; waits for all of them."""
     if not dist.is_initialized():
-        return own
+        return own, rows
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    return {name: {k: v for part in parts for k, v in part[name].items()} for name in own}
+    dist.all_gather_object(parts, (own, rows))
+    digests = {name: {k: v for part, _ in parts for k, v in part[name].items()} for name in own}
+    return digests, [row for _, part in parts for row in part]
 
 
 def provenance(
@@ -104,12 +150,14 @@ def provenance(
     num_steps: int,
     details: Mapping[str, Any],
 ) -> Provenance:
-    """A trained model's provenance.
+    """A trained model's provenance; the card tells `details["rounding"]`.
 
     Args:
         key: the fingerprint of the work.
         inputs: the fingerprints of the inputs, by the config's fields.
     """
+    rounding = details.get("rounding")
+    told = "" if rounding is None else f"\n\n{rounding_text(rounding)}"
     return Provenance(
         kind=kind,
         digest=digest,
@@ -126,7 +174,7 @@ def provenance(
             f"- objective: {config.objective.name}\n"
             f"- optimizer: {config.optimizer.name}\n"
             f"- data: `{config.data}`\n"
-            f"- steps: {num_steps:,} of {config.global_batch_size} rows"
+            f"- steps: {num_steps:,} of {config.global_batch_size} rows{told}"
         ),
     )
 

@@ -10,7 +10,7 @@ from pipelines.commit import partial_path, refuse_existing, staged_directory
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
 from pipelines.train.checkpoints import saved_steps, step_folder
-from pipelines.train.config import AlignConfig
+from pipelines.train.config import AlignConfig, SavedDtype, SaveSettings
 from pipelines.train.export import Owner, export_model, provenance
 from pipelines.train.strategies import build_strategy
 from pipelines.train.strategies.zero_layout import Layouts
@@ -20,7 +20,12 @@ RUN_FILE = "run.json"
 
 
 def export_checkpoint(
-    run: str | Path, out: str | Path, *, step: int | None = None, force: bool = False
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    dtype: SavedDtype | None = None,
+    force: bool = False,
 ) -> Path:
     """Write the model of a training checkpoint as an ordinary Hugging Face checkpoint.
 
@@ -28,6 +33,7 @@ def export_checkpoint(
         run: the future output of the run, or the hidden folder beside it.
         out: the model's folder.
         step: which of the kept checkpoints; the newest unless given.
+        dtype: of the weights; `save.dtype` of the run unless given.
         force: replace an existing `out`.
 
     Raises:
@@ -39,6 +45,8 @@ def export_checkpoint(
         raise InputError(f"{run}: holds no unfinished run; a finished one is a checkpoint already")
     record = json.loads((folder / RUN_FILE).read_text())
     config = AlignConfig.model_validate(record["config"])
+    if dtype is not None:
+        config = config.model_copy(update={"save": SaveSettings(dtype=dtype)})
     steps = saved_steps(folder)
     if not steps:
         raise InputError(f"{folder}: has no checkpoint yet")
@@ -47,16 +55,20 @@ def export_checkpoint(
         raise InputError(f"step: found {step}; allowed: {', '.join(map(str, steps))}")
     owner = _owner(config, step_folder(folder, step))
     with staged_directory(out, force=force) as partial:
-        digest = export_model(owner, config.model, partial)
-        assert digest is not None  # this process is alone
+        saved = export_model(owner, config.model, partial, config.save.dtype)
+        assert saved is not None  # this process is alone
         provenance(
             config,
             "exported",
-            digest,
-            key=fingerprint([record["fingerprint"], step]),
+            saved.digest,
+            key=fingerprint([record["fingerprint"], step] + ([dtype] if dtype else [])),
             inputs=record.get("inputs", {}),
             num_steps=step,
-            details={"step": step, "fingerprint_of_run": record["fingerprint"]},
+            details={
+                "step": step,
+                "fingerprint_of_run": record["fingerprint"],
+                "rounding": saved.rounding,
+            },
         ).write(partial)
     return Path(out)
 

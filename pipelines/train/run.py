@@ -34,7 +34,7 @@ from pipelines.fingerprint import (
     fingerprint_work,
 )
 from pipelines.provenance import read_record
-from pipelines.train.config import AlignConfig, OptimizerConfig
+from pipelines.train.config import AlignConfig, OptimizerConfig, SaveSettings
 from pipelines.train.data import (
     TokenSettings,
     TokenTable,
@@ -101,9 +101,17 @@ class Plan:
     def fingerprint(self) -> str:
         """The fingerprint of everything that determines the run's result."""
         config = self.config
-        same = config.model_dump(mode="json", exclude=IMMATERIAL)
-        same["strategy"] = config.traits.family
+        same = material(config)
         return fingerprint_work([same, self.inputs], "align")
+
+
+def material(config: AlignConfig) -> dict[str, Any]:
+    """The settings that determine a result; without those of newer versions at their defaults."""
+    same = config.model_dump(mode="json", exclude=IMMATERIAL)
+    same["strategy"] = config.traits.family
+    if config.save == SaveSettings():
+        del same["save"]
+    return same
 
 
 def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
@@ -180,7 +188,7 @@ def _commit(config: AlignConfig, plan: Plan, out: Path, *, force: bool) -> None:
         key=plan.fingerprint,
         inputs=plan.inputs,
         num_steps=plan.num_steps,
-        details={"optimizer_path": path},
+        details={"optimizer_path": path, "rounding": exported.get("rounding")},
     ).write(model)
     # Copied, not moved: the originals are needed if this process is killed here.
     shutil.copyfile(folder / METRICS_FILE, model / METRICS_FILE)
@@ -365,8 +373,7 @@ def _is_of(record: dict[str, Any], plan: Plan) -> bool:
 def fingerprint_by_old_names(plan: Plan) -> str:
     """The plan's fingerprint in the version where `tau` and `eager` were called `reference`."""
     config, inputs = plan.config, {"data": plan.data_key}
-    same = config.model_dump(mode="json", exclude=IMMATERIAL)
-    same["strategy"] = config.traits.family
+    same = material(config)
     optimizer = same["optimizer"]
     for field in ("sparsifier", "consensus", "sparsifier_parameters"):
         del optimizer[field]  # that version did not have this field
