@@ -1,7 +1,8 @@
 """Hugging Face checkpoints on disk: lazy reading by range, and writing in place."""
 
 from pipelines.checkpoints.lora import open_model, unadapted
-from pipelines.checkpoints.reader import Checkpoint, CheckpointDelta
+from pipelines.checkpoints.module_view import CheckpointDelta, ModuleView
+from pipelines.checkpoints.reader import Checkpoint
 from pipelines.checkpoints.safetensors_header import StoredTensor
 from pipelines.checkpoints.source import Source, TensorSpec
 from pipelines.checkpoints.writer import OutputLayout, plan_layout
@@ -9,6 +10,7 @@ from pipelines.checkpoints.writer import OutputLayout, plan_layout
 __all__ = [
     "Checkpoint",
     "CheckpointDelta",
+    "ModuleView",
     "OutputLayout",
     "Source",
     "StoredTensor",

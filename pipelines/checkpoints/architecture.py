@@ -1,58 +1,265 @@
-"""What a model's class says of its tensors: which of them are one, and which are stored turned.
+"""What a model's class says of its tensors: names, shapes, which of them are one, which are stored
+turned, and which have a row for each token.
 
-Both are read from the model that a config.json builds on the meta device, without memory. A class
+All is read from the model that a config.json builds on the meta device, without memory. A class
 that transformers does not know says nothing.
 """
 
 import json
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from pipelines.checkpoints.source import TensorSpec
+from pipelines.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_VOCABULARY_SIZE = re.compile(r"(^|_)vocab_size$")
+_TEXT_PARTS = ("text_config", "llm_config", "decoder")
+NUM_ADDED = 8  # rows by which a vocabulary grows to see which tensors grow with it
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading a set of tensors into a model finds, as `from_pretrained` reports it.
+
+    Attributes:
+        missing: tensors of the model that the set does not give.
+        unexpected: tensors of the set that the model does not have.
+        ignored: the same, but the model's class says that it does not need them, such as masks that
+            are not stored any more.
+        mismatched: name, found shape and the model's shape.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    ignored: list[str]
+    mismatched: list[tuple[str, list[int], list[int]]]
+
+
+class Architecture:
+    """The model of a config.json, without memory."""
+
+    def __init__(self, config: Mapping[str, Any], model: "PreTrainedModel") -> None:
+        self.config, self.model = config, model
+
+    @property
+    def name(self) -> str:
+        """The class, such as LlamaForCausalLM."""
+        return type(self.model).__name__
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors that a checkpoint has, by their names in the model."""
+        return {name: tuple(each.shape) for name, each in self.model.state_dict().items()}
+
+    @cached_property
+    def tied_groups(self) -> list[list[str]]:
+        """The names of each parameter that has several."""
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        return [group for group in names.values() if len(group) > 1]
+
+    @cached_property
+    def conv1d_weights(self) -> frozenset[str]:
+        """The weights that are stored as (in, out), as transformers' Conv1D has them."""
+        from transformers.pytorch_utils import Conv1D
+
+        modules = self.model.named_modules()
+        return frozenset(f"{name}.weight" for name, each in modules if isinstance(each, Conv1D))
+
+    @cached_property
+    def by_token(self) -> frozenset[str]:
+        """The tensors that have a row for each token, under any name: embeddings, heads, and the
+        biases of heads. They are those that grow with the vocabulary.
+        """
+        size = vocabulary_size(self.config)
+        if size is None:
+            size = getattr(self.model.config.get_text_config(), "vocab_size", None)
+        larger = size and architecture_of(
+            {"vocab_size": size, **with_vocabulary(self.config, size + NUM_ADDED)}
+        )
+        if not larger:
+            return frozenset()
+        own = self.shapes.items()
+        grown = {
+            n: (s, larger.shapes.get(n, ())) for n, s in own if s and s != larger.shapes.get(n)
+        }
+        return frozenset(
+            name for name, (one, two) in grown.items() if two and one[0] + NUM_ADDED == two[0]
+        )
+
+    def name_in_model(self, stored: str) -> str | None:
+        """The model's name of a stored tensor that is one of its tensors under another name; None
+        if it is no tensor of the model, or only a part of one.
+        """
+        name, converter = self._renamed(stored)
+        return name if converter is None and name in self.shapes else None
+
+    def _renamed(self, stored: str) -> tuple[str, str | None]:
+        """A stored tensor's place in the model, as loading finds it, and what converts it."""
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+
+        renamings = [each for each in self._conversions if not isinstance(each, WeightConverter)]
+        converters = [each for each in self._conversions if isinstance(each, WeightConverter)]
+        prefix = self.model.base_model_prefix
+        found: tuple[str, str | None] = rename_source_key(
+            stored, renamings, converters, prefix, self.shapes
+        )
+        if found[0] not in self.shapes and stored in self.shapes:
+            return stored, None
+        return found
+
+    @cached_property
+    def _conversions(self) -> list[Any]:
+        """How transformers renames and joins stored tensors for this model."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        found: list[Any] = get_model_conversion_mapping(self.model)
+        return found
+
+    def try_loading(self, tensors: Mapping[str, TensorSpec]) -> LoadReport:
+        """What transformers would find if it loaded these tensors, without their values."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        model = _build(self.config)
+        assert model is not None
+        settings = LoadStateDictConfig(
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            weight_mapping=list[Any](get_model_conversion_mapping(model)),
+        )
+        state = {name: _empty(each) for name, each in tensors.items()}
+        with _quiet():
+            report, _ = convert_and_load_state_dict_in_model(model, state, settings)
+        unexpected = set(report.unexpected_keys)
+        model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
+        model._adjust_missing_and_unexpected_keys(report)
+        unconverted = [name for name in report.conversion_errors if name not in report.missing_keys]
+        return LoadReport(
+            missing=sorted([*report.missing_keys, *unconverted]),
+            unexpected=sorted(report.unexpected_keys),
+            ignored=sorted(unexpected - report.unexpected_keys),
+            mismatched=sorted((n, list(one), list(two)) for n, one, two in report.mismatched_keys),
+        )
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
+    """The architecture of a config.json; None if transformers does not know its class, or cannot
+    build it.
+    """
+    try:
+        return built_architecture(config)
+    except InputError:
+        return None
+
+
+def built_architecture(config: Mapping[str, Any]) -> Architecture | None:
+    """The architecture of a config.json; None if transformers does not know its class.
+
+    Raises:
+        InputError: it cannot build a model from the config.
+    """
+    found = _architecture(json.dumps(config, sort_keys=True))
+    if isinstance(found, str):
+        raise InputError(found)
+    return found
+
+
+def model_of(config: Mapping[str, Any]) -> "PreTrainedModel | None":
+    """The model of a config.json on the meta device, as `architecture_of`; it is shared, and not to
+    be changed.
+    """
+    found = architecture_of(config)
+    return None if found is None else found.model
 
 
 def tied_names(config: Mapping[str, Any], name: str) -> list[str]:
     """The other names of a parameter, such as those of T5's one embedding."""
-    groups = _tied_groups(json.dumps(config, sort_keys=True))
+    found = architecture_of(config)
+    groups = [] if found is None else found.tied_groups
     return next(([n for n in group if n != name] for group in groups if name in group), [])
 
 
-def conv1d_weights(config: Mapping[str, Any]) -> frozenset[str]:
-    """The weights that are stored as (in, out), as transformers' Conv1D has them, by their names in
-    the model.
-    """
-    from transformers.pytorch_utils import Conv1D
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Tokens of a config.json: the `vocab_size` of the part that describes text, or its own."""
+    parts = [*(config.get(key) or {} for key in _TEXT_PARTS), config]
+    sizes = [part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)]
+    return sizes[0] if sizes else None
 
-    modules = dict(model.named_modules()) if (model := _model(config)) is not None else {}
-    return frozenset(f"{name}.weight" for name, each in modules.items() if isinstance(each, Conv1D))
+
+def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """A config.json with another number of tokens, in all places that give it."""
+    own = vocabulary_size(config)
+
+    def changed(part: Mapping[str, Any]) -> dict[str, Any]:
+        result = dict(part)
+        for key, value in part.items():
+            if isinstance(value, dict):
+                result[key] = changed(value)
+            elif _VOCABULARY_SIZE.search(key) and value == own:
+                result[key] = size
+        return result
+
+    return changed(config) | ({"vocab_size": size} if "vocab_size" in config else {})
 
 
 @lru_cache(maxsize=64)
-def _tied_groups(config: str) -> list[list[str]]:
-    """The names of each parameter that has several."""
-    model = _model(json.loads(config))
-    names: dict[nn.Parameter, list[str]] = {}
-    if model is not None:
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(parameter, []).append(name)
-    return [group for group in names.values() if len(group) > 1]
+def _architecture(text: str) -> Architecture | str | None:
+    """The architecture of a config.json's text, or why it cannot be built."""
+    config = json.loads(text)
+    try:
+        model = _build(config)
+    except (ImportError, OSError):  # a library that is not installed: nothing is known
+        return None
+    except Exception as error:  # the classes' own errors have no common base class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"config.json: cannot build a {config['architectures'][0]}: {reason}"
+    return None if model is None else Architecture(config, model)
 
 
-def _model(config: Mapping[str, Any]) -> nn.Module | None:
-    """The model of a config.json on the meta device; None if transformers does not know its class
-    or cannot build it.
-    """
+def _build(config: Mapping[str, Any]) -> "PreTrainedModel | None":
+    """A new model of a config.json on the meta device; None if its class is not known."""
     import transformers
+    from transformers import initialization
 
     [name, *_] = config.get("architectures") or [""]
-    architecture = getattr(transformers, name, None)
-    if architecture is None:
+    architecture: Any = getattr(transformers, name, None)
+    kind = getattr(architecture, "config_class", None)
+    if kind is None or not issubclass(architecture, transformers.PreTrainedModel):
         return None
-    try:
-        with torch.device("meta"):
-            model: nn.Module = architecture(architecture.config_class.from_dict(dict(config)))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None
+    safe = initialization.meta_device_safe_creation_ops()
+    with _quiet(), torch.device("meta"), safe:
+        model: transformers.PreTrainedModel = architecture(kind.from_dict(dict(config)))
     return model
+
+
+def _empty(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and the warnings of transformers, which speak of a model that is used."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

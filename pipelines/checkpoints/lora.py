@@ -21,7 +21,7 @@ from pipelines.checkpoints.adapter import (
     is_adapter,
     parts_of,
 )
-from pipelines.checkpoints.architecture import conv1d_weights
+from pipelines.checkpoints.architecture import architecture_of
 from pipelines.checkpoints.reader import HEAD, Checkpoint, read_json, untied
 from pipelines.checkpoints.safetensors_header import StoredTensor
 from pipelines.checkpoints.source import Source, TensorSpec
@@ -366,5 +366,6 @@ def _transposed_squares(parts: AdapterParts, store: Checkpoint, base: Source) ->
     ]
     if not squares:
         return frozenset()
-    transposed = conv1d_weights(base.config)
+    known = architecture_of(base.config)
+    transposed = frozenset[str]() if known is None else known.conv1d_weights
     return frozenset(AdapterParts(replaced=dict.fromkeys(transposed, "")).as_in(squares).replaced)

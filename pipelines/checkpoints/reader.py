@@ -1,6 +1,4 @@
-"""Lazy reading of Hugging Face checkpoints: any flat range of a tensor, or of the difference of two
-checkpoints.
-"""
+"""Lazy reading of Hugging Face checkpoints: any flat range of a tensor."""
 
 import json
 import os
@@ -120,27 +118,6 @@ class Checkpoint:
         tensor = self.find(name)
         assert tensor is not None, name
         return read_range(tensor, start, tensor.num_elements if stop is None else stop)
-
-
-class CheckpointDelta:
-    """Online merging's tau as a `DeltaSource`: `tuned - base` in float32, for any flat range."""
-
-    def __init__(self, base: str | Path, tuned: str | Path) -> None:
-        self._base, self._tuned = Checkpoint.open(base), Checkpoint.open(tuned)
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of a tensor that both checkpoints have. If only the numbers of rows differ (tokens
-        added), it counts the first rows, which both have. None in all other cases.
-        """
-        base, tuned = self._base.find(name), self._tuned.find(name)
-        if base is None or tuned is None or base.shape[1:] != tuned.shape[1:]:
-            return None
-        return (min(base.shape[0], tuned.shape[0]), *tuned.shape[1:]) if tuned.shape else ()
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the delta: (stop - start,) float32."""
-        tuned = self._tuned.read(name, start, stop).to(torch.float32)
-        return tuned.sub_(self._base.read(name, start, stop).to(torch.float32))
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def architecture_of(path: Path) -> Architecture:
     """
     from transformers.pytorch_utils import Conv1D
 
-    from pipelines.train.strategies.loading import meta_model, tied_names
+    from pipelines.train.architecture import meta_model, tied_names
 
     model = meta_model(path)
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -71,7 +71,7 @@ def _seconds(tensor: TensorMerge) -> float:
             begin = time.perf_counter()
             context = tensor.context()
             for start, stop in tensor.steps(0, tensor.num_elements):
-                tensor.rounded(tensor.merged(start, stop, context))
+                tensor.rounded(tensor.merged(start, stop, context), start)
             seconds = time.perf_counter() - begin
     finally:
         torch.set_num_threads(num_threads)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.checkpoints import Source
-from pipelines.checkpoints.reader import HEAD, untied
+from pipelines.checkpoints.architecture import with_vocabulary
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.layers import Stacks
 from pipelines.merge.tensor import TensorMerge
@@ -16,25 +16,18 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 def model_config(
     config: MergeConfig, tensors: Mapping[str, TensorMerge], reference: Source
 ) -> dict[str, Any]:
-    """The reference's config.json with the output's dtype, layers, rows and tying."""
+    """The reference's config.json with the output's dtype, layers and rows."""
     result = dict(reference.config)
     dtypes = [tensor.dtype for tensor in tensors.values()]
     floating = sorted(str(d).removeprefix("torch.") for d in dtypes if d.is_floating_point)
     result["torch_dtype" if "torch_dtype" in result else "dtype"] = floating[0]
-    if HEAD in tensors and HEAD not in reference.names():
-        result = untied(result)
-    rows = {tensor.shape[0] for name, tensor in tensors.items() if is_by_token(name)}
-    text = result.get("text_config")
-    parts = [(result, reference.config)]
-    if isinstance(text, dict):  # sizes are where the language model is described, or in both places
-        result["text_config"] = dict(text)
-        parts.append((result["text_config"], text))
-    for part, before in parts:
-        if len(rows) == 1 and "vocab_size" in part:
-            part["vocab_size"] = next(iter(rows))
-        if config.slices:
-            part |= _stacked(config, reference, before)
-    return result
+    if config.slices:  # layers are counted where the language model is described
+        result |= _stacked(config, reference, result)
+        if isinstance(text := result.get("text_config"), dict):
+            result["text_config"] = text | _stacked(config, reference, text)
+    by_token = [n for n in tensors if is_by_token(reference.config, n)]
+    rows = {tensors[name].shape[0] for name in by_token}
+    return with_vocabulary(result, rows.pop()) if len(rows) == 1 else result
 
 
 def _stacked(config: MergeConfig, reference: Source, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint_work
 from pipelines.merge.chain import MergedSource
 from pipelines.merge.config import OF_THE_FILE, MergeConfig
+from pipelines.merge.fitting import check_fitting, integer_lines
 from pipelines.merge.graph import kind_of, output_tensors
 from pipelines.merge.layers import Stacks
 from pipelines.merge.model_config import model_config
@@ -25,6 +26,7 @@ from pipelines.merge.output_files import OutputFiles, output_files
 from pipelines.merge.single_tokens import OutputTokenizer
 from pipelines.merge.templates import is_file, wanted_templates
 from pipelines.merge.tensor import TensorMerge
+from pipelines.merge.ties import settle_ties
 from pipelines.merge.tokenizer import align_vocabularies
 
 # Elements of one piece: whole blocks of the digests, large enough for efficient reads.
@@ -124,7 +126,13 @@ class MergePlan:
         adapters = any("peft_type" in found.config for found in self.checkpoints.values())
         sources = [*self.models.values(), self.reference]
         stacks = any(len(Stacks.of(source.names()).counts) > 1 for source in sources)
-        parts = {"missing": bool(self.config.allow_missing), "adapters": adapters, "stacks": stacks}
+        copies = any(tensor.values_of for tensor in self.tensors.values())
+        parts = {
+            "missing": bool(self.config.allow_missing),
+            "adapters": adapters,
+            "stacks": stacks,
+            "copies": copies,
+        }
         changed = [self.files.meaning, *(part for part, is_there in parts.items() if is_there)]
         return value if changed == [None] else [changed, value]
 
@@ -195,8 +203,10 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
     kind = own if config.slices else kind_of(tensors, own, models.values())
     tensors, lines = _of_kind(tensors, own, kind)
     templates = wanted_templates(config.chat_template, models, own)
-    settings = model_config(config, tensors, kind)
+    tensors, settings = settle_ties(tensors, model_config(config, tensors, kind), kind)
     files = output_files(settings, kind, tokenizer, templates, is_file(config.chat_template))
+    lines += check_fitting(tensors, files.config, kind.home)
+    lines += integer_lines(tensors)
     files = replace(files, notices=[*lines, *files.notices])
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     layout = plan_layout(described, config.max_shard_bytes)

@@ -52,7 +52,8 @@ class TensorMerge:
     """One tensor of the output; `parameters` are complete, with lists for per-model ones.
 
     Methods that need the whole tensor run on `device`. `num_merged` is the number of elements of
-    all tensors of the merge, which decides about compiled passes.
+    all tensors of the merge, which decides about compiled passes. `values_of` is the name of the
+    tensor that this one is a copy of, if it is one: random choices are those of that tensor.
     """
 
     name: str
@@ -66,6 +67,7 @@ class TensorMerge:
     allow_nonfinite: bool
     device: str = "cpu"
     num_merged: int = 0
+    values_of: str | None = None
 
     @property
     def kernels(self) -> MergingKernels | None:
@@ -130,7 +132,9 @@ class TensorMerge:
         Raises:
             InputError: NaN or Inf in an input.
         """
-        models, base = self.ranges(0, self.num_elements)
+        models, base, infinities = self.ranges(0, self.num_elements)
+        if infinities is not None:  # held values count as checked
+            return self
         return replace(
             self,
             models=tuple(
@@ -163,23 +167,31 @@ class TensorMerge:
 
     def ranges(
         self, start: int, stop: int, observe: Observer | None = None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Elements [start, stop) of the models and of the base."""
+    ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        """Elements [start, stop) of the models and of the base. Infinities that all of them share,
+        as those of masks, are zeros there, and come as the third result: infinities among zeros.
+
+        Raises:
+            InputError: NaN, or an infinity that not all of them have.
+        """
         read = [self._read(operand, start, stop, observe) for operand in self.operands]
-        return read[: len(self.models)], None if self.base is None else read[-1]
+        infinities = self._shared_infinities(read)
+        if infinities is not None:
+            read = [torch.where(infinities == 0, values, 0) for values in read]
+        return read[: len(self.models)], None if self.base is None else read[-1], infinities
 
     def merged(
         self, start: int, stop: int, context: MergeContext, observe: Observer | None = None
     ) -> Tensor:
-        """Elements [start, stop): float32 and unrounded, or the integers that all inputs share.
+        """Elements [start, stop): float32 and unrounded, or the base's integers.
 
         Args:
             observe: called with every range that is read, in the stored dtype.
 
         Raises:
-            InputError: NaN or Inf in an input, or integers that differ.
+            InputError: NaN or Inf in an input, or packed weights that differ.
         """
-        return self._of_ranges(*self.ranges(start, stop, observe), start, context)
+        return self._of_ranges(*self.ranges(start, stop, observe), start=start, context=context)
 
     def written(
         self, start: int, stop: int, context: MergeContext, observe: Observer | None = None
@@ -191,9 +203,9 @@ class TensorMerge:
         Raises:
             InputError: as `merged` and `rounded`.
         """
-        models, base = self.ranges(start, stop, observe)
-        exact = self._of_ranges(models, base, start, context)
-        values = self.rounded(exact)
+        models, base, infinities = self.ranges(start, stop, observe)
+        exact = self._of_ranges(models, base, infinities, start=start, context=context)
+        values = self.rounded(exact, start)
         if not self.loses:
             return values, None
         origin = models[0] if base is None else base
@@ -215,11 +227,17 @@ class TensorMerge:
         return None if base is None else Operand(base, first.name)
 
     def _of_ranges(
-        self, models: list[Tensor], base: Tensor | None, start: int, context: MergeContext
+        self,
+        models: list[Tensor],
+        base: Tensor | None,
+        infinities: Tensor | None,
+        *,
+        start: int,
+        context: MergeContext,
     ) -> Tensor:
         """The merge of the ranges that begin at element `start`, as `merged`."""
         if not self.dtype.is_floating_point:
-            return self._identical(models if base is None else [*models, base])
+            return self._of_base(models if base is None else [*models, base])
         if self.works_on_gpu:
             models = [model.to(self.device) for model in models]
             base = None if base is None else base.to(self.device)
@@ -228,7 +246,7 @@ class TensorMerge:
                 self.method,
                 models,
                 base,
-                name=self.name,
+                name=self.values_of or self.name,
                 seed=self.seed,
                 start=start,
                 shape=self.shape,
@@ -238,10 +256,11 @@ class TensorMerge:
             )
         except ValueError as error:
             raise InputError(f"{self.name}: {error}") from None
-        return merged.cpu()
+        values = merged.cpu()
+        return values if infinities is None else torch.where(infinities == 0, values, infinities)
 
-    def rounded(self, values: Tensor) -> Tensor:
-        """Merged values in the output's dtype.
+    def rounded(self, values: Tensor, start: int = 0) -> Tensor:
+        """Merged values of the elements from `start` on in the output's dtype.
 
         Raises:
             InputError: a value that the dtype cannot hold.
@@ -249,7 +268,7 @@ class TensorMerge:
         if not self.dtype.is_floating_point:
             return values
         rounded = values.to(self.dtype)
-        if not (self.allow_nonfinite or is_finite(rounded, self.kernels)):
+        if not (self.allow_nonfinite or self._fits(rounded, start)):
             raise InputError(
                 f"{self.name}: the merged values do not fit into {self.dtype}; "
                 "choose float32 or bfloat16 as out_dtype, or smaller weights"
@@ -260,25 +279,54 @@ class TensorMerge:
         values = operand.read(start, stop)
         if observe is not None:
             observe(operand, start, values)
-        unseen = operand.held is None and values.dtype.is_floating_point
-        if unseen and not (self.allow_nonfinite or is_finite(values, self.kernels)):
-            spec = operand.spec
-            raise InputError(
-                f"{spec.file}: {operand.name}: holds NaN or Inf; allowed: finite numbers "
-                "(or allow_nonfinite: true)"
-            )
         return values
 
-    def _identical(self, ranges: list[Tensor]) -> Tensor:
-        """The integers, which must be the same in all inputs."""
-        first = self.operands[0]
-        for values, operand in zip(ranges[1:], self.operands[1:], strict=True):
-            if not torch.equal(values, ranges[0]):
+    def _shared_infinities(self, ranges: list[Tensor]) -> Tensor | None:
+        """The infinities of the inputs among zeros: (n,) float32; None if all numbers are finite.
+
+        Raises:
+            InputError: NaN, or an infinity that not all inputs have.
+        """
+        marked = [
+            (operand, values)
+            for operand, values in zip(self.operands, ranges, strict=True)
+            if operand.held is None and values.dtype.is_floating_point and not self.allow_nonfinite
+            if not is_finite(values, self.kernels)
+        ]
+        if not marked:
+            return None
+        found = [_infinities(values) for values in ranges]
+        for operand, values in marked:
+            if values.isnan().any() or any(not torch.equal(found[0], each) for each in found):
                 raise InputError(
-                    f"{operand.spec.file}: {operand.name}: integers that differ from "
-                    f"{first.spec.file}; allowed: the same in all models"
+                    f"{operand.spec.file}: {operand.name}: holds NaN or Inf; allowed: finite "
+                    "numbers, or the same infinities in all models (or allow_nonfinite: true)"
                 )
-        return ranges[0]
+        return found[0]
+
+    def _fits(self, rounded: Tensor, start: int) -> bool:
+        """Whether all values are finite but for infinities that all inputs share."""
+        if is_finite(rounded, self.kernels):
+            return True
+        infinities = self.ranges(start, start + rounded.numel())[2]
+        return infinities is not None and torch.equal(_infinities(rounded), infinities)
+
+    def _of_base(self, ranges: list[Tensor]) -> Tensor:
+        """The integers of the base, or else of the first model. Bytes, which may be packed weights,
+        must be the same in all inputs.
+        """
+        place = 0 if self.base is None else -1
+        first, own = self.operands[place], ranges[place]
+        if self.dtype not in (torch.uint8, torch.int8):
+            return own
+        for values, operand in zip(ranges, self.operands, strict=True):
+            if not torch.equal(values, own):
+                raise InputError(
+                    f"{operand.spec.file}: {operand.name}: bytes that differ from "
+                    f"{first.spec.file}; allowed: the same in all models, as they may be packed "
+                    "weights"
+                )
+        return own
 
 
 def gather_contexts(
@@ -294,20 +342,21 @@ def gather_contexts(
     Raises:
         InputError: NaN or Inf in an input.
     """
-    first = next(iter(tensors.values()))
+    once = {each.values_of or name: each for name, each in tensors.items()}
+    first = next(iter(once.values()))
     gathering = begin_gathering(
         first.method,
-        {name: tensor.shape for name, tensor in tensors.items()},
+        {name: tensor.shape for name, tensor in once.items()},
         num_models=len(first.models),
         seed=first.seed,
         parameters=first.parameters,
     )
     while not gathering.done:
         total = None
-        for seen in map_ranges(partial(_observed, gathering), _wanted(tensors, gathering)):
+        for seen in map_ranges(partial(_observed, gathering), _wanted(once, gathering)):
             total = seen if total is None else gathering.add(total, seen)
         gathering = gathering.advance(total)
-    return {name: gathering.context(name) for name in tensors}
+    return {name: gathering.context(each.values_of or name) for name, each in tensors.items()}
 
 
 def _wanted(tensors: Mapping[str, TensorMerge], gathering: Gathering) -> Iterator[Range]:
@@ -321,8 +370,14 @@ def _wanted(tensors: Mapping[str, TensorMerge], gathering: Gathering) -> Iterato
 def _observed(gathering: Gathering, one: Range) -> Any:
     """The observation of a range in this pass."""
     tensor, start, stop = one
-    models, base = tensor.ranges(start, stop)
-    return gathering.observe(tensor.name, models, base, start, tensor.kernels)
+    models, base, _ = tensor.ranges(start, stop)
+    return gathering.observe(tensor.values_of or tensor.name, models, base, start, tensor.kernels)
+
+
+def _infinities(values: Tensor) -> Tensor:
+    """The infinities of a range among zeros: (n,) float32."""
+    values = values.to(torch.float32)
+    return torch.where(values.isinf(), values, 0.0)
 
 
 def is_finite(values: Tensor, kernels: MergingKernels | None = None) -> bool:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipelines.checkpoints import Checkpoint, Source, StoredTensor, TensorSpec, unadapted
+from pipelines.checkpoints.architecture import architecture_of, with_vocabulary
 from pipelines.errors import InputError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -58,7 +60,7 @@ class VocabularySource:
     @property
     def config(self) -> dict[str, Any]:
         """The model's config.json with the output's number of rows."""
-        return self.rows.source.config | {"vocab_size": len(self.rows.own)}
+        return with_vocabulary(self.rows.source.config, len(self.rows.own))
 
     def checkpoints(self) -> Iterable[Checkpoint]:
         """The model's checkpoints; the donors are inputs of the merge anyway."""
@@ -71,27 +73,30 @@ class VocabularySource:
     def find(self, name: str) -> TensorSpec | None:
         """The tensor with this name; embeddings have the output's rows."""
         found = self.rows.source.find(name)
-        if found is None or not is_by_token(name):
+        if found is None or not self._is_by_token(name):
             return found
         return replace(found, shape=(len(self.rows.own), *found.shape[1:]))
 
     def stored(self, name: str) -> tuple[Checkpoint, StoredTensor] | None:
         """The checkpoint and the stored tensor; None for embeddings."""
-        return None if is_by_token(name) else self.rows.source.stored(name)
+        return None if self._is_by_token(name) else self.rows.source.stored(name)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop); embeddings are float32, with missing rows filled."""
-        if not is_by_token(name):
+        if not self._is_by_token(name):
             return self.rows.source.read(name, start, stop)
         spec = self.rows.source.find(name)
         assert spec is not None
-        width = spec.shape[1]
+        width = prod(spec.shape[1:])  # 1 for the bias of a head
         first, last = start // width, -(-stop // width)
         values = torch.zeros(last - first, width)
         _fill(values, name, self.rows, first)
         for row in (self.rows.own[first:last] < 0).nonzero().flatten().tolist():
             values[row] = self._missing(name, first + row, width)
         return values.reshape(-1)[start - first * width : stop - first * width]
+
+    def _is_by_token(self, name: str) -> bool:
+        return is_by_token(self.rows.source.config, name)
 
     def _missing(self, name: str, row: int, width: int) -> Tensor:
         """The row of a token that the model lacks: (width,) float32."""
@@ -124,9 +129,12 @@ def _fill(values: Tensor, name: str, rows: Rows, first: int) -> None:
             values[begin:end] = read.view(-1, width)
 
 
-def is_by_token(name: str) -> bool:
-    """Whether a tensor has a row for each token."""
-    return _BY_TOKEN.search(name) is not None
+def is_by_token(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor of a model with this config.json has a row for each token."""
+    known = architecture_of(config)
+    if known is None:  # only its name can tell
+        return _BY_TOKEN.search(name) is not None
+    return known.name_in_model(name) in known.by_token
 
 
 def beneath(source: Source, name: str) -> Source | None:
@@ -155,7 +163,7 @@ def tokens_in(folder: Path) -> Tokens | None:
 
 def num_rows(source: Source) -> int:
     """Rows of a model's embedding."""
-    names = [name for name in source.names() if is_by_token(name)]
+    names = [name for name in source.names() if is_by_token(source.config, name)]
     specs = [spec for name in names if (spec := source.find(name)) is not None]
     return specs[0].shape[0] if specs else 0
 

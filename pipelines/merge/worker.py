@@ -49,7 +49,7 @@ class MergeWorker:
             rounding: what it keeps of each piece that is rounded (pipelines/rounding.py).
 
         Raises:
-            InputError: NaN or Inf in an input, integer tensors that differ, or a result that the
+            InputError: NaN or Inf in an input, packed weights that differ, or a result that the
                 output's dtype cannot hold.
         """
         seen: Seen = {}

@@ -24,12 +24,14 @@ from pipelines.checkpoints.companions import (
     copy_files,
 )
 from pipelines.checkpoints.digests import BlockDigests, Digests, ModelDigest, model_digest
+from pipelines.checkpoints.module_view import copied_tensors
 from pipelines.commit import write_atomically
 from pipelines.errors import InputError
 from pipelines.provenance import Provenance
 from pipelines.rounding import Row, rounding_record, rounding_text, row_of
 from pipelines.train.config import SAVED_DTYPES, AlignConfig, SavedDtype
 from pipelines.train.strategies import first_rank, wait_for_all
+from pipelines.train.strategies.loading import empty_model
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -56,10 +58,10 @@ class Exported:
 def export_model(
     owner: Owner, source: Path, folder: Path, dtype: SavedDtype = "source"
 ) -> Exported | None:
-    """Write the policy with the names, dtypes and other files of `source`.
+    """Write the policy with the names, layout, dtypes and other files of `source`.
 
     Parameters are rounded once, from the master weights, and written under each of their names in
-    `source`; other tensors are copied. Every rank must call.
+    `source`, which need not be those of the model; other tensors are copied. Every rank must call.
 
     Args:
         dtype: of all floating tensors; `source`: each has its own.
@@ -70,6 +72,7 @@ def export_model(
     Raises:
         InputError: a value that the written dtype cannot hold.
     """
+    _, weights = empty_model(source)
     checkpoint = Checkpoint.open(source)
     tensors = {n: (written_dtype(t.dtype, dtype), t.shape) for n, t in checkpoint.tensors.items()}
     kernels = merging_kernels(checkpoint.num_elements)
@@ -89,18 +92,18 @@ def export_model(
     rows: list[Row] = []
     for part, values in owner.owned():
         for name in (part.name, *owner.tied_names.get(part.name, ())):
-            if name in checkpoint.tensors:
-                rounded = _rounded(name, values, tensors[name][0])
+            for place in weights.parts(name, part.start, values.detach()):
+                rounded = _rounded(name, place.values, tensors[place.name][0])
                 if loses(rounded.dtype):
-                    base = checkpoint.read(name, part.start, part.start + rounded.numel())
-                    flat = values.detach().float().reshape(-1), rounded.reshape(-1)
-                    rows.append(row_of(name, part.start, rounding_of(*flat, base, kernels)))
-                layout.write(folder, name, part.start, rounded)
-                seen[name].update(part.start, rounded.reshape(-1))
+                    base = checkpoint.read(place.name, place.start, place.start + rounded.numel())
+                    exact = place.values.float().reshape(-1)
+                    kept = rounding_of(exact, rounded.reshape(-1), base, kernels)
+                    rows.append(row_of(place.name, place.start, kept))
+                layout.write(folder, place.name, place.start, rounded)
+                seen[place.name].update(place.start, rounded)
     if first_rank():
-        tied = {other for others in owner.tied_names.values() for other in others}
-        for name in checkpoint.tensors.keys() - owner.parameter_names - tied:
-            copied = _rounded(name, checkpoint.read(name), tensors[name][0])
+        for name in copied_tensors(weights, owner.parameter_names):
+            copied = checkpoint.read(name).to(tensors[name][0])
             layout.write(folder, name, 0, copied)
             seen[name].update(0, copied)
     wait_for_all()
@@ -181,7 +184,7 @@ def provenance(
 
 def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values in the checkpoint's dtype, on the CPU."""
-    rounded = values.detach().to(dtype).cpu()
+    rounded = values.to(dtype).cpu()
     if not torch.isfinite(rounded).all():
         raise InputError(f"model: {name}: a trained value does not fit into {dtype}, or is NaN")
     return rounded

@@ -31,13 +31,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from pipelines.train.architecture import blocks_of, meta_model
 from pipelines.train.config import (
     ONLINE,
     AlignConfig,
     LoraSettings,
     OptimizerConfig,
 )
-from pipelines.train.strategies.loading import blocks_of, meta_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

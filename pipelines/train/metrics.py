@@ -14,10 +14,10 @@ from torch import Tensor
 
 from operators.metrics import delta_sums, norm_and_cosine
 from operators.optim import OnlineMergingAdamW, Tau
-from pipelines.checkpoints import Checkpoint, CheckpointDelta
 from pipelines.train.config import AlignConfig
 from pipelines.train.errors import DivergenceError
 from pipelines.train.files import METRICS_FILE, TENSORBOARD_FOLDER
+from pipelines.train.optimizer import delta_of
 from pipelines.train.strategies import Strategy, first_rank
 from pipelines.train.trackers import Tracker, open_trackers
 
@@ -179,12 +179,9 @@ def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
 
     The initial weights are read again from their files, range by range; every rank must call.
     """
-    start = Checkpoint.open(config.model)
-    tau_config = config.optimizer.tau
     source = None
-    if tau_config is not None:
-        delta = CheckpointDelta(tau_config.base, tau_config.tuned)
-        source = Tau(delta, config.optimizer.missing_delta)
+    if config.optimizer.tau is not None:
+        source = Tau(delta_of(config), config.optimizer.missing_delta)
     sums = torch.zeros(3, dtype=torch.float64)
     for part, values in strategy.owned():
         where = (part.name, part.start, part.start + part.count)
@@ -192,7 +189,7 @@ def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
         if source is not None:  # 0 where tau has nothing, as in the merge
             covered = source.covers(part)
             tau = source.read(part, part.start, part.count) if covered else torch.zeros(part.count)
-        sums += delta_sums(values.detach().cpu(), start.read(*where).float(), tau)
+        sums += delta_sums(values.detach().cpu(), strategy.weights.read(*where).float(), tau)
     norm, cosine = norm_and_cosine(add_up(sums))
     return {"delta_norm": norm} | ({} if source is None else {"tau_cosine": cosine})
 

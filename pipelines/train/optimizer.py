@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints import CheckpointDelta
+from pipelines.train.architecture import meta_model
 from pipelines.train.config import ONLINE, AlignConfig
 
 
@@ -24,12 +25,11 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
     if settings.name not in ONLINE:
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, foreach=True, **shared)
-    tau, density, alpha = settings.tau, settings.density, settings.alpha
-    assert tau is not None and density is not None and alpha is not None  # the config requires them
-    delta = CheckpointDelta(tau.base, tau.tuned)
+    density, alpha = settings.density, settings.alpha
+    assert density is not None and alpha is not None  # the config requires them
     return OnlineMergingAdamW(
         model.named_parameters(),
-        delta,
+        delta_of(config),
         **shared,
         consensus=settings.consensus or ONLINE[settings.name],
         sparsifier=settings.sparsifier,
@@ -43,6 +43,13 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
         implementation=settings.implementation,
         seed=config.seed,
     )
+
+
+def delta_of(config: AlignConfig) -> CheckpointDelta:
+    """tau by the names of the model's parameters, however its two checkpoints are stored."""
+    tau = config.optimizer.tau
+    assert tau is not None  # the config requires it
+    return CheckpointDelta(tau.base, tau.tuned, meta_model(config.model))
 
 
 def learning_rate(config: AlignConfig, step: int, num_steps: int) -> float:

@@ -14,8 +14,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from operators.optim import ShardLayout, Tau
-from pipelines.checkpoints import Checkpoint, CheckpointDelta
+from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.companions import check_links, companions_of
 from pipelines.checkpoints.digests import ModelDigest
 from pipelines.commit import (
@@ -49,6 +51,7 @@ from pipelines.train.files import (
     MODEL_FOLDER,
     TENSORBOARD_FOLDER,
 )
+from pipelines.train.optimizer import delta_of
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.strategies.lora import add_adapters
 from pipelines.train.trackers import check_trackers
@@ -260,14 +263,14 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     checkpoint = Checkpoint.open(config.model)
     check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
     source_files(config.data, config.split)
-    model = empty_model(config.model)
-    check_tied(model, checkpoint)
+    model, weights = empty_model(config.model)
+    check_tied(model, weights)
     if config.lora is not None:
         add_adapters(model, config.lora)
     if config.reference_model is not None:
         _check_reference(checkpoint, Checkpoint.open(config.reference_model))
     if config.optimizer.tau is not None:
-        _check_delta(checkpoint, config.optimizer)
+        _check_delta(model, config)
     return checkpoint
 
 
@@ -343,14 +346,12 @@ def _check_reference(model: Checkpoint, reference: Checkpoint) -> None:
         )
 
 
-def _check_delta(model: Checkpoint, optimizer: OptimizerConfig) -> None:
-    """Raise InputError unless the reference delta fits the model's tensors."""
-    assert optimizer.tau is not None
-    source = CheckpointDelta(optimizer.tau.base, optimizer.tau.tuned)
-    delta = Tau(source, optimizer.missing_delta)
-    for name, tensor in model.tensors.items():
+def _check_delta(model: nn.Module, config: AlignConfig) -> None:
+    """Raise InputError unless the reference delta fits the model's parameters."""
+    delta = Tau(delta_of(config), config.optimizer.missing_delta)
+    for name, parameter in model.named_parameters():
         try:
-            delta.covers(ShardLayout(name, tensor.shape, 0, 0))
+            delta.covers(ShardLayout(name, tuple(parameter.shape), 0, 0))
         except ValueError as error:
             found = str(error).removeprefix("reference_delta: ")
             raise InputError(f"optimizer.tau: {found}; or choose optimizer.missing_delta") from None

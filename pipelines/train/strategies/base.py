@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from operators.optim.layout import ShardLayout
+from pipelines.checkpoints import ModuleView
 from pipelines.train.config import AlignConfig
 
 
@@ -21,6 +22,7 @@ class Strategy(ABC):
     optimizer: Optimizer
     parameter_names: frozenset[str]
     tied_names: Mapping[str, list[str]]
+    weights: ModuleView  # the checkpoint that it began with
 
     @abstractmethod
     def __init__(

@@ -28,16 +28,14 @@ from torch.optim import Optimizer
 
 from operators.optim import OnlineMergingAdamW
 from operators.optim.layout import layout_of, local
-from pipelines.checkpoints import Checkpoint
+from pipelines.train.architecture import blocks_of, tied_names
 from pipelines.train.config import AlignConfig
 from pipelines.train.strategies.base import StagingStrategy, first_rank
 from pipelines.train.strategies.loading import (
     Owned,
-    blocks_of,
     empty_model,
     fill,
     materialize,
-    tied_names,
 )
 from pipelines.train.strategies.lora import (
     add_adapters,
@@ -60,19 +58,18 @@ class SingleStrategy(StagingStrategy):
         build_optimizer: Callable[[nn.Module], Optimizer],
     ) -> None:
         self.config, self.device = config, device
-        model = empty_model(config.model)
+        model, self.weights = empty_model(config.model)
         self.tied_names = tied_names(model)
         if config.lora is not None:
             add_adapters(model, config.lora)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._shard(model)
-        checkpoint = Checkpoint.open(config.model)
-        materialize(model, torch.device("cpu") if config.cpu_offload else device, checkpoint)
+        materialize(model, torch.device("cpu") if config.cpu_offload else device, self.weights)
         self.bare = model
         names = [name for name, _ in model.named_parameters() if not is_adapter(name)]
         self.parameter_names = frozenset(map(base_name, names))
-        fill(local_parameters(model), checkpoint)
+        fill(local_parameters(model), self.weights)
         begin_adapters(model, config.seed)
         self.model = self._wrap(model)
         # Build it before any forward pass: afterwards the root of fsdp2 holds whole parameters.

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from operators.optim import OnlineMergingAdamW
-from pipelines.checkpoints import Checkpoint
+from pipelines.train.architecture import tied_names
 from pipelines.train.config import AlignConfig
 from pipelines.train.strategies.base import Strategy
-from pipelines.train.strategies.loading import Owned, empty_model, fill, tied_names
+from pipelines.train.strategies.loading import Owned, empty_model, fill
 from pipelines.train.strategies.zero_layout import check_layouts, flat_layouts
 from pipelines.train.strategies.zero_loading import load_into_engine
 from pipelines.train.strategies.zero_resume import (
@@ -43,15 +43,14 @@ class ZeroStrategy(Strategy):
 
         self.config = config
         join_deepspeed(device)
-        model = empty_model(config.model)
+        model, self.weights = empty_model(config.model)
         self.tied_names = tied_names(model)
         settings = engine_settings(config, sum(p.numel() for p in model.parameters()))
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parameter_names = frozenset(name for name, _ in model.named_parameters())
         self.optimizer = build_optimizer(model)  # now, while parameters still have their shapes
-        checkpoint = Checkpoint.open(config.model)
-        load_into_engine(model, checkpoint, settings, device)
+        load_into_engine(model, self.weights, settings, device)
         (group,) = self.optimizer.param_groups
         group["params"] = list(model.parameters())
         self._engine, *_ = deepspeed.initialize(
@@ -59,10 +58,10 @@ class ZeroStrategy(Strategy):
         )
         self.model: nn.Module = self._engine
         self._layouts = flat_layouts(self._engine)
-        check_layouts(self._layouts, checkpoint, self._engine)
+        check_layouts(self._layouts, self.weights, self._engine)
         for flat in self._layouts:
             flat.data.zero_()  # otherwise padding is uninitialised
-        fill(self.owned(), checkpoint)  # master weights in full precision, not rounded to bf16
+        fill(self.owned(), self.weights)  # master weights in full precision, not rounded to bf16
         if isinstance(self.optimizer, OnlineMergingAdamW):
             self.optimizer.bind(self._layouts)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from operators.optim import ShardLayout
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints import ModuleView
 
 Layouts = dict[Tensor, list[ShardLayout]]
 
@@ -105,7 +105,7 @@ def _stage_3(engine: Any, inner: Any) -> Layouts:
 
 
 @torch.no_grad()
-def check_layouts(layouts: Layouts, checkpoint: Checkpoint, engine: Any) -> None:
+def check_layouts(layouts: Layouts, weights: ModuleView, engine: Any) -> None:
     """Compare the layouts with the weights, right after the engine has loaded them.
 
     Raises:
@@ -118,7 +118,7 @@ def check_layouts(layouts: Layouts, checkpoint: Checkpoint, engine: Any) -> None
     for flat, parts in layouts.items():
         for part in parts:
             values = flat.data[part.offset : part.offset + part.count].cpu()
-            expected = checkpoint.read(part.name, part.start, part.start + part.count)
+            expected = weights.read(part.name, part.start, part.start + part.count)
             if not torch.equal(values, expected.float().to(low_precision).float()):
                 wrong = part.name
             counts[part.name] = counts.get(part.name, 0) + part.count
@@ -128,7 +128,7 @@ def check_layouts(layouts: Layouts, checkpoint: Checkpoint, engine: Any) -> None
     total = total.to(device)
     dist.all_reduce(total)
     found = dict(zip(names, total.tolist(), strict=False))
-    stored = ((name, checkpoint.find(name)) for name in names)
+    stored = ((name, weights.find(name)) for name in names)
     missing = [name for name, spec in stored if spec is None or found[name] != spec.num_elements]
     if total[-1] or missing:
         raise RuntimeError(

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints import ModuleView
 from pipelines.train.strategies.loading import (
     fill,
     materialize,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def load_into_engine(
-    model: "PreTrainedModel", checkpoint: Checkpoint, settings: dict[str, Any], device: torch.device
+    model: "PreTrainedModel", weights: ModuleView, settings: dict[str, Any], device: torch.device
 ) -> None:
     """Load the checkpoint's weights into a meta model, rounded to the precision of the passes: all
     weights on each rank (stages 1 and 2), or each rank its share (stage 3).
@@ -33,19 +33,19 @@ def load_into_engine(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     if settings["zero_optimization"]["stage"] < 3:
-        materialize(model, device, checkpoint)
-        fill(local_parameters(model), checkpoint)
+        materialize(model, device, weights)
+        fill(local_parameters(model), weights)
         return
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
-    set_buffers(model, checkpoint)
-    _load_partitioned(model, checkpoint, settings, device)
+    set_buffers(model, weights)
+    _load_partitioned(model, weights, settings, device)
 
 
 def _load_partitioned(
-    model: "PreTrainedModel", checkpoint: Checkpoint, settings: dict[str, Any], device: torch.device
+    model: "PreTrainedModel", weights: ModuleView, settings: dict[str, Any], device: torch.device
 ) -> None:
     """Load one parameter after another: the first rank reads it, DeepSpeed sends it to all ranks,
     and each keeps only its share.
@@ -57,7 +57,7 @@ def _load_partitioned(
     for name, empty in list(model.named_parameters()):
         parameter = nn.Parameter(torch.empty_like(empty, device=device))
         if dist.get_rank() == 0:
-            parameter.copy_(checkpoint.read(name).view(parameter.shape))
+            parameter.copy_(weights.read(name).view(parameter.shape))
         for module, attribute in places[empty]:
             module._parameters[attribute] = parameter
         if first is None:

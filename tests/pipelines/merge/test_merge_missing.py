@@ -22,7 +22,7 @@ from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint_work
 from pipelines.merge import MergeConfig, merge
 from pipelines.merge.plan import plan_merge
-from tests.pipelines.merge.conftest import Family, save_weights, weights_of
+from tests.pipelines.merge.conftest import Family, save_weights, set_config, weights_of
 
 EXTRA, NORM = "model.extra.weight", "model.norm.weight"
 SIZES = {
@@ -39,6 +39,8 @@ SIZES = {
 def test_those_that_have_a_tensor_merge_it(own_family: Family, tmp_path: Path) -> None:
     """As the method has it; where the base lacks it, as the mean; of one alone, as it is."""
     first = own_family.models[0]
+    for model in (own_family.base, *own_family.models):
+        set_config(model, architectures=["OwnForCausalLM"])
     for scale, model in enumerate(own_family.models[1:], start=1):
         save_weights(model, weights_of(model) | {EXTRA: scale * torch.arange(3.0)})
     without = weights_of(first)

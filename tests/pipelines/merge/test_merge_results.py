@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from operators.merging import METHODS as TABLE
 from operators.merging import merge_tensor
 from pipelines.errors import InputError
-from pipelines.merge import MergeConfig, load_merge_config, merge
+from pipelines.merge import MergeConfig, load_merge_config, merge, plan_merge
 from tests.pipelines.merge.conftest import (
     Family,
     make_family,
@@ -253,11 +253,15 @@ def test_tied_base_with_untied_fine_tune(tmp_path: Path) -> None:
 
 
 def test_integer_buffers_are_copied(own_family: Family, tmp_path: Path) -> None:
-    buffer = torch.arange(5)
-    for path in (own_family.base, *own_family.models):
-        save_weights(path, weights_of(path) | {"model.positions": buffer})
-    out = merged(own_family, tmp_path / "out", "task_arithmetic")
-    assert torch.equal(weights_of(out)["model.positions"], buffer)
+    """The base's, as counters differ from model to model."""
+    for number, path in enumerate((own_family.base, *own_family.models)):
+        set_config(path, architectures=["OwnForCausalLM"])
+        save_weights(path, weights_of(path) | {"model.counter": torch.tensor([number])})
+    config = MergeConfig.model_validate(own_family.config("task_arithmetic"))
+    plan = plan_merge(config)
+    assert f"integers are those of {own_family.base}: model.counter" in plan.notices()
+    out = merge(config, tmp_path / "out")
+    assert weights_of(out)["model.counter"].tolist() == [0]
 
 
 def test_mixed_dtypes_are_promoted(own_family: Family, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ NESTED = {
 
 def test_every_field_that_means_tokens(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, chat = pair
-    set_config(base, **NESTED)
+    set_config(base, **NESTED, architectures=["OwnForCausalLM"])
     set_generation(base, **{k: v for k, v in NESTED.items() if "config" not in k})
     (chat / "generation_config.json").unlink()
     out = merge(config_of(pair, str(chat)), tmp_path / "out")

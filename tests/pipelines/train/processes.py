@@ -43,7 +43,7 @@ def run_workers(
     folder.mkdir(parents=True, exist_ok=True)
     cache = folder.parent / "cache"
     settings = worker_settings(config, plan_alignment(config, cache), folder, cache)
-    arguments = (config.num_workers, _free_port(), settings, max_file_bytes)
+    arguments = (config.num_workers, _free_port(), [settings], max_file_bytes)
     multiprocessing.set_forkserver_preload(PRELOADED)
     context = mp.start_processes(
         _worker, arguments, config.num_workers, join=False, start_method="forkserver"
@@ -60,6 +60,21 @@ def run_workers(
         if kill_after is None:
             raise
     return folder
+
+
+def run_workers_in_turn(configs: dict[Path, AlignConfig]) -> None:
+    """Train several configs, by the folders of their runs, one after another on the same workers.
+    All have the same number of workers; each run's cache is beside it.
+    """
+    runs = []
+    for folder, config in configs.items():
+        folder.mkdir(parents=True)
+        cache = folder.parent / "cache"
+        runs.append(worker_settings(config, plan_alignment(config, cache), folder, cache))
+    (num_workers,) = {config.num_workers for config in configs.values()}
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    arguments = (num_workers, _free_port(), runs, None)
+    mp.start_processes(_worker, arguments, num_workers, start_method="forkserver")
 
 
 def _free_port() -> int:
@@ -84,7 +99,7 @@ def _begin(rank: int, world: int, port: int) -> None:
 
 
 def _worker(
-    rank: int, world: int, port: int, settings: dict[str, Any], max_file_bytes: int | None
+    rank: int, world: int, port: int, runs: list[dict[str, Any]], max_file_bytes: int | None
 ) -> None:
     _begin(rank, world, port)
     if max_file_bytes is not None:
@@ -92,7 +107,7 @@ def _worker(
     from pipelines.train.loop import train_worker
 
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    train_worker({"runs": [settings]})
+    train_worker({"runs": runs})
     dist.destroy_process_group()
 
 
@@ -128,7 +143,6 @@ def _loading_worker(rank: int, world: int, port: int, config_text: str, folder: 
     _begin(rank, world, port)
     import deepspeed
 
-    from pipelines.checkpoints import Checkpoint
     from pipelines.train.metrics import peak_memory
     from pipelines.train.strategies.loading import empty_model
     from pipelines.train.strategies.zero import engine_settings, join_deepspeed
@@ -137,11 +151,11 @@ def _loading_worker(rank: int, world: int, port: int, config_text: str, folder: 
     dist.init_process_group("gloo", rank=rank, world_size=world)
     join_deepspeed(torch.device("cpu"))
     config = AlignConfig.model_validate_json(config_text)
-    model = empty_model(config.model)
+    model, weights = empty_model(config.model)
     settings = engine_settings(config, sum(p.numel() for p in model.parameters()))
     deepspeed.zero.Init(module=torch.nn.Linear(2, 2), config_dict_or_path=settings)  # imports
     before = psutil.Process().memory_info().rss
-    load_into_engine(model, Checkpoint.open(config.model), settings, torch.device("cpu"))
+    load_into_engine(model, weights, settings, torch.device("cpu"))
     (folder / str(rank)).write_text(str(peak_memory() - before))
     dist.destroy_process_group()
 

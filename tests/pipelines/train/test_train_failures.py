@@ -124,8 +124,8 @@ def test_a_reference_delta_that_does_not_fit(
     LlamaForCausalLM(wide).save_pretrained(tmp_path / "wide")
     optimizer["tau"] = {"base": tmp_path / "wide", "tuned": tmp_path / "wide"}
     message = re.escape(
-        "optimizer.tau: 'lm_head.weight' has shape (47, 16); the parameter's is (47, 32); or "
-        "choose optimizer.missing_delta"
+        "optimizer.tau: 'model.embed_tokens.weight' has shape (47, 16); the parameter's is (47, "
+        "32); or choose optimizer.missing_delta"
     )
     with pytest.raises(InputError, match=f"^{message}$"):
         plan_alignment(align_config(tiny_llama, preferences, optimizer=optimizer))

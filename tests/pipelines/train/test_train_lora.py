@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from training_files import align_config, metrics, run_here, seeded_metrics
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from pipelines.checkpoints import Checkpoint
 from pipelines.errors import InputError
 from pipelines.train import plan_alignment
 from pipelines.train.config import LoraSettings
@@ -104,9 +103,9 @@ def test_adapters_begin_as_in_peft(tiny_llama: Path) -> None:
     """A uniform in +-1/sqrt(inputs), B zero; a function of the seed."""
     weights = []
     for seed in (0, 0, 1):
-        model = empty_model(tiny_llama)
+        model, stored = empty_model(tiny_llama)
         add_adapters(model, LoraSettings(rank=16))
-        materialize(model, torch.device("cpu"), Checkpoint.open(tiny_llama))
+        materialize(model, torch.device("cpu"), stored)
         begin_adapters(model, seed)
         weights.append(model.model.layers[0].mlp.down_proj)
     one, same, other = (layer.lora_A["default"].weight for layer in weights)
@@ -144,7 +143,7 @@ def test_what_lora_cannot_do(tiny_llama: Path, preferences: Path, tmp_path: Path
         settings = LORA | {"lora": {"target_modules": [names]}}
         with pytest.raises(InputError, match=message):
             plan_alignment(align_config(tiny_llama, preferences, **settings))
-    tied = empty_model(save_tiny_llama(tmp_path / "tied", tied=True))
+    tied, _ = empty_model(save_tiny_llama(tmp_path / "tied", tied=True))
     with pytest.raises(
         InputError, match=r"lora\.target_modules: lm_head: found a weight that is t"
     ):

@@ -1,0 +1,150 @@
+"""Models of many architectures as they lie on the hub: what is trained, and what is written.
+
+Oracle: transformers' own model from `from_pretrained`, its autograd, and AdamW.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_workers_in_turn
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from training_files import align_config, metrics, run_here
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipelines.checkpoints import Checkpoint, ModuleView
+from pipelines.train import AlignConfig, plan_alignment
+from pipelines.train.architecture import meta_model
+from pipelines.train.data import collate, global_batch
+from tests.hub_models import ARCHITECTURES, WEIGHTS, save_as_on_hub
+
+RUN: dict[str, Any] = {
+    "num_steps": 2,
+    "schedule": "constant",
+    # The gradients of keys' biases are 0 but for rounding, which Adam's small eps would make large.
+    "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1, "eps": 1e-4},
+}
+
+
+def log_probabilities(model: PreTrainedModel, ids: Tensor, response: Tensor) -> Tensor:
+    """Of each sequence's learned tokens, summed; with a mask for the padding."""
+    mask = torch.ones_like(ids)
+    for row, marks in zip(mask, response, strict=True):
+        row[int(marks.nonzero().max()) + 1 :] = 0
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    values = logits.gather(-1, ids[:, 1:, None])[..., 0]
+    return (values * response[:, 1:]).sum(-1)
+
+
+def trained_by_hand(config: AlignConfig, cache: Path) -> tuple[PreTrainedModel, list[float]]:
+    """DPO's steps on the loaded model."""
+    table = plan_alignment(config, cache).table
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    model.eval()  # no dropout
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4, weight_decay=0.1)
+    before: dict[int, Tensor] = {}
+    batches = [global_batch(table.num_rows, 8, number, config.seed) for number in range(2)]
+    for number, rows in enumerate(batches):
+        batch = collate(table, rows, 0, "cpu")
+        with torch.no_grad():
+            before[number] = log_probabilities(model, batch.ids, batch.response)
+    losses = []
+    for number, rows in enumerate(batches):
+        batch = collate(table, rows, 0, "cpu")
+        ratios = log_probabilities(model, batch.ids, batch.response) - before[number]
+        chosen, rejected = ratios.view(2, -1)
+        loss = -nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+        loss.backward()
+        losses.append(loss.item())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, losses
+
+
+def check_run(config: AlignConfig, run: Path, cache: Path) -> None:
+    """Losses and weights are those of the steps by hand, and the output is stored as its source."""
+    expected, losses = trained_by_hand(config, cache)
+    assert [line["loss"] for line in metrics(run)] == pytest.approx(losses, rel=1e-5)
+    out = run / "model"
+    found, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
+    start = AutoModelForCausalLM.from_pretrained(config.model)
+    moved = 0.0
+    for (name, one), other, first in zip(
+        expected.named_parameters(), found.parameters(), start.parameters(), strict=True
+    ):
+        assert (one - other).norm() <= 2e-3 * (one - first).norm() + 1e-6, name
+        moved += (other - first).norm().item()
+    assert moved > 0.05
+    check_files(config.model, out)
+
+
+def check_files(source: Path, out: Path) -> None:
+    """Names, shapes and dtypes are the source's; what is no parameter has its bytes."""
+    before, after = load_file(source / WEIGHTS), load_file(out / WEIGHTS)
+    described = [{k: (t.shape, t.dtype) for k, t in each.items()} for each in (before, after)]
+    assert described[0] == described[1]
+    assert (source / "config.json").read_bytes() == (out / "config.json").read_bytes()
+    model = meta_model(source)
+    view = ModuleView.of(Checkpoint.open(source), model)
+    parameters = dict(model.named_parameters())
+    for name, tensor in before.items():
+        if not parameters.keys() & set(view.naming.parameters_of(name)):
+            assert torch.equal(after[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_two_steps_in_one_process(name: str, preferences: Path, tmp_path: Path) -> None:
+    """Every architecture, as on the hub."""
+    model = save_as_on_hub(name, tmp_path / "model")
+    config = align_config(model, preferences, **RUN)
+    check_run(config, run_here(config, tmp_path / "run"), tmp_path / "cache")
+
+
+def test_fused_experts_leave_as_they_came(preferences: Path, tmp_path: Path) -> None:
+    """The same model in the other layout: the same weights, each in its own layout."""
+    runs = []
+    for fused in (False, True):
+        model = save_as_on_hub("qwen3_moe", tmp_path / f"model-{fused}", fused=fused)
+        config = align_config(model, preferences, **RUN)
+        runs.append(run_here(config, tmp_path / f"run-{fused}") / "model")
+        check_files(model, runs[-1])
+    one, other = (AutoModelForCausalLM.from_pretrained(run).state_dict() for run in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_delta_of_two_layouts(preferences: Path, tmp_path: Path) -> None:
+    """Online merging of a mixture of experts: tau is the same, however its two are stored."""
+    runs = []
+    for layouts in ((False, False, False), (False, True, False), (True, True, True)):
+        folder = tmp_path / "".join("ft"[fused] for fused in layouts)
+        model, base, tuned = (
+            save_as_on_hub("mixtral", folder / str(seed), seed, fused=fused)
+            for seed, fused in enumerate(layouts)
+        )
+        optimizer = {"name": "onties", "learning_rate": 1e-3, "density": 0.5, "alpha": 0.1}
+        optimizer |= {"tau": {"base": base, "tuned": tuned}}
+        config = align_config(model, preferences, num_steps=2, optimizer=optimizer)
+        runs.append(run_here(config, folder / "run"))
+    assert metrics(runs[0])[-1]["tau_cosine"] == metrics(runs[2])[-1]["tau_cosine"] > 0.01
+    one, *others = (
+        AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in runs
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one for other in others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
+def test_two_steps_on_two_workers(strategy: str, preferences: Path, tmp_path: Path) -> None:
+    """Every architecture, in turn on the same workers."""
+    configs = {}
+    for name in ARCHITECTURES:
+        model = save_as_on_hub(name, tmp_path / name / "model")
+        config = align_config(model, preferences, **RUN, strategy=strategy, num_workers=2)
+        configs[tmp_path / name / "run"] = config
+    run_workers_in_turn(configs)
+    for run, config in configs.items():
+        check_run(config, run, run.parent / "cache")
