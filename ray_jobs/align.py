@@ -8,7 +8,7 @@ from pipelines.config import load_config
 from pipelines.provenance import read_record
 from pipelines.rounding import rounding_lines
 from pipelines.storage import resolve_output
-from pipelines.train import AlignConfig, align, check_inputs, plan_alignment
+from pipelines.train import AlignConfig, align, check_inputs, plan_alignment, remarks
 from pipelines.train.memory import estimate_memory, shape_of
 from ray_jobs.session import ray_session
 
@@ -47,7 +47,8 @@ def describe_plan(config: AlignConfig) -> str:
         "memory": f"about {_gigabytes(memory.total)} on each worker",
     }
     lines |= {f"  {f.name}": _gigabytes(getattr(memory, f.name)) for f in fields(memory)}
-    return "\n".join(f"{name:<15} {value}" for name, value in lines.items())
+    found = [f"{name:<15} {value}" for name, value in lines.items()]
+    return "\n".join([*found, *(f"note: {line}" for line in remarks(config))])
 
 
 def _gigabytes(count: int) -> str:

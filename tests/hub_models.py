@@ -75,7 +75,7 @@ def random_model(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = AutoConfig.for_model(name, **tokens, **(ARCHITECTURES[name] | fields))
+    config = AutoConfig.for_model(name, **(tokens | ARCHITECTURES[name] | fields))
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from pipelines.checkpoints.reader import Checkpoint, is_embedding
 from pipelines.errors import InputError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _LINEAR = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
@@ -140,7 +140,7 @@ def parts_of(store: Checkpoint) -> AdapterParts:
     """
     parts = AdapterParts()
     for name in store.tensors:
-        own = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
         if own.endswith(_TOKENS):
             module = own.removesuffix(_TOKENS)
             parts.tokens[f"{module}.weight"] = TrainedTokens(_token_rows(store, module), name)
@@ -152,6 +152,19 @@ def parts_of(store: Checkpoint) -> AdapterParts:
         elif not own.endswith((_LINEAR[1], _EMBEDDING[1], *_MAGNITUDES)):
             raise InputError(f"adapter {store.path}: {name!r} is no part of a plain LoRA adapter")
     return parts
+
+
+def target_modules(meant: list[str], modules: list[str]) -> list[str] | str:
+    """Names with which PEFT finds exactly these modules of the model: the last parts of their
+    names, else the full names, else a regular expression.
+    """
+    for candidates in ({name.rpartition(".")[2] for name in meant}, set(meant)):
+        hit = {
+            name for name in modules if any(f".{name}".endswith(f".{end}") for end in candidates)
+        }
+        if hit == set(meant):
+            return sorted(candidates)
+    return "|".join(re.escape(name) for name in sorted(meant))
 
 
 def _product(store: Checkpoint, name: str, own: str) -> tuple[str, Adapter]:

@@ -78,25 +78,23 @@ class Architecture:
         return frozenset(f"{name}.weight" for name, each in modules if isinstance(each, Conv1D))
 
     @cached_property
-    def by_token(self) -> frozenset[str]:
-        """The tensors that have a row for each token, under any name: embeddings, heads, and the
-        biases of heads. They are those that grow with the vocabulary.
+    def token_dimensions(self) -> dict[str, int]:
+        """The tensors that have an entry for each token, under any name, and the dimension of the
+        tokens: embeddings, heads, heads' biases. They are those that grow with the vocabulary.
         """
         size = vocabulary_size(self.config)
-        if size is None:
+        if size is None:  # the class's own default
             size = getattr(self.model.config.get_text_config(), "vocab_size", None)
-        larger = size and architecture_of(
-            {"vocab_size": size, **with_vocabulary(self.config, size + NUM_ADDED)}
-        )
-        if not larger:
-            return frozenset()
-        own = self.shapes.items()
-        grown = {
-            n: (s, larger.shapes.get(n, ())) for n, s in own if s and s != larger.shapes.get(n)
+        if size is None:
+            return {}
+        grown = {"vocab_size": size, **with_vocabulary(self.config, size + NUM_ADDED)}
+        larger = architecture_of(grown)
+        return {
+            name: dimension
+            for name, shape in self.shapes.items()
+            for dimension, rows in enumerate(shape)
+            if larger is not None and larger.shapes[name][dimension] == rows + NUM_ADDED
         }
-        return frozenset(
-            name for name, (one, two) in grown.items() if two and one[0] + NUM_ADDED == two[0]
-        )
 
     def name_in_model(self, stored: str) -> str | None:
         """The model's name of a stored tensor that is one of its tensors under another name; None
@@ -239,9 +237,10 @@ def _build(config: Mapping[str, Any]) -> "PreTrainedModel | None":
     kind = getattr(architecture, "config_class", None)
     if kind is None or not issubclass(architecture, transformers.PreTrainedModel):
         return None
+    settings = kind.from_dict(kind._decode_special_floats(dict(config)))
     safe = initialization.meta_device_safe_creation_ops()
     with _quiet(), torch.device("meta"), safe:
-        model: transformers.PreTrainedModel = architecture(kind.from_dict(dict(config)))
+        model: transformers.PreTrainedModel = architecture(settings)
     return model
 
 

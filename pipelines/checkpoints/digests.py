@@ -103,8 +103,13 @@ def model_digest(checkpoint: Checkpoint, known: Mapping[str, Digests] | None = N
         known: digests of blocks by tensor, from an earlier read or write; a tensor with a missing
             block is read.
     """
-    companions = fingerprint(_file_digests(companions_of(checkpoint.path).files))
+    companions = companions_digest(checkpoint.path)
     return ModelDigest(fingerprint(_described(checkpoint, known or {})), companions)
+
+
+def companions_digest(folder: Path) -> str:
+    """The digest of the files beside a model's weights."""
+    return fingerprint(_file_digests(companions_of(folder).files))
 
 
 def changed_parts(checkpoint: Checkpoint, recorded: Mapping[str, str] | str) -> list[str]:

@@ -79,7 +79,7 @@ def stored_names(
         InputError: stored tensors that cannot be put together to a parameter, two sets of them for
             one parameter, or a conversion of transformers that is not known here.
     """
-    needed = model.state_dict()
+    needed = dict(model.state_dict())
     collected, unused = _collected(model, needed, shapes, where)
     found: dict[str, Composition] = {}
     for name, (transform, sources) in collected.items():
@@ -131,7 +131,7 @@ def names_of_parameters(model: nn.Module) -> dict[str, list[str]]:
 
 def _collected(
     model: "PreTrainedModel",
-    needed: Mapping[str, Any],
+    needed: dict[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     where: object,
 ) -> tuple[dict[str, tuple[Any, list[str]]], dict[str, str]]:
@@ -154,9 +154,9 @@ def _collected(
     collected: dict[str, tuple[Any, list[str]]] = {}
     unused: dict[str, str] = {}
     for stored in sorted(shapes, key=dot_natural_key):
-        name, pattern = rename_source_key(stored, renamings, converters, prefix, dict(needed))
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, needed)
         if name not in needed and stored in needed:
-            name, pattern = rename_source_key(stored, [], [], prefix, dict(needed))
+            name, pattern = rename_source_key(stored, [], [], prefix, needed)
         if name not in needed:
             unused[name if name not in unused else stored] = stored
             continue

@@ -3,7 +3,6 @@ them, the tokenizer, and what record and card say.
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,12 @@ from torch import Tensor
 
 from operators.low_rank import Fit
 from pipelines.checkpoints import Checkpoint
-from pipelines.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from pipelines.checkpoints.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PREFIX,
+    target_modules,
+)
 from pipelines.checkpoints.companions import companions_of, copy_files, is_of_tokenizer
 from pipelines.checkpoints.digests import DigestMemory, model_digest
 from pipelines.checkpoints.reader import read_range
@@ -25,8 +29,6 @@ from pipelines.extract.worker import factors_file
 from pipelines.merge.journal import digests_of
 from pipelines.merge.output_files import GENERATION_FILE
 from pipelines.provenance import Provenance
-
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,19 +161,6 @@ def adapter_config(outcome: Outcome) -> dict[str, Any]:
     if _tied_copies(outcome):
         settings["ensure_weight_tying"] = True
     return settings
-
-
-def target_modules(meant: list[str], modules: list[str]) -> list[str] | str:
-    """Names with which PEFT finds exactly these modules of the model: the last parts of their
-    names, else the full names, else a regular expression.
-    """
-    for candidates in ({name.rpartition(".")[2] for name in meant}, set(meant)):
-        hit = {
-            name for name in modules if any(f".{name}".endswith(f".{end}") for end in candidates)
-        }
-        if hit == set(meant):
-            return sorted(candidates)
-    return "|".join(re.escape(name) for name in sorted(meant))
 
 
 def summary(outcome: Outcome) -> str:

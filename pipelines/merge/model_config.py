@@ -1,14 +1,15 @@
 """The output's config.json."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from pipelines.checkpoints import Source
+from pipelines.checkpoints import Source, TensorSpec
 from pipelines.checkpoints.architecture import with_vocabulary
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.layers import Stacks
 from pipelines.merge.tensor import TensorMerge
-from pipelines.merge.vocabulary import is_by_token
+from pipelines.merge.vocabulary import token_dimension
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
@@ -25,8 +26,11 @@ def model_config(
         result |= _stacked(config, reference, result)
         if isinstance(text := result.get("text_config"), dict):
             result["text_config"] = text | _stacked(config, reference, text)
-    by_token = [n for n in tensors if is_by_token(reference.config, n)]
-    rows = {tensors[name].shape[0] for name in by_token}
+    places = {
+        name: token_dimension(reference.config, TensorSpec(name, each.dtype, each.shape, Path()))
+        for name, each in tensors.items()
+    }
+    rows = {tensors[name].shape[place] for name, place in places.items() if place is not None}
     return with_vocabulary(result, rows.pop()) if len(rows) == 1 else result
 
 

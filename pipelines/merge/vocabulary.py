@@ -73,21 +73,22 @@ class VocabularySource:
     def find(self, name: str) -> TensorSpec | None:
         """The tensor with this name; embeddings have the output's rows."""
         found = self.rows.source.find(name)
-        if found is None or not self._is_by_token(name):
+        place = self._dimension(name)
+        if found is None or place is None:
             return found
-        return replace(found, shape=(len(self.rows.own), *found.shape[1:]))
+        shape = (*found.shape[:place], len(self.rows.own), *found.shape[place + 1 :])
+        return replace(found, shape=shape)
 
     def stored(self, name: str) -> tuple[Checkpoint, StoredTensor] | None:
         """The checkpoint and the stored tensor; None for embeddings."""
-        return None if self._is_by_token(name) else self.rows.source.stored(name)
+        return self.rows.source.stored(name) if self._dimension(name) is None else None
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop); embeddings are float32, with missing rows filled."""
-        if not self._is_by_token(name):
+        place, spec = self._dimension(name), self.rows.source.find(name)
+        if place is None or spec is None:
             return self.rows.source.read(name, start, stop)
-        spec = self.rows.source.find(name)
-        assert spec is not None
-        width = prod(spec.shape[1:])  # 1 for the bias of a head
+        width = prod(spec.shape[place + 1 :])  # 1 for the bias of a head
         first, last = start // width, -(-stop // width)
         values = torch.zeros(last - first, width)
         _fill(values, name, self.rows, first)
@@ -95,8 +96,10 @@ class VocabularySource:
             values[row] = self._missing(name, first + row, width)
         return values.reshape(-1)[start - first * width : stop - first * width]
 
-    def _is_by_token(self, name: str) -> bool:
-        return is_by_token(self.rows.source.config, name)
+    def _dimension(self, name: str) -> int | None:
+        """A tensor's dimension of the tokens, if it has one; a tied head's is the embedding's."""
+        spec = self.rows.source.find(name)
+        return None if spec is None else token_dimension(self.rows.source.config, spec)
 
     def _missing(self, name: str, row: int, width: int) -> Tensor:
         """The row of a token that the model lacks: (width,) float32."""
@@ -129,12 +132,15 @@ def _fill(values: Tensor, name: str, rows: Rows, first: int) -> None:
             values[begin:end] = read.view(-1, width)
 
 
-def is_by_token(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a tensor of a model with this config.json has a row for each token."""
+def token_dimension(config: Mapping[str, Any], spec: TensorSpec) -> int | None:
+    """The dimension of a tensor that has an entry for each token, in a model with this config.json;
+    None if it has none, or if there are several rows of such entries.
+    """
     known = architecture_of(config)
     if known is None:  # only its name can tell
-        return _BY_TOKEN.search(name) is not None
-    return known.name_in_model(name) in known.by_token
+        return 0 if _BY_TOKEN.search(spec.name) is not None else None
+    found = known.token_dimensions.get(known.name_in_model(spec.name) or "")
+    return found if found is not None and prod(spec.shape[:found]) == 1 else None
 
 
 def beneath(source: Source, name: str) -> Source | None:
@@ -163,9 +169,12 @@ def tokens_in(folder: Path) -> Tokens | None:
 
 def num_rows(source: Source) -> int:
     """Rows of a model's embedding."""
-    names = [name for name in source.names() if is_by_token(source.config, name)]
-    specs = [spec for name in names if (spec := source.find(name)) is not None]
-    return specs[0].shape[0] if specs else 0
+    for name in source.names():
+        spec = source.find(name)
+        place = None if spec is None else token_dimension(source.config, spec)
+        if spec is not None and place is not None:
+            return spec.shape[place]
+    return 0
 
 
 def with_rows(

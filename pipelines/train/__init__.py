@@ -1,6 +1,7 @@
 """Alignment training under Ray Train."""
 
 from pipelines.train.config import AlignConfig
-from pipelines.train.run import align, align_in_turn, check_inputs, plan_alignment
+from pipelines.train.inputs import check_inputs, remarks
+from pipelines.train.run import align, align_in_turn, plan_alignment
 
-__all__ = ["AlignConfig", "align", "align_in_turn", "check_inputs", "plan_alignment"]
+__all__ = ["AlignConfig", "align", "align_in_turn", "check_inputs", "plan_alignment", "remarks"]

@@ -142,12 +142,17 @@ class OptimizerConfig(Config):
 
 
 class LoraSettings(Config):
-    """Low-rank adapters; only they are trained, and they are merged into the output's weights."""
+    """Low-rank adapters; only they are trained."""
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0, description="the adapter is multiplied by alpha / rank")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="names of linear layers, such as q_proj; not the head"
+    )
+    save: Literal["merged", "adapter", "both"] = Field(
+        "merged",
+        description="write the model with the adapters merged into its weights, the adapter alone, "
+        "or both, with the adapter in the subfolder `adapter`",
     )
 
 
@@ -249,6 +254,8 @@ class AlignConfig(Config):
                 f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
                 "with lora: adamw"
             )
+        if self.save.dtype != "source" and self.lora is not None and self.lora.save == "adapter":
+            raise ValueError("save.dtype: has no effect with lora.save: adapter")
         self._check_batch()
         return self
 

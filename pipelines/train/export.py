@@ -5,8 +5,8 @@ provenance.
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,15 +22,25 @@ from pipelines.checkpoints.companions import (
     check_links,
     companions_of,
     copy_files,
+    is_of_tokenizer,
 )
-from pipelines.checkpoints.digests import BlockDigests, Digests, ModelDigest, model_digest
+from pipelines.checkpoints.digests import (
+    BlockDigests,
+    Digests,
+    ModelDigest,
+    companions_digest,
+    model_digest,
+)
 from pipelines.checkpoints.module_view import copied_tensors
 from pipelines.commit import write_atomically
 from pipelines.errors import InputError
+from pipelines.merge.output_files import GENERATION_FILE
 from pipelines.provenance import Provenance
 from pipelines.rounding import Row, rounding_record, rounding_text, row_of
+from pipelines.train.adapter_files import write_adapter
 from pipelines.train.config import SAVED_DTYPES, AlignConfig, SavedDtype
-from pipelines.train.strategies import first_rank, wait_for_all
+from pipelines.train.files import ADAPTER_FOLDER
+from pipelines.train.strategies import Strategy, first_rank, wait_for_all
 from pipelines.train.strategies.loading import empty_model
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -49,10 +59,12 @@ class Owner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A written model's digests, and what its dtype keeps of the change (pipelines/rounding.py)."""
+    """A written model's digests, and what its dtype keeps of the change (pipelines/rounding.py);
+    None for an adapter alone.
+    """
 
     digest: ModelDigest
-    rounding: dict[str, Any]
+    rounding: dict[str, Any] | None
 
 
 def export_model(
@@ -83,7 +95,7 @@ def export_model(
         layout.create(folder)
         others = companions_of(source)
         check_links(source, others.foreign)
-        copy_files({k: file for k, file in others.files.items() if k != ADAPTER_CONFIG}, folder)
+        copy_files({k: f for k, f in others.files.items() if not _is_of_adapter(k)}, folder)
         if dtype != "source":
             config = with_dtype(checkpoint.config, dtype)
             write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -133,6 +145,39 @@ def _names_dtype(part: Any) -> bool:
     return isinstance(part, Mapping) and ("dtype" in part or "torch_dtype" in part)
 
 
+def export_result(strategy: Strategy, config: AlignConfig, folder: Path) -> Exported | None:
+    """Write what the config asks for: the model, with adapters merged in; the adapter alone, with
+    the source's tokenizer; or both. Every rank must call.
+
+    Returns, raises: as `export_model`.
+    """
+    save = "merged" if config.lora is None else config.lora.save
+    if save == "adapter":
+        return _export_adapter(strategy, config, folder)
+    saved = export_model(strategy, config.model, folder, config.save.dtype)
+    if save == "both":
+        write_adapter(strategy, config, folder / ADAPTER_FOLDER)
+    if saved is not None and save == "both":
+        digest = replace(saved.digest, companions=companions_digest(folder))
+        saved = replace(saved, digest=digest)
+    return saved
+
+
+def _export_adapter(strategy: Strategy, config: AlignConfig, folder: Path) -> Exported | None:
+    """Write the adapter alone."""
+    if first_rank():
+        shutil.rmtree(folder, ignore_errors=True)
+    write_adapter(strategy, config, folder)
+    wait_for_all()
+    if not first_rank():
+        return None
+    files = companions_of(config.model).files
+    copy_files(
+        {k: f for k, f in files.items() if is_of_tokenizer(k) and k != GENERATION_FILE}, folder
+    )
+    return Exported(model_digest(Checkpoint.at(folder)), None)
+
+
 def _of_all_ranks(own: dict[str, Digests], rows: list[Row]) -> tuple[dict[str, Digests], list[Row]]:
     """The digests and the sums of all ranks; waits for all of them."""
     if not dist.is_initialized():
@@ -161,6 +206,8 @@ def provenance(
     """
     rounding = details.get("rounding")
     told = "" if rounding is None else f"\n\n{rounding_text(rounding)}"
+    is_adapter = config.lora is not None and config.lora.save == "adapter"
+    made = "an adapter for it, trained" if is_adapter else "trained"
     return Provenance(
         kind=kind,
         digest=digest,
@@ -172,14 +219,20 @@ def provenance(
         title=f"Trained by {config.objective.name} with {config.optimizer.name}",
         base_models=[str(config.model)],
         tags=[config.objective.name],
+        library="peft" if is_adapter else "transformers",
         summary=(
-            f"Made with Poise: `{config.model}`, trained.\n\n"
+            f"Made with Poise: `{config.model}`, {made}.\n\n"
             f"- objective: {config.objective.name}\n"
             f"- optimizer: {config.optimizer.name}\n"
             f"- data: `{config.data}`\n"
             f"- steps: {num_steps:,} of {config.global_batch_size} rows{told}"
         ),
     )
+
+
+def _is_of_adapter(place: str) -> bool:
+    """Whether a file of the source is an adapter's, which does not fit the trained model."""
+    return place == ADAPTER_CONFIG or PurePosixPath(place).parts[0] == ADAPTER_FOLDER
 
 
 def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:

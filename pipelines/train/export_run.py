@@ -11,8 +11,8 @@ from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
 from pipelines.train.checkpoints import saved_steps, step_folder
 from pipelines.train.config import AlignConfig, SavedDtype, SaveSettings
-from pipelines.train.export import Owner, export_model, provenance
-from pipelines.train.strategies import build_strategy
+from pipelines.train.export import export_result, provenance
+from pipelines.train.strategies import Strategy, build_strategy
 from pipelines.train.strategies.zero_layout import Layouts
 from pipelines.train.strategies.zero_resume import SavedShards, load_shards
 
@@ -46,6 +46,8 @@ def export_checkpoint(
     record = json.loads((folder / RUN_FILE).read_text())
     config = AlignConfig.model_validate(record["config"])
     if dtype is not None:
+        if config.lora is not None and config.lora.save == "adapter":
+            raise InputError("--dtype: has no effect with lora.save: adapter")
         config = config.model_copy(update={"save": SaveSettings(dtype=dtype)})
     steps = saved_steps(folder)
     if not steps:
@@ -53,9 +55,9 @@ def export_checkpoint(
     step = steps[-1] if step is None else step
     if step not in steps:
         raise InputError(f"step: found {step}; allowed: {', '.join(map(str, steps))}")
-    owner = _owner(config, step_folder(folder, step))
+    strategy = _strategy(config, step_folder(folder, step))
     with staged_directory(out, force=force) as partial:
-        saved = export_model(owner, config.model, partial, config.save.dtype)
+        saved = export_result(strategy, config, partial)
         assert saved is not None  # this process is alone
         provenance(
             config,
@@ -73,7 +75,7 @@ def export_checkpoint(
     return Path(out)
 
 
-def _owner(config: AlignConfig, checkpoint: Path) -> Owner:
+def _strategy(config: AlignConfig, checkpoint: Path) -> Strategy:
     """The model of a checkpoint in this single process, with pending steps of step-K merged."""
     here = config.model_copy(update={"strategy": "single", "num_workers": 1, "cpu_offload": False})
     strategy = build_strategy(here, torch.device("cpu"))

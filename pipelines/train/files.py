@@ -3,5 +3,6 @@
 METRICS_FILE = "metrics.jsonl"  # one line per step
 REFERENCE_FILE = "reference.json"  # progress: rows with reference log-probabilities
 TENSORBOARD_FOLDER = "tensorboard"
+ADAPTER_FOLDER = "adapter"  # in an output that has the merged model, too
 MODEL_FOLDER = "model"  # the exported model, perhaps incomplete
 EXPORTED_FILE = "exported"  # exists when the exported model is complete

@@ -28,7 +28,7 @@ from pipelines.train.data import (
     rows_seen,
 )
 from pipelines.train.errors import DivergenceError, comes_again, has_failed, record_failure
-from pipelines.train.export import export_model
+from pipelines.train.export import export_result
 from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER, REFERENCE_FILE
 from pipelines.train.metrics import (
     Clock,
@@ -98,9 +98,7 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
             run = Run(config, settings, device)
             run.train()
             run.strategy.merge_pending()
-            saved = export_model(
-                run.strategy, config.model, folder / MODEL_FOLDER, config.save.dtype
-            )
+            saved = export_result(run.strategy, config, folder / MODEL_FOLDER)
     except DivergenceError as error:  # all workers see it at once, so none waits for another
         record_failure(folder, error)
         return False

@@ -1,6 +1,5 @@
 """Align a model under Ray Train: check everything, train, commit an ordinary checkpoint."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,11 +13,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from operators.optim import ShardLayout, Tau
-from pipelines.checkpoints import Checkpoint
-from pipelines.checkpoints.companions import check_links, companions_of
 from pipelines.checkpoints.digests import ModelDigest
 from pipelines.commit import (
     commit_directory,
@@ -41,7 +35,6 @@ from pipelines.train.data import (
     TokenSettings,
     TokenTable,
     num_steps_of,
-    source_files,
     token_table,
 )
 from pipelines.train.export import provenance
@@ -51,10 +44,7 @@ from pipelines.train.files import (
     MODEL_FOLDER,
     TENSORBOARD_FOLDER,
 )
-from pipelines.train.optimizer import delta_of
-from pipelines.train.strategies.loading import check_tied, empty_model
-from pipelines.train.strategies.lora import add_adapters
-from pipelines.train.trackers import check_trackers
+from pipelines.train.inputs import check_inputs, check_vocabulary, remarks
 from pipelines.train.workers import Job, check_cluster, run_workers
 
 CACHE_FOLDER = ".poise-cache"
@@ -104,14 +94,15 @@ class Plan:
     def fingerprint(self) -> str:
         """The fingerprint of everything that determines the run's result."""
         config = self.config
-        same = material(config)
-        return fingerprint_work([same, self.inputs], "align")
+        return fingerprint_work([material(config), self.inputs], "align")
 
 
 def material(config: AlignConfig) -> dict[str, Any]:
-    """The settings that determine a result; without those of newer versions at their defaults."""
+    """The part of a config that determines a run's result."""
     same = config.model_dump(mode="json", exclude=IMMATERIAL)
     same["strategy"] = config.traits.family
+    if config.lora is not None and config.lora.save == "merged":
+        del same["lora"]["save"]  # which earlier versions did not have, and always did
     if config.save == SaveSettings():
         del same["save"]
     return same
@@ -157,8 +148,8 @@ def align_in_turn(
             refuse_existing(out, force=force)
             if not is_new:
                 check_cluster(config)
-            if remarks := plan.table.counts.remarks():
-                print(f"  {remarks}", file=sys.stderr)
+            for line in [*filter(None, [plan.table.counts.remarks()]), *remarks(config)]:
+                print(f"  {line}", file=sys.stderr)
             folder = partial_path(out)
             stack.enter_context(_unfinished_run(folder, plan, force=force))
             settings = worker_settings(config, plan, folder, cache)
@@ -235,7 +226,7 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
         cache,
         max_bad_share=config.max_bad_share,
     )
-    _check_vocabulary(checkpoint, table)
+    check_vocabulary(checkpoint, table)
     num_steps = config.num_steps
     if num_steps is None:
         assert config.num_epochs is not None
@@ -249,29 +240,6 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
         table=table,
         data_key=data_key,
     )
-
-
-def check_inputs(config: AlignConfig) -> Checkpoint:
-    """Check everything that needs no rows and no weights (except a tied parameter that is stored
-    twice); returns the model.
-
-    Raises:
-        InputError: packages, models or files that are missing or do not match.
-    """
-    _check_packages(config)
-    check_trackers(config.trackers)
-    checkpoint = Checkpoint.open(config.model)
-    check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
-    source_files(config.data, config.split)
-    model, weights = empty_model(config.model)
-    check_tied(model, weights)
-    if config.lora is not None:
-        add_adapters(model, config.lora)
-    if config.reference_model is not None:
-        _check_reference(checkpoint, Checkpoint.open(config.reference_model))
-    if config.optimizer.tau is not None:
-        _check_delta(model, config)
-    return checkpoint
 
 
 def with_absolute_paths(config: AlignConfig) -> AlignConfig:
@@ -308,53 +276,6 @@ def _asked_threads() -> int | None:
     """The user's OMP_NUM_THREADS. It is read here, because Ray overwrites it in the workers."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     return int(first) if first.isdigit() and int(first) else None
-
-
-def _check_packages(config: AlignConfig) -> None:
-    """Raise InputError if a setting needs a package that is not installed."""
-    needs = []  # (package, the extra that installs it, the setting that needs it)
-    if config.traits.package is not None:
-        needs += [
-            (config.traits.package, config.traits.package, f"strategy: found {config.strategy}")
-        ]
-    if config.lora is not None:
-        needs += [("peft", "lora", "lora: found adapters")]
-    for package, extra, found in needs:
-        if importlib.util.find_spec(package) is None:
-            raise InputError(
-                f"{found}, for which {package} is not installed: pip install 'poise[{extra}]'"
-            )
-
-
-def _check_vocabulary(model: Checkpoint, table: TokenTable) -> None:
-    """Raise InputError if the tokenizer has tokens that the model does not have."""
-    size = model.config.get("vocab_size")
-    if size is not None and table.largest_id() >= size:
-        raise InputError(
-            f"model {model.path}: its tokenizer gives token {table.largest_id()}; its vocabulary "
-            f"has {size} tokens"
-        )
-
-
-def _check_reference(model: Checkpoint, reference: Checkpoint) -> None:
-    """Raise InputError if the reference model has another vocabulary size than the model."""
-    needed, found = (c.config.get("vocab_size") for c in (model, reference))
-    if needed != found:
-        raise InputError(
-            f"reference_model: {reference.path}: found a vocabulary of {found} tokens; the model's "
-            f"has {needed}"
-        )
-
-
-def _check_delta(model: nn.Module, config: AlignConfig) -> None:
-    """Raise InputError unless the reference delta fits the model's parameters."""
-    delta = Tau(delta_of(config), config.optimizer.missing_delta)
-    for name, parameter in model.named_parameters():
-        try:
-            delta.covers(ShardLayout(name, tuple(parameter.shape), 0, 0))
-        except ValueError as error:
-            found = str(error).removeprefix("reference_delta: ")
-            raise InputError(f"optimizer.tau: {found}; or choose optimizer.missing_delta") from None
 
 
 def _finished(out: Path, plan: Plan) -> bool:

@@ -1,7 +1,7 @@
 """The interface of a strategy: distribute model and optimizer over workers, and step them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -36,6 +36,10 @@ class Strategy(ABC):
     @abstractmethod
     def owned(self) -> Iterable[tuple[ShardLayout, Tensor]]:
         """The master weights that this rank owns; all ranks together own each element once."""
+
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """The factors of trained adapters by their names in the model, whole, in CPU memory."""
+        yield from ()
 
     @abstractmethod
     def forward_context(self) -> AbstractContextManager[object]:

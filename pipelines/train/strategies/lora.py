@@ -50,7 +50,7 @@ def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
 def _linear_layers(model: "PreTrainedModel") -> list[str]:
     """The linear layers but the head. What peft itself takes for them has fused experts, too."""
     head = model.get_output_embeddings()
-    linear = (nn.Linear, _conv1d())
+    linear = (nn.Linear, conv1d())
     return [n for n, m in model.named_modules() if isinstance(m, linear) and m is not head]
 
 
@@ -63,7 +63,7 @@ def _check_layers(model: nn.Module) -> None:
         if not isinstance(module, LoraLayer):
             continue
         layer = module.get_base_layer()
-        if not isinstance(layer, nn.Linear | _conv1d()):
+        if not isinstance(layer, nn.Linear | conv1d()):
             raise InputError(
                 f"lora.target_modules: {name}: found {type(layer).__name__}; allowed: linear layers"
             )
@@ -74,7 +74,7 @@ def _check_layers(model: nn.Module) -> None:
             )
 
 
-def _conv1d() -> type[nn.Module]:
+def conv1d() -> type[nn.Module]:
     """transformers' layer that stores its weight as (in, out), as in GPT-2."""
     from transformers.pytorch_utils import Conv1D
 
@@ -142,8 +142,8 @@ def merged_parameters(model: nn.Module, settings: LoraSettings) -> Iterator[Owne
         values = local(parameter)
         prefix = name.removesuffix(BASE)
         if prefix != name and prefix + A in parameters:
-            down, up = (_whole(parameters[prefix + end]) for end in (A, B))
-            if isinstance(model.get_submodule(f"{prefix}.base_layer"), _conv1d()):
+            down, up = (whole(parameters[prefix + end]) for end in (A, B))
+            if isinstance(model.get_submodule(f"{prefix}.base_layer"), conv1d()):
                 down, up = up.T, down.T
             width = layout.shape[1]
             rows = slice(layout.start // width, (layout.start + layout.count) // width)
@@ -151,6 +151,6 @@ def merged_parameters(model: nn.Module, settings: LoraSettings) -> Iterator[Owne
         yield layout, values
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Tensor) -> Tensor:
     """The whole parameter, gathered if it is sharded."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()

@@ -43,6 +43,7 @@ from pipelines.train.strategies.lora import (
     begin_adapters,
     is_adapter,
     merged_parameters,
+    whole,
 )
 
 
@@ -90,6 +91,12 @@ class SingleStrategy(StagingStrategy):
                 yield from local_parameters(self.bare)
             else:
                 yield from merged_parameters(self.bare, self.config.lora)
+
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """The factors of the adapters, gathered from all ranks."""
+        for name, parameter in self.bare.named_parameters():
+            if is_adapter(name):
+                yield name, whole(parameter).cpu()
 
     def forward_context(self) -> AbstractContextManager[object]:
         """The context of forward passes: their precision."""

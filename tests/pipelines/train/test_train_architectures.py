@@ -15,7 +15,7 @@ from training_files import align_config, metrics, run_here
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipelines.checkpoints import Checkpoint, ModuleView
-from pipelines.train import AlignConfig, plan_alignment
+from pipelines.train import AlignConfig, plan_alignment, remarks
 from pipelines.train.architecture import meta_model
 from pipelines.train.data import collate, global_batch
 from tests.hub_models import ARCHITECTURES, WEIGHTS, save_as_on_hub
@@ -134,6 +134,27 @@ def test_a_delta_of_two_layouts(preferences: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in runs
     )
     assert all(torch.equal(one[name], other[name]) for name in one for other in others)
+
+
+def test_what_is_said_of_mixtures_of_experts(preferences: Path, tmp_path: Path) -> None:
+    """The router's loss that a config asks for is not in the loss, which is told; the steps are
+    those of the model without it. Adapters of all linear layers leave out fused experts.
+    """
+    losses = []
+    for asked in (False, True):
+        fields = {"output_router_logits": asked, "router_aux_loss_coef": 0.5}
+        model = save_as_on_hub("mixtral", tmp_path / str(asked), **fields)
+        config = align_config(model, preferences, **RUN)
+        losses.append([line["loss"] for line in metrics(run_here(config, tmp_path / f"r{asked}"))])
+        told = list(remarks(config))
+        assert ["its config asks for the router's loss" in line for line in told] == [True] * asked
+    assert losses[0] == losses[1]
+    (_, line) = remarks(align_config(model, preferences, **RUN, lora={"rank": 2}))
+    assert line == (
+        "lora: all-linear leaves out 4 tensors of experts that are fused "
+        "(model.layers.0.mlp.experts.gate_up_proj, ...), which stay as they are"
+    )
+    assert not list(remarks(align_config(save_as_on_hub("mamba", tmp_path / "m"), preferences)))
 
 
 @pytest.mark.slow

@@ -9,20 +9,33 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from processes import run_workers
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from training_files import align_config, metrics, run_here, seeded_metrics
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
+from pipelines.checkpoints import open_model
 from pipelines.errors import InputError
+from pipelines.merge.verify import verify
 from pipelines.train import plan_alignment
 from pipelines.train.config import LoraSettings
+from pipelines.train.export_run import export_checkpoint
+from pipelines.train.run import _unfinished_run, material
 from pipelines.train.strategies.loading import empty_model, materialize
 from pipelines.train.strategies.lora import A, add_adapters, begin_adapters, merged_parameters
+from tests.hub_models import save_as_on_hub
 from tests.tiny_models import save_tiny_llama, tiny_tokenizer
 
-WEIGHTS = "model/model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS = f"model/{WEIGHTS_FILE}"
 LORA: dict[str, Any] = {
     "lora": {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "down_proj"]},
     "optimizer": {"learning_rate": 2e-2},
@@ -161,17 +174,96 @@ def test_what_lora_cannot_do(tiny_llama: Path, preferences: Path, tmp_path: Path
         align_config(tiny_llama, preferences, lora={}, optimizer=online)
 
 
+def with_adapter(source: Path, adapter: Path) -> PeftModel:
+    """What PEFT makes of a base and an adapter."""
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), adapter).eval()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("target", ["all-linear", "some"])
+def test_the_adapter_and_the_merged_model_are_one(
+    name: str, target: str, preferences: Path, tmp_path: Path
+) -> None:
+    """As on the hub, with names that PEFT finds in the model: equal logits, equal adapters."""
+    source = save_as_on_hub(name, tmp_path / "source")
+    some = {"gpt2": ["attn.c_proj"], "gpt_neox": ["query_key_value"]}.get(name, ["q_proj"])
+    lora = LORA["lora"] | {"target_modules": some if target == "some" else target}
+    runs = {}
+    for save in ("both", "adapter"):
+        config = align_config(source, preferences, **(LORA | {"lora": lora | {"save": save}}))
+        runs[save] = run_here(config, tmp_path / save) / "model"
+    merged = AutoModelForCausalLM.from_pretrained(runs["both"]).eval()
+    tokens = torch.randint(6, 40, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = merged(tokens).logits
+        for adapter in (runs["both"] / "adapter", runs["adapter"]):
+            found = with_adapter(source, adapter)(tokens).logits
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        before = AutoModelForCausalLM.from_pretrained(source).eval()(tokens).logits
+    assert (expected - before).abs().max() > 1e-2
+    assert load_file(runs["both"] / WEIGHTS_FILE).keys() == load_file(source / WEIGHTS_FILE).keys()
+    files = {path.name for path in runs["adapter"].iterdir()}
+    assert files >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert not files & {WEIGHTS_FILE, "config.json"}
+    file = "adapter_model.safetensors"
+    assert (runs["adapter"] / file).read_bytes() == (runs["both"] / "adapter" / file).read_bytes()
+
+
+def test_adapters_have_records_and_can_be_merged(
+    tiny_llama: Path, preferences: Path, tmp_path: Path
+) -> None:
+    """Both kinds of output are what their records say; `poise merge` reads the adapter. A later
+    training of the merged model leaves the adapter behind, which no longer fits.
+    """
+    for save in ("both", "adapter"):
+        fields = LORA | {"lora": LORA["lora"] | {"save": save}, "num_steps": 2}
+        config, folder = (
+            align_config(tiny_llama, preferences, **fields),
+            tmp_path / f".{save}.partial",
+        )
+        with _unfinished_run(folder, plan_alignment(config, tmp_path / "cache"), force=False):
+            run_here(config, folder)
+        assert verify(export_checkpoint(tmp_path / save, tmp_path / f"{save}-out")).output == "same"
+    source = open_model(str(tmp_path / "adapter-out"))
+    for name, tensor in load_file(tmp_path / "both-out" / WEIGHTS_FILE).items():
+        found = source.read(name, 0, tensor.numel()).view(tensor.shape)
+        torch.testing.assert_close(found, tensor, atol=1e-6, rtol=1e-5)
+    assert (tmp_path / "both-out" / "adapter" / "adapter_config.json").is_file()
+    again = run_here(
+        align_config(tmp_path / "both-out", preferences, num_steps=1), tmp_path / "more"
+    )
+    assert not (again / "model" / "adapter").exists()
+
+
+def test_what_is_saved_is_part_of_the_run(tiny_llama: Path, preferences: Path) -> None:
+    """Another kind of output is another run; runs of before `save` stay the same runs."""
+    merged = material(align_config(tiny_llama, preferences, lora={"rank": 4}))
+    assert merged["lora"] == {"rank": 4, "alpha": 32.0, "target_modules": "all-linear"}
+    other = material(align_config(tiny_llama, preferences, lora={"rank": 4, "save": "both"}))
+    assert other["lora"] == merged["lora"] | {"save": "both"}
+    with pytest.raises(ValidationError, match="save"):
+        align_config(tiny_llama, preferences, lora={"save": "all"})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_sharded_adapters(
     strategy: str, tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
     """Two workers make the steps of one and merge the same weights."""
-    alone = run_here(align_config(tiny_llama, preferences, **LORA), tmp_path / "alone")
-    config = align_config(tiny_llama, preferences, **LORA, strategy=strategy, num_workers=2)
+    fields = LORA | {"lora": LORA["lora"] | {"save": "both"}}
+    alone = run_here(align_config(tiny_llama, preferences, **fields), tmp_path / "alone")
+    config = align_config(tiny_llama, preferences, **fields, strategy=strategy, num_workers=2)
     run = run_workers(config, tmp_path / "run")
     for one, other in zip(metrics(alone), metrics(run), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
     found, expected = (load_file(folder / WEIGHTS) for folder in (run, alone))
     for name, tensor in expected.items():
         assert torch.allclose(found[name], tensor, atol=1e-5), name
+    found, expected = (
+        load_file(folder / "model/adapter/adapter_model.safetensors") for folder in (run, alone)
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=1e-4), name

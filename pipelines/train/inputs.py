@@ -1,0 +1,115 @@
+"""What a run reads, checked before it begins."""
+
+import importlib.util
+from collections.abc import Iterator
+
+from torch import nn
+
+from operators.optim import ShardLayout, Tau
+from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.companions import check_links, companions_of
+from pipelines.errors import InputError
+from pipelines.train.architecture import meta_model
+from pipelines.train.config import AlignConfig
+from pipelines.train.data import TokenTable, source_files
+from pipelines.train.optimizer import delta_of
+from pipelines.train.strategies.loading import check_tied, empty_model
+from pipelines.train.strategies.lora import add_adapters
+from pipelines.train.trackers import check_trackers
+
+
+def check_inputs(config: AlignConfig) -> Checkpoint:
+    """Check everything that needs no rows and no weights (except a tied parameter that is stored
+    twice); returns the model.
+
+    Raises:
+        InputError: packages, models or files that are missing or do not match.
+    """
+    _check_packages(config)
+    check_trackers(config.trackers)
+    checkpoint = Checkpoint.open(config.model)
+    check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
+    source_files(config.data, config.split)
+    model, weights = empty_model(config.model)
+    check_tied(model, weights)
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+    if config.reference_model is not None:
+        _check_reference(checkpoint, Checkpoint.open(config.reference_model))
+    if config.optimizer.tau is not None:
+        _check_delta(model, config)
+    return checkpoint
+
+
+def remarks(config: AlignConfig) -> Iterator[str]:
+    """A line for each thing that a user might not expect of a run on this model."""
+    if Checkpoint.open(config.model).config.get("output_router_logits"):
+        yield (
+            f"{config.model}: its config asks for the router's loss (output_router_logits), which "
+            "is not in the loss here; routers are trained by the objective alone"
+        )
+    if config.lora is not None and config.lora.target_modules == "all-linear":
+        fused = fused_layers(meta_model(config.model))
+        if fused:
+            yield (
+                f"lora: all-linear leaves out {len(fused)} tensors of experts that are fused "
+                f"({fused[0]}, ...), which stay as they are"
+            )
+
+
+def fused_layers(model: nn.Module) -> list[str]:
+    """The parameters that hold the matrices of several linear layers: those of experts."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not isinstance(module, convolutions)
+    ]
+
+
+def _check_packages(config: AlignConfig) -> None:
+    """Raise InputError if a setting needs a package that is not installed."""
+    needs = []  # (package, the extra that installs it, the setting that needs it)
+    if config.traits.package is not None:
+        needs += [
+            (config.traits.package, config.traits.package, f"strategy: found {config.strategy}")
+        ]
+    if config.lora is not None:
+        needs += [("peft", "lora", "lora: found adapters")]
+    for package, extra, found in needs:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"{found}, for which {package} is not installed: pip install 'poise[{extra}]'"
+            )
+
+
+def check_vocabulary(model: Checkpoint, table: TokenTable) -> None:
+    """Raise InputError if the tokenizer has tokens that the model does not have."""
+    size = model.config.get("vocab_size")
+    if size is not None and table.largest_id() >= size:
+        raise InputError(
+            f"model {model.path}: its tokenizer gives token {table.largest_id()}; its vocabulary "
+            f"has {size} tokens"
+        )
+
+
+def _check_reference(model: Checkpoint, reference: Checkpoint) -> None:
+    """Raise InputError if the reference model has another vocabulary size than the model."""
+    needed, found = (c.config.get("vocab_size") for c in (model, reference))
+    if needed != found:
+        raise InputError(
+            f"reference_model: {reference.path}: found a vocabulary of {found} tokens; the model's "
+            f"has {needed}"
+        )
+
+
+def _check_delta(model: nn.Module, config: AlignConfig) -> None:
+    """Raise InputError unless the reference delta fits the model's parameters."""
+    delta = Tau(delta_of(config), config.optimizer.missing_delta)
+    for name, parameter in model.named_parameters():
+        try:
+            delta.covers(ShardLayout(name, tuple(parameter.shape), 0, 0))
+        except ValueError as error:
+            found = str(error).removeprefix("reference_delta: ")
+            raise InputError(f"optimizer.tau: {found}; or choose optimizer.missing_delta") from None
