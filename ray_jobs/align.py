@@ -5,6 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from pipelines.config import load_config
+from pipelines.provenance import read_record
+from pipelines.rounding import rounding_lines
 from pipelines.storage import resolve_output
 from pipelines.train import AlignConfig, align, check_inputs, plan_alignment, remarks
 from pipelines.train.data import TokenTable
@@ -25,6 +27,8 @@ def run_align(
     check_inputs(config)  # before Ray starts, which takes seconds
     with ray_session():
         align(config, out, force=force)
+    for line in rounding_lines(read_record(out), "save.dtype: float32"):
+        print(line, file=sys.stderr)
     print(f"aligned model: {out}", file=sys.stderr)
 
 

@@ -82,12 +82,15 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="OUT of the unfinished run")],
     out: Out = Path("runs/export"),
     step: Annotated[int | None, typer.Option(help="of the checkpoint; default newest")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="source, float32 or bfloat16; default the run's save.dtype")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write a checkpoint of an unfinished run as a Hugging Face model."""
     from ray_jobs.export import run_export
 
-    run_export(run, out, step=step, force=force)
+    run_export(run, out, step=step, dtype=dtype, force=force)
 
 
 @app.command(epilog="Example: `poise merge configs/demo/merge/ties.yaml runs/ties`")

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from pipelines.checkpoints import pinned_model
 from pipelines.merge.diff import TensorDiff, diff_models, unmatched
+from pipelines.rounding import ENOUGH
 from ray_jobs.tables import print_table
 
 NUM_SHOWN = 40
@@ -23,6 +24,13 @@ def run_diff(a: str, b: str, base: str | None, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(each) for each in found], indent=2))
         return
+    kept = found[-1].kept
+    if kept is not None:
+        print(
+            f"rounding: of a change as large as that of {b} from {base or a}, its dtype keeps a "
+            f"cosine of about {kept:.4f}{'' if kept >= ENOUGH else ': much of it may be rounding'}",
+            file=sys.stderr,
+        )
     print_table(_table(found, has_base=base is not None))
 
 

@@ -11,8 +11,10 @@ from pipelines.merge import (
     merge_planned,
     output_place,
     plan_merge,
+    record_of,
 )
 from pipelines.merge.estimate import estimate
+from pipelines.rounding import rounding_lines
 from ray_jobs.session import ray_session
 
 
@@ -34,7 +36,16 @@ def run_merge(
             merge_planned(planned, place, force=force, executor="ray")
     else:
         merge_planned(planned, place, force=force)
+    for name in planned.named:
+        _tell(output_place(str(config.merges[name].out), config.storage), f"{name}: ")
+    _tell(place, "")
     print(f"merged model: {place}", file=sys.stderr)
+
+
+def _tell(place: Path | str, prefix: str) -> None:
+    """Print what the dtype of a merge's output keeps of the change."""
+    for line in rounding_lines(record_of(place), "out_dtype: float32"):
+        print(f"{prefix}{line}", file=sys.stderr)
 
 
 def runs_on_ray(config: MergeConfig) -> bool:

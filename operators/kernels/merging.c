@@ -76,6 +76,61 @@ void weighted_sum(int64_t size, int num_models, const float *const *deltas, cons
     }
 }
 
+typedef float Floats __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(64)));
+
+/* Eight floats as doubles. */
+static inline Doubles in_double(const float *x) {
+    Floats values;
+    memcpy(&values, x, sizeof values);
+    return __builtin_convertvector(values, Doubles);
+}
+
+/* Up to BLOCK floats from floats or bfloat16 numbers. */
+static inline void read_floats(int length, const void *x, int is_half, int64_t first, float *to) {
+    if (is_half)
+        for (int i = 0; i < length; i++) to[i] = widened(((const uint16_t *)x)[first + i]);
+    else
+        memcpy(to, (const float *)x + first, (size_t)length * sizeof *to);
+}
+
+/* Adds the sums of operators/rounding.py over a range: of e e, w w and e w for e = exact - origin and
+ * w = written - origin; and how many e and w are not 0. Element i is added in lane i % LANES of its
+ * block, and the lanes at the end, so that the vector width does not matter. */
+void rounding_sums(int64_t size, const float *exact, const void *written, int written_is_half,
+                   const void *origin, int origin_is_half, double *sums, int64_t *counts) {
+    enum { PARTS = 8, LANES = 8 * PARTS };
+    Doubles ee[PARTS] = {0}, ww[PARTS] = {0}, ew[PARTS] = {0};
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        const int length = size - first < BLOCK ? (int)(size - first) : BLOCK;
+        float start[BLOCK], e[BLOCK], w[BLOCK];
+        read_floats(length, origin, origin_is_half, first, start);
+        read_floats(length, written, written_is_half, first, w);
+        int32_t num_e = 0, num_w = 0;
+        for (int i = 0; i < length; i++) {
+            e[i] = exact[first + i] - start[i];
+            w[i] -= start[i];
+            num_e += e[i] != 0.0f;
+            num_w += w[i] != 0.0f;
+        }
+        counts[0] += num_e;
+        counts[1] += num_w;
+        for (int i = length; i % LANES; i++) e[i] = w[i] = 0.0f;
+        for (int i = 0; i < length; i += LANES)
+            for (int part = 0; part < PARTS; part++) {
+                const Doubles x = in_double(e + i + 8 * part), y = in_double(w + i + 8 * part);
+                ee[part] += x * x;
+                ww[part] += y * y;
+                ew[part] += x * y;
+            }
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+        sums[0] += ee[lane / 8][lane % 8];
+        sums[1] += ww[lane / 8][lane % 8];
+        sums[2] += ew[lane / 8][lane % 8];
+    }
+}
+
 /* x where the mask is 1, else 0. */
 void masked(int64_t size, const uint32_t *restrict x, const uint8_t *restrict mask,
             uint32_t *restrict kept) {

@@ -29,6 +29,7 @@ _ARGUMENTS = {
     "all_finite_32": [_LONG, _POINTER, _WORD, _POINTER],
     "weighted_sum": [_LONG, _INT, _POINTER, _POINTER, _FLOAT, _POINTER],
     "keep_between": [_LONG, _POINTER, _POINTER, _INDEX, _POINTER, _POINTER],
+    "rounding_sums": [_LONG, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER],
     "masked": [_LONG, _POINTER, _POINTER, _POINTER],
     "look": [_LONG, _POINTER, _POINTER],
     "magprune": [_LONG, _LONG, _POINTER, _INDEX, *[_POINTER] * 5],
@@ -114,6 +115,20 @@ class MergingKernels:
             x.numel(), x.data_ptr(), cuts, start, _words(key), kept.data_ptr()
         )
         return kept
+
+    def rounding_sums(
+        self, exact: Tensor, written: Tensor, origin: Tensor
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The sums and counts of operators.rounding; `written` and `origin` are float32 or bfloat16
+        numbers.
+        """
+        sums, counts = np.zeros(3), np.zeros(2, dtype=np.int64)
+        others = (written, origin)
+        ends = [n for x in others for n in (x.data_ptr(), x.dtype == torch.bfloat16)]
+        self._library.rounding_sums(
+            exact.numel(), exact.data_ptr(), *ends, sums.ctypes.data, counts.ctypes.data
+        )
+        return sums, counts
 
     def masked(self, x: Tensor, mask: Tensor) -> Tensor:
         """x where the bool mask is true, else 0."""

@@ -376,6 +376,15 @@ def pinned_model(name: str, base: str | None = None) -> str:
     return f"{pinned(f'{own}@{revision}' if revision else own)}+{result}"
 
 
+def unadapted(source: Source, name: str) -> Source | None:
+    """The base of an adapter that changes this tensor and keeps its shape; else None."""
+    if not isinstance(source, AdaptedCheckpoint) or source.stored(name) is not None:
+        return None
+    own, found = source.find(name), source.base.find(name)
+    is_like = own is not None and found is not None and own.shape == found.shape
+    return source.base if is_like else None
+
+
 def _transposed_squares(parts: AdapterParts, store: Checkpoint, base: Source) -> frozenset[str]:
     """The square weights that are stored as (in, out), which their shape does not tell."""
     squares = [

@@ -1,8 +1,9 @@
 """The files beside the merged weights: config, tokenizer, record and card."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from operators.merging import mixup_lambda
 from pipelines.checkpoints import Checkpoint
@@ -11,19 +12,22 @@ from pipelines.checkpoints.digests import DigestMemory, model_digest
 from pipelines.checkpoints.hub import recorded
 from pipelines.commit import write_atomically
 from pipelines.merge.config import MergeConfig
+from pipelines.merge.journal import digests_of
 from pipelines.merge.output_files import CONFIG_FILE
 from pipelines.merge.pins import ids_of
-from pipelines.merge.plan import OUTPUT, KnownDigests, MergePlan
+from pipelines.merge.plan import OUTPUT, MergePlan
 from pipelines.provenance import Provenance
+from pipelines.rounding import rounding_record, rounding_text
 
 
 def write_companions(
-    plan: MergePlan, folder: Path, digests: KnownDigests, memory: DigestMemory
+    plan: MergePlan, folder: Path, results: Sequence[Mapping[str, Any]], memory: DigestMemory
 ) -> None:
     """Write everything but the weights into the output's folder.
 
     Args:
-        digests: of the blocks that the workers read and wrote, by path and tensor.
+        results: of the workers: digests of the blocks that they read and wrote, and what rounding
+            keeps.
         memory: known digests of inputs; new ones are added.
     """
     copy_files(plan.files.copied, folder)
@@ -31,7 +35,7 @@ def write_companions(
         write_atomically(folder / place, text)
     write_atomically(folder / CONFIG_FILE, json.dumps(plan.files.config, indent=2) + "\n")
     output = Checkpoint(folder, plan.files.config, plan.layout.stored(folder))
-    provenance(plan, output, digests, memory).write(folder)
+    provenance(plan, output, results, memory).write(folder)
 
 
 def drawn(plan: MergePlan) -> dict[str, float]:
@@ -51,14 +55,19 @@ def drawn(plan: MergePlan) -> dict[str, float]:
 
 
 def provenance(
-    plan: MergePlan, output: Checkpoint, digests: KnownDigests, memory: DigestMemory
+    plan: MergePlan,
+    output: Checkpoint,
+    results: Sequence[Mapping[str, Any]],
+    memory: DigestMemory,
 ) -> Provenance:
     """The output's provenance."""
+    digests, rounding = digests_of(results), rounding_of_merge(plan, results)
     base = plan.config.base_model
     rooted = "" if base is None else f"Base model: `{base}`\n\n"
     listed = "\n".join(f"- `{model}`" for model in plan.config.merged_models)
     draws = drawn(plan)
     told = "".join(f"\n\nDrawn: {name} = {value:.6f}" for name, value in draws.items())
+    told += "" if rounding is None else f"\n\n{rounding_text(rounding)}"
     return Provenance(
         kind="merged",
         digest=model_digest(output, digests.get(OUTPUT, {})),
@@ -69,6 +78,7 @@ def provenance(
         details={
             "drawn": draws,
             "settings": plan.settings_key,
+            "rounding": rounding,
             **recorded(each.path for each in plan.checkpoints.values()),
         },
         title=f"Merge by {plan.config.merge_method}",
@@ -78,6 +88,26 @@ def provenance(
             f"Made with Poise: {plan.config.method.summary}.\n\n{rooted}Models:\n\n{listed}{told}"
         ),
     )
+
+
+def rounding_of_merge(
+    plan: MergePlan, results: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """What the output's dtype keeps of the change; None where an earlier version, which did not add
+    it up, did a part of the merge.
+    """
+    if any("rounding" not in result for result in results):
+        return None
+    has_base = any(tensor.base is not None for tensor in plan.tensors.values())
+    origin = plan.config.base_model if has_base else plan.config.merged_models[0]
+    if has_base or len(plan.config.merged_models) == 1:
+        named = str(origin)
+    elif plan.config.slices:
+        named = "the first model of each slice"
+    else:
+        named = f"{origin}, the first model"
+    rows = [row for result in results for row in result["rounding"]]
+    return rounding_record(rows, [t.dtype for t in plan.tensors.values()], named)
 
 
 def _written(config: MergeConfig) -> Iterator[str]:

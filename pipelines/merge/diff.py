@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from operators.comparison import Comparison, compare
+from operators.rounding import expected_cosine, loses, squared_spacings
 from pipelines.checkpoints import Source, open_model
 from pipelines.errors import InputError
 from pipelines.progress import Progress
@@ -20,6 +21,12 @@ class TensorDiff:
         relative: delta divided by the norm of A; 0 if A is zero.
         cosine: between A and B; with a base, between their deltas.
         norms: of the deltas from the base; None without a base.
+        kept: how much of B's change (from the base, or from A) its own rounding leaves, as far as
+            the two models tell: the cosine between the change before it was rounded to B's dtype
+            and the one that is seen, if each rounding error is uniform within half the spacing of
+            the numbers at B's elements. It is an estimate from sizes alone: 1 for changes of many
+            spacings, 0 where all that is seen may be rounding. Tensors that did not change count
+            nothing; None where no changed tensor of B has a dtype that loses bits of float32.
         conflict: the fraction with opposite signs among the elements where both deltas are
             nonzero; None without a base.
     """
@@ -31,6 +38,7 @@ class TensorDiff:
     cosine: float
     norms: tuple[float, float] | None
     conflict: float | None
+    kept: float | None
 
 
 def diff_models(a: str, b: str, base: str | None = None) -> list[TensorDiff]:
@@ -44,15 +52,18 @@ def diff_models(a: str, b: str, base: str | None = None) -> list[TensorDiff]:
     names = [name for name in one.names() if _comparable(name, one, two, origin)]
     if not names:
         raise InputError(f"{a} and {b}: have no tensor of the same name and shape")
-    totals = (Comparison(), Comparison())
+    totals, kept = (Comparison(), Comparison()), (0.0, 0.0)
     found = []
     with Progress(len(names), "compare") as progress:
         for name in names:
-            plain, deltas = _compared(name, one, two, origin)
+            plain, deltas, spacings = _compared(name, one, two, origin)
             totals = (totals[0] + plain, totals[1] + deltas)
-            found.append(_described(name, plain, deltas, has_base=origin is not None))
+            change = plain.distance**2 if origin is None else deltas.yy
+            sizes = (change, spacings) if change and spacings else (0.0, 0.0)
+            kept = kept[0] + sizes[0], kept[1] + sizes[1]
+            found.append(_described(name, plain, deltas, sizes, has_base=origin is not None))
             progress.advance()
-    return [*found, _described("all", *totals, has_base=origin is not None)]
+    return [*found, _described("all", *totals, kept, has_base=origin is not None)]
 
 
 def unmatched(a: str, b: str, base: str | None = None) -> Iterator[str]:
@@ -81,22 +92,35 @@ def _comparable(name: str, *sources: Source | None) -> bool:
 
 def _compared(
     name: str, one: Source, two: Source, origin: Source | None
-) -> tuple[Comparison, Comparison]:
-    """The comparison of two tensors, and of their deltas if there is a base."""
+) -> tuple[Comparison, Comparison, float]:
+    """The comparison of two tensors, and of their deltas if there is a base; and the sum of the
+    squared spacings of the second one, 0 if its dtype loses nothing.
+    """
     spec = one.find(name)
     assert spec is not None
-    plain, deltas = Comparison(), Comparison()
+    plain, deltas, spacings = Comparison(), Comparison(), 0.0
     for start in range(0, spec.num_elements, STEP_ELEMENTS):
         stop = min(start + STEP_ELEMENTS, spec.num_elements)
-        x, y = one.read(name, start, stop).double(), two.read(name, start, stop).double()
+        stored = two.read(name, start, stop)
+        if loses(stored.dtype):
+            spacings += squared_spacings(stored)
+        x, y = one.read(name, start, stop).double(), stored.double()
         plain += compare(x, y)
         if origin is not None:
             base = origin.read(name, start, stop).double()
             deltas += compare(x - base, y - base)
-    return plain, deltas
+    return plain, deltas, spacings
 
 
-def _described(name: str, plain: Comparison, deltas: Comparison, *, has_base: bool) -> TensorDiff:
+def _described(
+    name: str,
+    plain: Comparison,
+    deltas: Comparison,
+    sizes: tuple[float, float],
+    *,
+    has_base: bool,
+) -> TensorDiff:
+    """A tensor's numbers; `sizes` are the squared norm of the change and of the spacings."""
     # Deltas from a common base are small, so their distance is more precise than the models'.
     delta = deltas.distance if has_base else plain.distance
     return TensorDiff(
@@ -107,4 +131,5 @@ def _described(name: str, plain: Comparison, deltas: Comparison, *, has_base: bo
         cosine=deltas.cosine if has_base else plain.cosine,
         norms=(deltas.xx**0.5, deltas.yy**0.5) if has_base else None,
         conflict=deltas.conflict if has_base else None,
+        kept=expected_cosine(*sizes) if sizes[1] else None,
     )

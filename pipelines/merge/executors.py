@@ -19,6 +19,7 @@ from pipelines.merge.worker import MergeWorker
 
 SWITCH_INTERVAL_S = 2e-4
 Result = dict[str, Any]
+LISTS = ("digests", "rounding")  # in a worker's result
 Contexts = dict[str, MergeContext]
 Executor = Callable[[MergePlan, Path, list[int], Contexts], Iterator[Result]]
 
@@ -132,8 +133,8 @@ class _Actor:
         if self._error:
             return {"item": row["item"], "digests": [], "error": self._error}
         result = self._worker(row)
-        # Arrow has no lists of mixed types, so all parts of a digest become text.
-        return result | {"digests": [list(map(str, entry)) for entry in result["digests"]]}
+        # Arrow has no lists of mixed types, so all parts of an entry become text.
+        return result | {name: [list(map(str, e)) for e in result[name]] for name in LISTS}
 
 
 def _checked(results: Iterable[Result]) -> Iterator[Result]:
@@ -141,7 +142,8 @@ def _checked(results: Iterable[Result]) -> Iterator[Result]:
     for result in results:
         if result["error"]:
             raise InputError(result["error"])
-        yield {"item": int(result["item"]), "digests": [list(d) for d in result["digests"]]}
+        lists = {name: [list(entry) for entry in result[name]] for name in LISTS}
+        yield {"item": int(result["item"]), **lists}
 
 
 EXECUTORS: dict[str, Executor] = {"local": in_threads, "ray": in_ray}

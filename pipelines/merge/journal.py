@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,6 @@ class Journal:
         """What finished items gave, of earlier runs too."""
         return self._results
 
-    def digests(self) -> dict[str, dict[str, dict[int, str]]]:
-        """Digests of the blocks that the items read and wrote, by checkpoint and tensor."""
-        return digests_of(self._results)
-
     def _write(self, results: list[dict[str, Any]]) -> None:
         """Flush the output's bytes to the disk, then record the items."""
         self.layout.sync(self.folder)
@@ -86,7 +82,7 @@ class Journal:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def digests_of(results: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[int, str]]]:
+def digests_of(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[int, str]]]:
     """The digests in items' results, by checkpoint, tensor and first element."""
     found: dict[str, dict[str, dict[int, str]]] = {}
     for result in results:

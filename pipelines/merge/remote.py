@@ -25,7 +25,6 @@ from pipelines.fingerprint import fingerprint
 from pipelines.merge.card import write_companions
 from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import EXECUTORS
-from pipelines.merge.journal import digests_of
 from pipelines.merge.plan import MergePlan
 from pipelines.progress import Progress
 from pipelines.provenance import renewed
@@ -175,7 +174,7 @@ def _fill(
                 marker["shards"][shard] = results
                 there.write(MARKER_FILE, marker)
     results = [result for shard in marker["shards"].values() for result in shard]
-    write_companions(plan, scratch, digests_of(results), memory)
+    write_companions(plan, scratch, results, memory)
     plan.layout.write_index(scratch)
     # config.json makes it a checkpoint, and the record says that it is complete: upload them last.
     last = {"config.json": 1, RECORD_FILE: 2}

@@ -4,9 +4,10 @@ import errno
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.companions import RECORD_FILE
 from pipelines.checkpoints.digests import DigestMemory, changed_parts
 from pipelines.checkpoints.hub import described
 from pipelines.commit import commit_directory, lock, make_folder, partial_path, refuse_existing
@@ -17,7 +18,7 @@ from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import EXECUTORS
 from pipelines.merge.journal import Journal
 from pipelines.merge.plan import MergePlan, plan_merge
-from pipelines.merge.remote import merge_to_url
+from pipelines.merge.remote import Destination, merge_to_url
 from pipelines.progress import Progress
 from pipelines.provenance import read_record
 from pipelines.storage import resolve_output
@@ -85,6 +86,13 @@ def merge_planned(
     return out
 
 
+def record_of(place: Path | str) -> dict[str, Any] | None:
+    """The record of a finished merge in a folder or at an address; None if there is none."""
+    if isinstance(place, str) and "://" in place:
+        return Destination.open(place).read(RECORD_FILE)
+    return read_record(Path(place))
+
+
 def output_place(out: str, storage: str | None) -> Path | str:
     """The absolute path or the address of an output; a relative one is below `storage`."""
     if "://" in out:
@@ -144,7 +152,7 @@ def _fill(plan: MergePlan, folder: Path, executor: ExecutorName, memory: DigestM
                 work = EXECUTORS[executor](plan, folder, items, contexts)
                 for _ in journal.record(work):
                     progress.advance()
-        write_companions(plan, folder, journal.digests(), memory)
+        write_companions(plan, folder, journal.results, memory)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

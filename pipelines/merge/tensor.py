@@ -11,8 +11,10 @@ from torch import Tensor
 from operators.kernels.choice import merging_kernels
 from operators.kernels.merging import MergingKernels
 from operators.merging import METHODS, Gathering, MergeContext, begin_gathering, merge_tensor
+from operators.rounding import Rounding, loses, rounding_of
 from pipelines.checkpoints import Source, TensorSpec
 from pipelines.errors import InputError
+from pipelines.merge.vocabulary import beneath
 
 # Elements read and merged at once.
 CHUNK_ELEMENTS = 1 << 20
@@ -189,7 +191,51 @@ class TensorMerge:
         Raises:
             InputError: NaN or Inf in an input, or packed weights that differ.
         """
+        return self._of_ranges(*self.ranges(start, stop, observe), start=start, context=context)
+
+    def written(
+        self, start: int, stop: int, context: MergeContext, observe: Observer | None = None
+    ) -> tuple[Tensor, Rounding | None]:
+        """Elements [start, stop) in the output's dtype, and what it keeps of their change from the
+        base; without one, from the first model, or from the checkpoint that this adapts. None if
+        nothing can be lost.
+
+        Raises:
+            InputError: as `merged` and `rounded`.
+        """
         models, base, infinities = self.ranges(start, stop, observe)
+        exact = self._of_ranges(models, base, infinities, start=start, context=context)
+        values = self.rounded(exact, start)
+        if not self.loses:
+            return values, None
+        origin = models[0] if base is None else base
+        if (adapted := self._adapted) is not None:
+            origin = self._read(adapted, start, stop, observe)
+        return values, rounding_of(exact, values, origin, self.kernels)
+
+    @property
+    def loses(self) -> bool:
+        """Whether rounding may lose a part of the change: not of a model's own values."""
+        is_copy = self.method == "passthrough" and self.parameters["scale"] == [1]
+        return loses(self.dtype) and not (is_copy and self.base is None and self._adapted is None)
+
+    @property
+    def _adapted(self) -> Operand | None:
+        """Without a base: the tensor that the first model, an adapter, changes."""
+        first = self.models[0]
+        base = None if self.base is not None else beneath(first.source, first.name)
+        return None if base is None else Operand(base, first.name)
+
+    def _of_ranges(
+        self,
+        models: list[Tensor],
+        base: Tensor | None,
+        infinities: Tensor | None,
+        *,
+        start: int,
+        context: MergeContext,
+    ) -> Tensor:
+        """The merge of the ranges that begin at element `start`, as `merged`."""
         if not self.dtype.is_floating_point:
             return self._of_base(models if base is None else [*models, base])
         if self.works_on_gpu:

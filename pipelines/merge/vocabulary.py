@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pipelines.checkpoints import Checkpoint, Source, StoredTensor, TensorSpec
+from pipelines.checkpoints import Checkpoint, Source, StoredTensor, TensorSpec, unadapted
 from pipelines.checkpoints.architecture import architecture_of, with_vocabulary
 from pipelines.errors import InputError
 
@@ -141,6 +141,14 @@ def token_dimension(config: Mapping[str, Any], spec: TensorSpec) -> int | None:
         return 0 if _BY_TOKEN.search(spec.name) is not None else None
     found = known.token_dimensions.get(known.name_in_model(spec.name) or "")
     return found if found is not None and prod(spec.shape[:found]) == 1 else None
+
+
+def beneath(source: Source, name: str) -> Source | None:
+    """What an adapter changes a tensor of, with the same rows; None where no adapter does."""
+    if not isinstance(source, VocabularySource):
+        return unadapted(source, name)
+    base = unadapted(source.rows.source, name)
+    return None if base is None else replace(source, rows=replace(source.rows, source=base))
 
 
 def tokens_of(source: Source) -> Tokens | None:

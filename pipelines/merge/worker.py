@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from operators.merging import MergeContext
+from operators.rounding import Rounding
 from pipelines.checkpoints.digests import BlockDigests
 from pipelines.errors import InputError
 from pipelines.merge.plan import OUTPUT, MergePlan, Piece
 from pipelines.merge.tensor import Operand
+from pipelines.rounding import Row, row_of
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # names of glibc's mallopt
 Seen = dict[tuple[str, str], BlockDigests]
@@ -35,15 +37,16 @@ class MergeWorker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Run item `row["item"]`. An InputError is returned as text, because Ray would wrap it."""
         try:
-            return {"item": row["item"], "digests": self.run(int(row["item"])), "error": ""}
+            return {"item": row["item"], **self.run(int(row["item"])), "error": ""}
         except InputError as error:
-            return {"item": row["item"], "digests": [], "error": str(error)}
+            return {"item": row["item"], "digests": [], "rounding": [], "error": str(error)}
 
-    def run(self, item: int) -> list[list[Any]]:
+    def run(self, item: int) -> dict[str, list[list[Any]]]:
         """Merge and write the pieces of one item; repeating it is harmless.
 
         Returns:
-            digests of read and written blocks: [checkpoint, tensor, first element, digest].
+            digests: of read and written blocks: [checkpoint, tensor, first element, digest];
+            rounding: what it keeps of each piece that is rounded (pipelines/rounding.py).
 
         Raises:
             InputError: NaN or Inf in an input, packed weights that differ, or a result that the
@@ -56,16 +59,20 @@ class MergeWorker:
                 seen[path, name] = BlockDigests(size)
             seen[path, name].update(start, values)
 
-        for piece in self.plan.items[item]:
-            self._write(piece, observe)
-        return [
+        rounding = [row for piece in self.plan.items[item] for row in self._write(piece, observe)]
+        digests = [
             [path, name, start, digest]
-            for (path, name), digests in seen.items()
-            for start, digest in digests.finished().items()
+            for (path, name), blocks in seen.items()
+            for start, digest in blocks.finished().items()
         ]
+        return {"digests": digests, "rounding": rounding}
 
-    def _write(self, piece: Piece, observe: Callable[..., None]) -> None:
-        """Gather the tensor's context if it is unknown, then merge a piece step by step."""
+    def _write(self, piece: Piece, observe: Callable[..., None]) -> list[Row]:
+        """Gather the tensor's context if it is unknown, then merge a piece step by step.
+
+        Returns:
+            what rounding keeps of the piece; nothing where nothing can be lost.
+        """
         tensor = self.plan.tensors[piece.name]
         if self.plan.is_held(tensor):
             tensor = tensor.in_memory()
@@ -79,10 +86,13 @@ class MergeWorker:
         context = self.contexts.get(piece.name)
         if context is None:
             context = tensor.context()
+        total = Rounding()
         for start, stop in tensor.steps(piece.start, piece.stop):
-            values = tensor.rounded(tensor.merged(start, stop, context, observe_input), start)
+            values, kept = tensor.written(start, stop, context, observe_input)
+            total += kept or Rounding()
             observe(OUTPUT, piece.name, tensor.num_elements, start, values)
             self.plan.layout.write(self.folder, piece.name, start, values)
+        return [row_of(piece.name, piece.start, total)] if tensor.loses else []
 
 
 def keep_freed_memory() -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from operators.losses import OBJECTIVES, Objective
@@ -26,6 +27,9 @@ ONLINE_FIELDS = {
     "delta_placement",
     "implementation",
 }
+
+SavedDtype = Literal["source", "float32", "bfloat16"]
+SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ObjectiveConfig(Config):
@@ -153,6 +157,14 @@ class LoraSettings(Config):
     )
 
 
+class SaveSettings(Config):
+    """How the aligned model is written."""
+
+    dtype: SavedDtype = Field(
+        "source", description="of the weights: each tensor's own in the model, or one for all"
+    )
+
+
 class AlignConfig(ReadingConfig):
     """An alignment run."""
 
@@ -176,6 +188,7 @@ class AlignConfig(ReadingConfig):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
+    save: SaveSettings = SaveSettings()
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_share: float = Field(0.0, ge=0, lt=1, description="share of the steps")
     num_steps: int | None = Field(None, ge=1, description="optimizer steps; or num_epochs")
@@ -242,6 +255,8 @@ class AlignConfig(ReadingConfig):
                 f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
                 "with lora: adamw"
             )
+        if self.save.dtype != "source" and self.lora is not None and self.lora.save == "adapter":
+            raise ValueError("save.dtype: has no effect with lora.save: adapter")
         self._check_batch()
         return self
 

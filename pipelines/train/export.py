@@ -2,9 +2,10 @@
 provenance.
 """
 
+import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
@@ -12,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from operators.kernels.choice import merging_kernels
 from operators.optim import ShardLayout
+from operators.rounding import loses, rounding_of
 from pipelines.checkpoints import Checkpoint, plan_layout
 from pipelines.checkpoints.adapter import ADAPTER_CONFIG
 from pipelines.checkpoints.companions import (
@@ -30,11 +33,13 @@ from pipelines.checkpoints.digests import (
 )
 from pipelines.checkpoints.hub import hub_ids, recorded
 from pipelines.checkpoints.module_view import copied_tensors
+from pipelines.commit import write_atomically
 from pipelines.errors import InputError
 from pipelines.merge.output_files import GENERATION_FILE
 from pipelines.provenance import Provenance
+from pipelines.rounding import Row, rounding_record, rounding_text, row_of
 from pipelines.train.adapter_files import write_adapter
-from pipelines.train.config import AlignConfig
+from pipelines.train.config import SAVED_DTYPES, AlignConfig, SavedDtype
 from pipelines.train.files import ADAPTER_FOLDER
 from pipelines.train.models import model_paths, with_names
 from pipelines.train.strategies import Strategy, first_rank, wait_for_all
@@ -54,21 +59,37 @@ class Owner(Protocol):
         ...
 
 
-def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None:
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A written model's digests, and what its dtype keeps of the change (pipelines/rounding.py);
+    None for an adapter alone.
+    """
+
+    digest: ModelDigest
+    rounding: dict[str, Any] | None
+
+
+def export_model(
+    owner: Owner, source: Path, folder: Path, dtype: SavedDtype = "source"
+) -> Exported | None:
     """Write the policy with the names, layout, dtypes and other files of `source`.
 
     Parameters are rounded once, from the master weights, and written under each of their names in
     `source`, which need not be those of the model; other tensors are copied. Every rank must call.
 
+    Args:
+        dtype: of all floating tensors; `source`: each has its own.
+
     Returns:
-        the digests of the written model on the first rank; None on the others.
+        on the first rank; None on the others.
 
     Raises:
-        InputError: a value that the source's dtype cannot hold.
+        InputError: a value that the written dtype cannot hold.
     """
     _, weights = empty_model(source)
     checkpoint = Checkpoint.open(source)
-    tensors = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
+    tensors = {n: (written_dtype(t.dtype, dtype), t.shape) for n, t in checkpoint.tensors.items()}
+    kernels = merging_kernels(checkpoint.num_elements)
     layout = plan_layout(tensors, MAX_SHARD_BYTES)
     if first_rank():
         shutil.rmtree(folder, ignore_errors=True)
@@ -77,30 +98,56 @@ def export_model(owner: Owner, source: Path, folder: Path) -> ModelDigest | None
         others = companions_of(source)
         check_links(source, others.foreign)
         copy_files({k: f for k, f in others.files.items() if not _is_of_adapter(k)}, folder)
+        if dtype != "source":
+            config = with_dtype(checkpoint.config, dtype)
+            write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
     wait_for_all()
     seen = {name: BlockDigests(tensor.num_elements) for name, tensor in checkpoint.tensors.items()}
+    rows: list[Row] = []
     for part, values in owner.owned():
         for name in (part.name, *owner.tied_names.get(part.name, ())):
             for place in weights.parts(name, part.start, values.detach()):
                 rounded = _rounded(name, place.values, tensors[place.name][0])
+                if loses(rounded.dtype):
+                    base = checkpoint.read(place.name, place.start, place.start + rounded.numel())
+                    exact = place.values.float().reshape(-1)
+                    kept = rounding_of(exact, rounded.reshape(-1), base, kernels)
+                    rows.append(row_of(place.name, place.start, kept))
                 layout.write(folder, place.name, place.start, rounded)
                 seen[place.name].update(place.start, rounded)
     if first_rank():
         for name in copied_tensors(weights, owner.parameter_names):
-            copied = checkpoint.read(name)
+            copied = checkpoint.read(name).to(tensors[name][0])
             layout.write(folder, name, 0, copied)
             seen[name].update(0, copied)
     wait_for_all()
     layout.sync(folder)
-    known = _of_all_ranks({name: digests.finished() for name, digests in seen.items()})
+    known, rows = _of_all_ranks({name: digests.finished() for name, digests in seen.items()}, rows)
     if not first_rank():
         return None
     # Blocks that no single rank wrote as a whole are read again.
     written = Checkpoint(folder, checkpoint.config, layout.stored(folder))
-    return model_digest(written, known)
+    found = rounding_record(rows, [each for each, _ in tensors.values()], str(source))
+    return Exported(model_digest(written, known), found)
 
 
-def export_result(strategy: Strategy, config: AlignConfig, folder: Path) -> ModelDigest | None:
+def written_dtype(own: torch.dtype, wanted: SavedDtype) -> torch.dtype:
+    """The dtype of a tensor in the output; integers keep theirs."""
+    return own if wanted == "source" or not own.is_floating_point else SAVED_DTYPES[wanted]
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json of weights in a dtype; its parts that name one have it too."""
+    parts = {k: with_dtype(v, dtype) for k, v in config.items() if _names_dtype(v)}
+    result = dict(config) | parts
+    return result | {"torch_dtype" if "torch_dtype" in result else "dtype": dtype}
+
+
+def _names_dtype(part: Any) -> bool:
+    return isinstance(part, Mapping) and ("dtype" in part or "torch_dtype" in part)
+
+
+def export_result(strategy: Strategy, config: AlignConfig, folder: Path) -> Exported | None:
     """Write what the config asks for: the model, with adapters merged in; the adapter alone, with
     the source's tokenizer; or both. Every rank must call.
 
@@ -109,15 +156,16 @@ def export_result(strategy: Strategy, config: AlignConfig, folder: Path) -> Mode
     save = "merged" if config.lora is None else config.lora.save
     if save == "adapter":
         return _export_adapter(strategy, config, folder)
-    digest = export_model(strategy, config.model, folder)
+    saved = export_model(strategy, config.model, folder, config.save.dtype)
     if save == "both":
         write_adapter(strategy, config, folder / ADAPTER_FOLDER)
-    if digest is not None and save == "both":
-        digest = replace(digest, companions=companions_digest(folder))
-    return digest
+    if saved is not None and save == "both":
+        digest = replace(saved.digest, companions=companions_digest(folder))
+        saved = replace(saved, digest=digest)
+    return saved
 
 
-def _export_adapter(strategy: Strategy, config: AlignConfig, folder: Path) -> ModelDigest | None:
+def _export_adapter(strategy: Strategy, config: AlignConfig, folder: Path) -> Exported | None:
     """Write the adapter alone."""
     if first_rank():
         shutil.rmtree(folder, ignore_errors=True)
@@ -129,16 +177,17 @@ def _export_adapter(strategy: Strategy, config: AlignConfig, folder: Path) -> Mo
     copy_files(
         {k: f for k, f in files.items() if is_of_tokenizer(k) and k != GENERATION_FILE}, folder
     )
-    return model_digest(Checkpoint.at(folder))
+    return Exported(model_digest(Checkpoint.at(folder)), None)
 
 
-def _of_all_ranks(own: dict[str, Digests]) -> dict[str, Digests]:
-    """The digests of all ranks; waits for all of them."""
+def _of_all_ranks(own: dict[str, Digests], rows: list[Row]) -> tuple[dict[str, Digests], list[Row]]:
+    """The digests and the sums of all ranks; waits for all of them."""
     if not dist.is_initialized():
-        return own
+        return own, rows
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    return {name: {k: v for part in parts for k, v in part[name].items()} for name in own}
+    dist.all_gather_object(parts, (own, rows))
+    digests = {name: {k: v for part, _ in parts for k, v in part[name].items()} for name in own}
+    return digests, [row for _, part in parts for row in part]
 
 
 def provenance(
@@ -151,7 +200,7 @@ def provenance(
     num_steps: int,
     details: Mapping[str, Any],
 ) -> Provenance:
-    """A trained model's provenance.
+    """A trained model's provenance; the card tells `details["rounding"]`.
 
     Args:
         key: the fingerprint of the work.
@@ -159,6 +208,8 @@ def provenance(
     """
     models = model_paths(config).values()
     config = with_names(config)
+    rounding = details.get("rounding")
+    told = "" if rounding is None else f"\n\n{rounding_text(rounding)}"
     is_adapter = config.lora is not None and config.lora.save == "adapter"
     made = "an adapter for it, trained" if is_adapter else "trained"
     return Provenance(
@@ -178,7 +229,7 @@ def provenance(
             f"- objective: {config.objective.name}\n"
             f"- optimizer: {config.optimizer.name}\n"
             f"- data: {', '.join(f'`{each.path}`' for each in config.sets)}\n"
-            f"- steps: {num_steps:,} of {config.global_batch_size} rows"
+            f"- steps: {num_steps:,} of {config.global_batch_size} rows{told}"
         ),
     )
 

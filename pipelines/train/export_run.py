@@ -12,7 +12,7 @@ from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
 from pipelines.hub.offline import is_offline
 from pipelines.train.checkpoints import saved_steps, step_folder
-from pipelines.train.config import AlignConfig
+from pipelines.train.config import AlignConfig, SavedDtype, SaveSettings
 from pipelines.train.export import export_result, provenance
 from pipelines.train.models import model_paths
 from pipelines.train.strategies import Strategy, build_strategy
@@ -23,7 +23,12 @@ RUN_FILE = "run.json"
 
 
 def export_checkpoint(
-    run: str | Path, out: str | Path, *, step: int | None = None, force: bool = False
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    dtype: SavedDtype | None = None,
+    force: bool = False,
 ) -> Path:
     """Write the model of a training checkpoint as an ordinary Hugging Face checkpoint.
 
@@ -31,6 +36,7 @@ def export_checkpoint(
         run: the future output of the run, or the hidden folder beside it.
         out: the model's folder.
         step: which of the kept checkpoints; the newest unless given.
+        dtype: of the weights; `save.dtype` of the run unless given.
         force: replace an existing `out`.
 
     Raises:
@@ -43,6 +49,10 @@ def export_checkpoint(
     record = json.loads((folder / RUN_FILE).read_text())
     config = AlignConfig.model_validate(record["config"])
     bring(model_paths(config).values(), offline=is_offline())
+    if dtype is not None:
+        if config.lora is not None and config.lora.save == "adapter":
+            raise InputError("--dtype: has no effect with lora.save: adapter")
+        config = config.model_copy(update={"save": SaveSettings(dtype=dtype)})
     steps = saved_steps(folder)
     if not steps:
         raise InputError(f"{folder}: has no checkpoint yet")
@@ -51,16 +61,20 @@ def export_checkpoint(
         raise InputError(f"step: found {step}; allowed: {', '.join(map(str, steps))}")
     strategy = _strategy(config, step_folder(folder, step))
     with staged_directory(out, force=force) as partial:
-        digest = export_result(strategy, config, partial)
-        assert digest is not None  # this process is alone
+        saved = export_result(strategy, config, partial)
+        assert saved is not None  # this process is alone
         provenance(
             config,
             "exported",
-            digest,
-            key=fingerprint([record["fingerprint"], step]),
+            saved.digest,
+            key=fingerprint([record["fingerprint"], step] + ([dtype] if dtype else [])),
             inputs=record.get("inputs", {}),
             num_steps=step,
-            details={"step": step, "fingerprint_of_run": record["fingerprint"]},
+            details={
+                "step": step,
+                "fingerprint_of_run": record["fingerprint"],
+                "rounding": saved.rounding,
+            },
         ).write(partial)
     return Path(out)
 

@@ -102,7 +102,7 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
             run = Run(config, settings, device)
             run.train()
             run.strategy.merge_pending()
-            digest = export_result(run.strategy, config, folder / MODEL_FOLDER)
+            saved = export_result(run.strategy, config, folder / MODEL_FOLDER)
     except DivergenceError as error:  # all workers see it at once, so none waits for another
         record_failure(folder, error)
         return False
@@ -110,10 +110,10 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
         if comes_again(error):
             record_failure(folder, error)
         raise
-    if digest is not None:  # this is the first rank
+    if saved is not None:  # this is the first rank
         optimizer = run.strategy.optimizer
         path = optimizer.path if isinstance(optimizer, OnlineMergingAdamW) else None
-        exported = {"optimizer_path": path, **asdict(digest)}
+        exported = {"optimizer_path": path, "rounding": saved.rounding, **asdict(saved.digest)}
         write_atomically(folder / EXPORTED_FILE, json.dumps(exported))
     return True
 

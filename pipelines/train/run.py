@@ -31,7 +31,7 @@ from pipelines.fingerprint import (
 )
 from pipelines.hub.offline import is_offline
 from pipelines.provenance import read_record
-from pipelines.train.config import AlignConfig
+from pipelines.train.config import AlignConfig, SaveSettings
 from pipelines.train.data import (
     DataSet,
     SetTable,
@@ -112,6 +112,8 @@ def material(config: AlignConfig) -> dict[str, Any]:
     same["strategy"] = config.traits.family
     if config.lora is not None and config.lora.save == "merged":
         del same["lora"]["save"]  # which earlier versions did not have, and always did
+    if config.save == SaveSettings():
+        del same["save"]
     return same
 
 
@@ -190,7 +192,7 @@ def _commit(config: AlignConfig, plan: Plan, out: Path, *, force: bool) -> None:
         key=plan.fingerprint,
         inputs=plan.inputs,
         num_steps=plan.num_steps,
-        details={"optimizer_path": path},
+        details={"optimizer_path": path, "rounding": exported.get("rounding")},
     ).write(model)
     # Copied, not moved: the originals are needed if this process is killed here.
     shutil.copyfile(folder / METRICS_FILE, model / METRICS_FILE)

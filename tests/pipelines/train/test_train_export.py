@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 from training_files import align_config, run_here
 from transformers import AutoModelForCausalLM
 
+from pipelines.checkpoints import CheckpointDelta
 from pipelines.errors import InputError
 from pipelines.merge.verify import verify
+from pipelines.rounding import rounding_lines
 from pipelines.train import AlignConfig, plan_alignment
 from pipelines.train.export_run import export_checkpoint
-from pipelines.train.run import _unfinished_run
+from pipelines.train.files import EXPORTED_FILE
+from pipelines.train.run import _unfinished_run, material
 from tests.tiny_models import save_tiny_llama
 
 
@@ -111,3 +114,56 @@ def test_export_of_zero(
     export = export_checkpoint(tmp_path / "run", tmp_path / "out")
     name = "model.safetensors"
     assert (export / name).read_bytes() == (folder / "model" / name).read_bytes()
+
+
+def test_small_changes_and_save_dtype(preferences: Path, tmp_path: Path) -> None:
+    """bfloat16 loses most of a short alignment; float32 keeps it, beside the same bf16 model.
+
+    Oracle: the float32 export holds what was computed.
+    """
+    model = save_tiny_llama(tmp_path / "model", dtype=torch.bfloat16)
+    optimizer = {"learning_rate": 1e-6}
+    folder = unfinished(align_config(model, preferences, optimizer=optimizer), tmp_path / "run")
+    exported = json.loads((folder / EXPORTED_FILE).read_text())["rounding"]
+    source, whole = (
+        export_checkpoint(folder, tmp_path / dtype, dtype=dtype) for dtype in ("source", "float32")
+    )
+    before, small, large = (
+        load_file(path / "model.safetensors") for path in (model, source, whole)
+    )
+    e = torch.cat([(large[n].double() - before[n].double()).view(-1) for n in before])
+    w = torch.cat([(small[n].double() - before[n].double()).view(-1) for n in before])
+    record = json.loads((source / "poise.json").read_text())
+    found = record["rounding"]
+    assert found == exported
+    assert found["norm"] == pytest.approx(float(w.norm() / e.norm()), rel=1e-6)
+    assert found["cosine"] == pytest.approx(float(e @ w / w.norm() / e.norm()), rel=1e-6)
+    assert found["origin"] == str(model)
+    line, warning = rounding_lines(record, "save.dtype: float32")
+    assert line in (source / "README.md").read_text()
+    assert "save.dtype: float32 keeps all" in warning
+    assert {values.dtype for values in large.values()} == {torch.float32}
+    assert json.loads((whole / "config.json").read_text())["dtype"] == "float32"
+    assert (source / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    assert len(rounding_lines(json.loads((whole / "poise.json").read_text()), "")) == 1
+    assert AutoModelForCausalLM.from_pretrained(whole, dtype="auto").dtype == torch.float32
+    tau = CheckpointDelta(model, whole).read("lm_head.weight", 0, 64)
+    expected = (
+        large["lm_head.weight"].view(-1)[:64] - before["lm_head.weight"].float().view(-1)[:64]
+    )
+    assert torch.equal(tau, expected)
+
+
+def test_save_dtype_in_fingerprints(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
+    """Runs of versions without `save` are the same runs; another dtype is another result."""
+    config = align_config(tiny_llama, preferences)
+    assert "save" not in material(config)
+    narrow = align_config(tiny_llama, preferences, save={"dtype": "bfloat16"})
+    assert material(narrow)["save"] == {"dtype": "bfloat16"}
+    folder = unfinished(narrow, tmp_path / "run")
+    written = load_file(folder / "model" / "model.safetensors")
+    assert {values.dtype for values in written.values()} == {torch.bfloat16}
+    exported = json.loads((folder / EXPORTED_FILE).read_text())["rounding"]
+    assert exported["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="source"):
+        align_config(tiny_llama, preferences, save={"dtype": "float16"})

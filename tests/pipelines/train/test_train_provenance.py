@@ -114,9 +114,9 @@ def test_the_digest_is_taken_while_pieces_are_written(
         "pipelines.checkpoints.digests.tensor_digests", lambda checkpoint, name: read.append(name)
     )
     tensors = {name: values + 1 for name, values in load_file(tiny_llama / WEIGHTS).items()}
-    digest = export_model(Shuffled(tensors, piece), tiny_llama, tmp_path / "out")
-    assert digest is not None
-    assert digest.weights == weights_by_definition(tmp_path / "out", block=16)
+    saved = export_model(Shuffled(tensors, piece), tiny_llama, tmp_path / "out")
+    assert saved is not None
+    assert saved.digest.weights == weights_by_definition(tmp_path / "out", block=16)
     assert read == []
     written = load_file(tmp_path / "out" / WEIGHTS)
     assert torch.equal(written["model.norm.weight"], tensors["model.norm.weight"])
