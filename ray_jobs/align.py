@@ -40,7 +40,7 @@ def describe_plan(config: AlignConfig) -> str:
     shape = shape_of(config.model)
     memory = estimate_memory(shape, config, int(planned.table.lengths.max()))
     lines = {
-        "objective": f"{config.objective.name}, optimizer {config.optimizer.name}",
+        "objective": f"{config.objective.label}, optimizer {config.optimizer.name}",
         "strategy": f"{config.strategy} on {config.num_workers} worker(s), {config.precision}",
         "parameters": f"{shape.num_parameters:,}",
         "rows": f"{planned.table.num_rows:,} of {counts.rows:,} ({counts.bad} bad, "

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from operators.losses import OBJECTIVES, Objective
 from operators.optim import MergeOptions
@@ -28,17 +28,23 @@ ONLINE_FIELDS = {
     "implementation",
 }
 
+Loss = Annotated[str, NamedIn(OBJECTIVES)]
 SavedDtype = Literal["source", "float32", "bfloat16"]
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ObjectiveConfig(Config):
-    """The loss and its parameters, named as in TRL; None means the loss's default."""
+    """The loss, or a weighted sum of losses, and its parameters, named as in TRL; None means the
+    loss's default.
+    """
 
-    name: Annotated[str, NamedIn(OBJECTIVES)] = "dpo"
+    name: Loss | list[Loss] = Field("dpo", description="the loss; a list: the sum of several")
+    loss_weights: list[PositiveFloat] | None = Field(
+        None, description="weights of the losses of a sum; 1 each unless given"
+    )
     beta: float | None = Field(None, gt=0, description="strength of the pull to the reference")
     label_smoothing: float | None = Field(
-        None, ge=0, lt=0.5, description="share of wrong labels (dpo)"
+        None, ge=0, lt=0.5, description="share of wrong labels (dpo, robust)"
     )
     rpo_alpha: float | None = Field(None, ge=0, description="weight of the likelihood term (dpo)")
     simpo_gamma: float | None = Field(None, ge=0, description="target margin (simpo)")
@@ -46,20 +52,57 @@ class ObjectiveConfig(Config):
     undesirable_weight: float | None = Field(None, gt=0, description="of undesirable rows (kto)")
 
     @model_validator(mode="after")
+    def _losses_that_add_up(self) -> "ObjectiveConfig":
+        names, weights = self.names, self.loss_weights
+        if isinstance(self.name, str):
+            if weights is not None:
+                raise ValueError(f"loss_weights: has no effect on {self.name}; allowed with a list")
+            return self
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(f"name: found {names}; allowed: one name, or a list of different ones")
+        addable = [name for name, value in OBJECTIVES.items() if value.can_be_added]
+        for name in names:
+            if name not in addable:
+                raise ValueError(f"name: found {name!r} in a sum; allowed: {', '.join(addable)}")
+        if weights is not None and len(weights) != len(names):
+            raise ValueError(
+                f"loss_weights: found {len(weights)}; allowed: {len(names)}, one for each name"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _parameters_where_they_act(self) -> "ObjectiveConfig":
-        takes = self.definition.parameters
+        takes = {name for _, objective in self.terms for name in objective.parameters}
+        parameters = {name for objective in OBJECTIVES.values() for name in objective.parameters}
         for name in type(self).model_fields:
-            if name != "name" and getattr(self, name) is not None and name not in takes:
+            if name in parameters and getattr(self, name) is not None and name not in takes:
                 users = [key for key, value in OBJECTIVES.items() if name in value.parameters]
                 raise ValueError(
-                    f"{name}: has no effect on {self.name}; allowed with {', '.join(users)}"
+                    f"{name}: has no effect on {self.label}; allowed with {', '.join(users)}"
                 )
         return self
 
     @property
+    def names(self) -> list[str]:
+        """The names of all losses."""
+        return [self.name] if isinstance(self.name, str) else self.name
+
+    @property
+    def label(self) -> str:
+        """The objective in words: its name, or the names of a sum."""
+        return " + ".join(self.names)
+
+    @property
+    def terms(self) -> list[tuple[float, Objective]]:
+        """The losses with their weights."""
+        weights = self.loss_weights or [1.0] * len(self.names)
+        return [(w, OBJECTIVES[name]) for w, name in zip(weights, self.names, strict=True)]
+
+    @property
     def definition(self) -> Objective:
-        """The objective's entry in the table."""
-        return OBJECTIVES[self.name]
+        """The objective's entry in the table; that of the first loss on pairs of a sum."""
+        entries = [objective for _, objective in self.terms]
+        return next((entry for entry in entries if entry.rows == "pairs"), entries[0])
 
     @property
     def row_kind(self) -> RowKind:
@@ -68,10 +111,16 @@ class ObjectiveConfig(Config):
 
     @property
     def parameters(self) -> dict[str, float]:
-        """All parameters of the loss: given values or defaults."""
-        defaults = self.definition.parameters
+        """All parameters of the losses: given values or defaults."""
+        defaults = {name: v for _, entry in self.terms for name, v in entry.parameters.items()}
         given = {name: getattr(self, name) for name in defaults}
         return {name: defaults[name] if v is None else v for name, v in given.items()}
+
+    @property
+    def learns_equal_pairs(self) -> bool:
+        """Whether pairs of equal responses are of use: a likelihood was added to preferences."""
+        adds_sft = len(self.terms) > 1 and any(entry.loss is None for _, entry in self.terms)
+        return bool(self.rpo_alpha) or adds_sft
 
 
 class TauConfig(Config):
@@ -287,7 +336,7 @@ class AlignConfig(ReadingConfig):
         if readers and self.objective.definition.rows == "texts":
             raise ValueError(
                 f"reader: {readers[0]} gives preference pairs, which objective "
-                f"{self.objective.name} does not take"
+                f"{self.objective.label} does not take"
             )
 
     def _check_strategy(self) -> None:
@@ -324,7 +373,7 @@ class AlignConfig(ReadingConfig):
         for name in ("reference_model", "reference_log_probabilities"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
-                    f"{name}: has no effect with objective {self.objective.name}, which has no "
+                    f"{name}: has no effect with objective {self.objective.label}, which has no "
                     "reference"
                 )
 

@@ -114,6 +114,8 @@ def material(config: AlignConfig) -> dict[str, Any]:
         del same["lora"]["save"]  # which earlier versions did not have, and always did
     if config.save == SaveSettings():
         del same["save"]
+    if config.objective.loss_weights is None:
+        del same["objective"]["loss_weights"]
     return same
 
 
@@ -250,7 +252,7 @@ def _table_of(config: AlignConfig, data: DataSet, cache: Path) -> SetTable:
         config.objective.definition.rows,
         config.max_length,
         config.too_long,
-        keep_equal=bool(config.objective.rpo_alpha),
+        keep_equal=config.objective.learns_equal_pairs,
         reading=data.reading(config.seed),
     )
     table, key = token_table(
