@@ -53,7 +53,8 @@ def describe_plan(config: AlignConfig) -> str:
     }
     lines |= {f"  {f.name}": _gigabytes(getattr(memory, f.name)) for f in fields(memory)}
     found = [f"{name:<15} {value}" for name, value in lines.items()]
-    return "\n".join([*found, *(f"note: {line}" for line in remarks(with_folders(config)))])
+    told = [*filter(None, [planned.batch_remark()]), *remarks(with_folders(config))]
+    return "\n".join([*found, *(f"note: {line}" for line in told)])
 
 
 def _lines_about_data(table: TokenTable) -> dict[str, str]:

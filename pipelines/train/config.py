@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
-from operators.losses import OBJECTIVES, Objective
 from operators.optim import MergeOptions
 from operators.optim.options import AlphaSchedule
 from operators.optim.tau import DeltaPlacement, MissingDelta
 from pipelines.config import Config, NamedIn
 from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_sets
-from pipelines.train.row_kinds import ROW_KINDS, RowKind
+from pipelines.train.objective_config import ObjectiveConfig
+from pipelines.train.schedules import ScheduleConfig, ScheduleName
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
 
 # Online merging optimizers: named pairs of sparsifier and consensus, or any pair (`online`).
@@ -28,99 +28,8 @@ ONLINE_FIELDS = {
     "implementation",
 }
 
-Loss = Annotated[str, NamedIn(OBJECTIVES)]
 SavedDtype = Literal["source", "float32", "bfloat16"]
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class ObjectiveConfig(Config):
-    """The loss, or a weighted sum of losses, and its parameters, named as in TRL; None means the
-    loss's default.
-    """
-
-    name: Loss | list[Loss] = Field("dpo", description="the loss; a list: the sum of several")
-    loss_weights: list[PositiveFloat] | None = Field(
-        None, description="weights of the losses of a sum; 1 each unless given"
-    )
-    beta: float | None = Field(None, gt=0, description="strength of the pull to the reference")
-    label_smoothing: float | None = Field(
-        None, ge=0, lt=0.5, description="share of wrong labels (dpo, robust)"
-    )
-    rpo_alpha: float | None = Field(None, ge=0, description="weight of the likelihood term (dpo)")
-    simpo_gamma: float | None = Field(None, ge=0, description="target margin (simpo)")
-    desirable_weight: float | None = Field(None, gt=0, description="of desirable rows (kto)")
-    undesirable_weight: float | None = Field(None, gt=0, description="of undesirable rows (kto)")
-
-    @model_validator(mode="after")
-    def _losses_that_add_up(self) -> "ObjectiveConfig":
-        names, weights = self.names, self.loss_weights
-        if isinstance(self.name, str):
-            if weights is not None:
-                raise ValueError(f"loss_weights: has no effect on {self.name}; allowed with a list")
-            return self
-        if len(names) < 2 or len(set(names)) < len(names):
-            raise ValueError(f"name: found {names}; allowed: one name, or a list of different ones")
-        addable = [name for name, value in OBJECTIVES.items() if value.can_be_added]
-        for name in names:
-            if name not in addable:
-                raise ValueError(f"name: found {name!r} in a sum; allowed: {', '.join(addable)}")
-        if weights is not None and len(weights) != len(names):
-            raise ValueError(
-                f"loss_weights: found {len(weights)}; allowed: {len(names)}, one for each name"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _parameters_where_they_act(self) -> "ObjectiveConfig":
-        takes = {name for _, objective in self.terms for name in objective.parameters}
-        parameters = {name for objective in OBJECTIVES.values() for name in objective.parameters}
-        for name in type(self).model_fields:
-            if name in parameters and getattr(self, name) is not None and name not in takes:
-                users = [key for key, value in OBJECTIVES.items() if name in value.parameters]
-                raise ValueError(
-                    f"{name}: has no effect on {self.label}; allowed with {', '.join(users)}"
-                )
-        return self
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all losses."""
-        return [self.name] if isinstance(self.name, str) else self.name
-
-    @property
-    def label(self) -> str:
-        """The objective in words: its name, or the names of a sum."""
-        return " + ".join(self.names)
-
-    @property
-    def terms(self) -> list[tuple[float, Objective]]:
-        """The losses with their weights."""
-        weights = self.loss_weights or [1.0] * len(self.names)
-        return [(w, OBJECTIVES[name]) for w, name in zip(weights, self.names, strict=True)]
-
-    @property
-    def definition(self) -> Objective:
-        """The objective's entry in the table; that of the first loss on pairs of a sum."""
-        entries = [objective for _, objective in self.terms]
-        return next((entry for entry in entries if entry.rows == "pairs"), entries[0])
-
-    @property
-    def row_kind(self) -> RowKind:
-        """The kind of rows that the objective needs."""
-        return ROW_KINDS[self.definition.rows]
-
-    @property
-    def parameters(self) -> dict[str, float]:
-        """All parameters of the losses: given values or defaults."""
-        defaults = {name: v for _, entry in self.terms for name, v in entry.parameters.items()}
-        given = {name: getattr(self, name) for name in defaults}
-        return {name: defaults[name] if v is None else v for name, v in given.items()}
-
-    @property
-    def learns_equal_pairs(self) -> bool:
-        """Whether pairs of equal responses are of use: a likelihood was added to preferences."""
-        adds_sft = len(self.terms) > 1 and any(entry.loss is None for _, entry in self.terms)
-        return bool(self.rpo_alpha) or adds_sft
 
 
 class TauConfig(Config):
@@ -238,8 +147,9 @@ class AlignConfig(ReadingConfig):
     optimizer: OptimizerConfig
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     save: SaveSettings = SaveSettings()
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: ScheduleName | ScheduleConfig = "cosine"
     warmup_share: float = Field(0.0, ge=0, lt=1, description="share of the steps")
+    warmup_steps: int | None = Field(None, ge=1, description="instead of warmup_share")
     num_steps: int | None = Field(None, ge=1, description="optimizer steps; or num_epochs")
     num_epochs: float | None = Field(None, gt=0, description="passes over the data; or num_steps")
     global_batch_size: int = Field(32, ge=1, description="rows of one optimizer step")
@@ -289,6 +199,10 @@ class AlignConfig(ReadingConfig):
     def _what_fits_together(self) -> "AlignConfig":
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError("give either num_steps or num_epochs")
+        if self.warmup_share and self.warmup_steps is not None:
+            raise ValueError("give either warmup_share or warmup_steps")
+        if self.schedule == "cosine_with_min_lr":
+            raise ValueError("schedule: cosine_with_min_lr needs min_lr_rate in a mapping")
         if self.traits.one_worker and self.num_workers != 1:
             raise ValueError(
                 f"num_workers: found {self.num_workers}; allowed with strategy {self.strategy}: 1"
@@ -323,6 +237,16 @@ class AlignConfig(ReadingConfig):
             return self.data
         values = {name: getattr(self, name) for name in ReadingConfig.model_fields}
         return [DataSet(path=self.data, **values)]
+
+    @property
+    def schedule_settings(self) -> ScheduleConfig:
+        """The schedule with its parameters."""
+        named = self.schedule
+        return named if isinstance(named, ScheduleConfig) else ScheduleConfig(name=named)
+
+    def warm_up(self, num_steps: int) -> int:
+        """The steps of the warm-up."""
+        return self.warmup_steps or round(self.warmup_share * num_steps)
 
     def _check_data(self) -> None:
         if not isinstance(self.data, Path):

@@ -17,8 +17,8 @@ from operators.losses import (
 from operators.metrics import draw_next_tokens, kl_divergences, kl_estimates
 
 if TYPE_CHECKING:
-    from pipelines.train.config import ObjectiveConfig
     from pipelines.train.data import Batch, TokenTable
+    from pipelines.train.objective_config import ObjectiveConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """Optimizer and learning-rate schedule from their configs."""
 
-import math
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints import CheckpointDelta
 from pipelines.train.architecture import meta_model
 from pipelines.train.config import ONLINE, AlignConfig
+from pipelines.train.schedules import Place
 
 
 def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
@@ -53,18 +53,11 @@ def delta_of(config: AlignConfig) -> CheckpointDelta:
 
 
 def learning_rate(config: AlignConfig, step: int, num_steps: int) -> float:
-    """The learning rate of a step (from 1): linear warm-up, then constant, linear to 0 or cosine to
-    0. It depends only on the step, so resuming needs no state.
+    """The learning rate of a step (from 1). It depends only on the step, so resuming needs no
+    state.
     """
-    warm_up = round(config.warmup_share * num_steps)
-    done = step - 1
-    if done < warm_up:
-        factor = (done + 1) / warm_up
-    else:
-        share = min(1.0, (done - warm_up) / max(1, num_steps - warm_up))
-        cosine = 0.5 * (1 + math.cos(math.pi * share))
-        factor = {"constant": 1.0, "linear": 1 - share, "cosine": cosine}[config.schedule]
-    return config.optimizer.learning_rate * factor
+    at = Place(step - 1, config.warm_up(num_steps), num_steps)
+    return config.optimizer.learning_rate * config.schedule_settings.factor(at)
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:

@@ -14,7 +14,6 @@ from datasets import Dataset
 from training_files import preference_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipelines.train.config import ObjectiveConfig
 from pipelines.train.data import (
     TokenSettings,
     TokenTable,
@@ -22,6 +21,7 @@ from pipelines.train.data import (
     collate_mismatched,
     token_table,
 )
+from pipelines.train.objective_config import ObjectiveConfig
 from pipelines.train.objectives import (
     labelled_loss,
     mismatched_point,
