@@ -51,6 +51,9 @@ class OptimizerConfig(Config):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    weight_decay_on: Literal["all", "matrices"] = Field(
+        "all", description="all parameters, or all but biases and norms as in transformers (adamw)"
+    )
     sparsifier: str | None = Field(None, description="sparsifier of update and tau (online)")
     consensus: str | None = Field(None, description="consensus of update and tau (online)")
     sparsifier_parameters: dict[str, Any] = Field({}, description="except the density (online)")
@@ -79,6 +82,9 @@ class OptimizerConfig(Config):
         for field in ("sparsifier", "consensus", "sparsifier_parameters"):
             if getattr(self, field) and self.name != "online":
                 raise ValueError(f"{field}: has no effect with {self.name}; allowed with online")
+        if self.weight_decay_on != "all" and (self.name in ONLINE or not self.weight_decay):
+            why = f"with {self.name}" if self.name in ONLINE else "without weight_decay"
+            raise ValueError(f"weight_decay_on: found {self.weight_decay_on} {why}; allowed: all")
         if self.name == "online":
             self.merge_options.check(has_tau=True)
         for field in ONLINE_FIELDS & self.model_fields_set:
@@ -213,6 +219,7 @@ class AlignConfig(ReadingConfig):
         self._check_reference_fields()
         self._check_strategy()
         self._check_rows()
+        self._check_decay()
         if self.lora is not None and self.optimizer.name in ONLINE:
             raise ValueError(
                 f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
@@ -278,6 +285,16 @@ class AlignConfig(ReadingConfig):
             raise ValueError(
                 f"cpu_offload: has no effect with strategy {self.strategy}; allowed with "
                 f"{those_that('takes_cpu_offload')}"
+            )
+
+    def _check_decay(self) -> None:
+        if self.optimizer.weight_decay_on == "all":
+            return
+        if self.traits.zero_stage or self.lora is not None:
+            beside = "lora" if self.lora is not None else f"strategy {self.strategy}"
+            raise ValueError(
+                f"optimizer.weight_decay_on: found {self.optimizer.weight_decay_on} with {beside}; "
+                "allowed with it: all"
             )
 
     def _check_rows(self) -> None:

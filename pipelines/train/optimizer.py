@@ -1,5 +1,6 @@
 """Optimizer and learning-rate schedule from their configs."""
 
+import re
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from pipelines.checkpoints import CheckpointDelta
 from pipelines.train.architecture import meta_model
 from pipelines.train.config import ONLINE, AlignConfig
 from pipelines.train.schedules import Place
+
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
@@ -24,6 +27,14 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
     }
     if settings.name not in ONLINE:
         trained = [p for p in model.parameters() if p.requires_grad]
+        if settings.weight_decay_on == "matrices":
+            names = decaying(model)
+            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            groups: list[dict[str, Any]] = [
+                {"params": [p for n, p in named if n in names]},
+                {"params": [p for n, p in named if n not in names], "weight_decay": 0.0},
+            ]
+            return torch.optim.AdamW(groups, foreach=True, **shared)
         return torch.optim.AdamW(trained, foreach=True, **shared)
     density, alpha = settings.density, settings.alpha
     assert density is not None and alpha is not None  # the config requires them
@@ -43,6 +54,20 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
         implementation=settings.implementation,
         seed=config.seed,
     )
+
+
+def decaying(model: nn.Module) -> set[str]:
+    """The parameters that transformers' Trainer lets decay: all but those of layer norms and those
+    whose names speak of biases or norms.
+    """
+    norms = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    names = {name for name, _ in model.named_parameters()} - norms
+    return {name for name in names if not NO_DECAY.search(name.lower())}
 
 
 def delta_of(config: AlignConfig) -> CheckpointDelta:

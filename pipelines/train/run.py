@@ -124,6 +124,8 @@ def material(config: AlignConfig) -> dict[str, Any]:
         del same["lora"]["save"]  # which earlier versions did not have, and always did
     if config.save == SaveSettings():
         del same["save"]
+    if config.optimizer.weight_decay_on == "all":
+        del same["optimizer"]["weight_decay_on"]
     if config.warmup_steps is None:
         del same["warmup_steps"]
     if config.objective.loss_weights is None:
