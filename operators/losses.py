@@ -69,6 +69,17 @@ def sigmoid_loss(
     return -(1 - label_smoothing) * F.logsigmoid(m) - label_smoothing * F.logsigmoid(-m)
 
 
+def robust_loss(
+    pairs: PairLogProbabilities, *, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """Robust DPO (Chowdhury et al. 2024, eq. 5), unbiased where a share e of the labels is wrong:
+    `(-(1 - e) log sigmoid(beta m) + e log sigmoid(-beta m)) / (1 - 2 e)` for margin m.
+    """
+    m = beta * pairs.margin
+    clean, flipped = -F.logsigmoid(m), -F.logsigmoid(-m)
+    return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
 def hinge_loss(pairs: PairLogProbabilities, *, beta: float) -> Tensor:
     """Hinge on the margin (SLiC, Zhao et al. 2023): `max(0, 1 - beta m)`."""
     return torch.relu(1 - beta * pairs.margin)
@@ -77,6 +88,29 @@ def hinge_loss(pairs: PairLogProbabilities, *, beta: float) -> Tensor:
 def ipo_loss(pairs: PairLogProbabilities, *, beta: float) -> Tensor:
     """IPO (Azar et al. 2023, eq. 17): `(m - 1/(2 beta))^2`, on means over response tokens."""
     return (pairs.margin - 1 / (2 * beta)).square()
+
+
+def apo_zero_loss(pairs: PairLogProbabilities, *, beta: float) -> Tensor:
+    """APO-zero (D'Oosterlinck et al. 2024, eq. 7), where chosen responses are better than the
+    model's own: `1 - sigmoid(beta c) + sigmoid(beta r)` for log-ratios c and r.
+    """
+    chosen, rejected = beta * pairs.chosen_log_ratio, beta * pairs.rejected_log_ratio
+    return 1 - torch.sigmoid(chosen) + torch.sigmoid(rejected)
+
+
+def apo_down_loss(pairs: PairLogProbabilities, *, beta: float) -> Tensor:
+    """APO-down (D'Oosterlinck et al. 2024, eq. 8), where chosen responses are worse than the
+    model's own: `sigmoid(beta c) + 1 - sigmoid(beta (c - r))`; both become less likely.
+    """
+    return torch.sigmoid(beta * pairs.chosen_log_ratio) + 1 - torch.sigmoid(beta * pairs.margin)
+
+
+def bco_pair_loss(pairs: PairLogProbabilities, *, beta: float) -> Tensor:
+    """BCO on pairs (Jung et al. 2024, eq. 11) with reward shift 0, as TRL has it:
+    `-log sigmoid(beta c) - log sigmoid(-beta r)` for log-ratios c and r.
+    """
+    chosen, rejected = beta * pairs.chosen_log_ratio, beta * pairs.rejected_log_ratio
+    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
 def simpo_loss(pairs: PairLogProbabilities, *, beta: float, simpo_gamma: float) -> Tensor:
@@ -147,13 +181,22 @@ class Objective:
     uses_reference: bool = False
     mean_over_tokens: bool = False
 
+    @property
+    def can_be_added(self) -> bool:
+        """Whether the loss may be part of a sum: one on pairs with a reference, or a likelihood."""
+        return self.loss is None or (self.rows == "pairs" and self.uses_reference)
+
     def likelihood_weight(self, parameters: Mapping[str, float]) -> float:
         """The weight of the likelihood term under these parameters."""
         return parameters[self.likelihood] if isinstance(self.likelihood, str) else self.likelihood
 
     def loss_parameters(self, parameters: Mapping[str, float]) -> dict[str, float]:
         """The parameters that `loss` takes."""
-        return {name: value for name, value in parameters.items() if name != self.likelihood}
+        return {
+            name: value
+            for name, value in parameters.items()
+            if name in self.parameters and name != self.likelihood
+        }
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -165,8 +208,14 @@ OBJECTIVES: dict[str, Objective] = {
         likelihood="rpo_alpha",
         uses_reference=True,
     ),
+    "robust": Objective(
+        "pairs", robust_loss, {"beta": 0.1, "label_smoothing": 0.0}, uses_reference=True
+    ),
     "hinge": Objective("pairs", hinge_loss, {"beta": 0.1}, uses_reference=True),
     "ipo": Objective("pairs", ipo_loss, {"beta": 0.1}, uses_reference=True, mean_over_tokens=True),
+    "apo_zero": Objective("pairs", apo_zero_loss, {"beta": 0.1}, uses_reference=True),
+    "apo_down": Objective("pairs", apo_down_loss, {"beta": 0.1}, uses_reference=True),
+    "bco_pair": Objective("pairs", bco_pair_loss, {"beta": 0.1}, uses_reference=True),
     "simpo": Objective(
         "pairs", simpo_loss, {"beta": 2.0, "simpo_gamma": 0.5}, mean_over_tokens=True
     ),

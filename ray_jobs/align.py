@@ -40,7 +40,7 @@ def describe_plan(config: AlignConfig) -> str:
     shape = shape_of(config.model)
     memory = estimate_memory(shape, config, int(planned.table.lengths.max()))
     lines = {
-        "objective": f"{config.objective.name}, optimizer {config.optimizer.name}",
+        "objective": f"{config.objective.label}, optimizer {config.optimizer.name}",
         "strategy": f"{config.strategy} on {config.num_workers} worker(s), {config.precision}",
         "parameters": f"{shape.num_parameters:,}",
         "rows": f"{planned.table.num_rows:,} of {counts.rows:,} ({counts.bad} bad, "
@@ -53,7 +53,8 @@ def describe_plan(config: AlignConfig) -> str:
     }
     lines |= {f"  {f.name}": _gigabytes(getattr(memory, f.name)) for f in fields(memory)}
     found = [f"{name:<15} {value}" for name, value in lines.items()]
-    return "\n".join([*found, *(f"note: {line}" for line in remarks(with_folders(config)))])
+    told = [*filter(None, [planned.batch_remark()]), *remarks(with_folders(config))]
+    return "\n".join([*found, *(f"note: {line}" for line in told)])
 
 
 def _lines_about_data(table: TokenTable) -> dict[str, str]:

@@ -6,13 +6,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from operators.losses import OBJECTIVES, Objective
 from operators.optim import MergeOptions
 from operators.optim.options import AlphaSchedule
 from operators.optim.tau import DeltaPlacement, MissingDelta
 from pipelines.config import Config, NamedIn
 from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_sets
-from pipelines.train.row_kinds import ROW_KINDS, RowKind
+from pipelines.train.objective_config import ObjectiveConfig
+from pipelines.train.schedules import ScheduleConfig, ScheduleName
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
 
 # Online merging optimizers: named pairs of sparsifier and consensus, or any pair (`online`).
@@ -30,48 +30,6 @@ ONLINE_FIELDS = {
 
 SavedDtype = Literal["source", "float32", "bfloat16"]
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class ObjectiveConfig(Config):
-    """The loss and its parameters, named as in TRL; None means the loss's default."""
-
-    name: Annotated[str, NamedIn(OBJECTIVES)] = "dpo"
-    beta: float | None = Field(None, gt=0, description="strength of the pull to the reference")
-    label_smoothing: float | None = Field(
-        None, ge=0, lt=0.5, description="share of wrong labels (dpo)"
-    )
-    rpo_alpha: float | None = Field(None, ge=0, description="weight of the likelihood term (dpo)")
-    simpo_gamma: float | None = Field(None, ge=0, description="target margin (simpo)")
-    desirable_weight: float | None = Field(None, gt=0, description="of desirable rows (kto)")
-    undesirable_weight: float | None = Field(None, gt=0, description="of undesirable rows (kto)")
-
-    @model_validator(mode="after")
-    def _parameters_where_they_act(self) -> "ObjectiveConfig":
-        takes = self.definition.parameters
-        for name in type(self).model_fields:
-            if name != "name" and getattr(self, name) is not None and name not in takes:
-                users = [key for key, value in OBJECTIVES.items() if name in value.parameters]
-                raise ValueError(
-                    f"{name}: has no effect on {self.name}; allowed with {', '.join(users)}"
-                )
-        return self
-
-    @property
-    def definition(self) -> Objective:
-        """The objective's entry in the table."""
-        return OBJECTIVES[self.name]
-
-    @property
-    def row_kind(self) -> RowKind:
-        """The kind of rows that the objective needs."""
-        return ROW_KINDS[self.definition.rows]
-
-    @property
-    def parameters(self) -> dict[str, float]:
-        """All parameters of the loss: given values or defaults."""
-        defaults = self.definition.parameters
-        given = {name: getattr(self, name) for name in defaults}
-        return {name: defaults[name] if v is None else v for name, v in given.items()}
 
 
 class TauConfig(Config):
@@ -93,6 +51,9 @@ class OptimizerConfig(Config):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    weight_decay_on: Literal["all", "matrices"] = Field(
+        "all", description="all parameters, or all but biases and norms as in transformers (adamw)"
+    )
     sparsifier: str | None = Field(None, description="sparsifier of update and tau (online)")
     consensus: str | None = Field(None, description="consensus of update and tau (online)")
     sparsifier_parameters: dict[str, Any] = Field({}, description="except the density (online)")
@@ -121,6 +82,9 @@ class OptimizerConfig(Config):
         for field in ("sparsifier", "consensus", "sparsifier_parameters"):
             if getattr(self, field) and self.name != "online":
                 raise ValueError(f"{field}: has no effect with {self.name}; allowed with online")
+        if self.weight_decay_on != "all" and (self.name in ONLINE or not self.weight_decay):
+            why = f"with {self.name}" if self.name in ONLINE else "without weight_decay"
+            raise ValueError(f"weight_decay_on: found {self.weight_decay_on} {why}; allowed: all")
         if self.name == "online":
             self.merge_options.check(has_tau=True)
         for field in ONLINE_FIELDS & self.model_fields_set:
@@ -189,8 +153,9 @@ class AlignConfig(ReadingConfig):
     optimizer: OptimizerConfig
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     save: SaveSettings = SaveSettings()
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: ScheduleName | ScheduleConfig = "cosine"
     warmup_share: float = Field(0.0, ge=0, lt=1, description="share of the steps")
+    warmup_steps: int | None = Field(None, ge=1, description="instead of warmup_share")
     num_steps: int | None = Field(None, ge=1, description="optimizer steps; or num_epochs")
     num_epochs: float | None = Field(None, gt=0, description="passes over the data; or num_steps")
     global_batch_size: int = Field(32, ge=1, description="rows of one optimizer step")
@@ -240,6 +205,10 @@ class AlignConfig(ReadingConfig):
     def _what_fits_together(self) -> "AlignConfig":
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError("give either num_steps or num_epochs")
+        if self.warmup_share and self.warmup_steps is not None:
+            raise ValueError("give either warmup_share or warmup_steps")
+        if self.schedule == "cosine_with_min_lr":
+            raise ValueError("schedule: cosine_with_min_lr needs min_lr_rate in a mapping")
         if self.traits.one_worker and self.num_workers != 1:
             raise ValueError(
                 f"num_workers: found {self.num_workers}; allowed with strategy {self.strategy}: 1"
@@ -250,6 +219,7 @@ class AlignConfig(ReadingConfig):
         self._check_reference_fields()
         self._check_strategy()
         self._check_rows()
+        self._check_decay()
         if self.lora is not None and self.optimizer.name in ONLINE:
             raise ValueError(
                 f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
@@ -275,6 +245,16 @@ class AlignConfig(ReadingConfig):
         values = {name: getattr(self, name) for name in ReadingConfig.model_fields}
         return [DataSet(path=self.data, **values)]
 
+    @property
+    def schedule_settings(self) -> ScheduleConfig:
+        """The schedule with its parameters."""
+        named = self.schedule
+        return named if isinstance(named, ScheduleConfig) else ScheduleConfig(name=named)
+
+    def warm_up(self, num_steps: int) -> int:
+        """The steps of the warm-up."""
+        return self.warmup_steps or round(self.warmup_share * num_steps)
+
     def _check_data(self) -> None:
         if not isinstance(self.data, Path):
             for name, field in ReadingConfig.model_fields.items():
@@ -287,7 +267,7 @@ class AlignConfig(ReadingConfig):
         if readers and self.objective.definition.rows == "texts":
             raise ValueError(
                 f"reader: {readers[0]} gives preference pairs, which objective "
-                f"{self.objective.name} does not take"
+                f"{self.objective.label} does not take"
             )
 
     def _check_strategy(self) -> None:
@@ -307,6 +287,16 @@ class AlignConfig(ReadingConfig):
                 f"{those_that('takes_cpu_offload')}"
             )
 
+    def _check_decay(self) -> None:
+        if self.optimizer.weight_decay_on == "all":
+            return
+        if self.traits.zero_stage or self.lora is not None:
+            beside = "lora" if self.lora is not None else f"strategy {self.strategy}"
+            raise ValueError(
+                f"optimizer.weight_decay_on: found {self.optimizer.weight_decay_on} with {beside}; "
+                "allowed with it: all"
+            )
+
     def _check_rows(self) -> None:
         """Raise ValueError if the sparsifier needs whole rows and workers have parts of rows."""
         if self.optimizer.name != "online" or not self.traits.is_sharded:
@@ -324,7 +314,7 @@ class AlignConfig(ReadingConfig):
         for name in ("reference_model", "reference_log_probabilities"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
-                    f"{name}: has no effect with objective {self.objective.name}, which has no "
+                    f"{name}: has no effect with objective {self.objective.label}, which has no "
                     "reference"
                 )
 

@@ -220,13 +220,13 @@ def provenance(
         inputs=inputs,
         seed=config.seed,
         details={**details, **recorded(models)},
-        title=f"Trained by {config.objective.name} with {config.optimizer.name}",
+        title=f"Trained by {config.objective.label} with {config.optimizer.name}",
         base_models=hub_ids(str(config.model)),
-        tags=[config.objective.name],
+        tags=config.objective.names,
         library="peft" if is_adapter else "transformers",
         summary=(
             f"Made with Poise: `{config.model}`, {made}.\n\n"
-            f"- objective: {config.objective.name}\n"
+            f"- objective: {config.objective.label}\n"
             f"- optimizer: {config.optimizer.name}\n"
             f"- data: {', '.join(f'`{each.path}`' for each in config.sets)}\n"
             f"- steps: {num_steps:,} of {config.global_batch_size} rows{told}"

@@ -143,7 +143,7 @@ class Watch:
             raise DivergenceError(
                 f"step {step}: the chosen responses have lost {-change:.2f} nats a token against "
                 f"{than} (min_chosen_log_ratio {self._limit}); try a lower "
-                f"optimizer.learning_rate{more.get(self._objective.name, usual)}"
+                f"optimizer.learning_rate{more.get(self._objective.label, usual)}"
             )
 
 

@@ -17,8 +17,8 @@ from operators.losses import (
 from operators.metrics import draw_next_tokens, kl_divergences, kl_estimates
 
 if TYPE_CHECKING:
-    from pipelines.train.config import ObjectiveConfig
     from pipelines.train.data import Batch, TokenTable
+    from pipelines.train.objective_config import ObjectiveConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,25 +160,32 @@ def pair_loss(
     reference: Tensor | None,
     shares: Shares,
 ) -> MicroLoss:
-    """Loss of preference pairs.
+    """Loss of preference pairs; metrics are those of the first loss of a sum.
 
     Args:
         responses: of 2n sequences: all chosen ones, then all rejected ones.
         reference: (n, 2) log-probabilities of chosen and rejected; None without a reference.
         shares: counts of the global batch.
     """
-    objective, parameters = config.definition, config.parameters
+    parameters = config.parameters
     sums = responses.log_probability.view(2, -1)  # (2, n): chosen, rejected
     lengths = responses.num_tokens.view(2, -1)
     before = torch.zeros_like(sums) if reference is None else reference.T
-    divisor = lengths if objective.mean_over_tokens else torch.ones_like(lengths)
-    assert objective.loss is not None  # only objectives on texts have none
-    pairs = PairLogProbabilities(*(sums / divisor), *(before / divisor))
-    losses = objective.loss(pairs, **objective.loss_parameters(parameters))
-    loss = losses.sum() / shares.rows
-    weight = objective.likelihood_weight(parameters)
-    if weight:
-        loss = loss - weight * sums[0].sum() / shares.likelihood_tokens
+
+    def scored(*, mean_over_tokens: bool) -> PairLogProbabilities:
+        divisor = lengths if mean_over_tokens else torch.ones_like(lengths)
+        return PairLogProbabilities(*(sums / divisor), *(before / divisor))
+
+    parts = []
+    for factor, objective in config.terms:
+        if objective.loss is not None:
+            pairs = scored(mean_over_tokens=objective.mean_over_tokens)
+            losses = objective.loss(pairs, **objective.loss_parameters(parameters))
+            parts.append(factor * (losses.sum() / shares.rows))
+        if weight := factor * objective.likelihood_weight(parameters):
+            parts.append(-(weight * sums[0].sum() / shares.likelihood_tokens))
+    loss = torch.stack(parts).sum()
+    pairs = scored(mean_over_tokens=config.definition.mean_over_tokens)
     beta = parameters["beta"]
     with torch.no_grad():
         columns = {

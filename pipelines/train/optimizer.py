@@ -1,6 +1,6 @@
 """Optimizer and learning-rate schedule from their configs."""
 
-import math
+import re
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints import CheckpointDelta
 from pipelines.train.architecture import meta_model
 from pipelines.train.config import ONLINE, AlignConfig
+from pipelines.train.schedules import Place
+
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
@@ -24,6 +27,14 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
     }
     if settings.name not in ONLINE:
         trained = [p for p in model.parameters() if p.requires_grad]
+        if settings.weight_decay_on == "matrices":
+            names = decaying(model)
+            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            groups: list[dict[str, Any]] = [
+                {"params": [p for n, p in named if n in names]},
+                {"params": [p for n, p in named if n not in names], "weight_decay": 0.0},
+            ]
+            return torch.optim.AdamW(groups, foreach=True, **shared)
         return torch.optim.AdamW(trained, foreach=True, **shared)
     density, alpha = settings.density, settings.alpha
     assert density is not None and alpha is not None  # the config requires them
@@ -45,6 +56,20 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
     )
 
 
+def decaying(model: nn.Module) -> set[str]:
+    """The parameters that transformers' Trainer lets decay: all but those of layer norms and those
+    whose names speak of biases or norms.
+    """
+    norms = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    names = {name for name, _ in model.named_parameters()} - norms
+    return {name for name in names if not NO_DECAY.search(name.lower())}
+
+
 def delta_of(config: AlignConfig) -> CheckpointDelta:
     """tau by the names of the model's parameters, however its two checkpoints are stored."""
     tau = config.optimizer.tau
@@ -53,18 +78,11 @@ def delta_of(config: AlignConfig) -> CheckpointDelta:
 
 
 def learning_rate(config: AlignConfig, step: int, num_steps: int) -> float:
-    """The learning rate of a step (from 1): linear warm-up, then constant, linear to 0 or cosine to
-    0. It depends only on the step, so resuming needs no state.
+    """The learning rate of a step (from 1). It depends only on the step, so resuming needs no
+    state.
     """
-    warm_up = round(config.warmup_share * num_steps)
-    done = step - 1
-    if done < warm_up:
-        factor = (done + 1) / warm_up
-    else:
-        share = min(1.0, (done - warm_up) / max(1, num_steps - warm_up))
-        cosine = 0.5 * (1 + math.cos(math.pi * share))
-        factor = {"constant": 1.0, "linear": 1 - share, "cosine": cosine}[config.schedule]
-    return config.optimizer.learning_rate * factor
+    at = Place(step - 1, config.warm_up(num_steps), num_steps)
+    return config.optimizer.learning_rate * config.schedule_settings.factor(at)
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:

@@ -35,8 +35,8 @@ from pipelines.train.rows.messages import Messages
 from pipelines.train.rows.prompts import after, common_messages, common_text
 
 if TYPE_CHECKING:
-    from pipelines.train.config import ObjectiveConfig
     from pipelines.train.data import TokenTable
+    from pipelines.train.objective_config import ObjectiveConfig
 
 
 @dataclass(frozen=True, slots=True)

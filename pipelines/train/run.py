@@ -98,6 +98,16 @@ class Plan:
         config = with_names(self.config)
         return fingerprint_work([material(config), self.inputs], "align")
 
+    def batch_remark(self) -> str:
+        """A line if a step takes rows more than once, else nothing."""
+        size, num_rows = self.config.global_batch_size, self.table.num_rows
+        if size <= num_rows:
+            return ""
+        return (
+            f"global_batch_size: a step of {size} rows takes some of the {num_rows} rows of the "
+            "data more than once"
+        )
+
 
 def material(config: AlignConfig) -> dict[str, Any]:
     """What of a config determines the result; how data are read only where it is set, so that
@@ -114,6 +124,12 @@ def material(config: AlignConfig) -> dict[str, Any]:
         del same["lora"]["save"]  # which earlier versions did not have, and always did
     if config.save == SaveSettings():
         del same["save"]
+    if config.optimizer.weight_decay_on == "all":
+        del same["optimizer"]["weight_decay_on"]
+    if config.warmup_steps is None:
+        del same["warmup_steps"]
+    if config.objective.loss_weights is None:
+        del same["objective"]["loss_weights"]
     return same
 
 
@@ -158,7 +174,8 @@ def align_in_turn(
             refuse_existing(out, force=force)
             if not is_new:
                 check_cluster(config)
-            for line in [*filter(None, [plan.table.counts.remarks()]), *remarks(config)]:
+            found = filter(None, [plan.table.counts.remarks(), plan.batch_remark()])
+            for line in [*found, *remarks(config)]:
                 print(f"  {line}", file=sys.stderr)
             folder = partial_path(out)
             stack.enter_context(_unfinished_run(folder, plan, force=force))
@@ -231,6 +248,7 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
     if num_steps is None:
         assert config.num_epochs is not None
         num_steps = num_steps_of(config.num_epochs, table.num_rows, config.global_batch_size)
+    config.schedule_settings.check(config.warm_up(num_steps), num_steps)
     mean_tokens = float(table.lengths.sum(axis=1).mean())
     return Plan(
         config=config,
@@ -250,7 +268,7 @@ def _table_of(config: AlignConfig, data: DataSet, cache: Path) -> SetTable:
         config.objective.definition.rows,
         config.max_length,
         config.too_long,
-        keep_equal=bool(config.objective.rpo_alpha),
+        keep_equal=config.objective.learns_equal_pairs,
         reading=data.reading(config.seed),
     )
     table, key = token_table(

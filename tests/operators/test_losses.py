@@ -14,8 +14,12 @@ from hypothesis import strategies as st
 from operators.losses import (
     OBJECTIVES,
     PairLogProbabilities,
+    apo_down_loss,
+    apo_zero_loss,
     kto_loss,
     kto_reference_point,
+    robust_loss,
+    sigmoid_loss,
     token_log_probabilities,
 )
 
@@ -42,6 +46,18 @@ BY_HAND = {
         - 0.1 * math.log(sigmoid(-0.3 * (c - rc - r + rr)))
     ),
     "hinge": lambda c, r, rc, rr: max(0.0, 1 - 0.3 * (c - rc - r + rr)),
+    "robust": lambda c, r, rc, rr: (
+        (
+            -0.9 * math.log(sigmoid(0.3 * (c - rc - r + rr)))
+            + 0.1 * math.log(sigmoid(-0.3 * (c - rc - r + rr)))
+        )
+        / 0.8
+    ),
+    "apo_zero": lambda c, r, rc, rr: 1 - sigmoid(0.3 * (c - rc)) + sigmoid(0.3 * (r - rr)),
+    "apo_down": lambda c, r, rc, rr: sigmoid(0.3 * (c - rc)) + 1 - sigmoid(0.3 * (c - rc - r + rr)),
+    "bco_pair": lambda c, r, rc, rr: (
+        -math.log(sigmoid(0.3 * (c - rc))) - math.log(sigmoid(-0.3 * (r - rr)))
+    ),
     "ipo": lambda c, r, rc, rr: ((c - rc) - (r - rr) - 1 / (2 * 0.3)) ** 2,
     "simpo": lambda c, r, rc, rr: -math.log(sigmoid(0.3 * (c - r) - 0.7)),
     "orpo": lambda c, r, rc, rr: -0.3 * math.log(sigmoid(log_odds(c) - log_odds(r))),
@@ -64,10 +80,10 @@ def test_pair_losses_equal_their_formulas(name: str) -> None:
     assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in PAIR_NAMES if name != "ipo"])
+@pytest.mark.parametrize("name", [name for name in PAIR_NAMES if name not in ("ipo", "apo_down")])
 def test_pair_losses_push_the_right_way(name: str) -> None:
-    """More likely chosen responses and less likely rejected ones never cost more (IPO, which has a
-    target for the margin, aside).
+    """More likely chosen responses and less likely rejected ones never cost more (aside from IPO,
+    which has a target for the margin, and APO-down, which has one for the chosen responses).
     """
     objective = OBJECTIVES[name]
     columns = [torch.tensor(c, dtype=torch.float64) for c in random_values(seed=2)]
@@ -76,6 +92,30 @@ def test_pair_losses_push_the_right_way(name: str) -> None:
     objective.loss(PairLogProbabilities(*columns), **parameters).sum().backward()
     assert (chosen.grad <= 0).all() and (rejected.grad >= 0).all()
     assert (chosen.grad < 0).any()
+
+
+def test_robust_is_unbiased_under_flipped_labels() -> None:
+    """Over labels of which a share e is wrong, its mean is the loss of the right ones."""
+    columns = [torch.tensor(c, dtype=torch.float64) for c in random_values(seed=4)]
+    right = PairLogProbabilities(*columns)
+    flipped = PairLogProbabilities(*(columns[place] for place in (1, 0, 3, 2)))
+    settings = {"beta": 0.3, "label_smoothing": 0.2}
+    mean = 0.8 * robust_loss(right, **settings) + 0.2 * robust_loss(flipped, **settings)
+    torch.testing.assert_close(mean, sigmoid_loss(right, beta=0.3), rtol=1e-12, atol=0)
+
+
+def test_apo_moves_each_response_as_its_paper_says() -> None:
+    """The slopes of a sigmoid: zero lifts the chosen response, down lets it fall as soon as the
+    rejected one has fallen behind; both push the rejected one down.
+    """
+    for loss, behind, slopes in (
+        (apo_zero_loss, 0.0, (-0.25, 0.25)),
+        (apo_down_loss, 0.0, (0.0, 0.25)),
+        (apo_down_loss, 2.0, (0.25 - sigmoid(2) * sigmoid(-2), sigmoid(2) * sigmoid(-2))),
+    ):
+        policy = torch.tensor([[0.0], [-behind]], dtype=torch.float64, requires_grad=True)
+        loss(PairLogProbabilities(*policy, *torch.zeros(2, 1)), beta=1.0).sum().backward()
+        assert policy.grad.flatten().tolist() == pytest.approx(slopes, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", PAIR_NAMES)

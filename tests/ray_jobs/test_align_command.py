@@ -144,8 +144,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "objective": (
         lambda folder: None,
         ["objective.name=ppo"],
-        "{folder}/config.yaml: objective.name: found 'ppo'; allowed: 'sft', 'dpo', 'hinge', 'ipo', "
-        "'simpo', 'orpo' or 'kto'",
+        "{folder}/config.yaml: objective.name: found 'ppo'; allowed: 'sft', 'dpo', 'robust', "
+        "'hinge', 'ipo', 'apo_zero', 'apo_down', 'bco_pair', 'simpo', 'orpo' or 'kto'",
     ),
     "field": (
         lambda folder: None,

@@ -14,7 +14,6 @@ from datasets import Dataset
 from training_files import preference_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipelines.train.config import ObjectiveConfig
 from pipelines.train.data import (
     TokenSettings,
     TokenTable,
@@ -22,6 +21,7 @@ from pipelines.train.data import (
     collate_mismatched,
     token_table,
 )
+from pipelines.train.objective_config import ObjectiveConfig
 from pipelines.train.objectives import (
     labelled_loss,
     mismatched_point,
@@ -114,27 +114,41 @@ def test_tokens_are_those_of_trl(dpo: Any, tables: Callable[[str], TokenTable]) 
 @pytest.mark.parametrize(
     ("name", "loss_types", "weights", "parameters"),
     [
-        ("dpo", ["sigmoid"], [1.0], {}),
+        ("dpo", ["sigmoid"], None, {}),
         ("dpo", ["sigmoid", "sft"], [1.0, 0.6], {"rpo_alpha": 0.6}),
-        ("hinge", ["hinge"], [1.0], {}),
-        ("ipo", ["ipo"], [1.0], {}),
+        ("hinge", ["hinge"], None, {}),
+        ("ipo", ["ipo"], None, {}),
+        ("robust", ["robust"], None, {"label_smoothing": 0.2}),
+        ("apo_zero", ["apo_zero"], None, {}),
+        ("apo_down", ["apo_down"], None, {}),
+        ("bco_pair", ["bco_pair"], None, {}),
+        (["dpo", "bco_pair", "sft"], ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.3], {}),
+        (
+            ["sft", "ipo", "robust", "hinge"],
+            ["sft", "ipo", "robust", "hinge"],
+            [0.4, 0.1, 0.7, 2.0],
+            {"label_smoothing": 0.3},
+        ),
+        (["apo_down", "apo_zero"], ["apo_down", "apo_zero"], None, {}),
     ],
 )
 def test_pairs_with_reference(
     dpo: Any,
     tables: Callable[[str], TokenTable],
-    name: str,
+    name: str | list[str],
     loss_types: list[str],
-    weights: list[float],
+    weights: list[float] | None,
     parameters: dict[str, float],
 ) -> None:
-    """DPO, DPO with the likelihood term, hinge and IPO."""
-    dpo.loss_types, dpo.loss_weights = loss_types, weights
+    """Each loss, DPO with the likelihood term, and sums with and without weights."""
+    dpo.loss_types, dpo.loss_weights = loss_types, weights or [1.0] * len(loss_types)
+    dpo.label_smoothing = parameters.get("label_smoothing", 0.0)
+    given = {} if isinstance(name, str) else {"loss_weights": weights}
     batch = dpo.data_collator(list(dpo.train_dataset))
     with torch.no_grad():
         theirs = dpo.compute_loss(dpo.model, batch).item()
     ours = our_pair_loss(
-        tables("pairs"), dpo.model, dpo.ref_model, name=name, beta=0.3, **parameters
+        tables("pairs"), dpo.model, dpo.ref_model, name=name, beta=0.3, **given, **parameters
     )
     assert ours == pytest.approx(theirs, rel=TOLERANCE)
 

@@ -153,6 +153,8 @@ def test_equal_responses_are_left_out(
     )
     kept = {"objective": {"name": "dpo", "rpo_alpha": 0.5}}
     assert plan_of(rows, tiny_llama, tmp_path, **kept).table.num_rows == 4
+    kept = {"objective": {"name": ["dpo", "sft"]}}
+    assert plan_of(rows, tiny_llama, tmp_path, **kept).table.num_rows == 4
     labelled = plan_of(rows, tiny_llama, tmp_path, objective={"name": "kto"}).table
     assert (labelled.num_rows, labelled.counts.rows) == (6, 8)
     with pytest.raises(InputError, match="all 1 rows were bad or dropped, 1 left out whose chosen"):

@@ -42,7 +42,29 @@ BAD_FIELDS = {
     ),
     "objective's parameter": (
         {"objective": {"name": "sft", "beta": 0.1}},
-        "beta: has no effect on sft; allowed with dpo, hinge, ipo, simpo, orpo, kto",
+        "beta: has no effect on sft; allowed with dpo, robust, hinge, ipo, apo_zero, apo_down, "
+        "bco_pair, simpo, orpo, kto",
+    ),
+    "weights without a sum": (
+        {"objective": {"name": "dpo", "loss_weights": [0.5]}},
+        "loss_weights: has no effect on dpo; allowed with a list",
+    ),
+    "weights of a sum": (
+        {"objective": {"name": ["dpo", "sft"], "loss_weights": [0.5]}},
+        "loss_weights: found 1; allowed: 2, one for each name",
+    ),
+    "a sum of one": (
+        {"objective": {"name": ["dpo", "dpo"]}},
+        "name: found ['dpo', 'dpo']; allowed: one name, or a list of different ones",
+    ),
+    "a sum of different rows": (
+        {"objective": {"name": ["dpo", "kto"]}},
+        "name: found 'kto' in a sum; allowed: sft, dpo, robust, hinge, ipo, apo_zero, apo_down, "
+        "bco_pair",
+    ),
+    "parameter of a sum": (
+        {"objective": {"name": ["hinge", "sft"], "label_smoothing": 0.1}},
+        "label_smoothing: has no effect on hinge + sft; allowed with dpo, robust",
     ),
     "optimizer": (
         {"optimizer": {"learning_rate": 1e-3, "density": 0.5}},

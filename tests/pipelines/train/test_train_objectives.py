@@ -20,10 +20,13 @@ from pipelines.train.data.batches import pad_together
 from pipelines.train.objectives import logits_of
 from tests.tiny_models import save_tiny_llama
 
+SUM = ["ipo", "dpo", "sft"]
 EXTRA: dict[str, dict[str, Any]] = {
     "dpo": {"label_smoothing": 0.1, "rpo_alpha": 0.5},
+    "robust": {"label_smoothing": 0.1},
     "kto": {"desirable_weight": 1.5},
     "simpo": {"simpo_gamma": 0.3},
+    str(SUM): {"loss_weights": [0.01, 1.0, 0.3]},
 }
 
 
@@ -34,10 +37,12 @@ def any_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "any.jsonl", rows)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_objective_learns(name: str, tiny_llama: Path, any_rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*OBJECTIVES, SUM], ids=str)
+def test_objective_learns(
+    name: str | list[str], tiny_llama: Path, any_rows: Path, tmp_path: Path
+) -> None:
     """The loss falls, all tensors move, and micro-batches of any size give the same steps."""
-    objective = {"name": name, **EXTRA.get(name, {})}
+    objective = {"name": name, **EXTRA.get(str(name), {})}
     fields: dict[str, Any] = {
         "objective": objective,
         "num_steps": 8,
@@ -62,7 +67,8 @@ def test_objective_learns(name: str, tiny_llama: Path, any_rows: Path, tmp_path:
 
 def test_first_steps_have_known_losses(tiny_llama: Path, any_rows: Path, tmp_path: Path) -> None:
     """Where policy and reference are one, the margin is 0 and z0 too."""
-    known = {"dpo": 0.6931472, "hinge": 1.0, "ipo": 25.0, "kto": 0.5}
+    known = {"dpo": 0.6931472, "robust": 0.6931472, "hinge": 1.0, "ipo": 25.0, "kto": 0.5}
+    known = {"apo_zero": 1.0, "apo_down": 1.0, "bco_pair": 1.3862944, **known}
     for name, value in known.items():
         config = align_config(tiny_llama, any_rows, objective={"name": name}, num_steps=1)
         (line,) = metrics(run_here(config, tmp_path / name))
