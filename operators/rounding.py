@@ -11,18 +11,18 @@ change is left; the cosine of e and w tells the two apart.
 """
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from operators.kernels import CHUNK
 from operators.kernels.merging import MergingKernels
 
-LANES = 64  # of the partial sums
-_KNOWN = (torch.float32, torch.bfloat16)  # dtypes that the compiled pass reads
+LANES = 16  # of the partial sums
+# Dtypes that the compiled pass writes, and dtypes of origins that it reads.
+_WRITTEN, _READ = (torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,13 @@ class Rounding:
     num_written: int = 0
 
     def __add__(self, other: "Rounding") -> "Rounding":
-        return Rounding(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Rounding(
+            self.exact + other.exact,
+            self.written + other.written,
+            self.inner + other.inner,
+            self.num_exact + other.num_exact,
+            self.num_written + other.num_written,
+        )
 
     @property
     def norm(self) -> float:
@@ -70,6 +76,21 @@ class Rounding:
         return max(0.0, min(self.norm, 1 / self.norm, self.cosine))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounded:
+    """Values in a dtype.
+
+    Attributes:
+        values: as `Tensor.to` gives them, (n,).
+        is_finite: whether none of them is NaN or Inf.
+        kept: what they keep of the change from an origin; all 0 without one.
+    """
+
+    values: Tensor
+    is_finite: bool
+    kept: Rounding
+
+
 def loses(dtype: torch.dtype) -> bool:
     """Whether float32 values may lose bits in a dtype."""
     return dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize
@@ -92,46 +113,62 @@ def expected_cosine(delta: float, spacings: float) -> float:
     return math.sqrt(max(0.0, 1 - spacings / 12 / delta)) if delta else 1.0
 
 
-def rounding_of(
-    exact: Tensor, written: Tensor, origin: Tensor, kernels: MergingKernels | None = None
-) -> Rounding:
-    """The sums of a range; they depend neither on threads nor on `kernels`.
+def is_finite(values: Tensor, kernels: MergingKernels | None = None) -> bool:
+    """Whether no element is NaN or Inf; minimum and maximum of NaN are NaN."""
+    if values.numel() == 0:
+        return True
+    if kernels is not None and kernels.knows(values):
+        return kernels.all_finite(values)
+    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
+def round_to(
+    dtype: torch.dtype,
+    exact: Tensor,
+    origin: Tensor | None = None,
+    kernels: MergingKernels | None = None,
+) -> Rounded:
+    """Round a range to a dtype. The sums depend neither on threads nor on `kernels`.
 
     Args:
         exact: the computed values, (n,) float32.
-        written: the same in the written dtype.
-        origin: the base's values, in any floating dtype.
+        origin: what the change is measured from, in any floating dtype.
         kernels: compiled passes; None: eager, with the same bits.
     """
     exact = exact.detach().cpu()
-    written, origin = (
-        x if x.dtype in _KNOWN else x.to(torch.float32) for x in (written.cpu(), origin.cpu())
-    )
-    others = (written, origin)
-    fits = kernels is not None and all(kernels.fit(x, dtype=x.dtype) for x in (exact, *others))
-    if fits and kernels is not None:
-        sums, counts = kernels.rounding_sums(exact, written, origin)
-    else:
-        sums, counts = _eager_sums(exact, written, origin)
-    return Rounding(*sums.tolist(), *counts.tolist())
+    if origin is not None:
+        origin = origin.cpu() if origin.dtype in _READ else origin.to("cpu", torch.float32)
+    if kernels is None or not _fits(kernels, dtype, exact, origin):
+        written = exact.to(dtype)
+        kept = Rounding() if origin is None else _eager_sums(exact, written, origin)
+        return Rounded(written, is_finite(written, kernels), kept)
+    written, finite, sums, counts = kernels.rounded(exact, dtype, origin)
+    # The compiled pass does not write NaN and Inf as torch does.
+    values = written if finite else exact.to(dtype)
+    return Rounded(values, finite, Rounding(*sums.tolist(), *counts.tolist()))
 
 
-def _eager_sums(
-    exact: Tensor, written: Tensor, origin: Tensor
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The sums (3,) and the counts (2,); each lane adds every `LANES`-th element, in order."""
-    lanes, counts = np.zeros((3, LANES)), np.zeros(2, dtype=np.int64)
+def _fits(
+    kernels: MergingKernels, dtype: torch.dtype, exact: Tensor, origin: Tensor | None
+) -> bool:
+    """Whether the compiled pass can round this."""
+    reads = origin is None or kernels.fit(origin, dtype=origin.dtype)
+    return dtype in _WRITTEN and kernels.fit(exact) and reads
+
+
+def _eager_sums(exact: Tensor, written: Tensor, origin: Tensor) -> Rounding:
+    """The sums; each lane adds every `LANES`-th element, in order."""
+    lanes, counts = np.zeros((3, LANES)), [0, 0]
     for first in range(0, exact.numel(), CHUNK):
         part = slice(first, first + CHUNK)
         base = origin[part].float()
         e, w = exact[part] - base, written[part].float() - base
-        counts += [int(e.count_nonzero()), int(w.count_nonzero())]
-        padding = -len(e) % LANES
-        x, y = (np.pad(d.numpy().astype(np.float64), (0, padding)) for d in (e, w))
+        counts = [counts[0] + int(e.count_nonzero()), counts[1] + int(w.count_nonzero())]
+        padding = (0, -len(e) % LANES)
+        x, y = (torch.nn.functional.pad(d, padding).double().numpy() for d in (e, w))
         for lane, products in zip(lanes, (x * x, y * y, x * y), strict=True):
-            rows = np.vstack([lane, products.reshape(-1, LANES)])
-            lane[:] = np.add.reduce(rows, axis=0)  # row after row
-    sums = np.zeros(3)
-    for lane in lanes.T:
-        sums += lane
-    return sums, counts
+            rows = products.reshape(-1, LANES)
+            rows[0] += lane
+            np.add.reduce(rows, axis=0, out=lane)  # row after row
+    sums = np.add.accumulate(lanes, axis=1)[:, -1]  # lane after lane
+    return Rounding(*sums.tolist(), *counts)

@@ -5,6 +5,7 @@
 
 #include <math.h>
 
+#include "rounding.h"
 #include "selection.h"
 
 /* A Bernoulli mask: 1 where the element's word is below the limit. */
@@ -15,14 +16,6 @@ void keep_mask(int64_t size, uint64_t start, const uint32_t *key, uint32_t limit
         for (int i = 0; i < length; i++) mask[done + i] = words[i] < limit;
         done += length;
     }
-}
-
-/* A bfloat16 as the float of the same value. */
-static inline float widened(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, sizeof value);
-    return value;
 }
 
 /* Widens bfloat16 numbers to floats. */
@@ -76,58 +69,40 @@ void weighted_sum(int64_t size, int num_models, const float *const *deltas, cons
     }
 }
 
-typedef float Floats __attribute__((vector_size(32)));
-typedef double Doubles __attribute__((vector_size(64)));
-
-/* Eight floats as doubles. */
-static inline Doubles in_double(const float *x) {
-    Floats values;
-    memcpy(&values, x, sizeof values);
-    return __builtin_convertvector(values, Doubles);
-}
-
-/* Up to BLOCK floats from floats or bfloat16 numbers. */
-static inline void read_floats(int length, const void *x, int is_half, int64_t first, float *to) {
-    if (is_half)
-        for (int i = 0; i < length; i++) to[i] = widened(((const uint16_t *)x)[first + i]);
-    else
-        memcpy(to, (const float *)x + first, (size_t)length * sizeof *to);
-}
-
-/* Adds the sums of operators/rounding.py over a range: of e e, w w and e w for e = exact - origin and
- * w = written - origin; and how many e and w are not 0. Element i is added in lane i % LANES of its
- * block, and the lanes at the end, so that the vector width does not matter. */
-void rounding_sums(int64_t size, const float *exact, const void *written, int written_is_half,
-                   const void *origin, int origin_is_half, double *sums, int64_t *counts) {
-    enum { PARTS = 8, LANES = 8 * PARTS };
-    Doubles ee[PARTS] = {0}, ww[PARTS] = {0}, ew[PARTS] = {0};
+/* Rounds to bfloat16 (or else to float16). `finite` tells whether all results are finite; only then
+ * are they right. With an origin, `sums` and `counts` become those of operators/rounding.py: element
+ * i is added in lane i % LANES, and the lanes at the end, so that the vector width does not matter. */
+void round_to_half(int64_t size, const float *x, int is_brain, const void *origin,
+                   int origin_is_half, uint16_t *restrict written, uint8_t *finite,
+                   double *restrict sums, int64_t *restrict counts) {
+    Rounding found = {0};
     for (int64_t first = 0; first < size; first += BLOCK) {
         const int length = size - first < BLOCK ? (int)(size - first) : BLOCK;
-        float start[BLOCK], e[BLOCK], w[BLOCK];
-        read_floats(length, origin, origin_is_half, first, start);
-        read_floats(length, written, written_is_half, first, w);
-        int32_t num_e = 0, num_w = 0;
-        for (int i = 0; i < length; i++) {
-            e[i] = exact[first + i] - start[i];
-            w[i] -= start[i];
-            num_e += e[i] != 0.0f;
-            num_w += w[i] != 0.0f;
+        float e[BLOCK], w[BLOCK];
+/* The kinds are constants for the compiler. */
+#define ROUND(is_brain, start, is_half)                                                            \
+    round_part(length, x + first, is_brain, start, is_half, written + first, e, w, &found)
+        if (!origin) {
+            if (is_brain) ROUND(1, NULL, 0);
+            else ROUND(0, NULL, 0);
+            continue;
         }
-        counts[0] += num_e;
-        counts[1] += num_w;
+        const void *start = (const char *)origin + (origin_is_half ? 2 : 4) * first;
+        if (is_brain && origin_is_half) ROUND(1, start, 1);
+        else if (is_brain) ROUND(1, start, 0);
+        else if (origin_is_half) ROUND(0, start, 1);
+        else ROUND(0, start, 0);
+#undef ROUND
         for (int i = length; i % LANES; i++) e[i] = w[i] = 0.0f;
-        for (int i = 0; i < length; i += LANES)
-            for (int part = 0; part < PARTS; part++) {
-                const Doubles x = in_double(e + i + 8 * part), y = in_double(w + i + 8 * part);
-                ee[part] += x * x;
-                ww[part] += y * y;
-                ew[part] += x * y;
-            }
+        add_products(length, e, w, &found);
     }
+    *finite = found.largest < (is_brain ? 0x7f7f8000 : 0x477ff000); /* the first that becomes Inf */
+    counts[0] = found.num_e;
+    counts[1] = found.num_w;
     for (int lane = 0; lane < LANES; lane++) {
-        sums[0] += ee[lane / 8][lane % 8];
-        sums[1] += ww[lane / 8][lane % 8];
-        sums[2] += ew[lane / 8][lane % 8];
+        sums[0] += found.ee[lane / WIDTH][lane % WIDTH];
+        sums[1] += found.ww[lane / WIDTH][lane % WIDTH];
+        sums[2] += found.ew[lane / WIDTH][lane % WIDTH];
     }
 }
 
@@ -136,8 +111,6 @@ void masked(int64_t size, const uint32_t *restrict x, const uint8_t *restrict ma
             uint32_t *restrict kept) {
     for (int64_t i = 0; i < size; i++) kept[i] = x[i] & (0u - (uint32_t)mask[i]);
 }
-
-#define PART static inline __attribute__((always_inline))
 
 /* Runs `part(first, length)` over a range, FEW elements at a time. Except for the last part, the
  * length is a constant for the compiler. */

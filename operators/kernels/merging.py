@@ -29,7 +29,7 @@ _ARGUMENTS = {
     "all_finite_32": [_LONG, _POINTER, _WORD, _POINTER],
     "weighted_sum": [_LONG, _INT, _POINTER, _POINTER, _FLOAT, _POINTER],
     "keep_between": [_LONG, _POINTER, _POINTER, _INDEX, _POINTER, _POINTER],
-    "rounding_sums": [_LONG, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER],
+    "round_to_half": [_LONG, _POINTER, _INT, _POINTER, _INT, *[_POINTER] * 4],
     "masked": [_LONG, _POINTER, _POINTER, _POINTER],
     "look": [_LONG, _POINTER, _POINTER],
     "magprune": [_LONG, _LONG, _POINTER, _INDEX, *[_POINTER] * 5],
@@ -116,19 +116,26 @@ class MergingKernels:
         )
         return kept
 
-    def rounding_sums(
-        self, exact: Tensor, written: Tensor, origin: Tensor
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """The sums and counts of operators.rounding; `written` and `origin` are float32 or bfloat16
-        numbers.
+    def rounded(
+        self, x: Tensor, dtype: torch.dtype, origin: Tensor | None
+    ) -> tuple[Tensor, bool, NDArray[np.float64], NDArray[np.int64]]:
+        """The numbers in bfloat16 or float16, whether all are finite (only then are they right),
+        and the sums and counts of operators.rounding; `origin` is float32 or bfloat16.
         """
+        written, finite = torch.empty(x.shape, dtype=dtype), ctypes.c_uint8()
         sums, counts = np.zeros(3), np.zeros(2, dtype=np.int64)
-        others = (written, origin)
-        ends = [n for x in others for n in (x.data_ptr(), x.dtype == torch.bfloat16)]
-        self._library.rounding_sums(
-            exact.numel(), exact.data_ptr(), *ends, sums.ctypes.data, counts.ctypes.data
+        self._library.round_to_half(
+            x.numel(),
+            x.data_ptr(),
+            dtype == torch.bfloat16,
+            None if origin is None else origin.data_ptr(),
+            origin is not None and origin.dtype == torch.bfloat16,
+            written.data_ptr(),
+            ctypes.byref(finite),
+            sums.ctypes.data,
+            counts.ctypes.data,
         )
-        return sums, counts
+        return written, bool(finite.value), sums, counts
 
     def masked(self, x: Tensor, mask: Tensor) -> Tensor:
         """x where the bool mask is true, else 0."""

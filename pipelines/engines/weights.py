@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from operators.rounding import is_finite
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.adapter import is_adapter
 from pipelines.checkpoints.companions import companions_of, is_of_tokenizer
@@ -23,7 +24,6 @@ from pipelines.errors import InputError
 from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import check_gpu, many_short_calls
 from pipelines.merge.plan import MergePlan
-from pipelines.merge.tensor import is_finite
 
 Described = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
 

@@ -10,12 +10,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from operators.low_rank import Fit, fit_of, low_rank_factors
+from operators.rounding import is_finite
 from pipelines.checkpoints import Source
 from pipelines.checkpoints.digests import BlockDigests
 from pipelines.commit import write_atomically
 from pipelines.errors import InputError
 from pipelines.extract.plan import STEP_ELEMENTS, ExtractPlan, Item
-from pipelines.merge.tensor import is_finite
 
 FACTORS = ".factors"  # finished factors, one file for each matrix
 Observer = Callable[[Source, str, int, Tensor], None]

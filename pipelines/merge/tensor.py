@@ -11,7 +11,7 @@ from torch import Tensor
 from operators.kernels.choice import merging_kernels
 from operators.kernels.merging import MergingKernels
 from operators.merging import METHODS, Gathering, MergeContext, begin_gathering, merge_tensor
-from operators.rounding import Rounding, loses, rounding_of
+from operators.rounding import Rounding, is_finite, loses, round_to
 from pipelines.checkpoints import Source, TensorSpec
 from pipelines.errors import InputError
 from pipelines.merge.vocabulary import beneath
@@ -205,13 +205,12 @@ class TensorMerge:
         """
         models, base, infinities = self.ranges(start, stop, observe)
         exact = self._of_ranges(models, base, infinities, start=start, context=context)
-        values = self.rounded(exact, start)
         if not self.loses:
-            return values, None
+            return self.rounded(exact, start), None
         origin = models[0] if base is None else base
         if (adapted := self._adapted) is not None:
             origin = self._read(adapted, start, stop, observe)
-        return values, rounding_of(exact, values, origin, self.kernels)
+        return self._rounded(exact, start, origin)
 
     @property
     def loses(self) -> bool:
@@ -267,13 +266,19 @@ class TensorMerge:
         """
         if not self.dtype.is_floating_point:
             return values
-        rounded = values.to(self.dtype)
-        if not (self.allow_nonfinite or self._fits(rounded, start)):
+        return self._rounded(values, start, None)[0]
+
+    def _rounded(
+        self, values: Tensor, start: int, origin: Tensor | None
+    ) -> tuple[Tensor, Rounding]:
+        """As `rounded`, and what is kept of the change from the origin."""
+        found = round_to(self.dtype, values, origin, self.kernels)
+        if not (found.is_finite or self.allow_nonfinite or self._shared(found.values, start)):
             raise InputError(
                 f"{self.name}: the merged values do not fit into {self.dtype}; "
                 "choose float32 or bfloat16 as out_dtype, or smaller weights"
             )
-        return rounded
+        return found.values, found.kept
 
     def _read(self, operand: Operand, start: int, stop: int, observe: Observer | None) -> Tensor:
         values = operand.read(start, stop)
@@ -304,10 +309,8 @@ class TensorMerge:
                 )
         return found[0]
 
-    def _fits(self, rounded: Tensor, start: int) -> bool:
+    def _shared(self, rounded: Tensor, start: int) -> bool:
         """Whether all values are finite but for infinities that all inputs share."""
-        if is_finite(rounded, self.kernels):
-            return True
         infinities = self.ranges(start, start + rounded.numel())[2]
         return infinities is not None and torch.equal(_infinities(rounded), infinities)
 
@@ -378,12 +381,3 @@ def _infinities(values: Tensor) -> Tensor:
     """The infinities of a range among zeros: (n,) float32."""
     values = values.to(torch.float32)
     return torch.where(values.isinf(), values, 0.0)
-
-
-def is_finite(values: Tensor, kernels: MergingKernels | None = None) -> bool:
-    """Whether no element is NaN or Inf; minimum and maximum of NaN are NaN."""
-    if values.numel() == 0:
-        return True
-    if kernels is not None and kernels.knows(values):
-        return kernels.all_finite(values)
-    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())

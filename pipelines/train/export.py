@@ -15,7 +15,7 @@ from torch import Tensor
 
 from operators.kernels.choice import merging_kernels
 from operators.optim import ShardLayout
-from operators.rounding import loses, rounding_of
+from operators.rounding import loses, round_to
 from pipelines.checkpoints import Checkpoint, plan_layout
 from pipelines.checkpoints.adapter import ADAPTER_CONFIG
 from pipelines.checkpoints.companions import (
@@ -107,14 +107,19 @@ def export_model(
     for part, values in owner.owned():
         for name in (part.name, *owner.tied_names.get(part.name, ())):
             for place in weights.parts(name, part.start, values.detach()):
-                rounded = _rounded(name, place.values, tensors[place.name][0])
-                if loses(rounded.dtype):
-                    base = checkpoint.read(place.name, place.start, place.start + rounded.numel())
-                    exact = place.values.float().reshape(-1)
-                    kept = rounding_of(exact, rounded.reshape(-1), base, kernels)
-                    rows.append(row_of(place.name, place.start, kept))
-                layout.write(folder, place.name, place.start, rounded)
-                seen[place.name].update(place.start, rounded)
+                exact, kind = place.values.float().reshape(-1), tensors[place.name][0]
+                base = None
+                if loses(kind):
+                    base = checkpoint.read(place.name, place.start, place.start + exact.numel())
+                rounded = round_to(kind, exact, base, kernels)
+                if not rounded.is_finite:
+                    raise InputError(
+                        f"model: {name}: a trained value does not fit into {kind}, or is NaN"
+                    )
+                if base is not None:
+                    rows.append(row_of(place.name, place.start, rounded.kept))
+                layout.write(folder, place.name, place.start, rounded.values)
+                seen[place.name].update(place.start, rounded.values)
     if first_rank():
         for name in copied_tensors(weights, owner.parameter_names):
             copied = checkpoint.read(name).to(tensors[name][0])
@@ -237,11 +242,3 @@ def provenance(
 def _is_of_adapter(place: str) -> bool:
     """Whether a file of the source is an adapter's, which does not fit the trained model."""
     return place == ADAPTER_CONFIG or PurePosixPath(place).parts[0] == ADAPTER_FOLDER
-
-
-def _rounded(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values in the checkpoint's dtype, on the CPU."""
-    rounded = values.to(dtype).cpu()
-    if not torch.isfinite(rounded).all():
-        raise InputError(f"model: {name}: a trained value does not fit into {dtype}, or is NaN")
-    return rounded

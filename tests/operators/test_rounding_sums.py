@@ -4,17 +4,66 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from operators.kernels.merging import MergingKernels
 from operators.rounding import (
+    Rounded,
     Rounding,
     expected_cosine,
     loses,
-    rounding_of,
+    round_to,
     squared_spacings,
 )
 
 HALF = (torch.bfloat16, torch.float16)
+KERNELS = MergingKernels()
+
+
+def assert_rounded(found: Rounded, written: Tensor) -> None:
+    """The same bits as torch's."""
+    assert found.values.dtype == written.dtype
+    assert torch.equal(found.values.view(torch.int16), written.view(torch.int16))
+    assert found.is_finite == bool(torch.isfinite(written).all())
+
+
+@pytest.mark.parametrize("upper", range(8))
+@pytest.mark.parametrize("dtype", HALF)
+def test_every_upper_half_of_a_float_rounds_like_torch(dtype: torch.dtype, upper: int) -> None:
+    """All signs, exponents and leading bits, with the bits below at and around each tie: finite
+    ones together; those that are NaN, Inf or too large one by one.
+    """
+    heads = torch.arange(upper << 13, (upper + 1) << 13, dtype=torch.int64)[:, None] << 16
+    halves = [0, 1, 0xFFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001, 0x7FFF, 0x8000, 0x8001, 0xFFFF]
+    bits = (heads + torch.tensor(halves)).ravel()
+    x = torch.where(bits < 1 << 31, bits, bits - (1 << 32)).to(torch.int32).view(torch.float32)
+    fits = x.to(dtype).isfinite()
+    assert_rounded(round_to(dtype, x[fits], kernels=KERNELS), x[fits].to(dtype))
+    large = x[~fits]
+    for each in torch.cat([large[:3], large[-3:]]).split(1):
+        assert_rounded(round_to(dtype, each, kernels=KERNELS), each.to(dtype))
+        mixed = torch.cat([torch.zeros(70), each, torch.ones(3000)])
+        assert_rounded(round_to(dtype, mixed, kernels=KERNELS), mixed.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_largest_number_and_the_first_that_does_not_fit(dtype: torch.dtype) -> None:
+    kind = torch.finfo(dtype)
+    tie = kind.max * (1 + kind.eps / 4 / (1 - kind.eps / 2))  # half a spacing above the largest
+    below = torch.nextafter(torch.tensor([tie]), torch.tensor([0.0]))
+    for sign in (1, -1):
+        assert round_to(dtype, sign * below, kernels=KERNELS).values.tolist() == [sign * kind.max]
+        found = round_to(dtype, torch.tensor([sign * tie]), kernels=KERNELS)
+        assert (found.values.tolist(), found.is_finite) == ([sign * math.inf], False)
+
+
+def test_what_is_not_contiguous_or_of_another_dtype_is_rounded_eagerly() -> None:
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    base = torch.zeros(32, dtype=torch.float64)
+    assert_rounded(round_to(torch.bfloat16, x[::2], base, KERNELS), x[::2].bfloat16())
+    exact = round_to(torch.float32, x, kernels=KERNELS)
+    assert torch.equal(exact.values, x)
+    assert exact.is_finite
 
 
 @pytest.mark.parametrize("count", [0, 1, 63, 1025, 300_001])
@@ -27,8 +76,12 @@ def test_sums_by_brute_force(count: int, origin_dtype: torch.dtype, dtype: torch
     exact = origin.float() + torch.randn(count, generator=generator) * 1e-4
     exact[::3] = origin[::3].float()
     written = exact.to(dtype)
-    found = rounding_of(exact, written, origin)
-    assert rounding_of(exact, written, origin, MergingKernels()) == found
+    eager, compiled = (round_to(dtype, exact, origin, each) for each in (None, KERNELS))
+    found = eager.kept
+    assert compiled.kept == found
+    assert_rounded(eager, written)
+    assert_rounded(compiled, written)
+    assert_rounded(round_to(dtype, exact, kernels=KERNELS), written)
     e, w = exact.double() - origin.double(), written.double() - origin.double()
     for got, expected in ((found.exact, e @ e), (found.written, w @ w), (found.inner, e @ w)):
         assert got == pytest.approx(float(expected), rel=1e-7, abs=1e-20)
@@ -38,9 +91,9 @@ def test_sums_by_brute_force(count: int, origin_dtype: torch.dtype, dtype: torch
 def test_a_change_below_half_a_spacing_is_lost() -> None:
     base = torch.ones(64, dtype=torch.bfloat16)  # the next number is 1 + 2^-7
     small, large = torch.full((64,), 1 + 2**-9), torch.full((64,), 1 + 0.75 * 2**-7)
-    lost = rounding_of(small, small.bfloat16(), base)
+    lost = round_to(torch.bfloat16, small, base).kept
     assert (lost.norm, lost.cosine, lost.kept, lost.num_written) == (0.0, 0.0, 0.0, 0)
-    grown = rounding_of(large, large.bfloat16(), base)
+    grown = round_to(torch.bfloat16, large, base).kept
     assert grown.norm == pytest.approx(4 / 3)
     assert grown.cosine == pytest.approx(1.0)
     assert grown.kept == pytest.approx(3 / 4)
@@ -67,7 +120,6 @@ def test_the_expected_cosine_is_what_uniform_rounding_gives(size: float) -> None
     base = 1 + torch.rand(200_000, generator=generator) * 0.5
     exact = base + size * 2**-7 * torch.randn(200_000, generator=generator).clamp(-4, 4)
     exact = exact.clamp(1.0, 1.99)
-    written = exact.bfloat16()
-    true = rounding_of(exact, written, base)
-    estimate = expected_cosine(true.written, squared_spacings(written))
-    assert estimate == pytest.approx(true.cosine, abs=0.02)
+    rounded = round_to(torch.bfloat16, exact, base)
+    estimate = expected_cosine(rounded.kept.written, squared_spacings(rounded.values))
+    assert estimate == pytest.approx(rounded.kept.cosine, abs=0.02)
