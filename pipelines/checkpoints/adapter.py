@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.checkpoints.architecture import Architecture
 from pipelines.checkpoints.reader import Checkpoint, is_embedding
 from pipelines.errors import InputError
 
@@ -86,14 +87,20 @@ class AdapterParts:
         """The changed tensors."""
         return list(dict.fromkeys([*self.products, *self.replaced, *self.tokens]))
 
-    def as_in(self, base: Iterable[str]) -> "AdapterParts":
+    def as_in(self, base: Iterable[str], stored: Mapping[str, str]) -> "AdapterParts":
         """The same by the base's names, which may have one component less or more at their
         beginning: on the hub, GPT-2's layers are `h.0`, in the model `transformer.h.0`.
+
+        Args:
+            base: the base's names.
+            stored: the model's names of the base's tensors -> the base's, where its class is known.
         """
         known = set(base)
         prefixes = sorted({name.partition(".")[0] for name in known})
 
         def found(name: str) -> str:
+            if name not in known and name in stored:
+                return stored[name]
             longer = (f"{prefix}.{name}" for prefix in prefixes)
             return next((n for n in (name, name.partition(".")[2], *longer) if n in known), name)
 
@@ -226,3 +233,22 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
 
 def _ends_with(module: str, key: str) -> bool:
     return module == key or module.endswith(f".{key}")
+
+
+def transposed_squares(
+    parts: AdapterParts,
+    store: Checkpoint,
+    known: Architecture | None,
+    stored: Mapping[str, str],
+) -> frozenset[str]:
+    """The square weights that are stored as (in, out), which their shape does not tell."""
+    squares = [
+        name
+        for name, adapter in parts.products.items()
+        if not adapter.of_embedding
+        and store.tensors[adapter.b].shape[0] == store.tensors[adapter.a].shape[1]
+    ]
+    if not squares or known is None:
+        return frozenset()
+    transposed = AdapterParts(replaced=dict.fromkeys(known.conv1d_weights, ""))
+    return frozenset(transposed.as_in(squares, stored).replaced)

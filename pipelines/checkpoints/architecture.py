@@ -7,7 +7,7 @@ that transformers does not know says nothing.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -102,6 +102,10 @@ class Architecture:
         """
         name, converter = self._renamed(stored)
         return name if converter is None and name in self.shapes else None
+
+    def stored_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """The model's names of stored tensors -> the stored ones, of those that it has whole."""
+        return {own: name for name in stored if (own := self.name_in_model(name)) is not None}
 
     def does_without(self, stored: str) -> bool:
         """Whether the class knows a stored tensor that its model has no place for, such as a mask

@@ -20,6 +20,7 @@ from pipelines.checkpoints.adapter import (
     check_kind,
     is_adapter,
     parts_of,
+    transposed_squares,
 )
 from pipelines.checkpoints.architecture import architecture_of
 from pipelines.checkpoints.hub import folder_of, hub_name, pinned
@@ -63,8 +64,10 @@ class AdaptedCheckpoint:
                 f"adapter {path}: no {ADAPTER_WEIGHTS}; allowed: safetensors, no pickle"
             )
         store = Checkpoint.at(path)
-        parts = parts_of(store).as_in(base.names())
-        result = cls(base, store, parts, _transposed_squares(parts, store, base))
+        known = architecture_of(base.config)
+        stored = {} if known is None else known.stored_names(base.names())
+        parts = parts_of(store).as_in(base.names(), stored)
+        result = cls(base, store, parts, transposed_squares(parts, store, known, stored))
         for name in result.parts.products:
             result._check_shapes(name)
         for name in result.parts.tokens:
@@ -383,18 +386,3 @@ def unadapted(source: Source, name: str) -> Source | None:
     own, found = source.find(name), source.base.find(name)
     is_like = own is not None and found is not None and own.shape == found.shape
     return source.base if is_like else None
-
-
-def _transposed_squares(parts: AdapterParts, store: Checkpoint, base: Source) -> frozenset[str]:
-    """The square weights that are stored as (in, out), which their shape does not tell."""
-    squares = [
-        name
-        for name, adapter in parts.products.items()
-        if not adapter.of_embedding
-        and store.tensors[adapter.b].shape[0] == store.tensors[adapter.a].shape[1]
-    ]
-    if not squares:
-        return frozenset()
-    known = architecture_of(base.config)
-    transposed = frozenset[str]() if known is None else known.conv1d_weights
-    return frozenset(AdapterParts(replaced=dict.fromkeys(transposed, "")).as_in(squares).replaced)

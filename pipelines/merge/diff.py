@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from operators.comparison import Comparison, compare
 from operators.rounding import expected_cosine, loses, squared_spacings
 from pipelines.checkpoints import Source, open_model
+from pipelines.checkpoints.named_like import named_like
 from pipelines.errors import InputError
 from pipelines.progress import Progress
 
@@ -47,8 +48,7 @@ def diff_models(a: str, b: str, base: str | None = None) -> list[TensorDiff]:
     Raises:
         InputError: a model that cannot be read, or models without a common tensor.
     """
-    one, two = open_model(a, base), open_model(b, base)
-    origin = None if base is None else open_model(base)
+    one, two, origin = _opened(a, b, base)
     names = [name for name in one.names() if _comparable(name, one, two, origin)]
     if not names:
         raise InputError(f"{a} and {b}: have no tensor of the same name and shape")
@@ -70,8 +70,7 @@ def unmatched(a: str, b: str, base: str | None = None) -> Iterator[str]:
     """A line for each tensor that cannot be compared: only one model has it, the shapes differ, or
     the base does not have it in the same shape and kind.
     """
-    one, two = open_model(a, base), open_model(b, base)
-    origin = None if base is None else open_model(base)
+    one, two, origin = _opened(a, b, base)
     for name in dict.fromkeys([*one.names(), *two.names()]):
         first, second = one.find(name), two.find(name)
         if first is None or second is None:
@@ -80,6 +79,13 @@ def unmatched(a: str, b: str, base: str | None = None) -> Iterator[str]:
             yield f"{name}: {list(first.shape)} in {a}, {list(second.shape)} in {b}"
         elif origin is not None and not _comparable(name, one, two, origin):
             yield f"{name}: not in {base}, or of another shape or kind there"
+
+
+def _opened(a: str, b: str, base: str | None) -> tuple[Source, Source, Source | None]:
+    """The models, all by the names of the first."""
+    one = open_model(a, base)
+    two = named_like(open_model(b, base), one)
+    return one, two, None if base is None else named_like(open_model(base), one)
 
 
 def _comparable(name: str, *sources: Source | None) -> bool:

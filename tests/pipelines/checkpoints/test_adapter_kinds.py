@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -27,6 +29,7 @@ from transformers import (
 from pipelines.checkpoints import open_model
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, merge
+from tests import model_kinds
 
 TOKENS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 TOKENS[:, 3], TOKENS[:, 7] = 3, 5
@@ -222,3 +225,34 @@ def test_what_is_not_known_is_refused(change: dict[str, Any], message: str, tmp_
         open_model(f"{base}+{adapter}")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlavaForConditionalGeneration",
+        "Gemma3ForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+        "CLIPModel",
+        "T5ForConditionalGeneration",
+    ],
+)
+def test_models_whose_files_have_other_names_than_their_modules(name: str, tmp_path: Path) -> None:
+    """Several stacks: the adapter names modules, the files of the base have the hub's names."""
+    [(model_type, fields)] = [each[name] for each in model_kinds.KINDS.values() if name in each]
+    make, base = getattr(transformers, name), tmp_path / "base"
+    torch.manual_seed(0)
+    make(AutoConfig.for_model(model_type, **fields)).save_pretrained(base)
+    targets = ["q", "v"] if name.startswith("T5") else ["q_proj", "v_proj"]
+    adapted = get_peft_model(
+        make.from_pretrained(base), LoraConfig(target_modules=targets, init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = adapted.merge_and_unload().state_dict()
+    found, info = make.from_pretrained(
+        written(base, tmp_path / "adapter"), output_loading_info=True
+    )
+    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+    for key, values in found.state_dict().items():
+        torch.testing.assert_close(values, expected[key], atol=1e-6, rtol=1e-6, msg=key)

@@ -29,6 +29,7 @@ from transformers import (
 
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, merge, plan_merge
+from pipelines.merge.diff import diff_models
 from tests.hub_models import save_as_on_hub
 from tests.pipelines.merge.conftest import save_weights, set_config, weights_of
 
@@ -252,6 +253,7 @@ def test_one_model_in_two_layouts(name: str, fused_first: bool, tmp_path: Path) 
     one, two = (fused, hub) if fused_first else (hub, fused)
     found = weights_of(merge(config_of([one[0], two[1]]), tmp_path / "mixed"))
     expected = weights_of(merge(config_of(one), tmp_path / "same"))
+    assert diff_models(str(one[0]), str(two[0]))[-1].delta == 0
     assert expected.keys() <= found.keys()  # masks are carried over where only one has them
     for key, values in expected.items():
         torch.testing.assert_close(found[key], values, rtol=0, atol=0, msg=key)
