@@ -102,7 +102,7 @@ def rounding_of_merge(
     origin = plan.config.base_model if has_base else plan.config.merged_models[0]
     if has_base or len(plan.config.merged_models) == 1:
         named = str(origin)
-    elif plan.config.slices:
+    elif plan.config.has_slices:
         named = "the first model of each slice"
     else:
         named = f"{origin}, the first model"

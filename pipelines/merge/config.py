@@ -3,17 +3,18 @@
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from operators.merging import METHODS, Method
 from pipelines.config import Config, apply_overrides, check, load_config, parse_documents
 from pipelines.errors import InputError
 from pipelines.merge.forms import plain_forms
 from pipelines.merge.parameters import has_filters, resolve, value_for
+from pipelines.merge.recipe import ModelEntry, Parameters, Recipe, Slice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -22,47 +23,6 @@ WITHOUT_EFFECT = {"int8_mask": "masks are never stored"}
 GIB = 1 << 30
 OF_THE_FILE = {"memory_budget", "executor", "num_workers", "storage"}
 _UNITS = {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-# mergekit allows an empty value, which means no parameters.
-Parameters = Annotated[
-    dict[str, Any], BeforeValidator(lambda found: {} if found is None else found)
-]
-
-
-class ModelEntry(Config):
-    """One model and its own parameters."""
-
-    model: str = Field(
-        description="a checkpoint's folder or name on the hub, an adapter's, or CHECKPOINT+ADAPTER"
-    )
-    parameters: Parameters = Field({}, description="of the method, for this model")
-
-
-class SliceSource(ModelEntry):
-    """Layers of one model, as an ingredient of a slice."""
-
-    layer_range: tuple[int, int] = Field(description="first layer, and one after the last layer")
-
-    @field_validator("layer_range")
-    @classmethod
-    def _is_a_range(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if not 0 <= value[0] < value[1]:
-            raise ValueError("allowed: two layers, 0 <= first < last")
-        return value
-
-
-class Slice(Config):
-    """Consecutive layers of the output, each merged from the same layer of every source."""
-
-    sources: list[SliceSource] = Field(min_length=1)
-    parameters: Parameters = Field({}, description="of the method, for this slice")
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "Slice":
-        lengths = {source.layer_range[1] - source.layer_range[0] for source in self.sources}
-        if len(lengths) > 1:
-            raise ValueError("layer_range: all sources of a slice have the same number of layers")
-        return self
 
 
 class TokenRow(Config):
@@ -110,6 +70,9 @@ class MergeConfig(Config):
     merge_method: str = Field(description="a name of `operators.merging.METHODS`")
     models: list[ModelEntry] = Field([], description="what is merged, layer by layer")
     slices: list[Slice] = Field([], description="instead of models: the output's layers in order")
+    modules: dict[str, Recipe] = Field(
+        {}, description="instead of models: a recipe for each part of the model, by its name"
+    )
     base_model: str | None = Field(None, description="W0, the models' common ancestor")
     parameters: Parameters = Field({}, description="of the method, for all models")
     dtype: DtypeName | None = Field(None, description="the output's, if out_dtype is not given")
@@ -167,8 +130,8 @@ class MergeConfig(Config):
             )
         if self.tokenizer_source is not None and self.tokenizer is not None:
             raise ValueError("tokenizer, tokenizer_source: give one of them")
-        if bool(self.models) == bool(self.slices):
-            raise ValueError("models, slices: give exactly one of them")
+        if sum(map(bool, (self.models, self.slices, self.modules))) != 1:
+            raise ValueError("models, slices, modules: give exactly one of them")
         used = {self.base_model, *self.merged_models}
         for each in self.merges.values():
             used |= {each.base_model, *each.merged_models}
@@ -182,12 +145,12 @@ class MergeConfig(Config):
             raise ValueError(
                 f"device: has no effect with {self.merge_method}; allowed with {', '.join(takes)}"
             )
-        for entries in self.groups():
-            self._check_parameters(entries)
-            has_base = self.base_model is not None and self.uses_base
-            self.method.check_models(len(entries), has_base=has_base, parameters=None)
-            if self.uses_base and not has_base:
-                raise ValueError("base_model: required, not given")
+        for module, recipe in self.recipes.items():
+            for group in recipe.groups():
+                if not module or not self._is_base_alone(module, recipe, group):
+                    self._check_group(recipe, group)
+        if not self.merged_models:
+            raise ValueError(f"modules: have no effect: found {self.base_model} alone")
         return self
 
     @property
@@ -209,10 +172,24 @@ class MergeConfig(Config):
         """Whether an entry is the base, which mergekit's files may list among the models."""
         return self.uses_base and entry.model == self.base_model
 
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """What is merged into what: for each module by its name, or for the whole under ""."""
+        if self.modules:
+            return self.modules
+        whole = Recipe.model_construct(models=self.models, slices=self.slices, parameters={})
+        return {"": whole}
+
+    @property
+    def has_slices(self) -> bool:
+        """Whether the output's layers are put together, in the whole or in a module."""
+        return any(recipe.slices for recipe in self.recipes.values())
+
     def groups(self) -> Iterator[list[ModelEntry]]:
         """The groups that are merged together: the models, or each slice's sources; no base."""
-        for group in [self.models] if self.models else [each.sources for each in self.slices]:
-            yield [entry for entry in group if not self.is_base(entry)]
+        for recipe in self.recipes.values():
+            for group in recipe.groups():
+                yield [entry for entry in group if not self.is_base(entry)]
 
     def merges_before(self, name: str) -> dict[str, "MergeConfig"]:
         """The named merges before this one, which it can refer to."""
@@ -251,8 +228,9 @@ class MergeConfig(Config):
     def notices(self) -> list[str]:
         """A line for each field that is accepted but has no effect."""
         lines = []
-        entries = [*self.models, *(source for each in self.slices for source in each.sources)]
-        scopes = [self.parameters, *(each.parameters for each in self.slices)]
+        recipes = self.recipes.values()
+        entries = [entry for each in recipes for group in each.groups() for entry in group]
+        scopes = [self.parameters, *(scope for each in recipes for scope in each.scopes)]
         for name, reason in WITHOUT_EFFECT.items():
             if any(name in scope for scope in [*scopes, *(e.parameters for e in entries)]):
                 lines.append(f"{name}: has no effect: {reason}")
@@ -265,9 +243,31 @@ class MergeConfig(Config):
             )
         return lines
 
-    def _check_parameters(self, entries: list[ModelEntry]) -> None:
+    def _is_base_alone(self, module: str, recipe: Recipe, group: list[ModelEntry]) -> bool:
+        """Whether a module, or a slice of it, is only the base's, which is then taken as it is.
+
+        Raises:
+            ValueError: parameters, which would have no effect.
+        """
+        taken = [all(map(self.is_base, each)) for each in recipe.groups()]
+        if all(taken) and any(recipe.scopes):
+            raise ValueError(
+                f"modules.{module}: parameters: have no effect: found {self.base_model} alone, "
+                "which is base_model"
+            )
+        return all(map(self.is_base, group))
+
+    def _check_group(self, recipe: Recipe, group: list[ModelEntry]) -> None:
+        """Raise ValueError unless the method can merge these models with these parameters."""
+        entries = [entry for entry in group if not self.is_base(entry)]
+        self._check_parameters(entries, [*recipe.scopes, self.parameters])
+        has_base = self.base_model is not None and self.uses_base
+        self.method.check_models(len(entries), has_base=has_base, parameters=None)
+        if self.uses_base and not has_base:
+            raise ValueError("base_model: required, not given")
+
+    def _check_parameters(self, entries: list[ModelEntry], common: list[Mapping[str, Any]]) -> None:
         """Raise ValueError for an unknown name, a value out of range or a missing value."""
-        common = [self.parameters, *(each.parameters for each in self.slices)]
         for scope in common:
             self._check_values(scope)
         for entry in entries:
@@ -330,6 +330,11 @@ def load_merge_config(path: str | Path, overrides: Iterable[str] = ()) -> MergeC
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         documents = []  # load_config reports the error
     if len(documents) < 2:
+        if documents and isinstance(documents[0], dict) and "name" in documents[0]:
+            raise InputError(
+                f"{path}: name: has no effect in a file with one merge; allowed: in each of "
+                "several documents, whose merges later ones use as models"
+            )
         return load_config(path, MergeConfig, overrides)
     *named, last = documents
     merges = {}

@@ -117,19 +117,15 @@ def with_models(values: dict[str, Any], change: Callable[[Any, str], Any]) -> di
     result = dict(values)
     if "base_model" in result:
         result["base_model"] = change(result["base_model"], "base_model")
-    for field, inner in (("models", None), ("slices", "sources")):
-        entries = result.get(field)
-        if not isinstance(entries, list):
-            continue
-        if inner is None:
-            result[field] = _entries(entries, field, change)
-            continue
-        result[field] = [
-            {**e, inner: _entries(e[inner], f"{field}.{n}.{inner}", change)}
-            if isinstance(e, Mapping) and isinstance(e.get(inner), list)
-            else e
-            for n, e in enumerate(entries)
-        ]
+    result |= _recipe(result, "", change)
+    modules = result.get("modules")
+    if isinstance(modules, Mapping):
+        result["modules"] = {
+            name: {**each, **_recipe(each, f"modules.{name}.", change)}
+            if isinstance(each, Mapping)
+            else each
+            for name, each in modules.items()
+        }
     if "tokenizer_source" in result:
         result["tokenizer_source"] = change(result["tokenizer_source"], "tokenizer_source")
     tokenizer = result.get("tokenizer")
@@ -137,6 +133,23 @@ def with_models(values: dict[str, Any], change: Callable[[Any, str], Any]) -> di
         result["tokenizer"] = change(tokenizer, "tokenizer")
     elif isinstance(tokenizer, Mapping):
         result["tokenizer"] = _tokenizer(dict(tokenizer), change)
+    return result
+
+
+def _recipe(
+    values: Mapping[str, Any], place: str, change: Callable[[Any, str], Any]
+) -> dict[str, Any]:
+    """`models` and `slices` of a merge or a module, with every model's name changed."""
+    result: dict[str, Any] = {}
+    if isinstance(models := values.get("models"), list):
+        result["models"] = _entries(models, f"{place}models", change)
+    if isinstance(slices := values.get("slices"), list):
+        result["slices"] = [
+            {**e, "sources": _entries(e["sources"], f"{place}slices.{n}.sources", change)}
+            if isinstance(e, Mapping) and isinstance(e.get("sources"), list)
+            else e
+            for n, e in enumerate(slices)
+        ]
     return result
 
 
@@ -171,7 +184,9 @@ def _entries(entries: list[Any], place: str, change: Callable[[Any, str], Any]) 
 
 
 def _with_scopes(values: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """The fields with every `parameters` changed: the merge's, the slices', the models'."""
+    """The fields with every `parameters` changed: the merge's, the modules', the slices', the
+    models'.
+    """
     result = {k: change(v) if k == "parameters" else v for k, v in values.items()}
     for field in ("models", "slices", "sources"):
         if isinstance(result.get(field), list):
@@ -179,6 +194,12 @@ def _with_scopes(values: dict[str, Any], change: Callable[[Any], Any]) -> dict[s
                 _with_scopes(dict(e), change) if isinstance(e, Mapping) else e
                 for e in result[field]
             ]
+    modules = result.get("modules")
+    if isinstance(modules, Mapping):
+        result["modules"] = {
+            name: _with_scopes(dict(e), change) if isinstance(e, Mapping) else e
+            for name, e in modules.items()
+        }
     return result
 
 

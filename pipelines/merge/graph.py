@@ -9,9 +9,11 @@ from operators.merging import METHODS
 from pipelines.checkpoints import Source, TensorSpec
 from pipelines.checkpoints.architecture import architecture_of
 from pipelines.errors import InputError
-from pipelines.merge.config import MergeConfig, ModelEntry, SliceSource
+from pipelines.merge.config import MergeConfig
 from pipelines.merge.layers import Stacks, with_layer
+from pipelines.merge.modules import Modules, Part
 from pipelines.merge.parameters import resolve
+from pipelines.merge.recipe import ModelEntry, SliceSource
 from pipelines.merge.tensor import Operand, TensorMerge
 
 
@@ -28,10 +30,11 @@ class Ingredient:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerSlice:
-    """Consecutive layers of the output from `start` on: `count` layers of the language model, or
+    """Consecutive layers of a part of the output from `start` on: `count` layers of its stack, or
     without a count all layers of all stacks. `common` are parameters for all models.
     """
 
+    part: Part
     start: int
     count: int | None
     ingredients: list[Ingredient]
@@ -50,11 +53,12 @@ class Outline:
 
 
 def output_tensors(
-    config: MergeConfig, models: Mapping[str, Source], base: Source | None
+    config: MergeConfig, parts: list[Part], models: Mapping[str, Source], base: Source | None
 ) -> dict[str, TensorMerge]:
     """All tensors of the output, in the order of the reference's files.
 
     Args:
+        parts: of the output, each with its recipe.
         models: the opened models by their names in the config.
         base: the config's base model; task vectors are deltas from it.
 
@@ -62,34 +66,44 @@ def output_tensors(
         InputError: missing layers, missing tensors, different shapes, or a parameter without a
             value.
     """
-    slices = _slices(config, models, base)
+    reference = base or next(iter(models.values()))
     tensors = {
         outline.name: _tensor(config, each, outline, base)
-        for each in slices
-        for outline in _outlines(each, first=each is slices[0], last=each is slices[-1])
+        for part in parts
+        for each, is_first, is_last in _with_ends(_slices(config, part, models, base))
+        for outline in _outlines(each, first=is_first, last=is_last)
     }
-    reference = base or next(iter(models.values()))
     order = {name: place for place, name in enumerate(reference.names())}
     num_merged = sum(tensor.num_elements for tensor in tensors.values())
     tensors = {name: replace(each, num_merged=num_merged) for name, each in tensors.items()}
     return dict(sorted(tensors.items(), key=lambda item: order.get(item[0], len(order))))
 
 
+def _with_ends(slices: list[LayerSlice]) -> Iterator[tuple[LayerSlice, bool, bool]]:
+    """Slices, and whether each is the first and the last one."""
+    for each in slices:
+        yield each, each is slices[0], each is slices[-1]
+
+
 def _slices(
-    config: MergeConfig, models: Mapping[str, Source], base: Source | None
+    config: MergeConfig, part: Part, models: Mapping[str, Source], base: Source | None
 ) -> list[LayerSlice]:
-    """The config's slices; without slices, one slice with all layers."""
-    groups: list[tuple[list[ModelEntry], list[Mapping[str, Any]]]] = [
-        (list(config.models), [config.parameters])
-    ]
-    if config.slices:
-        groups = [(list(s.sources), [s.parameters, config.parameters]) for s in config.slices]
+    """The part's slices; without slices, one slice with all layers."""
+    recipe = part.recipe
+    if recipe is None:
+        reference = base or next(iter(models.values()))
+        taken = Ingredient(reference, Stacks.of(reference.names()), 0, {}, is_base=True)
+        return [LayerSlice(part, 0, None, [taken], [])]
+    shared = [recipe.parameters, config.parameters]
+    groups: list[tuple[list[ModelEntry], list[Mapping[str, Any]]]] = [(recipe.models, [*shared])]
+    if recipe.slices:
+        groups = [(list(s.sources), [s.parameters, *shared]) for s in recipe.slices]
     slices, start = [], 0
     for entries, common in groups:
-        ingredients = [_ingredient(e, models) for e in entries if not config.is_base(e)]
+        ingredients = [_ingredient(e, part, models) for e in entries if not config.is_base(e)]
         if base is not None and config.uses_base:
             first = next((_first_layer(e) for e in entries if config.is_base(e)), None)
-            if first is None and config.slices:
+            if first is None and recipe.slices:
                 raise InputError(
                     f"slices: {config.merge_method} needs base_model {config.base_model} among "
                     "the sources of every slice"
@@ -99,12 +113,12 @@ def _slices(
         entry, count = entries[0], None
         if isinstance(entry, SliceSource):
             count = entry.layer_range[1] - entry.layer_range[0]
-        slices.append(LayerSlice(start, count, ingredients, common))
+        slices.append(LayerSlice(part, start, count, ingredients, common))
         start += count or 0
     return slices
 
 
-def _ingredient(entry: ModelEntry, models: Mapping[str, Source]) -> Ingredient:
+def _ingredient(entry: ModelEntry, part: Part, models: Mapping[str, Source]) -> Ingredient:
     """An entry with its source.
 
     Raises:
@@ -114,13 +128,14 @@ def _ingredient(entry: ModelEntry, models: Mapping[str, Source]) -> Ingredient:
     source = models[entry.model]
     stacks = Stacks.of(source.names())
     if isinstance(entry, SliceSource):
-        if len(stacks.counts) > 1 and stacks.text is None:
+        if len(stacks.counts) > 1 and part.stack is None:
             found = ", ".join(f"{stack}N" for stack in stacks.counts)
             raise InputError(
                 f"layer_range of {entry.model}: found several stacks of layers ({found}); allowed: "
-                "models with one stack, or with one beside the input embedding"
+                "models with one stack, or with one beside the input embedding, or slices under "
+                f"modules, which are {', '.join(Modules.of(source.names()).names)}"
             )
-        num_layers = stacks.counts.get(stacks.text or "", 0)
+        num_layers = stacks.counts.get(part.stack or "", 0)
         if entry.layer_range[1] > num_layers:
             raise InputError(
                 f"layer_range of {entry.model}: found {list(entry.layer_range)}; allowed: up to "
@@ -135,16 +150,20 @@ def _first_layer(entry: ModelEntry) -> int:
 
 def _outlines(each: LayerSlice, *, first: bool, last: bool) -> Iterator[Outline]:
     """The slice's tensors. Embeddings come with the first slice, norm and head with the last; what
-    stands beside a language model, such as a vision tower, comes with the first one and whole.
+    stands beside a language model, such as a vision tower, comes with the first one and whole, if
+    it is no part of its own.
     """
     seen: set[str] = set()
+    part = each.part
     for ingredient in each.ingredients:
         stacks = ingredient.stacks
         for name in ingredient.source.names():
+            if not part.holds(name):
+                continue
             place = stacks.layer_of(name)
-            if place is not None and (each.count is None or place[0] == stacks.text):
+            if place is not None and (each.count is None or place[0] == part.stack):
                 outline = _of_layer(each, ingredient, name, *place)
-            elif stacks.comes_first(name):
+            elif part.comes_first(name, stacks):
                 outline = Outline(name, 0.0, [name] * len(each.ingredients)) if first else None
             else:
                 outline = Outline(name, 1.0, [name] * len(each.ingredients)) if last else None
@@ -239,6 +258,8 @@ def _method(config: MergeConfig, each: LayerSlice, having: Having) -> tuple[str,
     """
     models = [(one, operand) for one, operand in having if not one.is_base]
     has_base, needs_base = having[-1][0].is_base, each.ingredients[-1].is_base
+    if not models:  # a part that is only the base's
+        return "passthrough", having, False
     fewest, most = config.method.num_models
     enough = fewest <= len(models) and (most is None or len(models) <= most)
     if len(having) == len(each.ingredients) or (enough and has_base == needs_base):

@@ -24,6 +24,7 @@ from pipelines.merge.fitting import check_fitting, integer_lines
 from pipelines.merge.graph import kind_of, output_tensors
 from pipelines.merge.layers import Stacks
 from pipelines.merge.model_config import model_config
+from pipelines.merge.modules import parts_of, taken_line
 from pipelines.merge.output_files import OutputFiles, output_files
 from pipelines.merge.pins import with_pins
 from pipelines.merge.single_tokens import OutputTokenizer
@@ -203,13 +204,15 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
     sources, tokenizer = align_vocabularies(config, sources, reference)
     models = {name: sources[name] for name in names}
     base = None if config.base_model is None else sources[reference]
-    tensors = output_tensors(config, models, base)
+    parts = parts_of(config, models, sources[reference])
+    tensors = output_tensors(config, parts, models, base)
     own = sources[reference]
-    kind = own if config.slices else kind_of(tensors, own, models.values())
+    kind = own if config.has_slices else kind_of(tensors, own, models.values())
     tensors, lines = _of_kind(tensors, own, kind)
     templates = wanted_templates(config.chat_template, models, own)
-    tensors, settings = settle_ties(tensors, model_config(config, tensors, kind), kind)
+    tensors, settings = settle_ties(tensors, model_config(parts, tensors, kind), kind)
     files = output_files(settings, kind, tokenizer, templates, is_file(config.chat_template))
+    lines += taken_line(parts, own)
     lines += check_fitting(tensors, files.config, kind.home)
     lines += integer_lines(tensors)
     files = replace(files, notices=[*lines, *files.notices])

@@ -163,7 +163,7 @@ def test_places_of_adapters_tokenizers_and_named_merges(
             "tokenizer.tokens.str.source.kind: found 'zeros'; allowed: 'zero' or 'model_token'",
         ),
         ({"models": [{"modle": "a"}]}, "models.0.modle: unknown field; allowed: model, parameters"),
-        ({"merges": {"Soup": {"modles": []}}}, "merges.Soup.modles: unknown field; allowed: "),
+        ({"merges": {"Soup": {"modls": []}}}, "merges.Soup.modls: unknown field; allowed: "),
         ({"chat_templat": "auto"}, "chat_templat: unknown field"),
     ],
 )
@@ -173,7 +173,7 @@ def test_unknown_fields_as_the_user_wrote_them(
     given = {"merge_method": "linear", "models": [{"model": "a"}]} | fields
     found = refused(tmp_path, **given)
     assert found.startswith(message)
-    near = {"metod": "merge_method", "sorce": "source", "modle:": "model", "modles": "models"}
+    near = {"metod": "merge_method", "sorce": "source", "modle:": "model", "modls": "models"}
     for wrong, right in {**near, "templat:": "chat_template"}.items():
         if wrong in found and "unknown field" in found:
             assert f"; did you mean {right}?" in found
@@ -220,3 +220,8 @@ def test_single_tokens(own_family: Family, tmp_path: Path) -> None:
         InputError, match=r"tokenizer\.tokens\.<one>\.source: found 'none'; allowed"
     ):
         merge(loaded(tmp_path, **wrong), tmp_path / "other")
+
+
+def test_a_name_of_the_only_merge(family: Family, tmp_path: Path) -> None:
+    message = refused(tmp_path, **family.config("linear"), name="my-merge")
+    assert message.startswith("name: has no effect in a file with one merge; allowed: in each of ")

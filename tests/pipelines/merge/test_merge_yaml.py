@@ -148,9 +148,9 @@ dtype: float32
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("modules: {}", "modules: unknown field; allowed: "),
+        ("moe: {}", "moe: unknown field; allowed: "),
         ("merge_method: ramplus_tl", "merge_method: found 'ramplus_tl'; allowed: linear"),
-        ("slices: []\nmodels: []", "models, slices: give exactly one of them"),
+        ("slices: []\nmodels: []", "models, slices, modules: give exactly one of them"),
         (
             "slices: [{sources: [{model: MODEL, layer_range: [1, 1]}]}]",
             "slices.0.sources.0.layer_range: ",

@@ -18,6 +18,8 @@ from pipelines.tiny_world import build_world, words
 from pipelines.tiny_world.content import make_content, make_problem, part_of
 from pipelines.train.data.tokens import tokenize
 from pipelines.train.row_kinds import ROW_KINDS
+from pipelines.train.rows.columns import Reading
+from pipelines.train.rows.source import RowSource
 
 SEED = 7
 HEADLINE = ("operations", "format", "known", "unknown", "harmful", "benign")
@@ -81,8 +83,9 @@ def test_strangers_are_in_no_fact_and_no_training_problem_is_measured(world: Pat
 def test_align_learns_the_answers_of_sft_alone(world: Path) -> None:
     """The demo's SFT reads these rows: what it learns of one is the answer and the end token."""
     tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer", local_files_only=True)
+    source = RowSource(ROW_KINDS["texts"], Reading())
     for row in rows_of(world / "data" / "sft.jsonl")[:200]:
-        (example,) = ROW_KINDS["texts"].examples(row)
+        (example,) = source.examples(*source.rows(row))
         (sequence,) = tokenize(example, tokenizer).sequences
         marked = zip(sequence.ids, sequence.response, strict=True)
         learned = [token for token, mark in marked if mark]
