@@ -19,7 +19,6 @@ from training_files import align_config, preference_rows, run_here, write_rows
 from pipelines.errors import InputError
 from pipelines.hub.offline import ASKED_OFFLINE
 from pipelines.train import AlignConfig, plan_alignment
-from pipelines.train.data import TokenSettings, token_table
 from pipelines.train.data.hub import bring_rows, data_folder
 from pipelines.train.data.rows import parts_of, read_part, source_files
 from pipelines.train.models import with_folders
@@ -256,20 +255,6 @@ def test_a_tokenising_worker_fetches_its_files_for_itself(
         bring_rows([str(folder / FILE)], offline=True)
     bring_rows([str(folder / FILE), str(tmp_path / "no.jsonl")], offline=False)
     assert hub.fetched() == [FILE] and (folder / FILE).is_file()
-
-
-def test_workers_of_ray_read_snapshots(
-    hub: Stub, commit: str, tiny_llama: Path, tmp_path: Path, ray_cluster: None
-) -> None:
-    """Ray Data gives the same table from a snapshot as this process from the folder."""
-    settings = TokenSettings(str(tiny_llama), "pairs", 64, "error")
-    folder = data_folder(Path("org/set"), "train")
-    spread, key = token_table(folder, "train", settings, tmp_path / "a", ray_bytes=0)
-    here, same = token_table(tmp_path / "set", "train", settings, tmp_path / "b")
-    assert key == same and spread.num_rows == here.num_rows == 10
-    for row in range(10):
-        pairs = zip(spread.sequences(row), here.sequences(row), strict=True)
-        assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in pairs)
 
 
 def test_several_sets_keep_their_names(
