@@ -43,8 +43,8 @@ class Provenance:
         inputs: for each input, the digests of weights and companions, or one fingerprint of both.
         details: further fields of the record, for this kind of result.
         title, summary: of the card; the summary is Markdown.
-        base_models, library: the models it was made from, and the library that loads it, for the
-            card's front matter.
+        base_models, datasets, library: the models it was made from, the hub's data sets it was
+            trained on, and the library that loads it, for the card's front matter.
     """
 
     kind: Kind
@@ -56,6 +56,7 @@ class Provenance:
     details: Mapping[str, Any] = field(default_factory=dict)
     title: str
     base_models: Sequence[str]
+    datasets: Sequence[str] = ()
     tags: Sequence[str] = ()
     library: str = "transformers"
     summary: str
@@ -86,6 +87,7 @@ class Provenance:
         """A Hugging Face model card: front matter, how it was made, config, digests, versions."""
         front = {
             "base_model": list(self.base_models),
+            **({"datasets": list(self.datasets)} if self.datasets else {}),
             "library_name": self.library,
             "tags": [*self.tags, "poise"],
         }

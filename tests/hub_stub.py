@@ -1,6 +1,7 @@
 """A small hub on loopback: the addresses, headers and errors of the real one that a download needs.
 
-The large files (safetensors) are stored elsewhere: their address redirects to a second server.
+The large files (safetensors, Parquet) are stored elsewhere: their address redirects to a second
+server.
 """
 
 import hashlib
@@ -77,7 +78,7 @@ class Stub:
 
 
 def is_large(place: str) -> bool:
-    return place.endswith((".safetensors", ".bin"))
+    return place.endswith((".safetensors", ".bin", ".parquet"))
 
 
 def git_hash(content: bytes) -> str:

@@ -142,7 +142,6 @@ class Architecture:
 
     def try_loading(self, tensors: Mapping[str, TensorSpec]) -> LoadReport:
         """What transformers would find if it loaded these tensors, without their values."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
@@ -151,7 +150,7 @@ class Architecture:
         settings = LoadStateDictConfig(
             device_map={"": "meta"},
             ignore_mismatched_sizes=True,
-            weight_mapping=list[Any](get_model_conversion_mapping(model)),
+            weight_mapping=self._conversions,
         )
         state = {name: _empty(each) for name, each in tensors.items()}
         with _quiet():

@@ -35,6 +35,7 @@ from pipelines.checkpoints.hub import hub_ids, recorded
 from pipelines.checkpoints.module_view import copied_tensors
 from pipelines.commit import write_atomically
 from pipelines.errors import InputError
+from pipelines.hub.cache import snapshot_of
 from pipelines.merge.output_files import GENERATION_FILE
 from pipelines.provenance import Provenance
 from pipelines.rounding import Row, rounding_record, rounding_text, row_of
@@ -211,7 +212,8 @@ def provenance(
         key: the fingerprint of the work.
         inputs: the fingerprints of the inputs, by the config's fields.
     """
-    models = model_paths(config).values()
+    paths = [*model_paths(config).values(), *(each.path for each in config.sets)]
+    data = [found[0].id for each in config.sets if (found := snapshot_of(each.path)) is not None]
     config = with_names(config)
     rounding = details.get("rounding")
     told = "" if rounding is None else f"\n\n{rounding_text(rounding)}"
@@ -224,9 +226,10 @@ def provenance(
         config=config.model_dump(mode="json", exclude={"storage", "cache"}),
         inputs=inputs,
         seed=config.seed,
-        details={**details, **recorded(models)},
+        details={**details, **recorded(paths)},
         title=f"Trained by {config.objective.label} with {config.optimizer.name}",
         base_models=hub_ids(str(config.model)),
+        datasets=sorted(set(data)),
         tags=config.objective.names,
         library="peft" if is_adapter else "transformers",
         summary=(

@@ -1,7 +1,7 @@
-"""The models of a config: all its fields that name one, and their folders.
+"""The models and data sets of a config: all its fields that name one, and their folders.
 
-While a run is planned and trained, a model of the hub is its folder in the cache; in records it has
-its name and commit.
+While a run is planned and trained, a model or data set of the hub is its folder in the cache; in
+records it has its name and commit.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pipelines.checkpoints.hub import described, folder_of
 from pipelines.train.config import AlignConfig
+from pipelines.train.data import DataSet
+from pipelines.train.data.hub import data_folder
 
 
 def model_paths(config: AlignConfig) -> dict[str, Path]:
@@ -34,15 +36,32 @@ def with_models(config: AlignConfig, change: Callable[[Path], Path]) -> AlignCon
     return config.model_copy(update=changes)
 
 
+def with_data(config: AlignConfig, change: Callable[[DataSet], Path]) -> AlignConfig:
+    """The config with every data set's path changed."""
+    paths = [change(each) for each in config.sets]
+    if paths == [each.path for each in config.sets]:
+        return config
+    if isinstance(config.data, Path):
+        return config.model_copy(update={"data": paths[0]})
+    sets = [
+        each.model_copy(update={"path": path})
+        for each, path in zip(config.sets, paths, strict=True)
+    ]
+    return config.model_copy(update={"data": sets if isinstance(config.data, list) else sets[0]})
+
+
 def with_folders(config: AlignConfig) -> AlignConfig:
-    """The config with folders for the hub's models, which are fetched if need be.
+    """The config with folders for the hub's models and data sets, which are fetched if need be:
+    data first, where there may be something to choose.
 
     Raises:
         InputError: one that is neither in the hub's cache nor can be fetched.
     """
+    config = with_data(config, lambda data: data_folder(data.path, data.split))
     return with_models(config, folder_of)
 
 
 def with_names(config: AlignConfig) -> AlignConfig:
-    """The config for records: the hub's models by id and commit."""
+    """The config for records: the hub's models and data sets by id and commit."""
+    config = with_data(config, lambda data: Path(described(data.path)))
     return with_models(config, lambda path: Path(described(path)))

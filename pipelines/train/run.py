@@ -50,7 +50,7 @@ from pipelines.train.files import (
     TENSORBOARD_FOLDER,
 )
 from pipelines.train.inputs import check_inputs, check_vocabulary, remarks
-from pipelines.train.models import model_paths, with_folders, with_models, with_names
+from pipelines.train.models import model_paths, with_data, with_folders, with_models, with_names
 from pipelines.train.workers import Job, check_cluster, run_workers
 
 CACHE_FOLDER = ".poise-cache"
@@ -109,9 +109,12 @@ class Plan:
         )
 
 
-def material(config: AlignConfig) -> dict[str, Any]:
+def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str, Any]:
     """What of a config determines the result; how data are read only where it is set, so that
     configs without these fields stay the same.
+
+    Args:
+        with_data_paths: as in earlier versions; the fingerprint of the data says what is in them.
     """
     reading = {
         name
@@ -130,7 +133,16 @@ def material(config: AlignConfig) -> dict[str, Any]:
         del same["warmup_steps"]
     if config.objective.loss_weights is None:
         del same["objective"]["loss_weights"]
+    if not with_data_paths:
+        same["data"] = _without_path(same["data"])
     return same
+
+
+def _without_path(data: Any) -> Any:
+    """A dumped `data` without the places of files."""
+    if isinstance(data, list):
+        return [_without_path(each) for each in data]
+    return data | {"path": None} if isinstance(data, dict) else None
 
 
 def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
@@ -279,11 +291,7 @@ def _table_of(config: AlignConfig, data: DataSet, cache: Path) -> SetTable:
 
 def with_absolute_paths(config: AlignConfig) -> AlignConfig:
     """The config for workers, which Ray Train starts in another working directory."""
-    absolute = with_models(config, Path.absolute)
-    if isinstance(config.data, Path):
-        return absolute.model_copy(update={"data": config.data.absolute()})
-    sets = [each.model_copy(update={"path": each.path.absolute()}) for each in config.sets]
-    return absolute.model_copy(update={"data": sets})
+    return with_data(with_models(config, Path.absolute), lambda data: data.path.absolute())
 
 
 def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) -> dict[str, Any]:
@@ -314,17 +322,23 @@ def _finished(out: Path, plan: Plan) -> bool:
 
 
 def _is_of(record: dict[str, Any], plan: Plan) -> bool:
-    """Whether a record is of this plan, written by this version or the one before."""
+    """Whether a record is of this plan, written by this version or an earlier one."""
     found = record.get("fingerprint")
-    if found == plan.fingerprint:
+    if found in (plan.fingerprint, fingerprint_with_data_paths(plan)):
         return True
     return MEANING["align"] == 1 and found == fingerprint_by_old_names(plan)
+
+
+def fingerprint_with_data_paths(plan: Plan) -> str:
+    """The plan's fingerprint in versions where data in another place were others."""
+    same = material(with_names(plan.config), with_data_paths=True)
+    return fingerprint_work([same, plan.inputs], "align")
 
 
 def fingerprint_by_old_names(plan: Plan) -> str:
     """The plan's fingerprint in the version where `tau` and `eager` were called `reference`."""
     config, inputs = plan.config, {"data": plan.data_key}
-    same = material(config)
+    same = material(config, with_data_paths=True)
     optimizer = same["optimizer"]
     for name in ("sparsifier", "consensus", "sparsifier_parameters"):
         del optimizer[name]  # that version did not have this field

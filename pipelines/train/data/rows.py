@@ -3,15 +3,16 @@
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pipelines.errors import InputError
 from pipelines.train.rows.messages import without_nulls
 
 PART_BYTES = 16_000_000
+NUM_LISTED = 5  # names in a message
 # Files of a hub data set or of `save_to_disk` that hold no rows.
 DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 SPLIT = re.compile(
@@ -45,48 +46,74 @@ def source_files(path: str | Path, split: str | None = None) -> list[Path]:
         InputError: no readable file, or several splits and none chosen.
     """
     path = Path(path)
-    allowed = ", ".join(_FORMATS)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file())
-        files = [file for file in found if _holds_rows(file.relative_to(path))]
-        if split is not None:
-            files = [file for file in files if _is_of_split(file.relative_to(path), split)]
-        if not files:
-            wanted = f" of split {split!r}" if split else ""
-            raise InputError(f"data: {path}: holds no file{wanted} that ends in {allowed}")
-        if split is None:
-            _check_one_split(path, files)
-        return files
+        return [path / file for file in files_of_split(files_below(path), split, f"data: {path}")]
     if split is not None:
         raise InputError(f"split: has no effect on a single file: {path}")
     if not path.is_file():
         raise InputError(f"data: {path}: no such file")
-    if _suffix(path) is None:
-        raise InputError(f"data: {path}: expected a file that ends in {allowed}")
+    if suffix_of(path) is None:
+        raise InputError(f"data: {path}: expected a file that ends in {', '.join(FORMATS)}")
     return [path]
 
 
-def _holds_rows(file: Path) -> bool:
+def files_below(folder: Path) -> list[PurePath]:
+    """All files of a folder and its subfolders, by their paths in it."""
+    return [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+
+
+def files_of_split(files: Iterable[PurePath], split: str | None, title: str) -> list[PurePath]:
+    """Those of a data set's files that hold rows of a split, in order.
+
+    Args:
+        files: by their paths in the data set's folder.
+        title: the data set, for messages.
+
+    Raises:
+        InputError: none is left, or the names of those that are show several splits.
+    """
+    readable = sorted(file for file in files if holds_rows(file))
+    chosen = [file for file in readable if is_of_split(file, split)]
+    if not chosen:
+        wanted = f" of split {split!r}" if split else ""
+        found = f"; found: {_some(file.as_posix() for file in readable)}" if readable else ""
+        allowed = ", ".join(FORMATS)
+        raise InputError(f"{title}: holds no file{wanted} that ends in {allowed}{found}")
+    if split is None or not SPLIT.search(split):
+        _check_one_split(title, chosen)
+    return chosen
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few of some names."""
+    names = list(names)
+    return ", ".join(names[:NUM_LISTED]) + (", ..." if len(names) > NUM_LISTED else "")
+
+
+def holds_rows(file: PurePath) -> bool:
     """Whether a file (by its path in the data set's folder) holds rows, not a description."""
     hidden = any(part.startswith(".") for part in file.parts)
-    return _suffix(file) is not None and file.name not in DESCRIPTIONS and not hidden
+    return suffix_of(file) is not None and file.name not in DESCRIPTIONS and not hidden
 
 
-def _is_of_split(file: Path, split: str) -> bool:
+def is_of_split(file: PurePath, split: str | None) -> bool:
+    """Whether a file belongs to a split; all belong to none."""
+    if split is None:
+        return True
     begins = file.name.startswith(split) or file.as_posix().startswith(split)
     return begins or split in file.parts[:-1]
 
 
-def _check_one_split(folder: Path, files: list[Path]) -> None:
+def _check_one_split(title: str, files: list[PurePath]) -> None:
     """Raise InputError if names of files or folders show several splits, because a test split must
     not be trained on.
     """
-    parts = {part for file in files for part in file.relative_to(folder).parts}
+    parts = {part for file in files for part in file.parts}
     found = {match[0].rstrip("_0123456789") for part in parts if (match := SPLIT.search(part))}
     if len(found) > 1:
         raise InputError(
-            f"data: {folder}: holds {', '.join(sorted(found))}; choose by split, which takes all "
-            "names that begin with it"
+            f"{title}: holds {', '.join(sorted(found))}; choose by split, which takes all names "
+            "and paths that begin with it"
         )
 
 
@@ -236,7 +263,7 @@ class _Format:
 _LINES = _Format(_line_ranges, _read_lines)
 _LIST = _Format(_whole, _read_list)
 _COMPRESSED = _Format(_whole, _read_compressed_lines)
-_FORMATS = {
+FORMATS = {
     ".jsonl": _LINES,
     ".json": _LINES,
     ".jsonl.gz": _COMPRESSED,
@@ -248,16 +275,17 @@ _FORMATS = {
 }
 
 
-def _suffix(file: Path) -> str | None:
-    return next((suffix for suffix in _FORMATS if file.name.endswith(suffix)), None)
+def suffix_of(file: PurePath) -> str | None:
+    """The end of a file's name that says its format; None for others."""
+    return next((suffix for suffix in FORMATS if file.name.endswith(suffix)), None)
 
 
 def _format_of(file: Path) -> _Format:
     """The format by the file's name; a `.json` that begins with a bracket is a list, not lines."""
-    suffix = _suffix(file)
+    suffix = suffix_of(file)
     assert suffix is not None, file
     if suffix == ".json":
         with file.open("rb") as content:
             if content.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                 return _LIST
-    return _FORMATS[suffix]
+    return FORMATS[suffix]

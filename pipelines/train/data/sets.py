@@ -14,7 +14,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from pipelines.commit import commit_directory, partial_path
 from pipelines.config import Config, NamedIn
 from pipelines.fingerprint import fingerprint
+from pipelines.hub.cache import parse_name
 from pipelines.train.data.cache import exclusive
+from pipelines.train.data.hub import title_of
 from pipelines.train.data.table import (
     COUNTS_FILE,
     PROMPTS_FILE,
@@ -81,7 +83,9 @@ class ReadingConfig(Config):
 class DataSet(ReadingConfig):
     """One of several data sets."""
 
-    path: Path = Field(description="rows as JSON lines, Parquet or Arrow: a file, or a folder")
+    path: Path = Field(
+        description="rows as JSON lines, Parquet or Arrow: a file, a folder, or a name on the hub"
+    )
     name: str = Field("", description="in plan and metrics; the path's name unless given")
     share: float | None = Field(
         None, gt=0, description="of the set's rows, drawn by the seed; above 1, rows are repeated"
@@ -102,6 +106,8 @@ class DataSet(ReadingConfig):
                     f"{name}: unknown field; share (of the set's rows) or rows (their number) says "
                     "how much of a set is used"
                 )
+        if isinstance(values, dict) and values.get("revision") is not None:
+            return _with_revision(values)
         return values
 
     @model_validator(mode="after")
@@ -113,12 +119,30 @@ class DataSet(ReadingConfig):
     @property
     def title(self) -> str:
         """The set's name."""
-        return self.name or self.path.stem or self.path.name
+        return self.name or title_of(self.path)
 
     @property
     def teaches(self) -> str:
         """The dimension, which a reader knows of its set; empty if nobody says it."""
         return self.dimension or (READERS[self.reader].dimension if self.reader else "")
+
+
+def _with_revision(values: dict[str, Any]) -> dict[str, Any]:
+    """A set's fields with the revision in its name on the hub, `ORG/NAME@REVISION`.
+
+    Raises:
+        ValueError: the set is not the hub's, or its name has a revision.
+    """
+    others = {key: value for key, value in values.items() if key != "revision"}
+    path, revision = str(values.get("path", "")), values["revision"]
+    if parse_name(path, "dataset") is None or Path(path).exists():
+        raise ValueError(f"revision: has no effect on {path!r}, which is no data set of the hub")
+    named = f"{path}@{revision}"
+    if not isinstance(revision, str) or parse_name(named, "dataset") is None:
+        raise ValueError(
+            f"revision: found {revision!r} for {path!r}; allowed: one branch, tag or commit as text"
+        )
+    return others | {"path": named}
 
 
 def _form(data: Any) -> str:

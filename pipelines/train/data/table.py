@@ -15,6 +15,7 @@ from pipelines.train.rows.columns import kind_of_column
 
 TABLE_FILE, COUNTS_FILE, PROMPTS_FILE = "tokens.arrow", "counts.json", "prompts.npy"
 SETS_FILE = "sets.json"
+IN = " in "  # between a key of messages and its column, where unused ones are named
 SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
@@ -41,7 +42,7 @@ class Counts:
     first_bad: list[str] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)  # by reason
     columns: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)  # columns
+    unused: list[str] = field(default_factory=list)  # columns, and keys of messages
 
     def add(self, other: "Counts") -> None:
         """Add another part's counts."""
@@ -72,7 +73,8 @@ class Counts:
     def unused_columns(self) -> tuple[list[str], list[str]]:
         """The columns that are not used: those to name, and metadata."""
         quiet = {"metadata", "twice"}
-        named = [name for name in self.unused if kind_of_column(name) not in quiet]
+        kinds = {name: kind_of_column(name.partition(IN)[0]) for name in self.unused}
+        named = [name for name in self.unused if kinds[name] not in quiet]
         return named, [name for name in self.unused if name not in named]
 
     def remarks(self) -> str:

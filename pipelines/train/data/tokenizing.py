@@ -1,6 +1,7 @@
 """Rows of parts of a data set as files of tokens, with their counts and prompts."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,8 +14,9 @@ import xxhash
 from pipelines.checkpoints.hub import bring
 from pipelines.commit import write_atomically
 from pipelines.errors import InputError
+from pipelines.train.data.hub import bring_rows
 from pipelines.train.data.rows import Part, read_part
-from pipelines.train.data.table import SCHEMA, Counts, record_batch
+from pipelines.train.data.table import IN, SCHEMA, Counts, record_batch
 from pipelines.train.data.tokens import TokenRow, TooLong, fit, tokenize
 from pipelines.train.row_kinds import ROW_KINDS
 from pipelines.train.rows.columns import Reading, Row, WrongColumnsError
@@ -47,7 +49,7 @@ class Tokenizing:
         from transformers import AutoTokenizer
 
         bring([settings.tokenizer], offline=offline)
-        self.settings, self.folder = settings, Path(folder)
+        self.settings, self.folder, self._offline = settings, Path(folder), offline
         self.tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer, local_files_only=True)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, int]:
@@ -57,6 +59,7 @@ class Tokenizing:
             WrongColumnsError: the set must be mapped.
         """
         number, parts = item["number"], [Part(**part) for part in item["parts"]]
+        bring_rows({part.file for part in parts}, offline=self._offline)
         counts, prompts, source = Counts(), [], self.settings.source()
         rows: list[TokenRow] = []
         with (
@@ -72,10 +75,16 @@ class Tokenizing:
                     writer.write_batch(record_batch(rows))
                     rows = []
             writer.write_batch(record_batch(rows))
-        counts.columns, counts.unused = sorted(source.seen), sorted(source.unused)
+        counts.columns = sorted(source.seen)
+        counts.unused = sorted(source.unused | self._unread(source.keys))
         np.save(prompts_path(self.folder, number), np.array(prompts, np.uint64))
         write_atomically(counts_path(self.folder, number), json.dumps(asdict(counts)))
         return {"number": number}
+
+    def _unread(self, keys: set[tuple[str, str]]) -> set[str]:
+        """Keys of messages that the chat template does not name, in words."""
+        words = set(re.findall(r"\w+", str(self.tokenizer.chat_template or "")))
+        return {f"{key}{IN}{column}" for key, column in keys if key not in words}
 
     def _rows(self, found: Any, source: RowSource, counts: Counts, place: str) -> list[Row]:
         """The rows in TRL's columns; none if it is bad or left out, which is counted."""

@@ -134,7 +134,8 @@ def _conversation(messages: Messages, template: "Template") -> Sequence:
         if message["role"] != "assistant":
             continue
         before = template.ids(messages[:turn], ask=True) if turn else []
-        after = template.ids(messages[: turn + 1])
+        is_last = turn + 1 == len(messages)
+        after = ids if is_last else template.ids(messages[: turn + 1])
         first, last = len(before), len(after)
         if ids[:first] != before or ids[:last] != after:  # a later turn changes how this one looks
             start, end = find_turn(messages, turn, whole, template.text)

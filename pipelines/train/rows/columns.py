@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from pipelines.errors import InputError
-from pipelines.train.rows.messages import ROLES, Messages, normal_messages
+from pipelines.train.rows.messages import ROLES, Messages, normal_messages, other_keys
 
 # What a column may mean, by TRL's names. `system` is mapped only by the user or a reader.
 MEANINGS = (
@@ -76,14 +76,15 @@ class Reading:
 
 
 class Row:
-    """A row by the meaning of its columns; it remembers which columns were used.
+    """A row by the meaning of its columns; it remembers which columns were used, and the keys of
+    messages that nothing here reads (`keys`, with their columns).
 
     Args:
         columns, roles: as in `Reading`, as mappings; `roles` with the usual ones.
         keep_equal: whether a pair of equal responses is of use.
     """
 
-    __slots__ = ("_columns", "_roles", "keep_equal", "used", "values")
+    __slots__ = ("_columns", "_roles", "keep_equal", "keys", "used", "values")
 
     def __init__(
         self,
@@ -96,6 +97,7 @@ class Row:
         self.values, self._columns, self._roles = values, columns or {}, roles
         self.keep_equal = keep_equal
         self.used: set[str] = set()
+        self.keys: set[tuple[str, str]] = set()
 
     def names(self, meaning: str) -> tuple[str, ...]:
         """The columns that may hold it."""
@@ -125,8 +127,14 @@ class Row:
         if isinstance(value, dict):
             value = [value]
         if isinstance(value, list):
-            return normal_messages(value, self._roles, "/".join(self.names(meaning)))
+            return self._messages(value, "/".join(self.names(meaning)))
         return value
+
+    def _messages(self, value: list[Any], column: str) -> Messages:
+        if keys := other_keys(value):
+            held = [n for n in column.split("/") if self.values.get(n) is not None]
+            self.keys.update((key, held[0] if held else column) for key in keys)
+        return normal_messages(value, self._roles, column)
 
     def conversation(self) -> Messages | None:
         """ShareGPT's `conversations` as the prompt of a pair, whose responses stand apart."""
@@ -134,7 +142,7 @@ class Row:
         if "conversations" in self.used or not isinstance(turns, list) or not turns:
             return None
         self.used.add("conversations")
-        return normal_messages(turns, self._roles, "conversations")
+        return self._messages(turns, "conversations")
 
     def system(self) -> str | None:
         """The system text, if a column is mapped to it and has one."""

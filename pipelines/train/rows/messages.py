@@ -28,6 +28,8 @@ ROLES = {
 USUAL = {"system", "developer", "user", "assistant", "tool"}
 # Keys of a message that say something without content.
 SPEAKING = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+# Keys that are read here, or that chat templates read by convention.
+READ = {"role", "content", "from", "value", "name", "tool_call_id", *SPEAKING}
 
 
 def normal_messages(messages: list[Any], roles: Mapping[str, str], name: str) -> Messages:
@@ -45,6 +47,17 @@ def normal_messages(messages: list[Any], roles: Mapping[str, str], name: str) ->
         message if _is_usual(message, roles) else _normal(message, roles, name)
         for message in messages
     ]
+
+
+def other_keys(messages: list[Any]) -> set[str]:
+    """The keys of messages that only an unusual chat template reads, such as `weight`."""
+    return {
+        key
+        for message in messages
+        if isinstance(message, dict) and len(message) > 2
+        for key, value in message.items()
+        if key not in READ and value is not None
+    }
 
 
 def _is_usual(message: Any, roles: Mapping[str, str]) -> bool:

@@ -16,6 +16,8 @@ class RowSource:
 
     Attributes:
         seen, unused: the names of columns so far.
+        keys: the keys of messages so far that only an unusual chat template reads, with their
+            columns.
     """
 
     def __init__(self, kind: RowKind, reading: Reading, *, keep_equal: bool = False) -> None:
@@ -26,6 +28,7 @@ class RowSource:
         self._draw = seeded_draw(reading.seed)
         self.seen: set[str] = set()
         self.unused: set[str] = set()
+        self.keys: set[tuple[str, str]] = set()
 
     @property
     def takes_whole_set(self) -> bool:
@@ -85,6 +88,7 @@ class RowSource:
             self._check_unused(row)
             raise
         self._check_unused(row)
+        self.keys |= row.keys
         return found
 
     def _check_unused(self, row: Row) -> None:

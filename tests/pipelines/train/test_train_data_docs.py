@@ -11,6 +11,7 @@ from training_files import metrics, run_here, write_rows
 from pipelines.config import check
 from pipelines.train import AlignConfig
 from pipelines.train.rows.readers import READERS
+from tests.hub_stub import Stub
 
 TEXT = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text()
 CONFIGS = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)
@@ -32,11 +33,16 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     * 10,
     "mine.jsonl": [QUESTION] * 3,
 }
+PAIR = {"prompt": "a b", "chosen": "yes", "rejected": "no"}
 
 
 @pytest.mark.parametrize("text", CONFIGS)
-def test_configs_run(text: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_configs_run(text: str, hub: Stub, tiny_llama: Path, tmp_path: Path) -> None:
     """As they stand, on a tiny model and a few rows."""
+    (tmp_path / "published").mkdir()
+    write_rows(tmp_path / "published" / "train.jsonl", [PAIR] * 4)
+    hub.kinds["org/preferences"] = "datasets"
+    hub.add("org/preferences", tmp_path / "published", "v1.0")
     for name, rows in ROWS.items():
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         write_rows(tmp_path / "data" / name, rows)
