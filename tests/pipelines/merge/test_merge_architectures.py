@@ -39,6 +39,7 @@ CAUSAL = {
     for name in names
 }
 OTHERS = {name: kind for kind, classes in KINDS.items() for name in classes}
+WITHOUT_TOKENS = {"HubertModel", *KINDS["vision"]}
 ALL = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
     for name in (*CAUSAL, *OTHERS)
@@ -150,12 +151,10 @@ def test_merges_of_an_architecture(name: str, tmp_path: Path) -> None:
     assert differences[-1].delta == pytest.approx(exact**0.5, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [each for each in ALL if each.values[0] not in WITHOUT_TOKENS])
 def test_the_union_of_two_vocabularies(name: str, tmp_path: Path) -> None:
     paths = [save(name, tmp_path / str(seed), seed, num_added=seed + 1) for seed in range(2)]
     size = num_rows(Checkpoint.open(paths[0])) - 1
-    if size < 0:
-        pytest.skip("it has no rows by token")
     out = tmp_path / "out"
     merged(out, "linear", paths, tokenizer="union")
     assert num_rows(Checkpoint.open(out)) == size + 1 + 2

@@ -15,7 +15,13 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_files import align_config, metrics, run_here, seeded_metrics
+from training_files import (
+    align_config,
+    metrics,
+    run_here,
+    seeded_metrics,
+    stop_at_the_fourth_step,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pipelines.errors import InputError
@@ -146,17 +152,7 @@ def test_interrupted_run_ends_with_the_same_bytes(
     config = align_config(tiny_llama, preferences)
     whole = run_here(config, tmp_path / "whole")
     broken = tmp_path / "broken"
-    real = loop.global_batch
-
-    def stops_at_the_fourth(num_rows: int, size: int, number: int, seed: int) -> list[int]:
-        if number == 3:
-            raise KeyboardInterrupt
-        return real(num_rows, size, number, seed)
-
-    monkeypatch.setattr(loop, "global_batch", stops_at_the_fourth)
-    with pytest.raises(KeyboardInterrupt):
-        run_here(config, broken)
-    monkeypatch.setattr(loop, "global_batch", real)
+    stop_at_the_fourth_step(config, broken, monkeypatch)
     assert len(metrics(broken)) == 3  # the third step is lost: the last checkpoint is the second's
     run_here(config, broken)
     assert seeded_metrics(broken) == seeded_metrics(whole)

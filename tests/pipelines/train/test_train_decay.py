@@ -5,7 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from training_files import align_config, run_here
+from training_files import (
+    align_config,
+    run_here,
+    stop_at_the_fourth_step,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from pipelines.train.optimizer import build_optimizer, decaying
@@ -48,22 +52,10 @@ def test_a_broken_run_goes_on_exactly(
     tiny_llama: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both groups come back with their moments and their decay."""
-    from pipelines.train import loop
-
     settings = DECAY | {"weight_decay_on": "matrices"}
     config = align_config(tiny_llama, preferences, optimizer=settings, num_steps=4)
     whole = run_here(config, tmp_path / "whole")
-    real = loop.global_batch
-
-    def stops(num_rows: int, size: int, number: int, seed: int) -> list[int]:
-        if number == 3:
-            raise KeyboardInterrupt
-        return real(num_rows, size, number, seed)
-
-    monkeypatch.setattr(loop, "global_batch", stops)
-    with pytest.raises(KeyboardInterrupt):
-        run_here(config, tmp_path / "broken")
-    monkeypatch.setattr(loop, "global_batch", real)
+    stop_at_the_fourth_step(config, tmp_path / "broken", monkeypatch)
     broken = run_here(config, tmp_path / "broken")
     file = "model/model.safetensors"
     assert (broken / file).read_bytes() == (whole / file).read_bytes()

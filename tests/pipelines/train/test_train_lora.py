@@ -13,7 +13,13 @@ from peft import PeftModel
 from processes import run_workers
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from training_files import align_config, metrics, run_here, seeded_metrics
+from training_files import (
+    align_config,
+    metrics,
+    run_here,
+    seeded_metrics,
+    stop_at_the_fourth_step,
+)
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -92,21 +98,9 @@ def test_interrupted_adapters_go_on(
     tiny_llama: Path, preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bytes as without the interruption."""
-    from pipelines.train import loop
-
     config = align_config(tiny_llama, preferences, **LORA)
     whole = run_here(config, tmp_path / "whole")
-    real = loop.global_batch
-
-    def stops(num_rows: int, size: int, number: int, seed: int) -> list[int]:
-        if number == 3:
-            raise KeyboardInterrupt
-        return real(num_rows, size, number, seed)
-
-    monkeypatch.setattr(loop, "global_batch", stops)
-    with pytest.raises(KeyboardInterrupt):
-        run_here(config, tmp_path / "broken")
-    monkeypatch.setattr(loop, "global_batch", real)
+    stop_at_the_fourth_step(config, tmp_path / "broken", monkeypatch)
     broken = run_here(config, tmp_path / "broken")
     assert (broken / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert seeded_metrics(broken) == seeded_metrics(whole)

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_files import align_config, metrics, preference_rows, run_here, write_rows
+from training_files import (
+    align_config,
+    metrics,
+    preference_rows,
+    run_here,
+    stop_at_the_fourth_step,
+    write_rows,
+)
 from transformers import AutoModelForCausalLM
 
 from operators.losses import OBJECTIVES
@@ -139,8 +146,6 @@ def test_online_merging_resumes_exactly(
     """Masks, thresholds, moments and the anchor of step-K go on as if nothing had happened."""
     from training_files import seeded_metrics
 
-    from pipelines.train import loop
-
     base = save_tiny_llama(tmp_path / "base", seed=9)
     optimizer = {
         "name": consensus,
@@ -152,17 +157,7 @@ def test_online_merging_resumes_exactly(
     }
     config = align_config(tiny_llama, any_rows, optimizer=optimizer, num_steps=5)
     whole = run_here(config, tmp_path / "whole")
-    real = loop.global_batch
-
-    def stops(num_rows: int, size: int, number: int, seed: int) -> list[int]:
-        if number == 3:
-            raise KeyboardInterrupt
-        return real(num_rows, size, number, seed)
-
-    monkeypatch.setattr(loop, "global_batch", stops)
-    with pytest.raises(KeyboardInterrupt):
-        run_here(config, tmp_path / "broken")
-    monkeypatch.setattr(loop, "global_batch", real)
+    stop_at_the_fourth_step(config, tmp_path / "broken", monkeypatch)
     broken = run_here(config, tmp_path / "broken")
     assert seeded_metrics(broken) == seeded_metrics(whole)
     file = "model/model.safetensors"

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from training_files import align_config, metrics, run_here
+from training_files import (
+    align_config,
+    metrics,
+    run_here,
+    stop_at_the_fourth_step,
+)
 
 from pipelines.errors import InputError
-from pipelines.train import check_inputs, loop
+from pipelines.train import check_inputs
 
 BLOCK, HEADER = 32768, 7
 
@@ -58,17 +63,7 @@ def interrupted_run(
 ) -> list[dict[str, float]]:
     """A run of six steps, stopped after the third and begun again at the second's checkpoint."""
     config = align_config(model, data, trackers=[tracker])
-    real = loop.global_batch
-
-    def stops(num_rows: int, size: int, number: int, seed: int) -> list[int]:
-        if number == 3:
-            raise KeyboardInterrupt
-        return real(num_rows, size, number, seed)
-
-    monkeypatch.setattr(loop, "global_batch", stops)
-    with pytest.raises(KeyboardInterrupt):
-        run_here(config, place / ".helpful.partial")
-    monkeypatch.setattr(loop, "global_batch", real)
+    stop_at_the_fourth_step(config, place / ".helpful.partial", monkeypatch)
     return metrics(run_here(config, place / ".helpful.partial"))
 
 

@@ -5,7 +5,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from pipelines.train import AlignConfig, plan_alignment
+import pytest
+
+from pipelines.train import AlignConfig, loop, plan_alignment
 from pipelines.train.loop import train_worker
 from pipelines.train.metrics import MEASURED
 from pipelines.train.run import worker_settings
@@ -71,3 +73,20 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 def seeded_metrics(folder: Path) -> list[dict[str, float]]:
     """The same without what is measured by a clock."""
     return [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics(folder)]
+
+
+def stop_at_the_fourth_step(
+    config: AlignConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begin a run here and stop it as Ctrl-C would, before its fourth step."""
+    real = loop.global_batch
+
+    def stops(num_rows: int, size: int, number: int, seed: int) -> list[int]:
+        if number == 3:
+            raise KeyboardInterrupt
+        return real(num_rows, size, number, seed)
+
+    monkeypatch.setattr(loop, "global_batch", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run_here(config, folder)
+    monkeypatch.setattr(loop, "global_batch", real)
