@@ -196,7 +196,8 @@ def evaluate(
     """Measure models on tasks; print the matrix with standard errors."""
     from ray_jobs.evaluate import run_evaluate
 
-    run_evaluate(config, out, overrides or [], force=force, as_json=as_json)
+    if run_evaluate(config, out, overrides or [], force=force, as_json=as_json)["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: `poise sweep configs/demo/sweep/expo.yaml --out runs/sweep`")
@@ -261,6 +262,7 @@ def main() -> None:
         status = app(standalone_mode=False)
         if status == INTERRUPTED:  # typer returns this after Ctrl-C
             raise KeyboardInterrupt
+        sys.exit(status)  # None, or that of a command that did a part of its work
     except InputError as error:
         _stop(f"poise: {error}", 2)
     except (KeyboardInterrupt, typer.Abort):

@@ -1,6 +1,7 @@
-"""`poise evaluate`: measure models on tasks under Ray Data."""
+"""`poise evaluate`: measure models on tasks with engines under Ray."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,41 @@ def run_evaluate(
         print(json.dumps(summary, indent=2))
     else:
         _print(summary)
+    for failed in summary["failed"]:
+        print(f"failed: {failed['model']} on {failed['task']}: {failed['reason']}", file=sys.stderr)
     print(f"evaluation: {out / 'evaluation.json'}", file=sys.stderr)
     return summary
 
 
 def _print(summary: dict[str, Any]) -> None:
-    """Print the matrix: a row for each model, a column for each H and task."""
+    """Print the matrix: a row for each model, a column for each group and each metric of a task."""
     models = summary["models"]
-    first = next(iter(models.values()))
-    heads = [name for name in first if name != "tasks"]
-    table = Table("model", *heads, *first["tasks"], title=f"{summary['split']} split, percent")
-    for name, entry in models.items():
-        numbers = [*(entry[head] for head in heads), *entry["tasks"].values()]
-        table.add_row(name, *(f"{n['value']:.1f} ±{n['stderr']:.1f}" for n in numbers))
+    groups = dict.fromkeys(name for each in models.values() for name in each["groups"])
+    metrics = dict.fromkeys(
+        (task, metric)
+        for each in models.values()
+        for task, found in each["tasks"].items()
+        for metric in found
+    )
+    heads = [task if _only(metrics, task) else f"{task} {metric}" for task, metric in metrics]
+    table = Table("model", *groups, *heads, title=f"{summary['split']} split")
+    for name, each in models.items():
+        numbers = [each["groups"].get(group) for group in groups]
+        numbers += [each["tasks"].get(task, {}).get(metric) for task, metric in metrics]
+        table.add_row(name, *map(_shown, numbers))
     print_table(table)
+
+
+def _only(metrics: dict[tuple[str, str], None], task: str) -> bool:
+    """Whether a task has one metric."""
+    return sum(of == task for of, _ in metrics) == 1
+
+
+def _shown(number: dict[str, float] | None) -> str:
+    """A value with its standard error, shares with three digits and others with one."""
+    if number is None:
+        return "-"
+    digits = 3 if abs(number["value"]) <= 1 else 1
+    error = number["stderr"]
+    known = "" if error is None or math.isnan(error) else f" ±{error:.{digits}f}"
+    return f"{number['value']:.{digits}f}{known}"

@@ -15,7 +15,7 @@ from pipelines.commit import staged_directory, write_atomically
 from pipelines.config import apply_overrides, load_yaml
 from pipelines.engines import EngineConfig
 from pipelines.errors import InputError
-from pipelines.evaluate import EvaluateConfig, evaluate_planned, plan_evaluation
+from pipelines.evaluate import EvaluateConfig, evaluate_planned, percentages, plan_evaluation
 from pipelines.evaluate.tasks import DIMENSIONS, load_rows, load_tasks
 from pipelines.fingerprint import fingerprint, fingerprint_file, fingerprint_work
 from pipelines.merge import load_merge_config, merge, plan_merge
@@ -228,9 +228,8 @@ def _measure(config: SweepConfig, model: Path) -> dict[str, Any]:
     """The numbers of a new model on the sweep's tasks and split."""
     evaluation = EvaluateConfig(
         models={CANDIDATE: model},
-        **config.model_dump(
-            include={"tasks", "only", "split", "max_new_tokens", "batch_size", "limit"}
-        ),
+        engine=EngineConfig(batch_size=config.batch_size),
+        **config.model_dump(include={"tasks", "only", "split", "max_new_tokens", "limit"}),
     )
     record, memory = read_record(model), DigestMemory()
     assert record is not None
@@ -238,4 +237,7 @@ def _measure(config: SweepConfig, model: Path) -> dict[str, Any]:
     memory.remember(Checkpoint.open(model), digest)
     plan = plan_evaluation(evaluation, model.with_name("evaluation"), memory)
     [summary] = evaluate_planned([plan], executor="local")
-    return summary["models"][CANDIDATE]
+    if summary["failed"]:
+        failed = summary["failed"][0]
+        raise InputError(f"task {failed['task']!r}: {failed['reason']}")
+    return percentages(summary, CANDIDATE)

@@ -1,0 +1,56 @@
+"""The config of `poise evaluate`: models, tasks, engine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from pipelines.config import Config, tell_once
+from pipelines.engines import EngineConfig
+from pipelines.evaluate.tasks import Split
+
+
+class EvaluateConfig(Config):
+    """The models, the tasks, and how they are measured."""
+
+    models: dict[str, Path] = Field(
+        min_length=1, description="name -> checkpoint, or name on the hub"
+    )
+    tasks: Path = Field(description="a tasks.yaml")
+    only: list[str] | None = Field(None, description="names of the tasks to run; default all")
+    split: Split = Field("test", description="which part of the tasks' data")
+    limit: int | None = Field(
+        None, ge=1, description="measure only so many documents of each task, from the first on"
+    )
+    max_new_tokens: int = Field(32, ge=1, le=8192, description="of an answer, with a tasks.yaml")
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    num_workers: int = Field(2, ge=1, description="engines at once, one model in each")
+    storage: Path | None = Field(None, description="where relative outputs live")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_batch_size(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "batch_size" not in values:
+            return values
+        values = dict(values)
+        size, engine = values.pop("batch_size"), values.get("engine") or {}
+        if not isinstance(engine, Mapping) or "batch_size" in engine:
+            raise ValueError("batch_size: is called engine.batch_size now; found both")
+        tell_once("batch_size: is called engine.batch_size now")
+        return {**values, "engine": {**engine, "batch_size": size}}
+
+    @field_validator("models")
+    @classmethod
+    def _plain_names(cls, models: dict[str, Path]) -> dict[str, Path]:
+        for name in models:
+            if not name or "/" in name or name.startswith("."):
+                raise ValueError(f"model name {name!r}: must be a plain file name")
+        return models
+
+    @field_validator("engine")
+    @classmethod
+    def _generates(cls, engine: EngineConfig) -> EngineConfig:
+        if engine.kind != "generate":
+            raise ValueError("kind: found reward; allowed: generate")
+        return engine
