@@ -27,6 +27,7 @@ import pyarrow.parquet as parquet
 from pipelines.commit import make_folder, write_atomically
 from pipelines.errors import InputError
 from pipelines.evaluate.interface import Sample
+from pipelines.fingerprint import fingerprint
 
 BLOCK_DOCUMENTS = 256
 STORE_FILE = "store.json"
@@ -91,12 +92,10 @@ class Store:
         if mark.is_file():
             _check_mark(mark)
             return
-        if self.folder.is_dir() and any(
-            not found.name.startswith(".") for found in self.folder.iterdir()
-        ):
-            raise InputError(
-                f"{folder}: holds other files; allowed: an evaluation, or a new or empty folder"
-            )
+        files = [file.name for file in self.folder.iterdir()] if self.folder.is_dir() else []
+        if any(not name.startswith(".") for name in files):
+            other = "an evaluation of an earlier version" if RESULT_FILE in files else "other files"
+            raise InputError(f"{folder}: holds {other}; choose a new or empty folder")
         make_folder(self.folder)
         write_atomically(mark, json.dumps({"schema": 2, "block_documents": BLOCK_DOCUMENTS}) + "\n")
 
@@ -147,12 +146,12 @@ class Store:
         rows = [asdict(sample) for sample in samples]
         for row in rows:
             row |= {name: json.dumps(row[name], ensure_ascii=False) for name in _JSON_COLUMNS}
-        about = {"key": cell.key, "block": block, "notes": notes}
+        about = {"key": cell.key, "block": block, "rows": fingerprint(rows), "notes": notes}
         table = pa.Table.from_pylist(
             rows, schema=_SCHEMA.with_metadata({"poise": json.dumps(about)})
         )
         sink = pa.BufferOutputStream()
-        parquet.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        parquet.write_table(table, sink, compression="zstd")
         write_atomically(self.path(cell, block), memoryview(sink.getvalue()))
 
     def read(self, cell: Cell, block: int) -> tuple[list[Sample], Any]:
@@ -164,9 +163,11 @@ class Store:
         path = self.path(cell, block)
         first, last = cell.documents(block)
         try:
-            table = parquet.read_table(path, page_checksum_verification=True)
+            table = parquet.read_table(path)
             about = json.loads(table.schema.metadata[b"poise"])
             rows = table.to_pylist()
+            if fingerprint(rows) != about["rows"]:
+                raise ValueError("its rows have changed")
             for row in rows:
                 row |= {name: json.loads(row[name]) for name in _JSON_COLUMNS}
             samples = [Sample(**row) for row in rows]
