@@ -1,5 +1,6 @@
 """All of it in one process: an engine's model on tasks."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,9 +73,12 @@ def check_chat(engine: Engine, task: Task) -> None:
 
 def chat_template_of(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
     """A tokenizer's chat template as the library applies it: a prompt that ends with the beginning
-    of an answer goes on with it; a template that refuses a system message does without.
+    of an answer goes on with it; a template that refuses a system message does without, and a line
+    says so.
     """
     from jinja2 import TemplateError
+
+    told = False
 
     def filled(messages: list[dict[str, str]], begin_answer: bool) -> Any:
         return tokenizer.apply_chat_template(
@@ -88,6 +92,10 @@ def chat_template_of(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
         try:
             return str(filled(messages, add_generation_prompt))
         except TemplateError:
+            nonlocal told
+            if not told:
+                print("  the chat template takes no system message: left out", file=sys.stderr)
+            told = True
             without = [each for each in messages if each["role"] != "system"]
             return str(filled(without, add_generation_prompt))
 

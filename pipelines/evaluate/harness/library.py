@@ -13,6 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from pipelines.errors import InputError
 from pipelines.hub.offline import is_offline
 
@@ -31,6 +33,7 @@ FAILURES = (
     OSError,
     RuntimeError,
     SyntaxError,
+    TemplateError,
     TypeError,
     ValueError,
 )
@@ -75,6 +78,7 @@ def built(
     Raises:
         InputError: a task that cannot be built, or its data cannot be had.
     """
+    from datasets.exceptions import DatasetsError
     from lm_eval.api.group import Group
 
     factory = _checked_factory(allow_code, registry, inside)
@@ -83,7 +87,7 @@ def built(
             found = factory.build(entry, overrides=None, registry=registry)
         except InputError:
             raise
-        except FAILURES as error:
+        except (*FAILURES, DatasetsError) as error:
             raise _failed(entry.name, factory.last, error) from None
     if isinstance(found, Group):
         return list(found.get_all_tasks())
@@ -91,7 +95,11 @@ def built(
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line; its type where that alone says what happened."""
+    """The first line of an error, or of what it came from; its type where that alone says what
+    happened.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
     line = (str(error).strip().splitlines() or [""])[0]
     told = isinstance(error, OSError | ValueError | RuntimeError) and line
     return line if told else f"{type(error).__name__}: {line}".removesuffix(": ")

@@ -49,8 +49,12 @@ TASKS: dict[str, dict[str, Any]] = {
         "doc_to_choice": ["no", "yes"],
         "doc_to_target": "{{truth}}",
         "metric_list": _metrics(
-            acc="mean", f1="f1", mcc="matthews_corrcoef", brier_score="brier_score",
-            acc_mutual_info="mean", exact_match="mean",
+            acc="mean",
+            f1="f1",
+            mcc="matthews_corrcoef",
+            brier_score="brier_score",
+            acc_mutual_info="mean",
+            exact_match="mean",
         ),
     },
     "choice_inputs": {
@@ -61,7 +65,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "num_fewshot": 1,
         "metric_list": _metrics(acc="mean"),
     },
-    "choice_targets": _CHOICE | {"doc_to_target": "{{labels}}", "metric_list": _metrics(acc="mean")},
+    "choice_targets": _CHOICE
+    | {"doc_to_target": "{{labels}}", "metric_list": _metrics(acc="mean")},
     "choice_delimiter": {
         **_CHOICE,
         "target_delimiter": "\n",
@@ -85,23 +90,42 @@ TASKS: dict[str, dict[str, Any]] = {
     "rolling": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "long"},
     "generation": {
         **_GENERATE,
-        "metric_list": [{"metric": "exact_match", **_MEAN, "ignore_case": True,
-                         "regexes_to_ignore": [","]}],
+        "metric_list": [
+            {"metric": "exact_match", **_MEAN, "ignore_case": True, "regexes_to_ignore": [","]}
+        ],
         "filter_list": [
-            {"name": "first", "filter": [
-                {"function": "regex", "regex_pattern": "([a-m])"}, {"function": "take_first"}]},
-            {"name": "last", "filter": [
-                {"function": "regex", "regex_pattern": "([a-z])", "group_select": -1},
-                {"function": "uppercase"}, {"function": "take_first"}]},
+            {
+                "name": "first",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "([a-m])"},
+                    {"function": "take_first"},
+                ],
+            },
+            {
+                "name": "last",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "([a-z])", "group_select": -1},
+                    {"function": "uppercase"},
+                    {"function": "take_first"},
+                ],
+            },
         ],
     },
     "generation_votes": {
         **_GENERATE,
         "repeats": 3,
         "metric_list": [{"metric": "exact_match", **_MEAN}],
-        "filter_list": [{"name": "vote", "filter": [
-            {"function": "take_first_k", "k": 3}, {"function": "remove_whitespace"},
-            {"function": "majority_vote"}, {"function": "take_first"}]}],
+        "filter_list": [
+            {
+                "name": "vote",
+                "filter": [
+                    {"function": "take_first_k", "k": 3},
+                    {"function": "remove_whitespace"},
+                    {"function": "majority_vote"},
+                    {"function": "take_first"},
+                ],
+            }
+        ],
     },
     "generation_corpus": {
         **_GENERATE,
@@ -112,8 +136,15 @@ TASKS: dict[str, dict[str, Any]] = {
     "generation_targets": {
         **_GENERATE,
         "doc_to_target": "choices",
-        "filter_list": [{"name": "one", "filter": [
-            {"function": "regex", "regex_pattern": "([a-z])"}, {"function": "take_first"}]}],
+        "filter_list": [
+            {
+                "name": "one",
+                "filter": [
+                    {"function": "regex", "regex_pattern": "([a-z])"},
+                    {"function": "take_first"},
+                ],
+            }
+        ],
         "metric_list": [{"metric": "exact_match", **_MEAN}],
     },
     "generation_prefix": {
