@@ -1,6 +1,6 @@
 """From what a config names to tasks that are ready: `load_tasks`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +112,22 @@ def _is_task(entry: "Entry") -> bool:
 
 
 def _with_members(folder: "dict[str, Entry]") -> "dict[str, Entry]":
-    """A folder's index; with the library's own tasks where a group of the folder may name them."""
-    has_groups = any(entry.kind.name == "GROUP" for entry in folder.values())
-    return {**own_tasks(), **folder} if has_groups else dict(folder)
+    """A folder's index, with the library's own tasks that its groups name."""
+    groups = [entry.cfg for entry in folder.values() if entry.kind.name == "GROUP"]
+    found: dict[str, Entry] = {}
+    for name in sorted({name for each in groups if each for name in _members(each)} - set(folder)):
+        one = own_task(name)
+        if one is None:
+            return {**own_tasks(), **folder}
+        found |= one
+    return {**found, **folder}
+
+
+def _members(group: Mapping[str, Any]) -> Iterator[str]:
+    """The names in a group's list."""
+    members = group.get("task")
+    for each in members if isinstance(members, list) else []:
+        yield str(each.get("group", each.get("task")) if isinstance(each, dict) else each)
 
 
 def _ready(

@@ -4,7 +4,11 @@ Oracle: lm-evaluation-harness's own evaluation with its own model of transformer
 and as its command, on the same weights in float32.
 """
 
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +51,7 @@ def library_model(model: Path, engine: Engine) -> Any:
     return HFLM(pretrained=loaded, tokenizer=engine.text.tokenizer, batch_size=8)
 
 
-def library_results(lm: Any, folder: Path, names: list[str], **options: Any) -> dict[str, Any]:
+def library_results(lm: Any, folder: Path, names: Sequence[Any], **options: Any) -> dict[str, Any]:
     """The library's own evaluation."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -84,14 +88,16 @@ def assert_equal(ours: dict[str, TaskResult], theirs: dict[str, Any]) -> None:
                 assert shown == arguments[0], (name, place)
 
 
+CHAT = {"system_instruction": "b c", "chat": True}
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"system_instruction": "b c", "chat": True},
-        {"system_instruction": "b c", "chat": True, "fewshot_as_multiturn": False},
+        pytest.param({}, id="plain"),
+        pytest.param(CHAT, id="chat", marks=pytest.mark.slow),
+        pytest.param({**CHAT, "fewshot_as_multiturn": False}, id="one", marks=pytest.mark.slow),
     ],
-    ids=["plain", "chat", "one turn"],
 )
 def test_all_tasks_have_the_librarys_numbers(
     options: dict[str, Any],
@@ -115,3 +121,53 @@ def test_all_tasks_have_the_librarys_numbers(
     )
     assert_equal(ours, theirs)
     assert ours["too_long"].num_cut > 0 and ours["choice"].num_cut == 0
+
+
+@pytest.mark.slow
+def test_development_and_halves_are_the_librarys_numbers_on_these_documents(
+    engine: Engine, library_model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library evaluates on the validation split where its config says so, and on documents
+    that are chosen by their numbers.
+    """
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(folder)
+    names = ["choice_shots", "choice_delimiter", "generation_corpus"]
+    spec = {"include_path": folder, "names": names}
+    ours = evaluate(engine, load_tasks([spec], "development", seed=SEED))
+    loaded = TaskManager(include_path=str(folder), include_defaults=False)
+    configs = [
+        {**loaded.task_index[name].cfg, "test_split": "validation"}  # type: ignore[dict-item]
+        for name in names
+    ]
+    assert_equal(ours, library_results(library_model, folder, configs))
+    for split in ("development", "test"):
+        half = {"include_path": folder, "names": ["one_split"]}
+        found = evaluate(engine, load_tasks([half], split, seed=SEED))
+        chosen = {"one_split": list(found["one_split"].task.ids)}
+        theirs = library_results(library_model, folder, ["one_split"], samples=chosen)
+        assert_equal(found, theirs)
+
+
+@pytest.mark.slow
+def test_the_librarys_command_has_the_same_numbers(
+    engine: Engine, model: Path, folder: Path, tmp_path: Path
+) -> None:
+    names = [name for name in TASKS if name != "one_split"]
+    command = [
+        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args"),
+        f"pretrained={model},dtype=float32",
+        *("--tasks", *names, "--include_path", str(folder), "--device", "cpu"),
+        *("--batch_size", "16", "--seed", f"0,0,0,{SEED}", "--output_path", str(tmp_path)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DISABLE_MULTIPROC": "1"}
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=environment)
+    [file] = tmp_path.glob("*/results_*.json")
+    theirs = json.loads(file.read_text())["results"]
+    for name, result in evaluate(
+        engine, load_tasks([{"include_path": folder, "names": names}], seed=SEED)
+    ).items():
+        for key, metric in result.metrics.items():
+            expected = pytest.approx(theirs[name][key], abs=1e-6, rel=1e-6)
+            assert metric.value == expected, (name, key)
