@@ -7,10 +7,11 @@ A config lists them, nested as one likes:
       Average: {members: [Math, Code]}
 
 A rule gives each member a weight, and the group's value is the weighted sum times `scale`. So every
-group is a weighted sum of tasks' metrics, whose standard error follows from theirs (tasks are
-independent; one that enters by two ways is counted as the one number that it is). A group with a
-missing member has no value, never the mean of the rest. To add a rule, write the function and put
-it into `RULES`.
+group is a weighted sum of tasks' metrics, whose standard error follows from theirs: tasks are
+independent, a metric that enters by two ways is the one number that it is, and the errors of two
+metrics of one task add up, which is the most they can be. (`group_estimates` in `statistics.py`
+knows how they go together.) A group with a missing member has no value, never the mean of the rest.
+To add a rule, write the function and put it into `RULES`.
 """
 
 import math
@@ -194,7 +195,11 @@ class Groups:
         if missing:
             return Average(None, missing=missing)
         counts = weights != 0
-        error = float(np.sqrt(np.square(weights[counts] * errors[counts]).sum()))
+        by_task: dict[str, float] = {}
+        for i in np.flatnonzero(counts):
+            task = self.leaves[i][0]
+            by_task[task] = by_task.get(task, 0.0) + abs(weights[i]) * errors[i]
+        error = math.hypot(*by_task.values())
         return Average(
             float(weights[counts] @ values[counts]),
             error if math.isfinite(error) else None,

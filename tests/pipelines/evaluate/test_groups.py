@@ -65,6 +65,12 @@ def test_errors_are_those_of_drawn_results() -> None:
     assert groups.averages(found)["top"].stderr == pytest.approx(drawn, rel=0.01)
 
 
+def test_metrics_of_one_task_are_not_independent() -> None:
+    groups = build(x={"members": ["c.acc", "c.f1", "a"]})
+    found = {"c": {"acc": Measure(1.0, 0.3), "f1": Measure(1.0, 0.6)}, **results(a=(1.0, 1.2))}
+    assert groups.averages(found)["x"].stderr == pytest.approx(math.hypot(0.3, 0.4))
+
+
 def test_other_rules() -> None:
     groups = build(
         worst={"members": ["a", "b"], "rule": "minimum"},
