@@ -12,6 +12,7 @@ from pipelines.fingerprint import fingerprint, fingerprint_file
 
 if TYPE_CHECKING:
     from pipelines.engines.interface import Engine
+    from pipelines.engines.text import Text
 
 
 class GradedTask:
@@ -28,7 +29,7 @@ class GradedTask:
     def __init__(self, task: Task, split: Split, *, max_tokens: int, limit: int | None) -> None:
         self._task, self._rows = task, load_rows(task, split)[:limit]
         self._sampling = Sampling(max_tokens=max_tokens)
-        self.name, self.num_documents = task.name, len(self._rows)
+        self.name, self.num_documents, self.remark = task.name, len(self._rows), ""
         self.fingerprint = fingerprint(
             [
                 fingerprint_file(task.files[split]),
@@ -64,3 +65,12 @@ class GradedTask:
         values = [sample.values[metric] for sample in samples]
         mean, error = clustered_mean(values, [sample.cluster for sample in samples])
         return {metric: Number(mean, error, len(samples))}
+
+    def num_cut(self, samples: Sequence[Sample]) -> int:
+        """As `EvaluationTask.num_cut`: none, as such prompts are refused."""
+        return 0
+
+    def num_tokens(self, text: "Text", first: int, last: int) -> int:
+        """As `EvaluationTask.num_tokens`."""
+        most = self._sampling.max_tokens
+        return sum(len(text.encode(row.prompt)) + most for row in self._rows[first:last])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from pipelines.engines.interface import Engine
+    from pipelines.engines.text import Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,10 @@ class EvaluationTask(Protocol):
     def num_documents(self) -> int:
         """How many documents are measured."""
 
+    @property
+    def remark(self) -> str:
+        """What a reader of its numbers should know of its documents; may be empty."""
+
     def measure(self, engine: "Engine", first: int, last: int) -> list[Sample]:
         """The samples of the documents `first` to `last - 1`. They do not depend on the range that
         they are measured in.
@@ -69,3 +74,11 @@ class EvaluationTask(Protocol):
 
     def numbers(self, samples: Sequence[Sample]) -> dict[str, Number]:
         """The metrics over all samples, in the order of their documents."""
+
+    def num_cut(self, samples: Sequence[Sample]) -> int:
+        """How many prompts did not fit into the model's context and were cut."""
+
+    def num_tokens(self, text: "Text", first: int, last: int) -> int:
+        """How many tokens a model with this tokenizer reads and at most writes for a range of
+        documents.
+        """

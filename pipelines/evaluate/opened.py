@@ -1,11 +1,15 @@
-"""The tasks that a config names, opened."""
+"""The tasks and groups that a config names."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.graded import GradedTask
+from pipelines.evaluate.groups import Group
+from pipelines.evaluate.harness import load_tasks as load_library_tasks
 from pipelines.evaluate.interface import EvaluationTask
+from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.tasks import DIMENSIONS, Task, load_tasks
 
 
@@ -13,34 +17,53 @@ def open_tasks(config: EvaluateConfig, names: Sequence[str] | None = None) -> li
     """The tasks of a config, with their documents.
 
     Args:
-        names: open only these, which the config asks for.
+        names: give only these, which the config asks for.
 
     Raises:
         InputError: a task that is unknown or cannot be read.
     """
+    if isinstance(config.tasks, Path):
+        return [
+            GradedTask(task, config.split, max_tokens=config.max_new_tokens, limit=config.limit)
+            for task in _selected(config, config.tasks)
+            if names is None or task.name in names
+        ]
+    tasks = load_library_tasks(
+        config.tasks,
+        config.split,
+        limit=config.limit,
+        seed=config.seed,
+        allow_code=config.allow_code,
+    )
     return [
-        GradedTask(task, config.split, max_tokens=config.max_new_tokens, limit=config.limit)
-        for task in _selected(config)
+        LibraryTask(task, config.long_prompts)
+        for task in tasks
         if names is None or task.name in names
     ]
 
 
-def dimension_groups(config: EvaluateConfig) -> dict[str, list[str]]:
-    """The groups of a `tasks.yaml`: each H with its tasks, and the average of the H's."""
-    tasks = _selected(config)
-    groups = {
+def groups_of(config: EvaluateConfig) -> dict[str, Group]:
+    """The groups of a config; by default of a `tasks.yaml` each H, the mean of its tasks in
+    percent, and the average of the H's.
+    """
+    if config.groups is not None:
+        return config.groups
+    if not isinstance(config.tasks, Path):
+        return {}
+    tasks = _selected(config, config.tasks)
+    members = {
         dimension: [task.name for task in tasks if task.dimension == dimension]
         for dimension in DIMENSIONS
     }
-    groups = {name: members for name, members in groups.items() if members}
-    return groups | ({"average": list(groups)} if groups else {})
+    groups = {name: Group(members=of, scale=100.0) for name, of in members.items() if of}
+    return groups | ({"average": Group(members=list(groups))} if groups else {})
 
 
-def _selected(config: EvaluateConfig) -> list[Task]:
-    """The tasks that the config asks for."""
-    tasks = load_tasks(config.tasks)
+def _selected(config: EvaluateConfig, path: Path) -> list[Task]:
+    """The tasks of a `tasks.yaml` that the config asks for."""
+    tasks = load_tasks(path)
     known = [task.name for task in tasks]
     for name in config.only or ():
         if name not in known:
-            raise InputError(f"{config.tasks}: only: unknown task {name!r}; allowed: {known}")
+            raise InputError(f"{path}: only: unknown task {name!r}; allowed: {known}")
     return [task for task in tasks if config.only is None or task.name in config.only]

@@ -1,6 +1,6 @@
 """An evaluation as planned: every input is checked before an engine starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from pipelines.engines.models import check_kind
 from pipelines.engines.weights import weights_of
 from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.groups import Group, resolve_groups
 from pipelines.evaluate.interface import EvaluationTask
-from pipelines.evaluate.opened import dimension_groups, open_tasks
+from pipelines.evaluate.opened import groups_of, open_tasks
 from pipelines.evaluate.store import Cell
 from pipelines.evaluate.workers import Model
 from pipelines.fingerprint import fingerprint, fingerprint_work
@@ -33,7 +34,7 @@ class EvaluationPlan:
     Attributes:
         models: by name; with the digests of their weights.
         digests: of the models, with the files beside the weights.
-        groups: by name, the tasks and groups whose mean it is.
+        groups: averages by name.
         cells: by names of model and task.
         memory: holds the digests together with the identity of the models' files.
     """
@@ -43,7 +44,7 @@ class EvaluationPlan:
     tasks: Sequence[EvaluationTask]
     models: dict[str, Model]
     digests: dict[str, ModelDigest]
-    groups: dict[str, list[str]]
+    groups: dict[str, Group]
     cells: dict[tuple[str, str], Cell]
     memory: DigestMemory
 
@@ -82,8 +83,29 @@ def plan_evaluation(
         for name in models
         for task in tasks
     }
-    groups = dimension_groups(config)
+    groups = groups_of(config)
+    _check_groups(groups, [task.name for task in tasks])
     return EvaluationPlan(config, out, tasks, models, digests, groups, cells, memory)
+
+
+def _check_groups(groups: Mapping[str, Group], tasks: Sequence[str]) -> None:
+    """Raise InputError for unknown members and cycles. Which metrics a task has is known when it
+    is measured.
+    """
+
+    def without_metric(member: str) -> str:
+        if member in groups or member in tasks:
+            return member
+        owners = [task for task in tasks if member.startswith(f"{task}.")]
+        return max(owners, key=len) if owners else member
+
+    whole = {
+        name: group.model_copy(
+            update={"members": list(dict.fromkeys(map(without_metric, group.members)))}
+        )
+        for name, group in groups.items()
+    }
+    resolve_groups(whole, {task: ["its metric"] for task in tasks})
 
 
 def _cell(config: EvaluateConfig, name: str, digest: ModelDigest, task: EvaluationTask) -> Cell:

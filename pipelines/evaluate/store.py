@@ -101,7 +101,12 @@ class Store:
 
     def path(self, cell: Cell, block: int) -> Path:
         """The file of a block."""
-        return self._cell_folder(cell) / f"{block:05d}.parquet"
+        return self.path_in(self.folder, cell, block)
+
+    @staticmethod
+    def path_in(folder: str | Path, cell: Cell, block: int) -> Path:
+        """The file of a block in a folder that need not be a store yet."""
+        return _cell_folder(Path(folder), cell) / f"{block:05d}.parquet"
 
     def missing(self, cell: Cell) -> list[int]:
         """The blocks of a cell that have no file."""
@@ -109,7 +114,7 @@ class Store:
 
     def describe(self, cell: Cell) -> None:
         """Write what the cell is of, where no run has done so."""
-        path = self._cell_folder(cell) / "cell.json"
+        path = _cell_folder(self.folder, cell) / "cell.json"
         if not path.is_file():
             write_atomically(path, json.dumps(cell.described, indent=2) + "\n")
 
@@ -183,8 +188,9 @@ class Store:
         """Remove a damaged block, so that it is measured again."""
         self.path(cell, block).unlink(missing_ok=True)
 
-    def _cell_folder(self, cell: Cell) -> Path:
-        return self.folder / SAMPLES / quote(cell.task, safe=" ") / cell.key
+
+def _cell_folder(store: Path, cell: Cell) -> Path:
+    return store / SAMPLES / quote(cell.task, safe=" ") / cell.key
 
 
 def _check_mark(mark: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from operators.statistics import mean_of_means
 from pipelines.checkpoints.hub import recorded
 from pipelines.commit import write_atomically
 from pipelines.evaluate.fill import Failure
+from pipelines.evaluate.groups import Measure, resolve_groups
 from pipelines.evaluate.interface import Number, Sample
 from pipelines.evaluate.plan import EvaluationPlan
 from pipelines.evaluate.store import RESULT_FILE
@@ -37,25 +37,37 @@ _NUMBERS_SCHEMA = pa.schema(
 def write_summary(
     plan: EvaluationPlan, samples: Samples, failures: Sequence[Failure]
 ) -> dict[str, Any]:
-    """Write the numbers of an evaluation; returns the content of `evaluation.json`."""
+    """Write the numbers of an evaluation; returns the content of `evaluation.json`.
+
+    Raises:
+        InputError: groups that do not fit the tasks' metrics.
+    """
     tasks = {task.name: task for task in plan.tasks}
     numbers: dict[str, Numbers] = {name: {} for name in plan.models}
+    cut: dict[str, dict[str, int]] = {name: {} for name in plan.models}
     for (model, task), found in samples.items():
         numbers[model][task] = tasks[task].numbers(found)
+        if number := tasks[task].num_cut(found):
+            cut[model][task] = number
+    groups = group_numbers(plan, numbers)
     _write_table(plan, numbers)
     summary = {
         "schema": 2,
         "split": plan.config.split,
         "limit": plan.config.limit,
         "fingerprint": plan.fingerprint,
+        "config": plan.config.model_dump(mode="json", exclude_unset=True),
+        "groups": {name: group.model_dump() for name, group in plan.groups.items()},
+        "remarks": {task.name: task.remark for task in plan.tasks if task.remark},
         "models": {
             name: {
                 "digest": model.weights,
-                "groups": group_numbers(plan.groups, numbers[name]),
+                "groups": groups[name],
                 "tasks": {
                     task: {metric: _plain(number) for metric, number in found.items()}
                     for task, found in numbers[name].items()
                 },
+                **({"prompts_cut": cut[name]} if cut[name] else {}),
             }
             for name, model in plan.models.items()
         },
@@ -101,37 +113,63 @@ def _plain(number: Number) -> dict[str, float | None]:
     return {key: None if value != value else value for key, value in asdict(number).items()}
 
 
-def group_numbers(groups: Mapping[str, Sequence[str]], numbers: Numbers) -> dict[str, Any]:
-    """A model's groups, in percent: each the mean of its members, tasks by their first metric or
-    groups above it. A group with a missing member has no number.
+def group_numbers(
+    plan: EvaluationPlan, numbers: Mapping[str, Numbers]
+) -> dict[str, dict[str, Any]]:
+    """Each model's groups. One with a missing member has the value null and names what it lacks.
+
+    Raises:
+        InputError: groups that do not fit the tasks' metrics.
     """
-    parts = {
-        task: (100 * first.value, 100 * first.stderr)
-        for task, found in numbers.items()
-        for first in [next(iter(found.values()))]
+    metrics = {
+        task.name: list(dict.fromkeys(m for of in numbers.values() for m in of.get(task.name, ())))
+        for task in plan.tasks
     }
-    for name, members in groups.items():
-        if all(member in parts for member in members):
-            parts[name] = mean_of_means([parts[member] for member in members])
-    return {
-        name: {"value": parts[name][0], "stderr": parts[name][1]}
-        for name in groups
-        if name in parts
-    }
+    unmeasured = {task: _named_metrics(plan, task) for task, found in metrics.items() if not found}
+    groups = resolve_groups(plan.groups, metrics | unmeasured)
+    found = {}
+    for model, of in numbers.items():
+        measured = {
+            task: {name: Measure(n.value, n.stderr, n.n) for name, n in by_metric.items()}
+            for task, by_metric in of.items()
+        }
+        found[model] = {
+            name: {"value": average.value, "stderr": average.stderr}
+            | ({"missing": list(average.missing)} if average.missing else {})
+            for name, average in groups.averages(measured).items()
+        }
+    return found
+
+
+def _named_metrics(plan: EvaluationPlan, task: str) -> list[str]:
+    """The metrics of a task that no model was measured on, as groups name them."""
+    members = [member for group in plan.groups.values() for member in group.members]
+    named = [each.removeprefix(f"{task}.") for each in members if each.startswith(f"{task}.")]
+    return named or ["its metric"]
 
 
 def percentages(summary: dict[str, Any], model: str) -> dict[str, Any]:
-    """One model's numbers in percent: its groups, and its tasks' first metrics under `tasks`."""
+    """One model's numbers on the tasks of a `tasks.yaml`, in percent: its groups, and its tasks
+    under `tasks`.
+    """
     entry = summary["models"][model]
     tasks = {}
     for task, found in entry["tasks"].items():
         first = next(iter(found.values()))
         tasks[task] = {
             "value": 100 * first["value"],
-            "stderr": math.nan if first["stderr"] is None else 100 * first["stderr"],
+            "stderr": 100 * _or_nan(first["stderr"]),
             "n": first["n"],
         }
-    return {**entry["groups"], "tasks": tasks}
+    groups = {
+        name: {"value": each["value"], "stderr": _or_nan(each["stderr"])}
+        for name, each in entry["groups"].items()
+    }
+    return {**groups, "tasks": tasks}
+
+
+def _or_nan(number: float | None) -> float:
+    return math.nan if number is None else number
 
 
 def best_model(summary: dict[str, Any], names: Iterable[str]) -> str:
