@@ -118,7 +118,7 @@ def _checked_factory(allow_code: bool, registry: "Mapping[str, Entry]", inside: 
     from lm_eval.tasks._factory import TaskFactory
     from lm_eval.tasks._index import Kind
 
-    class CheckedFactory(TaskFactory):  # type: ignore[misc]
+    class CheckedFactory(TaskFactory):
         last: _Config | None = None
 
         def _load_full_config(self, entry: Any, overrides: Any = None) -> dict[str, Any]:

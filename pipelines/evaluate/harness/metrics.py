@@ -80,10 +80,10 @@ def plain(value: Any) -> Any:
     Raises:
         InputError: another type.
     """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value.item() if hasattr(value, "item") else value
     if hasattr(value, "tolist"):  # arrays and numbers of numpy
         return value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
     if isinstance(value, Mapping):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

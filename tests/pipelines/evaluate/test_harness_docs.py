@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pipelines.engines import open_engine
 from pipelines.evaluate.generate import Generator
@@ -18,9 +20,22 @@ from pipelines.evaluate.tasks import load_rows
 from pipelines.evaluate.tasks import load_tasks as load_old_tasks
 from pipelines.tiny_world import build_world
 from tests.pipelines.engines.references import save_chatty
-from tests.tiny_models import save_tiny_llama
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def save_random_model(path: Path, tokenizer: Path) -> Path:
+    """A random Llama with a tokenizer."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}
+    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    ends = {"eos_token_id": loaded.eos_token_id, "pad_token_id": loaded.pad_token_id}
+    config = LlamaConfig(vocab_size=len(loaded), **sizes, **heads, **ends)
+    LlamaForCausalLM(config).save_pretrained(path)
+    loaded.save_pretrained(path)
+    return path
 
 
 def test_the_documented_task(
@@ -41,7 +56,7 @@ def test_the_documented_task(
     documents = [
         {"letter": a, "next": b, "topic": a in "aeiou"} for a, b in ("ab", "cd", "ef", "gh")
     ]
-    for name in ("examples", "letters"):
+    for name in ("examples", "development", "letters"):
         rows = "".join(json.dumps(each) + "\n" for each in documents)
         (folder / f"{name}.jsonl").write_text(rows)
     names: dict = {}
@@ -60,9 +75,7 @@ def test_the_documented_task(
 
 def test_the_tiny_worlds_tasks_have_the_numbers_of_their_old_form(tmp_path: Path) -> None:
     world = build_world(tmp_path / "world", 7, "smoke")
-    model = save_tiny_llama(tmp_path / "model", 3, vocab_size=600, initializer_range=0.3)
-    for file in (world / "tokenizer").iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
+    model = save_random_model(tmp_path / "model", world / "tokenizer")
     engine, generator = open_engine(model), Generator(model)
     folder = world / "tasks"
     old = load_old_tasks(folder / "tasks.yaml")

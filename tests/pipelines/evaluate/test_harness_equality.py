@@ -22,6 +22,7 @@ from tests.pipelines.engines.references import save_chatty
 from tests.pipelines.evaluate.made_up_tasks import TASKS, save_tasks
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 SEED = 77
 
@@ -152,7 +153,7 @@ def test_development_and_halves_are_the_librarys_numbers_on_these_documents(
 
 @pytest.mark.slow
 def test_the_librarys_command_has_the_same_numbers(
-    engine: Engine, model: Path, folder: Path, tmp_path: Path
+    engine: Engine, model: Path, folder: Path, own_cache: Path, tmp_path: Path
 ) -> None:
     names = [name for name in TASKS if name != "one_split"]
     command = [
@@ -162,6 +163,7 @@ def test_the_librarys_command_has_the_same_numbers(
         *("--batch_size", "16", "--seed", f"0,0,0,{SEED}", "--output_path", str(tmp_path)),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DISABLE_MULTIPROC": "1"}
+    environment |= {"HF_DATASETS_CACHE": str(own_cache)}
     subprocess.run(command, cwd=folder, check=True, capture_output=True, env=environment)
     [file] = tmp_path.glob("*/results_*.json")
     theirs = json.loads(file.read_text())["results"]

@@ -31,11 +31,13 @@ from pipelines.evaluate.harness import (
 from pipelines.evaluate.harness.requests import sampling_of
 from pipelines.evaluate.harness.splits import half
 from pipelines.hub.offline import ASKED_OFFLINE
+from tests.hub_stub import Stub
 from tests.pipelines.engines.references import save_chatty
 from tests.pipelines.evaluate.made_up_tasks import SIZES, TASKS, rows, save_task, save_tasks
 from tests.tiny_models import tiny_tokenizer
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 SEED = 77
 
@@ -507,6 +509,43 @@ def test_the_librarys_own_tasks_say_how_to_bring_their_data(
         'HF_HUB_OFFLINE unset: python -c "import datasets; '
         "datasets.load_dataset('allenai/ai2_arc', 'ARC-Easy')\""
     )
+
+
+def test_data_of_the_hub_are_fetched_once_and_then_from_the_cache(
+    hub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+    from huggingface_hub import constants
+
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for split in ("validation", "test"):
+        table = pyarrow.Table.from_pylist(rows(split))
+        target = tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(table, target)
+    hub.add("made/up", tmp_path / "set")
+    hub.kinds["made/up"] = "datasets"
+    (tmp_path / "tasks").mkdir()
+    own = {"dataset_path": "made/up", "dataset_kwargs": None, "training_split": None}
+    save_task(tmp_path / "tasks", "odd", **{**TASKS["choice"], **own})
+    save_task(tmp_path / "tasks", "other", **{**TASKS["choice"], **own, "dataset_path": "no/set"})
+    task = load(tmp_path / "tasks", "odd")
+    assert [dict(task.document(i)) for i in range(len(task))] == rows("test")
+    with pytest.raises(InputError, match="task other: Dataset 'no/set' doesn't exist on the Hub"):
+        load(tmp_path / "tasks", "other")
+    asked = len(hub.asked)
+    assert asked > 0
+    monkeypatch.setenv(ASKED_OFFLINE, "1")
+    again = load(tmp_path / "tasks", "odd")
+    assert again.fingerprint == task.fingerprint and len(hub.asked) == asked
+    with pytest.raises(InputError, match="task other: its data set no/set is not in the cache of"):
+        load(tmp_path / "tasks", "other")
+    assert len(hub.asked) == asked
 
 
 @pytest.mark.slow
