@@ -177,11 +177,13 @@ def _check_metrics(name: str, config: Mapping[str, Any], allow_code: bool) -> No
     if config.get("process_results") is not None:
         return  # a function gives all metrics; the names say how they are aggregated
     for each in config.get("metric_list") or []:
-        metric = each.get("metric") if isinstance(each, dict) else each
+        if not isinstance(each, dict):
+            raise InputError(f"task {name}: metric_list: found {each!r}; allowed: metric: {each}")
+        metric = each.get("metric")
         if callable(metric) or (metric in metric_registry and not each.get("hf_evaluate")):
             continue
         near = get_close_matches(str(metric), metric_registry, n=3)
-        if not (allow_code and isinstance(each, dict) and each.get("hf_evaluate")):
+        if not (allow_code and each.get("hf_evaluate")):
             raise InputError(
                 f"task {name}: metric {metric!r}: is none of the library's"
                 f"{'; nearest: ' + ', '.join(near) if near else ''} (those of the package evaluate "
@@ -250,6 +252,11 @@ def _failed(name: str, last: _Config | None, error: BaseException) -> InputError
             f'bring it where the hub can be reached{unset}: python -c "import datasets; '
             f'datasets.load_dataset({arguments})"'
         )
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        if isinstance(error, KeyError) and last.values.get(key) == error.args[0]:
+            return InputError(
+                f"task {last.name}: {key}: found {error.args[0]!r}, which its data set has not"
+            )
     return InputError(f"task {last.name}: {first_line(error)}")
 
 

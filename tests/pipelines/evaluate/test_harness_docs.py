@@ -20,6 +20,7 @@ from pipelines.evaluate.tasks import load_rows
 from pipelines.evaluate.tasks import load_tasks as load_old_tasks
 from pipelines.tiny_world import build_world
 from tests.pipelines.engines.references import save_chatty
+from tests.ray_jobs.command_line import poise
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -69,6 +70,18 @@ def test_the_documented_task(
     assert len(turns) == 3 and found.task.clusters == ("True", "False", "True", "False")
     written = json.loads(names["file"].read_text())
     assert written["results"]["letters"]["contains,none"] == rights / 4
+    assert poise(monkeypatch, "tasks", "--include-path", "my_tasks", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["letters"] == {
+        "requests": "generate_until",
+        "num_fewshot": 2,
+        "chat": True,
+        "development": {"documents": 4, "split": "validation"},
+        "test": {"documents": 4, "split": "test"},
+        "metrics": ["contains"],
+    }
+    assert poise(monkeypatch, "tasks", "leters", "--include-path", "my_tasks") == 2
+    line = "poise: tasks: unknown task 'leters' in my_tasks; nearest: letters\n"
+    assert capsys.readouterr().err.endswith(line)
     samples = [*names["file"].parent.glob("samples_letters_*.jsonl")]
     assert len(samples) == 1 and len(samples[0].read_text().splitlines()) == 4
 

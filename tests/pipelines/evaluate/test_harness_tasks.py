@@ -374,6 +374,10 @@ def test_functions_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
         load(place, "odd")
     task = load(place, "odd", allow_code=True)
     assert task.requests(0, 1)[0].context == f"a {rows('test')[0]['words']}"
+    before = task.fingerprint
+    with (place / "code.py").open("a") as file:
+        file.write("# what the function may call has changed\n")
+    assert load(place, "odd", allow_code=True).fingerprint != before
 
 
 def test_templates_cannot_reach_python(folder: Path, tmp_path: Path) -> None:
@@ -394,7 +398,9 @@ def test_templates_cannot_reach_python(folder: Path, tmp_path: Path) -> None:
             "task odd: metric 'acc': is none of the library's",
         ),
         ({"doc_to_text": "{{wrds}}"}, "task odd: UndefinedError: 'wrds' is undefined"),
-        ({"test_split": "tst"}, "task odd: KeyError: 'tst'"),
+        ({"test_split": "tst"}, "task odd: test_split: found 'tst', which its data set has not"),
+        ({"metric_list": ["acc"]}, "task odd: metric_list: found 'acc'; allowed: metric: acc"),
+        ({"metadata": {"chat": "no"}}, "task odd: metadata.chat: found 'no'; allowed: true, false"),
         (
             {"dataset_kwargs": {"data_files": {"test": "none.jsonl"}}},
             "task odd: data file none.jsonl: not in ",
@@ -456,6 +462,12 @@ def test_other_bad_input_is_one_line(folder: Path, engine: Engine, tmp_path: Pat
         load_tasks([{"num_fewshot": 1}])
     with pytest.raises(InputError, match="generation_kwargs: has no effect with multiple_choice"):
         load(folder, "choice", generation_kwargs={"temperature": 1.0})
+    with pytest.raises(InputError, match="fewshot_as_multiturn: has no effect without chat"):
+        load(folder, "choice", fewshot_as_multiturn=False)
+    with pytest.raises(InputError, match="limit: found 0; allowed: 1 or more"):
+        load(folder, "choice", limit=0)
+    with pytest.raises(InputError, match="split: found 'dev'; allowed: development, test"):
+        load(folder, "choice", "dev")
     place = made(folder, tmp_path, num_fewshot=0)
     with pytest.raises(InputError, match="task odd: num_fewshot: found 2; allowed: 0, as the task"):
         load(place, "odd", num_fewshot=2)
