@@ -19,7 +19,8 @@ from operators.statistics import clustered_mean
 from pipelines.commit import write_atomically
 from pipelines.evaluate.harness.evaluation import TaskResult
 from pipelines.evaluate.harness.requests import Answer, Request
-from pipelines.evaluate.harness.tasks import Score, Task, plain_config
+from pipelines.evaluate.harness.tasks import Score, Task
+from pipelines.evaluate.harness.values import plain_config
 
 NOT_KNOWN = "N/A"
 

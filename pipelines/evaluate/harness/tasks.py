@@ -6,7 +6,6 @@ process or again, with the same result.
 """
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.engines import answer_seed
 from pipelines.errors import InputError
+from pipelines.evaluate.harness.grading import Grading
 from pipelines.evaluate.harness.library import FAILURES, first_line
-from pipelines.evaluate.harness.metrics import Grading, plain
 from pipelines.evaluate.harness.requests import Answer, Kind, Request, sampling_of
 from pipelines.evaluate.harness.splits import Documents, Split, digest
+from pipelines.evaluate.harness.values import callables, plain, plain_config
 from pipelines.fingerprint import fingerprint_file, fingerprint_work
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class Task:
 
     def _code(self) -> set[str]:
         """The files of the functions that the task names, and of its class."""
-        found = [type(self.library), *_callables(self.library.config.to_dict(keep_callable=True))]
+        found = [type(self.library), *callables(self.library.config.to_dict(keep_callable=True))]
         files = (inspect.getsourcefile(each) for each in found)
         return {file for file in files if file is not None}
 
@@ -393,26 +393,3 @@ class Task:
         if isinstance(error, InputError):
             return error
         return InputError(f"task {self.name}: document {self.ids[place]}: {first_line(error)}")
-
-
-def plain_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as plain values."""
-    found: dict[str, Any] = json.loads(json.dumps(values, default=_source, sort_keys=True))
-    return found
-
-
-def _callables(value: Any) -> Iterator[Callable[..., Any]]:
-    """The functions and classes anywhere in a config."""
-    if isinstance(value, Mapping | list | tuple):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _callables(each)
-    elif inspect.isfunction(value) or inspect.isclass(value):
-        yield value
-
-
-def _source(value: Any) -> str:
-    """A function's source, where there is one; its name does not say where it is in memory."""
-    try:
-        return inspect.getsource(value)
-    except (TypeError, OSError):
-        return f"{type(value).__name__} {getattr(value, '__name__', '')}"

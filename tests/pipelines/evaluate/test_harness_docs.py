@@ -86,6 +86,7 @@ def test_the_documented_task(
     assert len(samples) == 1 and len(samples[0].read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_the_tiny_worlds_tasks_have_the_numbers_of_their_old_form(tmp_path: Path) -> None:
     world = build_world(tmp_path / "world", 7, "smoke")
     model = save_random_model(tmp_path / "model", world / "tokenizer")
