@@ -13,7 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 
 from pipelines.errors import InputError
 from pipelines.hub.offline import is_offline
@@ -54,16 +55,30 @@ def require_library() -> None:
             f"tasks: lm-evaluation-harness is not installed ({error.name} is missing); install it "
             "with: pip install 'poise[evaluation]'"
         ) from None
-    from jinja2.sandbox import SandboxedEnvironment
-
-    if not isinstance(utils.env, SandboxedEnvironment):
+    if not isinstance(utils.env, Templates):
         old = utils.env
-        utils.env = SandboxedEnvironment(
+        utils.env = Templates(
             loader=old.loader,
             undefined=old.undefined,
             keep_trailing_newline=old.keep_trailing_newline,
         )
         utils.env.filters.update(old.filters)
+
+
+class Templates(SandboxedEnvironment):
+    """Templates in a sandbox, each compiled once; the library compiles them for each document."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._compiled: dict[str, Template] = {}
+
+    def from_string(self, source: Any, globals: Any = None, template_class: Any = None) -> Template:
+        """As jinja2's."""
+        if not isinstance(source, str) or globals is not None or template_class is not None:
+            return super().from_string(source, globals, template_class)
+        if source not in self._compiled:
+            self._compiled[source] = super().from_string(source)
+        return self._compiled[source]
 
 
 def built(
