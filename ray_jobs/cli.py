@@ -160,6 +160,25 @@ def methods(
     run_methods(name, as_json=as_json)
 
 
+@app.command(epilog="Example: `poise tasks arc_easy` or `poise tasks --include-path my_tasks`")
+def tasks(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="tasks, groups or tags")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="a folder of YAML files; default the library's own tasks")
+    ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="run functions that the files name")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tasks of lm-evaluation-harness: their documents, splits, requests and metrics."""
+    from ray_jobs.tasks import run_tasks
+
+    run_tasks(names or [], include_path, allow_code=allow_code, as_json=as_json)
+
+
 @app.command(epilog="Example: `poise diff runs/a runs/b --base runs/sft`")
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="a checkpoint or adapter, or ORG/NAME")],

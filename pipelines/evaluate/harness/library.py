@@ -13,7 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 
 from pipelines.errors import InputError
 from pipelines.hub.offline import is_offline
@@ -54,16 +55,30 @@ def require_library() -> None:
             f"tasks: lm-evaluation-harness is not installed ({error.name} is missing); install it "
             "with: pip install 'poise[evaluation]'"
         ) from None
-    from jinja2.sandbox import SandboxedEnvironment
-
-    if not isinstance(utils.env, SandboxedEnvironment):
+    if not isinstance(utils.env, Templates):
         old = utils.env
-        utils.env = SandboxedEnvironment(
+        utils.env = Templates(
             loader=old.loader,
             undefined=old.undefined,
             keep_trailing_newline=old.keep_trailing_newline,
         )
         utils.env.filters.update(old.filters)
+
+
+class Templates(SandboxedEnvironment):
+    """Templates in a sandbox, each compiled once; the library compiles them for each document."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._compiled: dict[str, Template] = {}
+
+    def from_string(self, source: Any, globals: Any = None, template_class: Any = None) -> Template:
+        """As jinja2's."""
+        if not isinstance(source, str) or globals is not None or template_class is not None:
+            return super().from_string(source, globals, template_class)
+        if source not in self._compiled:
+            self._compiled[source] = super().from_string(source)
+        return self._compiled[source]
 
 
 def built(
@@ -118,7 +133,7 @@ def _checked_factory(allow_code: bool, registry: "Mapping[str, Entry]", inside: 
     from lm_eval.tasks._factory import TaskFactory
     from lm_eval.tasks._index import Kind
 
-    class CheckedFactory(TaskFactory):  # type: ignore[misc]
+    class CheckedFactory(TaskFactory):
         last: _Config | None = None
 
         def _load_full_config(self, entry: Any, overrides: Any = None) -> dict[str, Any]:
@@ -177,11 +192,13 @@ def _check_metrics(name: str, config: Mapping[str, Any], allow_code: bool) -> No
     if config.get("process_results") is not None:
         return  # a function gives all metrics; the names say how they are aggregated
     for each in config.get("metric_list") or []:
-        metric = each.get("metric") if isinstance(each, dict) else each
+        if not isinstance(each, dict):
+            raise InputError(f"task {name}: metric_list: found {each!r}; allowed: metric: {each}")
+        metric = each.get("metric")
         if callable(metric) or (metric in metric_registry and not each.get("hf_evaluate")):
             continue
         near = get_close_matches(str(metric), metric_registry, n=3)
-        if not (allow_code and isinstance(each, dict) and each.get("hf_evaluate")):
+        if not (allow_code and each.get("hf_evaluate")):
             raise InputError(
                 f"task {name}: metric {metric!r}: is none of the library's"
                 f"{'; nearest: ' + ', '.join(near) if near else ''} (those of the package evaluate "
@@ -250,6 +267,11 @@ def _failed(name: str, last: _Config | None, error: BaseException) -> InputError
             f'bring it where the hub can be reached{unset}: python -c "import datasets; '
             f'datasets.load_dataset({arguments})"'
         )
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        if isinstance(error, KeyError) and last.values.get(key) == error.args[0]:
+            return InputError(
+                f"task {last.name}: {key}: found {error.args[0]!r}, which its data set has not"
+            )
     return InputError(f"task {last.name}: {first_line(error)}")
 
 

@@ -11,7 +11,7 @@ from pipelines.errors import InputError
 from pipelines.evaluate.harness.library import built, require_library
 from pipelines.evaluate.harness.names import folder_tasks, own_task, own_tasks, unknown
 from pipelines.evaluate.harness.requests import sampling_of
-from pipelines.evaluate.harness.splits import Split, documents_of
+from pipelines.evaluate.harness.splits import SPLITS, Split, documents_of
 from pipelines.evaluate.harness.tasks import Chat, Task
 
 if TYPE_CHECKING:
@@ -67,6 +67,10 @@ def load_tasks(
         InputError: an unknown name, a task that is there twice, code that is not allowed, data that
             cannot be had, a config that does not fit its data.
     """
+    if split not in SPLITS:
+        raise InputError(f"split: found {split!r}; allowed: {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit: found {limit}; allowed: 1 or more")
     require_library()
     sets = [_as_set(spec, place) for place, spec in enumerate(specs)]
     tasks = [
@@ -135,7 +139,6 @@ def _ready(
 ) -> Task:
     """A task with the settings of its set and the documents of its split."""
     name = library.task_name
-    metadata = library.config.metadata if isinstance(library.config.metadata, dict) else {}
     if chosen.generation_kwargs is not None:
         if library.OUTPUT_TYPE != "generate_until":
             raise InputError(
@@ -144,7 +147,6 @@ def _ready(
         library.set_config("generation_kwargs", chosen.generation_kwargs, update=True)
     if library.OUTPUT_TYPE == "generate_until" and library.config.generation_kwargs is not None:
         sampling_of(name, library.config.generation_kwargs)
-    wanted = chosen.chat if chosen.chat is not None else bool(metadata.get("chat", False))
     task = Task(
         library=library,
         documents=documents_of(library, split, seed),
@@ -152,12 +154,32 @@ def _ready(
         limit=limit,
         seed=seed,
         num_fewshot=_num_fewshot(library, chosen.num_fewshot),
-        chat=Chat(wanted, chosen.system_instruction, chosen.fewshot_as_multiturn),
+        chat=_chat(library, chosen),
     )
     if len(task) == 0:
         raise InputError(f"task {name}: {task.remark or split}: holds no documents")
     task.grading  # noqa: B018 # a bad grader is found before anything runs
     return task
+
+
+def _chat(library: "LibraryTask", chosen: TaskSet) -> Chat:
+    """How a task's prompts become conversations.
+
+    Raises:
+        InputError: `metadata.chat` is no truth value, or turns are said without a conversation.
+    """
+    metadata = library.config.metadata
+    wanted = metadata.get("chat", False) if isinstance(metadata, dict) else False
+    if not isinstance(wanted, bool):
+        raise InputError(
+            f"task {library.task_name}: metadata.chat: found {wanted!r}; allowed: true, false"
+        )
+    wanted = wanted if chosen.chat is None else chosen.chat
+    if not (wanted or chosen.fewshot_as_multiturn):
+        raise InputError(
+            f"task {library.task_name}: fewshot_as_multiturn: has no effect without chat"
+        )
+    return Chat(wanted, chosen.system_instruction, chosen.fewshot_as_multiturn)
 
 
 def _num_fewshot(library: "LibraryTask", wanted: int | None) -> int:

@@ -153,7 +153,11 @@ class _Loader(yaml.SafeLoader):
     """YAML in which `!function` is a name, not a function."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: _Named(loader.construct_scalar(node)))
+def _named(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> _Named:
+    return _Named(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("!function", _named)
 
 
 def _merged(path: Path, within: tuple[Path, ...]) -> tuple[dict[str, Any], list[str]]:

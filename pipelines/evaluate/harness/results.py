@@ -5,6 +5,7 @@ others are "N/A" (the library draws bootstraps). What the library does not know 
 `poise`: the split, whether it is a half, prompts that were cut, the fingerprint.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from operators.statistics import clustered_mean
 from pipelines.commit import write_atomically
 from pipelines.evaluate.harness.evaluation import TaskResult
 from pipelines.evaluate.harness.requests import Answer, Request
-from pipelines.evaluate.harness.tasks import Score, Task, plain_config
+from pipelines.evaluate.harness.tasks import Score, Task
+from pipelines.evaluate.harness.values import plain_config
 
 NOT_KNOWN = "N/A"
 
@@ -140,7 +142,7 @@ def write_harness_json(
             json.dumps(line, default=str, ensure_ascii=False) + "\n"
             for line in harness_samples(result)
         )
-        write_atomically(place / f"samples_{name}_{stamp}.jsonl", "".join(lines))
+        write_atomically(place / f"samples_{name.replace('/', '__')}_{stamp}.jsonl", "".join(lines))
     content = plain_config(harness_results(results, model, weights))
     target = place / f"results_{stamp}.json"
     write_atomically(target, json.dumps(content, indent=2, ensure_ascii=False))
@@ -208,6 +210,4 @@ def _sanitized(model: str) -> str:
 
 
 def _hash(text: str) -> str:
-    import hashlib
-
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -5,7 +5,7 @@ Each piece is a function of the task and of plain values alone, so a range may b
 process or again, with the same result.
 """
 
-import json
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.engines import answer_seed
 from pipelines.errors import InputError
+from pipelines.evaluate.harness.grading import Grading
 from pipelines.evaluate.harness.library import FAILURES, first_line
-from pipelines.evaluate.harness.metrics import Grading, plain
 from pipelines.evaluate.harness.requests import Answer, Kind, Request, sampling_of
 from pipelines.evaluate.harness.splits import Documents, Split, digest
-from pipelines.fingerprint import fingerprint
+from pipelines.evaluate.harness.values import callables, plain, plain_config
+from pipelines.fingerprint import fingerprint_file, fingerprint_work
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -144,6 +145,12 @@ class Task:
             return source
         return f"half of {source or 'its only split'}, by a hash of clusters with seed {self.seed}"
 
+    @property
+    def metrics(self) -> list[str]:
+        """The names of its metrics; functions may give more."""
+        own = [] if self.grading and self.grading.alone else list(self.library.aggregation())
+        return own + ([self.grading.name] if self.grading else [])
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The task's config, as plain values; functions are their source."""
@@ -153,21 +160,26 @@ class Task:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits of all that the answers and numbers depend on, but the model: config,
-        documents, few-shot examples, seed. Where the data lie is not in it.
+        """32 hex digits of all that the answers and numbers depend on, but the model: config, files
+        of functions, documents, few-shot examples, seed, the library's version. Where the data lie
+        is not in it.
         """
+        from lm_eval import __version__
+
         config = {key: value for key, value in self.config.items() if key not in _PLACES}
         examples = getattr(getattr(self.library, "sampler", None), "df", [])
         texts = [digest(self.document(place)) for place in range(len(self))]
         drawn = [digest(each) for each in examples] if self.num_fewshot else []
         values = {
+            "library": __version__,
             "config": config,
+            "code": sorted(fingerprint_file(file) for file in self._code()),
             "documents": [texts, self.ids, self.clusters],
             "examples": [drawn, self.num_fewshot],
             "chat": [self.chat.wanted, self.chat.system, self.chat.multiturn],
             "split": [self.split, self.limit, self.seed],
         }
-        return fingerprint(values)
+        return fingerprint_work(values, "evaluate")
 
     def requests(
         self, first: int, last: int, chat_template: ChatTemplate | None = None
@@ -239,6 +251,12 @@ class Task:
     def grading(self) -> Grading | None:
         """The grader that `metadata.grader` names, if it does."""
         return Grading.of(self.library, self.name)
+
+    def _code(self) -> set[str]:
+        """The files of the functions that the task names, and of its class."""
+        found = [type(self.library), *callables(self.library.config.to_dict(keep_callable=True))]
+        files = (inspect.getsourcefile(each) for each in found)
+        return {file for file in files if file is not None}
 
     def _draw_up_to(self, first: int) -> None:
         """Bring the generator of few-shot examples to where it is before document `first`: the
@@ -375,19 +393,3 @@ class Task:
         if isinstance(error, InputError):
             return error
         return InputError(f"task {self.name}: document {self.ids[place]}: {first_line(error)}")
-
-
-def plain_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as plain values."""
-    found: dict[str, Any] = json.loads(json.dumps(values, default=_source, sort_keys=True))
-    return found
-
-
-def _source(value: Any) -> str:
-    """A function's source, where there is one; its name does not say where it is in memory."""
-    import inspect
-
-    try:
-        return inspect.getsource(value)
-    except (TypeError, OSError):
-        return f"{type(value).__name__} {getattr(value, '__name__', '')}"

@@ -10,6 +10,9 @@ from typing import Any
 
 import yaml
 
+from pipelines.evaluate.harness import Task, load_tasks
+
+SEED = 77
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SIZES = {"train": 12, "validation": 10, "test": 14}
 
@@ -212,3 +215,22 @@ def save_task(folder: Path, name: str, **fields: Any) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
     return path
+
+
+def load(folder: Path, name: str, split: Any = "test", **options: Any) -> Task:
+    """One task of a folder, with fields of its set and arguments of `load_tasks`."""
+    keys = ("limit", "seed", "allow_code")
+    settings = {key: options.pop(key) for key in keys if key in options}
+    spec = {"include_path": folder, "names": [name], **options}
+    [task] = load_tasks([spec], split, **{"seed": SEED, **settings})
+    return task
+
+
+def made(folder: Path, tmp_path: Path, **fields: Any) -> Path:
+    """A folder with one task, `odd`, on the data of `folder`."""
+    place = tmp_path / "odd"
+    place.mkdir(parents=True)
+    for split in SIZES:
+        (place / f"{split}.jsonl").symlink_to(folder / f"{split}.jsonl")
+    save_task(place, "odd", **{**TASKS["choice"], **fields})
+    return place

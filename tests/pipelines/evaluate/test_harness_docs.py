@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pipelines.engines import Sampling, open_engine
 from pipelines.evaluate.graders import grade
@@ -17,9 +19,23 @@ from pipelines.evaluate.tasks import load_rows
 from pipelines.evaluate.tasks import load_tasks as load_old_tasks
 from pipelines.tiny_world import build_world
 from tests.pipelines.engines.references import save_chatty
-from tests.tiny_models import save_tiny_llama
+from tests.ray_jobs.command_line import poise
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def save_random_model(path: Path, tokenizer: Path) -> Path:
+    """A random Llama with a tokenizer."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}
+    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    ends = {"eos_token_id": loaded.eos_token_id, "pad_token_id": loaded.pad_token_id}
+    config = LlamaConfig(vocab_size=len(loaded), **sizes, **heads, **ends)
+    LlamaForCausalLM(config).save_pretrained(path)
+    loaded.save_pretrained(path)
+    return path
 
 
 def test_the_documented_task(
@@ -40,7 +56,7 @@ def test_the_documented_task(
     documents = [
         {"letter": a, "next": b, "topic": a in "aeiou"} for a, b in ("ab", "cd", "ef", "gh")
     ]
-    for name in ("examples", "letters"):
+    for name in ("examples", "development", "letters"):
         rows = "".join(json.dumps(each) + "\n" for each in documents)
         (folder / f"{name}.jsonl").write_text(rows)
     names: dict = {}
@@ -53,15 +69,26 @@ def test_the_documented_task(
     assert len(turns) == 3 and found.task.clusters == ("True", "False", "True", "False")
     written = json.loads(names["file"].read_text())
     assert written["results"]["letters"]["contains,none"] == rights / 4
+    assert poise(monkeypatch, "tasks", "--include-path", "my_tasks", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["letters"] == {
+        "requests": "generate_until",
+        "num_fewshot": 2,
+        "chat": True,
+        "development": {"documents": 4, "split": "validation"},
+        "test": {"documents": 4, "split": "test"},
+        "metrics": ["contains"],
+    }
+    assert poise(monkeypatch, "tasks", "leters", "--include-path", "my_tasks") == 2
+    line = "poise: tasks: unknown task 'leters' in my_tasks; nearest: letters\n"
+    assert capsys.readouterr().err.endswith(line)
     samples = [*names["file"].parent.glob("samples_letters_*.jsonl")]
     assert len(samples) == 1 and len(samples[0].read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_the_tiny_worlds_tasks_have_the_numbers_of_their_old_form(tmp_path: Path) -> None:
     world = build_world(tmp_path / "world", 7, "smoke")
-    model = save_tiny_llama(tmp_path / "model", 3, vocab_size=600, initializer_range=0.3)
-    for file in (world / "tokenizer").iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
+    model = save_random_model(tmp_path / "model", world / "tokenizer")
     engine = open_engine(model)
     folder = world / "tasks"
     old = load_old_tasks(folder / "tasks.yaml")

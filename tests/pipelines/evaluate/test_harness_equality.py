@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipelines.engines import Engine, EngineConfig, open_engine
+from pipelines.engines import Engine
 from pipelines.evaluate.harness import TaskResult, evaluate, load_tasks
-from tests.pipelines.engines.references import save_chatty
-from tests.pipelines.evaluate.made_up_tasks import TASKS, save_tasks
+from tests.pipelines.evaluate.made_up_tasks import SEED, TASKS
 
 pytest.importorskip("lm_eval")
-
-SEED = 77
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tasks(tmp_path_factory.mktemp("made-up") / "tasks")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_chatty(tmp_path_factory.mktemp("model") / "m", 5, max_position_embeddings=128)
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[Engine]:
-    engine = open_engine(model, EngineConfig(batch_size=16))
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def library_model(model: Path, engine: Engine) -> Any:
+def library_model(chatty_model: Path, engine: Engine) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(chatty_model, dtype=torch.float32)
     return HFLM(pretrained=loaded, tokenizer=engine.text.tokenizer, batch_size=8)
 
 
@@ -103,17 +84,17 @@ def test_all_tasks_have_the_librarys_numbers(
     options: dict[str, Any],
     engine: Engine,
     library_model: Any,
-    folder: Path,
+    made_up_tasks: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = [name for name in TASKS if name != "one_split"]
-    tasks = load_tasks([{"include_path": folder, "names": names, **options}], seed=SEED)
+    tasks = load_tasks([{"include_path": made_up_tasks, "names": names, **options}], seed=SEED)
     ours = evaluate(engine, tasks)
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(made_up_tasks)
     chat = bool(options.get("chat"))
     theirs = library_results(
         library_model,
-        folder,
+        made_up_tasks,
         names,
         apply_chat_template=chat,
         system_instruction=options.get("system_instruction"),
@@ -125,48 +106,49 @@ def test_all_tasks_have_the_librarys_numbers(
 
 @pytest.mark.slow
 def test_development_and_halves_are_the_librarys_numbers_on_these_documents(
-    engine: Engine, library_model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, library_model: Any, made_up_tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library evaluates on the validation split where its config says so, and on documents
     that are chosen by their numbers.
     """
     from lm_eval.tasks import TaskManager
 
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(made_up_tasks)
     names = ["choice_shots", "choice_delimiter", "generation_corpus"]
-    spec = {"include_path": folder, "names": names}
+    spec = {"include_path": made_up_tasks, "names": names}
     ours = evaluate(engine, load_tasks([spec], "development", seed=SEED))
-    loaded = TaskManager(include_path=str(folder), include_defaults=False)
+    loaded = TaskManager(include_path=str(made_up_tasks), include_defaults=False)
     configs = [
         {**loaded.task_index[name].cfg, "test_split": "validation"}  # type: ignore[dict-item]
         for name in names
     ]
-    assert_equal(ours, library_results(library_model, folder, configs))
+    assert_equal(ours, library_results(library_model, made_up_tasks, configs))
     for split in ("development", "test"):
-        half = {"include_path": folder, "names": ["one_split"]}
+        half = {"include_path": made_up_tasks, "names": ["one_split"]}
         found = evaluate(engine, load_tasks([half], split, seed=SEED))
         chosen = {"one_split": list(found["one_split"].task.ids)}
-        theirs = library_results(library_model, folder, ["one_split"], samples=chosen)
+        theirs = library_results(library_model, made_up_tasks, ["one_split"], samples=chosen)
         assert_equal(found, theirs)
 
 
 @pytest.mark.slow
 def test_the_librarys_command_has_the_same_numbers(
-    engine: Engine, model: Path, folder: Path, tmp_path: Path
+    engine: Engine, chatty_model: Path, made_up_tasks: Path, own_cache: Path, tmp_path: Path
 ) -> None:
     names = [name for name in TASKS if name != "one_split"]
     command = [
         *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args"),
-        f"pretrained={model},dtype=float32",
-        *("--tasks", *names, "--include_path", str(folder), "--device", "cpu"),
+        f"pretrained={chatty_model},dtype=float32",
+        *("--tasks", *names, "--include_path", str(made_up_tasks), "--device", "cpu"),
         *("--batch_size", "16", "--seed", f"0,0,0,{SEED}", "--output_path", str(tmp_path)),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DISABLE_MULTIPROC": "1"}
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=environment)
+    environment |= {"HF_DATASETS_CACHE": str(own_cache)}
+    subprocess.run(command, cwd=made_up_tasks, check=True, capture_output=True, env=environment)
     [file] = tmp_path.glob("*/results_*.json")
     theirs = json.loads(file.read_text())["results"]
     for name, result in evaluate(
-        engine, load_tasks([{"include_path": folder, "names": names}], seed=SEED)
+        engine, load_tasks([{"include_path": made_up_tasks, "names": names}], seed=SEED)
     ).items():
         for key, metric in result.metrics.items():
             expected = pytest.approx(theirs[name][key], abs=1e-6, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Metrics of documents as plain values, and our own graders as metrics of the library's tasks.
+"""Our own graders as metrics of the library's tasks.
 
 A task's YAML names one of `pipelines.evaluate.graders` with its parameters:
 
@@ -71,21 +71,3 @@ class Grading:
         text = found if isinstance(found, str) else found[0]
         answers = [str(each) for each in target] if isinstance(target, list) else [str(target)]
         return {self.name: grade(self.name, text, answers, self.parameters)}
-
-
-def plain(value: Any) -> Any:
-    """A metric's item as a value that JSON can hold: arrays and tuples become lists, numbers of
-    numpy those of Python.
-
-    Raises:
-        InputError: another type.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value.item() if hasattr(value, "item") else value
-    if hasattr(value, "tolist"):  # arrays and numbers of numpy
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    raise InputError(f"metric: found a value of type {type(value).__name__}; allowed: JSON's")
