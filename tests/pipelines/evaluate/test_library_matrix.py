@@ -139,7 +139,7 @@ def test_a_plan_writes_nothing(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"groups": {"x": {"members": ["choice_shot"]}}}, "found 'choice_shot'; allowed: a group, a task of this evaluation"),
+        ({"groups": {"x": {"members": ["choice_shot"]}}}, "found 'choice_shot'; allowed: a group"),
         ({"groups": {"x": {"members": ["x"]}}}, "a group contains itself: x -> x"),
         ({"tasks": ["no_such_task"]}, "unknown task 'no_such_task'"),
         ({"only": ["a"]}, "only: has no effect with a list of tasks"),

@@ -15,7 +15,7 @@ import torch
 from training_files import align_config, metrics, preference_rows, run_here, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipelines.config import tell_once, load_config
+from pipelines.config import load_config, tell_once
 from pipelines.errors import InputError
 from pipelines.train import AlignConfig
 from pipelines.train.config import LoraSettings, OptimizerConfig
