@@ -37,7 +37,8 @@ class LibraryTask:
 
     def __init__(self, task: Task, long_prompts: LongPrompts) -> None:
         self.task, self._long_prompts = task, long_prompts
-        self.name, self.num_documents, self.remark = task.name, len(task), task.remark
+        self.name, self.num_documents = task.name, len(task)
+        self.remark = task.remark if task.documents.is_halved else ""
         self.fingerprint = fingerprint([task.fingerprint, long_prompts])
 
     def measure(self, engine: "Engine", first: int, last: int) -> list[Sample]:

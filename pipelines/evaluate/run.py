@@ -147,7 +147,7 @@ def _pool(
     if executor == "local":
         pool = LocalPool(functools.partial(Worker, runs, config.engine))
     else:
-        arguments = {"num_threads": 1, "offline": is_offline()}
+        arguments = {"num_threads": 1, "directory": str(Path.cwd()), "offline": is_offline()}
         size = min(config.num_workers, num_blocks)
         pool = RayPool((runs, config.engine), arguments, config.engine, size)
     try:

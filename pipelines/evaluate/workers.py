@@ -1,7 +1,9 @@
 """A worker: one engine that measures blocks of any cell, changing its weights between models."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.checkpoints.hub import bring
@@ -66,6 +68,7 @@ class Worker:
 
     Args:
         num_threads: of torch; 0 leaves them.
+        directory: which relative paths of configs and tasks begin in; Ray starts workers elsewhere.
         offline: fetch nothing of the hub's models.
     """
 
@@ -75,12 +78,15 @@ class Worker:
         engine: EngineConfig,
         *,
         num_threads: int = 0,
+        directory: str = "",
         offline: bool = False,
     ) -> None:
         if num_threads:
             import torch
 
             torch.set_num_threads(num_threads)
+        if directory and Path(directory).is_dir():
+            os.chdir(directory)
         self._runs, self._stores = runs, [Store(run.folder) for run in runs]
         self._asked = self._config = engine
         self._offline = offline
