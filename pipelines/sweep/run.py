@@ -69,6 +69,7 @@ def sweep_planned(plan: SweepPlan, out: str | Path, *, force: bool = False) -> d
             "schema": 1,
             "fingerprint": key,
             "split": config.split,
+            **({"chosen_on_test": True} if config.choose_on == "test" else {}),
             "metric": config.metric,
             "mode": config.mode,
             "best": best,
@@ -76,7 +77,8 @@ def sweep_planned(plan: SweepPlan, out: str | Path, *, force: bool = False) -> d
         }
         chosen = apply_overrides(load_yaml(config.merge), _overrides(best["parameters"]))
         chosen = renamed(chosen, plan.pins) if plan.pins else chosen
-        write_atomically(folder / "merge.yaml", yaml.safe_dump(chosen, sort_keys=False))
+        mark = "# chosen on the test split\n" if config.choose_on == "test" else ""
+        write_atomically(folder / "merge.yaml", mark + yaml.safe_dump(chosen, sort_keys=False))
         write_atomically(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
         for scratch in ("tune", "trials"):
             shutil.rmtree(folder / scratch, ignore_errors=True)
@@ -117,7 +119,9 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
         load_rows(task, config.split)
         rows[task.name] = fingerprint_file(task.files[config.split])
     files = [fingerprint_file(config.merge), fingerprint_file(config.tasks)]
-    settings = config.model_dump(mode="json", exclude={"max_concurrent_trials", "cpus_per_trial"})
+    settings = config.model_dump(
+        mode="json", exclude={"max_concurrent_trials", "cpus_per_trial", "choose_on"}
+    )
     made = merge_config.model_dump(mode="json")
     # A sweep's numbers come from merges and evaluations.
     key = fingerprint_work([settings, files, made, inputs, rows], "sweep", "merge", "evaluate")
