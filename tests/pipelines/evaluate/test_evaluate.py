@@ -25,6 +25,7 @@ from pipelines.evaluate import (
     plan_evaluation,
 )
 from pipelines.evaluate.graders import grade
+from pipelines.evaluate.store import Store
 from pipelines.evaluate.tasks import load_rows, load_tasks
 from tests.hub_stub import Stub
 from tests.tiny_models import save_tiny_llama
@@ -178,6 +179,27 @@ def test_a_damaged_block_is_measured_again(
     assert [file.read_bytes() for file in files] == before
     assert len(asked) == 3
     assert capsys.readouterr().err.count("damaged, measured again: ") == 3
+
+
+def test_a_smaller_batch_where_memory_runs_out(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block is measured again whole, its file says so, and the answers are the same."""
+    whole = evaluate(config_of(world), tmp_path / "whole", executor="local")
+    plain = TransformersEngine.generate
+
+    def poor(self: TransformersEngine, prompts: Any, *rest: Any) -> Any:
+        if self.config.batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return plain(self, prompts, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "generate", poor)
+    config = config_of(world, engine={"batch_size": 4})
+    plan = plan_evaluation(config, tmp_path / "out")
+    [summary] = evaluate_planned([plan], executor="local")
+    assert summary["models"] == whole["models"]
+    cell = plan.cells["first", "echo"]
+    assert Store(tmp_path / "out").read(cell, 0)[1] == {"batch_size": 1}
 
 
 def test_a_model_that_fails_leaves_the_others(world: Path, tmp_path: Path) -> None:
