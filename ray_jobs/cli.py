@@ -305,7 +305,8 @@ def main() -> None:
         status = app(standalone_mode=False)
         if status == INTERRUPTED:  # typer returns this after Ctrl-C
             raise KeyboardInterrupt
-        sys.exit(status)  # None, or that of a command that did a part of its work
+        if status:  # of a command that did a part of its work
+            sys.exit(status)
     except InputError as error:
         _stop(f"poise: {error}", 2)
     except (KeyboardInterrupt, typer.Abort):

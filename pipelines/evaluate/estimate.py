@@ -7,7 +7,7 @@ import torch
 
 from pipelines.engines.models import context_of
 from pipelines.engines.text import Text
-from pipelines.engines.weights import weights_of
+from pipelines.engines.weights import Weights
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.plan import EvaluationPlan
 from pipelines.evaluate.store import Store
@@ -38,10 +38,9 @@ class Estimate:
 
 def estimates(plan: EvaluationPlan) -> list[Estimate]:
     """The estimate of each task. Prompts are cut into tokens as by the first model."""
-    first = next(iter(plan.models.values()))
-    weights = weights_of(first.path)
-    text = Text(weights, context_of(weights.config, plan.config.engine))
-    parameters = {name: num_parameters(each.path) for name, each in plan.models.items()}
+    first = next(iter(plan.headers.values()))
+    text = Text(first, context_of(first.config, plan.config.engine))
+    parameters = {name: _num_parameters(each) for name, each in plan.headers.items()}
     missing = _missing(plan)
     found = []
     for task in plan.tasks:
@@ -60,10 +59,9 @@ def estimates(plan: EvaluationPlan) -> list[Estimate]:
     return found
 
 
-def num_parameters(path: str) -> int:
+def _num_parameters(weights: Weights) -> int:
     """The elements of a model's tensors."""
-    tensors = weights_of(path).tensors.values()
-    return sum(torch.Size(shape).numel() for _, shape in tensors)
+    return sum(torch.Size(shape).numel() for _, shape in weights.tensors.values())
 
 
 def measured_flops() -> float:

@@ -14,20 +14,29 @@ from pipelines.evaluate.tasks import DIMENSIONS, Task, load_tasks
 
 
 def open_tasks(config: EvaluateConfig, names: Sequence[str] | None = None) -> list[EvaluationTask]:
-    """The tasks of a config, with their documents.
+    """As `open_all`, but the tasks alone.
 
     Args:
         names: give only these, which the config asks for.
+    """
+    tasks, _ = open_all(config)
+    return [task for task in tasks if names is None or task.name in names]
+
+
+def open_all(config: EvaluateConfig) -> tuple[list[EvaluationTask], dict[str, Group]]:
+    """The tasks of a config, with their documents, and its groups. Those of a `tasks.yaml` are by
+    default each H, the mean of its tasks in percent, and the average of the H's.
 
     Raises:
         InputError: a task that is unknown or cannot be read.
     """
     if isinstance(config.tasks, Path):
-        return [
+        chosen = _selected(config, config.tasks)
+        graded: list[EvaluationTask] = [
             GradedTask(task, config.split, max_tokens=config.max_new_tokens, limit=config.limit)
-            for task in _selected(config, config.tasks)
-            if names is None or task.name in names
+            for task in chosen
         ]
+        return graded, _dimensions(chosen) if config.groups is None else config.groups
     tasks = load_library_tasks(
         config.tasks,
         config.split,
@@ -35,22 +44,11 @@ def open_tasks(config: EvaluateConfig, names: Sequence[str] | None = None) -> li
         seed=config.seed,
         allow_code=config.allow_code,
     )
-    return [
-        LibraryTask(task, config.long_prompts)
-        for task in tasks
-        if names is None or task.name in names
-    ]
+    return [LibraryTask(task, config.long_prompts) for task in tasks], config.groups or {}
 
 
-def groups_of(config: EvaluateConfig) -> dict[str, Group]:
-    """The groups of a config; by default of a `tasks.yaml` each H, the mean of its tasks in
-    percent, and the average of the H's.
-    """
-    if config.groups is not None:
-        return config.groups
-    if not isinstance(config.tasks, Path):
-        return {}
-    tasks = _selected(config, config.tasks)
+def _dimensions(tasks: Sequence[Task]) -> dict[str, Group]:
+    """Each H that has tasks, and the average of the H's."""
     members = {
         dimension: [task.name for task in tasks if task.dimension == dimension]
         for dimension in DIMENSIONS

@@ -11,12 +11,12 @@ from pipelines.checkpoints.digests import DigestMemory, ModelDigest
 from pipelines.checkpoints.hub import folder_of
 from pipelines.engines import EngineConfig
 from pipelines.engines.models import check_kind
-from pipelines.engines.weights import weights_of
+from pipelines.engines.weights import CheckpointWeights
 from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.groups import Group, resolve_groups
 from pipelines.evaluate.interface import EvaluationTask
-from pipelines.evaluate.opened import groups_of, open_tasks
+from pipelines.evaluate.opened import open_all
 from pipelines.evaluate.store import Cell
 from pipelines.evaluate.workers import Model
 from pipelines.fingerprint import fingerprint, fingerprint_work
@@ -33,7 +33,7 @@ class EvaluationPlan:
 
     Attributes:
         models: by name; with the digests of their weights.
-        digests: of the models, with the files beside the weights.
+        headers: of the models' files.
         groups: averages by name.
         cells: by names of model and task.
         memory: holds the digests together with the identity of the models' files.
@@ -43,7 +43,7 @@ class EvaluationPlan:
     out: Path
     tasks: Sequence[EvaluationTask]
     models: dict[str, Model]
-    digests: dict[str, ModelDigest]
+    headers: dict[str, CheckpointWeights]
     groups: dict[str, Group]
     cells: dict[tuple[str, str], Cell]
     memory: DigestMemory
@@ -68,12 +68,12 @@ def plan_evaluation(
     """
     out, memory = Path(out), memory or DigestMemory()
     memory.load(out / MODELS_FILE)
-    tasks = open_tasks(config)
+    tasks, groups = open_all(config)
+    _check_groups(groups, [task.name for task in tasks])
     folders = {name: folder_of(path) for name, path in config.models.items()}
     config = config.model_copy(update={"models": folders})
-    digests = {
-        name: memory.digest(_opened(name, path, config.engine)) for name, path in folders.items()
-    }
+    headers = {name: _opened(name, path, config.engine) for name, path in folders.items()}
+    digests = {name: memory.digest(each.checkpoint) for name, each in headers.items()}
     models = {
         name: Model(name, str(path.absolute()), digests[name].weights)
         for name, path in folders.items()
@@ -83,9 +83,7 @@ def plan_evaluation(
         for name in models
         for task in tasks
     }
-    groups = groups_of(config)
-    _check_groups(groups, [task.name for task in tasks])
-    return EvaluationPlan(config, out, tasks, models, digests, groups, cells, memory)
+    return EvaluationPlan(config, out, tasks, models, headers, groups, cells, memory)
 
 
 def _check_groups(groups: Mapping[str, Group], tasks: Sequence[str]) -> None:
@@ -126,7 +124,7 @@ def _cell(config: EvaluateConfig, name: str, digest: ModelDigest, task: Evaluati
     return Cell(task.name, key, task.num_documents, described)
 
 
-def _opened(name: str, path: Path, engine: EngineConfig) -> Checkpoint:
+def _opened(name: str, path: Path, engine: EngineConfig) -> CheckpointWeights:
     """A model's headers; damaged files and models that no engine runs are found here."""
     if not (path / "config.json").is_file():
         raise InputError(f"models.{name}: {path}: no Hugging Face checkpoint there")
@@ -135,6 +133,6 @@ def _opened(name: str, path: Path, engine: EngineConfig) -> Checkpoint:
             f"models.{name}: {path}: holds an adapter beside the model; allowed: one of them "
             "(poise merge makes a model of both)"
         )
-    checkpoint = Checkpoint.open(path)
-    check_kind(weights_of(path), engine)
-    return checkpoint
+    headers = CheckpointWeights(Checkpoint.open(path))
+    check_kind(headers, engine)
+    return headers
