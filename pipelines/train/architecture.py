@@ -15,31 +15,57 @@ if TYPE_CHECKING:
 _RANDOM = re.compile("dropout|_pdrop$|layerdrop|jitter_noise")
 
 
-def meta_model(path: Path) -> "PreTrainedModel":
+def config_at(path: Path) -> "PretrainedConfig":
+    """The config of a checkpoint as it is.
+
+    Raises:
+        ValueError, KeyError, OSError: no config that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, local_files_only=True)
+
+
+def meta_model(path: Path, attention: str | None = None) -> "PreTrainedModel":
     """A causal language model on the meta device, in float32, from its config alone. It has no
     dropout: a step depends only on the weights and its batch, and the policy is compared with a
     reference without dropout.
 
+    Args:
+        attention: transformers' name of an implementation; its own choice unless given.
+
     Raises:
-        InputError: no config, or not the config of a causal language model.
+        InputError: no config, or not the config of a causal language model, or not of one with
+            this attention.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = config_at(path)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                _without_dropout(config), dtype=torch.float32
+                _without_dropout(config), dtype=torch.float32, attn_implementation=attention
             )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, ImportError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
+        if attention is not None and _builds(path):
+            raise InputError(f"attention: found {attention} with model {path}: {first}") from None
         raise InputError(f"model {path}: not a causal language model: {first}") from None
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+def _builds(path: Path) -> bool:
+    """Whether a config builds a model with transformers' own choice of attention."""
+    try:
+        meta_model(path)
+    except InputError:
+        return False
+    return True
 
 
 def _without_dropout(config: "PretrainedConfig") -> "PretrainedConfig":

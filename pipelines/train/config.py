@@ -28,6 +28,15 @@ ONLINE_FIELDS = {
     "implementation",
 }
 
+# transformers' implementations of attention: whether a GPU is needed, and which package.
+ATTENTION: dict[str, tuple[bool, str | None]] = {
+    "eager": (False, None),
+    "sdpa": (False, None),
+    "flex_attention": (True, None),
+    "flash_attention_2": (True, "flash_attn"),
+    "flash_attention_3": (True, "flash_attn_interface"),
+}
+
 SavedDtype = Literal["source", "float32", "bfloat16"]
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -166,6 +175,15 @@ class AlignConfig(ReadingConfig):
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="of forward and backward passes; master weights are float32"
     )
+    attention: Annotated[str, NamedIn(ATTENTION)] | None = Field(
+        None, description="transformers' name of the implementation; its own choice unless given"
+    )
+    logits_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="positions of a micro-batch whose logits exist at once, if it has more; unless "
+        "given as many as have 2^26 logits",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory")
     activation_offload: bool = Field(
         False, description="keep activations in CPU memory until the backward pass (on GPUs)"
@@ -271,6 +289,11 @@ class AlignConfig(ReadingConfig):
             )
 
     def _check_strategy(self) -> None:
+        if (self.attention or "").startswith("flash") and self.precision != "bf16":
+            raise ValueError(
+                f"attention: found {self.attention} with precision {self.precision}; allowed with "
+                "it: bf16"
+            )
         if self.lora is not None and not self.traits.takes_adapters:
             raise ValueError(
                 f"lora: found strategy {self.strategy}; allowed with lora: "

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -10,13 +11,16 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.companions import check_links, companions_of
 from pipelines.errors import InputError
 from pipelines.train.architecture import meta_model
-from pipelines.train.config import AlignConfig
+from pipelines.train.config import ATTENTION, AlignConfig
 from pipelines.train.data import TokenTable, source_files
 from pipelines.train.models import with_folders
 from pipelines.train.optimizer import delta_of
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.strategies.lora import add_adapters
 from pipelines.train.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_inputs(config: AlignConfig) -> Checkpoint:
@@ -34,6 +38,7 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     for data in config.sets:
         source_files(data.path, data.split)
     model, weights = empty_model(config.model)
+    _check_attention(model, config)
     check_tied(model, weights)
     if config.lora is not None:
         add_adapters(model, config.lora)
@@ -85,6 +90,27 @@ def _check_packages(config: AlignConfig) -> None:
             raise InputError(
                 f"{found}, for which {package} is not installed: pip install 'poise[{extra}]'"
             )
+
+
+def _check_attention(model: "PreTrainedModel", config: AlignConfig) -> None:
+    """Raise InputError unless the model has this attention, and its package is installed. GPUs are
+    the workers' concern.
+    """
+    name = config.attention
+    if name is None:
+        return
+    found = f"attention: found {name} with model {config.model}"
+    if getattr(model.config.get_text_config(), "num_attention_heads", None) is None:
+        raise InputError(f"{found}, which has no attention")
+    needs_gpu, package = ATTENTION[name]
+    if not needs_gpu:
+        meta_model(config.model, name)
+        return
+    kind = "flex" if name.startswith("flex") else "flash"
+    if not getattr(model, f"_supports_{kind}_attn", False):
+        raise InputError(f"{found}, for which transformers has no {kind} attention")
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise InputError(f"attention: found {name}, for which {package} is not installed")
 
 
 def check_vocabulary(model: Checkpoint, table: TokenTable) -> None:

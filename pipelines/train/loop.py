@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints.hub import bring
 from pipelines.commit import lock, write_atomically
+from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
 from pipelines.train.config import AlignConfig
@@ -30,7 +31,7 @@ from pipelines.train.data import (
 )
 from pipelines.train.errors import DivergenceError, comes_again, has_failed, record_failure
 from pipelines.train.export import export_result
-from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER, REFERENCE_FILE
+from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER, REFERENCE_FILE, REMARK_FILE
 from pipelines.train.metrics import (
     Clock,
     MetricsWriter,
@@ -43,15 +44,14 @@ from pipelines.train.models import model_paths
 from pipelines.train.objectives import (
     MicroLoss,
     Shares,
-    logits_of,
     mismatched_point,
-    responses_under,
     shares_of,
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
-from pipelines.train.reference import Reference, StoredReference, live_reference, score
+from pipelines.train.reference import Reference, StoredReference, live_reference
 from pipelines.train.reference_store import ReferenceStore, compute_reference, reference_folder
 from pipelines.train.row_kinds import MicroBatch
+from pipelines.train.scoring import Scorer
 from pipelines.train.strategies import build_reference, build_strategy, first_rank
 
 
@@ -143,14 +143,36 @@ class Run:
         self.micro_batch = config.micro_batch_size or config.global_batch_size // self.world
         self.strategy = build_strategy(config, device)
         self.model = self.strategy.model
+        self.scorer = self._scorer()
         self.reference = self._reference(settings) if self.objective.uses_reference else None
+        self._report_misfit()
         self.first_step = self._resume()
         self.model.train()
+
+    def _scorer(self) -> Scorer:
+        """The policy's scorer, for the largest micro-batch that there may be."""
+        sequences = self.micro_batch * self.table.sequences_per_row
+        largest = sequences * int(self.table.lengths.max())
+        return Scorer(self.strategy, self.config.logits_chunk, largest, self.device)
+
+    def _report_misfit(self) -> None:
+        """Tell the driver if logits cannot be had by chunks.
+
+        Raises:
+            InputError: the config asks for chunks.
+        """
+        if not self.scorer.misfit:
+            return
+        line = f"{self.config.model}: logits of whole micro-batches, because {self.scorer.misfit}"
+        if self.config.logits_chunk is not None:
+            raise InputError(f"logits_chunk: has no effect on {line}")
+        if first_rank():
+            write_atomically(self.folder / REMARK_FILE, line)
 
     def _reference(self, settings: dict[str, Any]) -> Reference:
         """The reference: on the fly, or stored log-probabilities; missing ones are computed."""
         if self.config.reference_log_probabilities == "on_the_fly":
-            return live_reference(self.config, self.strategy, self.device)
+            return live_reference(self.config, self.scorer, self.device)
         parts = [settings["reference_key"], settings["data_key"], self.config.precision]
         place = reference_folder(Path(settings["cache"]), fingerprint(parts))
         store = ReferenceStore(place, self.table)
@@ -238,14 +260,14 @@ class Run:
         batch = collate(self.table, rows, PAD, self.device)
         reference = None if self.reference is None else self.reference.responses(rows, batch)
         keeping = offload_activations() if self.config.activation_offload else nullcontext()
-        with self.strategy.forward_context(), keeping:
-            logits = logits_of(self.model, batch)
-            responses = responses_under(logits, batch)
+        look = None if reference is None else reference.look
+        with nullcontext() if reference is None else reference.beside():
+            scored = self.scorer.score(batch, look, keeping)
         before = None if reference is None else reference.log_probability
-        micro = MicroBatch(responses, before, shares, self.table, rows, point)
+        micro = MicroBatch(scored.responses, before, shares, self.table, rows, point)
         result = self.kind.loss(self.config.objective, micro)
         if reference is not None:
-            result.metrics["kl_per_token"] = reference.kl_sum(logits, responses) / shares.tokens
+            result.metrics["kl_per_token"] = reference.look.sum / shares.tokens
         return result
 
     @torch.no_grad()
@@ -256,7 +278,8 @@ class Run:
         reference = torch.cat([self.reference.mismatched(*batch) for batch in batches])
 
         def policy() -> Tensor:
-            return torch.cat([score(self.strategy, batch) for _, batch in batches])
+            found = [self.scorer.score(batch).responses for _, batch in batches]
+            return torch.cat([each.log_probability for each in found])
 
         return mismatched_point(policy, reference, add_up, num_rows)
 

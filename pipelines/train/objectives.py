@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,16 @@ def logits_of(model: nn.Module, batch: "Batch") -> Tensor:
     Positions before the first learned token of all sequences get no logits, because with large
     vocabularies logits take more memory than anything else.
     """
-    keep = batch.ids.shape[1] - batch.first_scored
+    return model(**model_inputs(model, batch)).logits[:, -batch.scored_ids.shape[1] :]
+
+
+def model_inputs(model: nn.Module, batch: "Batch") -> dict[str, Any]:
+    """The arguments of a model's forward pass on a batch."""
     bare = getattr(model, "module", model)  # without the wrapper of DDP or DeepSpeed
-    keeping = {"logits_to_keep": keep} if _can_keep(type(bare).forward) else {}
-    return model(input_ids=batch.ids, use_cache=False, **keeping).logits[:, -keep:]
+    inputs = {"input_ids": batch.ids, "use_cache": False}
+    if _can_keep(type(bare).forward):
+        inputs["logits_to_keep"] = batch.scored_ids.shape[1]
+    return inputs
 
 
 @cache

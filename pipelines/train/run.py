@@ -67,6 +67,7 @@ IMMATERIAL = {
     "trackers",
     "num_workers",
     "micro_batch_size",
+    "logits_chunk",
     "gradient_checkpointing",
     "activation_offload",
     "cpu_offload",
@@ -129,6 +130,8 @@ def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str,
         del same["save"]
     if config.optimizer.weight_decay_on == "all":
         del same["optimizer"]["weight_decay_on"]
+    if config.attention is None:
+        del same["attention"]
     if config.warmup_steps is None:
         del same["warmup_steps"]
     if config.objective.loss_weights is None:

@@ -20,14 +20,14 @@ PIECE = 1 << 24  # elements that are compared at once
 Owned = tuple[ShardLayout, Tensor]  # a flat range of a parameter, and its values
 
 
-def empty_model(path: Path) -> "tuple[PreTrainedModel, ModuleView]":
+def empty_model(path: Path, attention: str | None = None) -> "tuple[PreTrainedModel, ModuleView]":
     """The model of a checkpoint on the meta device, in float32, for the master weights; and the
     checkpoint by the model's names, from which they are filled.
 
     Raises:
         InputError: the checkpoint's tensors do not match the architecture.
     """
-    model = meta_model(path)
+    model = meta_model(path, attention)
     weights = ModuleView.of(Checkpoint.open(path), model)
     check_names(weights)
     return model, weights
