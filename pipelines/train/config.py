@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from operators.optim import MergeOptions
 from operators.optim.options import AlphaSchedule
@@ -159,6 +159,11 @@ class AlignConfig(ReadingConfig):
     )
     max_bad_share: float = Field(0.0, ge=0, lt=1, description="share of rows that may be unusable")
     objective: ObjectiveConfig = ObjectiveConfig()
+    router_loss: Literal["auto", "off"] | PositiveFloat = Field(
+        "auto",
+        description="weight of the router's loss of a mixture of experts; auto: "
+        "router_aux_loss_coef if the model's config has output_router_logits, else none",
+    )
     optimizer: OptimizerConfig
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     save: SaveSettings = SaveSettings()

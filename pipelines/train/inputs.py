@@ -15,6 +15,7 @@ from pipelines.train.config import ATTENTION, AlignConfig
 from pipelines.train.data import TokenTable, source_files
 from pipelines.train.models import with_folders
 from pipelines.train.optimizer import delta_of
+from pipelines.train.router import router_coefficient
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.strategies.lora import add_adapters
 from pipelines.train.trackers import check_trackers
@@ -39,6 +40,7 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
         source_files(data.path, data.split)
     model, weights = empty_model(config.model)
     _check_attention(model, config)
+    router_coefficient(config)
     check_tied(model, weights)
     if config.lora is not None:
         add_adapters(model, config.lora)
@@ -51,11 +53,6 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
 
 def remarks(config: AlignConfig) -> Iterator[str]:
     """A line for each thing that a user might not expect of a run on this model."""
-    if Checkpoint.open(config.model).config.get("output_router_logits"):
-        yield (
-            f"{config.model}: its config asks for the router's loss (output_router_logits), which "
-            "is not in the loss here; routers are trained by the objective alone"
-        )
     if config.lora is not None and config.lora.target_modules == "all-linear":
         fused = fused_layers(meta_model(config.model))
         if fused:

@@ -50,6 +50,7 @@ from pipelines.train.objectives import (
 from pipelines.train.optimizer import learning_rate, set_learning_rate
 from pipelines.train.reference import Reference, StoredReference, live_reference
 from pipelines.train.reference_store import ReferenceStore, compute_reference, reference_folder
+from pipelines.train.router import real_tokens, router_loss
 from pipelines.train.row_kinds import MicroBatch
 from pipelines.train.scoring import Scorer
 from pipelines.train.strategies import build_reference, build_strategy, first_rank
@@ -143,6 +144,7 @@ class Run:
         self.micro_batch = config.micro_batch_size or config.global_batch_size // self.world
         self.strategy = build_strategy(config, device)
         self.model = self.strategy.model
+        self.router = router_loss(config, self.strategy, device)
         self.scorer = self._scorer()
         self.reference = self._reference(settings) if self.objective.uses_reference else None
         self._report_misfit()
@@ -153,7 +155,9 @@ class Run:
         """The policy's scorer, for the largest micro-batch that there may be."""
         sequences = self.micro_batch * self.table.sequences_per_row
         largest = sequences * int(self.table.lengths.max())
-        return Scorer(self.strategy, self.config.logits_chunk, largest, self.device)
+        routers = self.router is not None
+        chunk = self.config.logits_chunk
+        return Scorer(self.strategy, chunk, largest, self.device, routers=routers)
 
     def _report_misfit(self) -> None:
         """Tell the driver if logits cannot be had by chunks.
@@ -243,9 +247,11 @@ class Run:
         micro = [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
         metrics: dict[str, Tensor] = {}
         point = self._reference_point(micro, len(rows)) if self.kind.has_point else None
+        # One micro-batch counts in its own pass.
+        counts = self._expert_counts(micro) if self.router and len(micro) > 1 else None
         for number, part in enumerate(micro):
             with self.strategy.accumulating(last=number == len(micro) - 1):
-                result = self._micro_loss(part, shares, point)
+                result = self._micro_loss(part, shares, point, counts)
                 # Gradients are averaged over workers, so each loss is multiplied by their number.
                 # The result is the mean over the global batch, for any split of it.
                 self.strategy.backward(result.loss * self.world)
@@ -255,7 +261,9 @@ class Run:
         record = dict(zip(metrics, sums.tolist(), strict=True))
         return record if point is None else record | {"kl": float(point)}
 
-    def _micro_loss(self, rows: list[int], shares: Shares, point: Tensor | None) -> MicroLoss:
+    def _micro_loss(
+        self, rows: list[int], shares: Shares, point: Tensor | None, counts: Tensor | None
+    ) -> MicroLoss:
         """The loss of some rows."""
         batch = collate(self.table, rows, PAD, self.device)
         reference = None if self.reference is None else self.reference.responses(rows, batch)
@@ -268,7 +276,24 @@ class Run:
         result = self.kind.loss(self.config.objective, micro)
         if reference is not None:
             result.metrics["kl_per_token"] = reference.look.sum / shares.tokens
+        if self.router is not None:
+            tokens = real_tokens(self.table, rows, batch)
+            if counts is None:
+                counts = add_up(self.router.counts(scored.router_logits, tokens))
+            balance = self.router.share(scored.router_logits, tokens, counts)
+            loss = result.loss + self.router.coefficient * balance
+            result = MicroLoss(loss, result.metrics | {"router_loss": balance.detach()})
         return result
+
+    def _expert_counts(self, micro: list[list[int]]) -> Tensor:
+        """How many tokens of the global batch go to each expert, before any of its gradients."""
+        assert self.router is not None
+        parts = []
+        for rows in micro:
+            batch = collate(self.table, rows, PAD, self.device)
+            tokens = real_tokens(self.table, rows, batch)
+            parts.append(self.router.counts(self.scorer.routing(batch), tokens))
+        return add_up(torch.stack(parts).sum(0))
 
     @torch.no_grad()
     def _reference_point(self, micro: list[list[int]], num_rows: int) -> Tensor:

@@ -51,6 +51,7 @@ from pipelines.train.files import (
 )
 from pipelines.train.inputs import check_inputs, check_vocabulary, remarks
 from pipelines.train.models import model_paths, with_data, with_folders, with_models, with_names
+from pipelines.train.router import asks_for_router_loss
 from pipelines.train.workers import Job, check_cluster, run_workers
 
 CACHE_FOLDER = ".poise-cache"
@@ -96,8 +97,7 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """The fingerprint of everything that determines the run's result."""
-        config = with_names(self.config)
-        return fingerprint_work([material(config), self.inputs], "align")
+        return fingerprint_work([material_of(self), self.inputs], "align")
 
     def batch_remark(self) -> str:
         """A line if a step takes rows more than once, else nothing."""
@@ -132,12 +132,24 @@ def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str,
         del same["optimizer"]["weight_decay_on"]
     if config.attention is None:
         del same["attention"]
+    if config.router_loss == "auto":
+        del same["router_loss"]
     if config.warmup_steps is None:
         del same["warmup_steps"]
     if config.objective.loss_weights is None:
         del same["objective"]["loss_weights"]
     if not with_data_paths:
         same["data"] = _without_path(same["data"])
+    return same
+
+
+def material_of(plan: Plan, *, with_data_paths: bool = False) -> dict[str, Any]:
+    """The same of a plan, with a word where the model's config asks for its router's loss, which
+    earlier versions left out.
+    """
+    same = material(with_names(plan.config), with_data_paths=with_data_paths)
+    if plan.config.router_loss == "auto" and asks_for_router_loss(plan.config.model):
+        same["router_loss"] = "auto"
     return same
 
 
@@ -334,7 +346,7 @@ def _is_of(record: dict[str, Any], plan: Plan) -> bool:
 
 def fingerprint_with_data_paths(plan: Plan) -> str:
     """The plan's fingerprint in versions where data in another place were others."""
-    same = material(with_names(plan.config), with_data_paths=True)
+    same = material_of(plan, with_data_paths=True)
     return fingerprint_work([same, plan.inputs], "align")
 
 

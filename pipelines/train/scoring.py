@@ -4,7 +4,7 @@ few, else by chunks of positions.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class Scored:
     """What a pass on a batch gives."""
 
     responses: Responses
+    router_logits: tuple[Tensor, ...] = ()  # of each layer with experts, (tokens, experts)
     hidden: Tensor | None = None  # by chunks: inputs of the head at learned positions, no gradient
 
 
@@ -47,6 +48,7 @@ class Scorer:
     """Scores batches with a strategy's model; all ranks call together.
 
     Args:
+        routers: whether passes also give the router logits of a mixture of experts.
         chunk: positions whose logits may exist at once, for batches with more; by default as many
             as have `MAX_LOGITS`.
         largest: positions that a batch may have. If these are more than a chunk, chunks are tried
@@ -59,8 +61,11 @@ class Scorer:
         chunk: int | None,
         largest: int,
         device: torch.device,
+        *,
+        routers: bool = False,
     ) -> None:
         self.strategy = strategy
+        self._more = {"output_router_logits": True} if routers else {}
         bare = getattr(strategy.model, "module", strategy.model)
         self.chunk = chunk or chunk_of(bare.config.get_text_config().vocab_size)
         self.head, self.misfit = Head(bare), ""
@@ -88,12 +93,25 @@ class Scorer:
             return self.by_chunks(batch, look, keeping)
         model = self.strategy.model
         with self.strategy.forward_context(), keeping or nullcontext():
-            output = model(**model_inputs(model, batch))
+            output = model(**model_inputs(model, batch), **self._more)
             logits = output.logits[:, -batch.scored_ids.shape[1] :]
             responses = responses_under(logits, batch)
         if look is not None:
             look.whole(logits, responses)
-        return Scored(responses)
+        return Scored(responses, self._router_logits(output))
+
+    def _router_logits(self, output: Any) -> tuple[Tensor, ...]:
+        """The router logits in a model's output, if they were asked for."""
+        return tuple(output.router_logits) if self._more else ()
+
+    @torch.no_grad()
+    def routing(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The router logits of a batch alone."""
+        model = self.strategy.model
+        inputs = model_inputs(model, batch) | self._more
+        inputs |= {"logits_to_keep": 1} if "logits_to_keep" in inputs else {}
+        with self.strategy.forward_context():
+            return self._router_logits(model(**inputs))
 
     def by_chunks(
         self,
@@ -114,11 +132,11 @@ class Scorer:
 
         model = self.strategy.model
         with self.strategy.forward_context(), keeping or nullcontext():
-            inputs = model_inputs(model, batch)
-            values, _ = self.head.instead(lambda: model(**inputs), body)
+            inputs = model_inputs(model, batch) | self._more
+            values, output = self.head.instead(lambda: model(**inputs), body)
         per_token = torch.zeros(learned.shape, device=values.device).masked_scatter(learned, values)
         responses = Responses(per_token.sum(-1), learned.sum(-1), per_token)
-        return Scored(responses, kept[0])
+        return Scored(responses, self._router_logits(output), kept[0])
 
     def _misfit(self, device: torch.device) -> str:
         """Why this model's logits cannot be had by chunks; "" if they can."""
