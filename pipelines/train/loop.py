@@ -101,7 +101,7 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
             bring(model_paths(config).values(), offline=settings["offline"])
             run = Run(config, settings, device)
             run.train()
-            run.strategy.merge_pending()
+            run.strategy.finish()
             saved = export_result(run.strategy, config, folder / MODEL_FOLDER)
     except DivergenceError as error:  # all workers see it at once, so none waits for another
         record_failure(folder, error)
