@@ -96,6 +96,12 @@ class AlignConfig(ReadingConfig):
         ge=0,
         description="restarts in a row without progress; 0: none",
     )
+    norms_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between measurements of the lengths of update and delta; with each "
+        "checkpoint unless given",
+    )
     min_chosen_log_ratio: float | None = Field(
         -5.0,
         lt=0,

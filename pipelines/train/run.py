@@ -63,6 +63,7 @@ IMMATERIAL = {
     "max_failures",
     "checkpoint_every",
     "keep_checkpoints",
+    "norms_every",
     "asynchronous_checkpoints",
     "tensorboard",
     "trackers",
@@ -232,7 +233,11 @@ def _commit(config: AlignConfig, plan: Plan, out: Path, *, force: bool) -> None:
         key=plan.fingerprint,
         inputs=plan.inputs,
         num_steps=plan.num_steps,
-        details={"optimizer_path": path, "rounding": exported.get("rounding")},
+        details={
+            "optimizer_path": path,
+            "rounding": exported.get("rounding"),
+            "delta": exported.get("delta"),
+        },
     ).write(model)
     # Copied, not moved: the originals are needed if this process is killed here.
     shutil.copyfile(folder / METRICS_FILE, model / METRICS_FILE)

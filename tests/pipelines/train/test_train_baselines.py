@@ -14,7 +14,13 @@ import torch
 from processes import run_workers_in_turn
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training_files import align_config, run_here, seeded_metrics, stop_at_the_fourth_step
+from training_files import (
+    align_config,
+    metrics,
+    run_here,
+    seeded_metrics,
+    stop_at_the_fourth_step,
+)
 
 from pipelines.train import AlignConfig
 from pipelines.train.checkpoints import saved_steps, step_folder
@@ -202,6 +208,9 @@ def test_every_strategy(
         broken = tmp_path / "again" / name
         shutil.copytree(step_folder(tmp_path / name, 2), step_folder(broken, 2))
         assert saved_steps(broken) == [2]
+        for one, other in zip(metrics(alone), metrics(tmp_path / name), strict=True):
+            for norm in {"update_norm", "delta_norm"} & set(one):
+                assert other[norm] == pytest.approx(one[norm], rel=1e-4), (name, norm)
         for key, values in load_file(tmp_path / name / WEIGHTS).items():
             torch.testing.assert_close(
                 values, expected[key], rtol=0, atol=3e-6, msg=f"{name} {key}"
