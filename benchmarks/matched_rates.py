@@ -26,14 +26,14 @@ POWER = 0.9
 ONLINE: dict[str, Any] = {"alpha": 1e-6}
 # Name -> first guess of the rate over AdamW's, and the optimizer's fields.
 SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
+    "OnTIES, p = 0.5": (1.1, ONLINE | {"name": "onties", "density": 0.5}),
+    "OnTIES, p = 0.1": (2.0, ONLINE | {"name": "onties", "density": 0.1}),
     "OnDARE, p = 0.5": (2.0, ONLINE | {"name": "ondare", "density": 0.5}),
     "OnDARE, p = 0.1": (7.0, ONLINE | {"name": "ondare", "density": 0.1}),
     "OnDARE, p = 0.5, rescaled": (
         1.0,
         ONLINE | {"name": "ondare", "density": 0.5, "rescale": True},
     ),
-    "OnTIES, p = 0.5": (1.1, ONLINE | {"name": "onties", "density": 0.5}),
-    "OnTIES, p = 0.1": (2.0, ONLINE | {"name": "onties", "density": 0.1}),
     "ChildTuning-F, p = 0.5": (1.2, {"gradient_density": 0.5}),
     "ChildTuning-F, p = 0.1": (2.0, {"gradient_density": 0.1}),
     "average exported, c = 0.01": (2.0, {"ema": {"coefficient": 0.01, "mode": "export"}}),

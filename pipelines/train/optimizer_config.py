@@ -38,7 +38,7 @@ class AverageConfig(Config):
 
     coefficient: float = Field(gt=0, le=1, description="c")
     mode: AverageMode = Field(
-        description="export the average; or pull the weights towards it after each step"
+        "export", description="what is written; or pull: the weights move towards it in each step"
     )
 
 

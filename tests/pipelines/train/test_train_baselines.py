@@ -244,7 +244,7 @@ ONLINE = {"density": 0.5, "alpha": 0.1, "tau": {"base": "b", "tuned": "t"}}
             | ONLINE,
             "ema: found merge_every 3; allowed with a moving average: 1",
         ),
-        ({"ema": {"coefficient": 0.1}}, "mode"),
+        ({"ema": {"coefficient": 0.1, "mode": "both"}}, "'export' or 'pull'"),
         ({"ema": {"coefficient": 0, "mode": "pull"}}, "greater than 0"),
         ({"gradient_density": 0}, "greater than 0"),
     ],
