@@ -22,7 +22,7 @@ from pipelines.train.optimizer_config import OptimizerConfig
 from pipelines.train.run import worker_settings
 from ray_jobs.session import quiet_environment
 
-POWER = 0.9
+POWER = 0.95
 ONLINE: dict[str, Any] = {"alpha": 1e-6}
 # Name -> first guess of the rate over AdamW's, and the optimizer's fields.
 SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
@@ -34,8 +34,8 @@ SETTINGS: dict[str, tuple[float, dict[str, Any]]] = {
         1.0,
         ONLINE | {"name": "ondare", "density": 0.5, "rescale": True},
     ),
-    "ChildTuning-F, p = 0.5": (1.2, {"gradient_density": 0.5}),
-    "ChildTuning-F, p = 0.1": (2.0, {"gradient_density": 0.1}),
+    "ChildTuning-F, p = 0.5": (1.35, {"gradient_density": 0.5}),
+    "ChildTuning-F, p = 0.1": (2.7, {"gradient_density": 0.1}),
     "average exported, c = 0.01": (2.0, {"ema": {"coefficient": 0.01, "mode": "export"}}),
     "average pulls, c = 0.01": (1.2, {"ema": {"coefficient": 0.01, "mode": "pull"}}),
 }
@@ -53,7 +53,7 @@ def main() -> None:
     """Print the table, row by row."""
     parser = argparse.ArgumentParser()
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--only", default="", help="settings whose name begins so")
+    parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     arguments = parser.parse_args()
     path = arguments.run / "configs" / "align" / "dpo-mixture.yaml"
     if not path.is_file():
@@ -75,7 +75,7 @@ def main() -> None:
         print(f"AdamW at {rate:g}: a delta's norm of {target:.4f}\n", flush=True)
         print("| optimizer | rate / AdamW's | norm / AdamW's |\n|---|---|---|", flush=True)
         for name, (guess, fields) in SETTINGS.items():
-            if name.startswith(arguments.only):
+            if name in arguments.only:
                 factor = guess * (target / norm_of(guess, **fields)) ** (1 / POWER)
                 ratio = norm_of(factor, **fields) / target
                 print(f"| {name} | {factor:.3f} | {ratio:.3f} |", flush=True)
