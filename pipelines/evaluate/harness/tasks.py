@@ -254,7 +254,10 @@ class Task:
 
     def _code(self) -> set[str]:
         """The files of the functions that the task names, and of its class."""
-        found = [type(self.library), *callables(self.library.config.to_dict(keep_callable=True))]
+        found: list[Any] = [
+            type(self.library),
+            *callables(self.library.config.to_dict(keep_callable=True)),
+        ]
         files = (inspect.getsourcefile(each) for each in found)
         return {file for file in files if file is not None}
 
