@@ -145,6 +145,11 @@ def test_other_bad_input_is_one_line(made_up_tasks: Path, engine: Engine, tmp_pa
         load_tasks([{"num_fewshot": 1}])
     with pytest.raises(InputError, match="generation_kwargs: has no effect with multiple_choice"):
         load(made_up_tasks, "choice", generation_kwargs={"temperature": 1.0})
+    place = made(made_up_tasks, tmp_path / "damaged")
+    (place / "test.jsonl").unlink()
+    (place / "test.jsonl").write_text('{"words": "a"}\n{"words": \n')
+    with pytest.raises(InputError, match="task odd: .*JSON"):
+        load(place, "odd")
     with pytest.raises(InputError, match="fewshot_as_multiturn: has no effect without chat"):
         load(made_up_tasks, "choice", fewshot_as_multiturn=False)
     with pytest.raises(InputError, match="limit: found 0; allowed: 1 or more"):
