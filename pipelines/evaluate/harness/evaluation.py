@@ -13,6 +13,8 @@ from pipelines.evaluate.harness.tasks import ChatTemplate, Metric, Score, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pipelines.engines.text import Text
+
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
@@ -51,7 +53,7 @@ def evaluate(
             does not fit its data.
     """
     for task in tasks:
-        check_chat(engine, task)
+        check_chat(engine.text, task)
     found = {}
     for task in tasks:
         template = chat_template_of(engine.text.tokenizer) if task.chat.wanted else None
@@ -62,11 +64,11 @@ def evaluate(
     return found
 
 
-def check_chat(engine: Engine, task: Task) -> None:
-    """Raise InputError if a task wants a chat template and the engine's model has none."""
-    if task.chat.wanted and not engine.text.tokenizer.chat_template:
+def check_chat(text: "Text", task: Task) -> None:
+    """Raise InputError if a task wants a chat template and the model has none."""
+    if task.chat.wanted and not text.tokenizer.chat_template:
         raise InputError(
-            f"task {task.name}: chat: model {engine.text.name}: its tokenizer has no chat "
+            f"task {task.name}: chat: model {text.name}: its tokenizer has no chat "
             "template; allowed: a model with one, or chat: false"
         )
 

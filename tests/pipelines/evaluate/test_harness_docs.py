@@ -12,8 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipelines.engines import open_engine
-from pipelines.evaluate.generate import Generator
+from pipelines.engines import Sampling, open_engine
 from pipelines.evaluate.graders import grade
 from pipelines.evaluate.harness import evaluate, load_tasks
 from pipelines.evaluate.tasks import load_rows
@@ -48,7 +47,7 @@ def test_the_documented_task(
     monkeypatch.chdir(tmp_path)
     save_chatty(Path("runs/a"), 1)
     text = (project_root / "docs" / "evaluation.md").read_text()
-    section = text[text.index("## Tasks of lm-evaluation-harness") :]
+    section = text[text.index("## Tasks of lm-evaluation-harness") :].split("\n## ")[0]
     [task] = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
     [lines] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     folder = Path("my_tasks")
@@ -90,7 +89,7 @@ def test_the_documented_task(
 def test_the_tiny_worlds_tasks_have_the_numbers_of_their_old_form(tmp_path: Path) -> None:
     world = build_world(tmp_path / "world", 7, "smoke")
     model = save_random_model(tmp_path / "model", world / "tokenizer")
-    engine, generator = open_engine(model), Generator(model)
+    engine = open_engine(model)
     folder = world / "tasks"
     old = load_old_tasks(folder / "tasks.yaml")
     for split in ("development", "test"):
@@ -99,9 +98,8 @@ def test_the_tiny_worlds_tasks_have_the_numbers_of_their_old_form(tmp_path: Path
         results = evaluate(engine, tasks)
         for task in old:
             rows = load_rows(task, split)[:6]
-            answers = generator.complete(
-                [row.prompt for row in rows], max_new_tokens=32, batch_size=8
-            )
+            prompts = [row.prompt for row in rows]
+            answers = [each.text for each in engine.generate(prompts, Sampling(max_tokens=32))]
             found = results[task.name]
             assert [each.text for each in found.answers] == answers
             assert list(found.task.clusters) == [row.cluster for row in rows]
