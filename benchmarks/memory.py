@@ -46,8 +46,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"} | TWO,
     "fsdp2": {"strategy": "fsdp2"} | TWO,
     "fsdp2, ondare, bf16": {"strategy": "fsdp2", "optimizer": ONDARE, "precision": "bf16"} | TWO,
-    "fsdp2, chunks, bf16": {"strategy": "fsdp2", "logits_chunk": 64, "precision": "bf16"} | TWO,
-    "zero3, chunks": {"strategy": "zero3", "logits_chunk": 64} | TWO,
     "zero1": {"strategy": "zero1"} | TWO,
     "zero2": {"strategy": "zero2"} | TWO,
     "zero3": {"strategy": "zero3"} | TWO,
