@@ -17,7 +17,9 @@ from pydantic import Field
 from pipelines.config import Config
 from pipelines.errors import InputError
 from pipelines.evaluate.languages import is_in_language
+from pipelines.evaluate.programs import programs
 from pipelines.evaluate.structured import function_calls, json_schema
+from pipelines.sandbox.runner import Limits, require_sandbox
 
 Grader = Callable[[str, Sequence[str], Mapping[str, Any]], float]
 
@@ -178,6 +180,7 @@ class GraderEntry:
     parameters: type[Config] = Config
     needs_answers: bool = True
     is_normalised: bool = True  # white space in the completion is no part of the answer
+    runs_code: bool = False  # only with `allow_code: true`
 
     @property
     def needed(self) -> set[str]:
@@ -196,19 +199,41 @@ GRADERS: dict[str, GraderEntry] = {
     "one_language": GraderEntry(one_language, OneLanguage, is_normalised=False),
     "function_calls": GraderEntry(function_calls, is_normalised=False),
     "json_schema": GraderEntry(json_schema, is_normalised=False),
+    "programs": GraderEntry(programs, Limits, is_normalised=False, runs_code=True),
 }
 
 
+def require_code(name: str, allow_code: bool) -> None:
+    """Make sure that the grader `name` may run, and can: to be asked before any answer is made.
+
+    Raises:
+        InputError: it runs programs, and `allow_code` is false or this machine gives no sandbox.
+    """
+    if not GRADERS[name].runs_code:
+        return
+    if not allow_code:
+        raise InputError(
+            f"grader {name!r}: runs programs that a model wrote; allowed only with allow_code: true"
+        )
+    require_sandbox()
+
+
 def grade(
-    name: str, completion: str, answers: Sequence[str], parameters: Mapping[str, Any]
+    name: str,
+    completion: str,
+    answers: Sequence[str],
+    parameters: Mapping[str, Any],
+    *,
+    allow_code: bool = False,
 ) -> float:
     """What the grader `name` gives the completion: 1.0 where it is right, 0.0 where it is wrong, or
     a share of it.
 
     Raises:
-        InputError: the row's answers are not what the grader needs.
+        InputError: the row's answers are not what the grader needs, or as `require_code`.
     """
     entry = GRADERS[name]
+    require_code(name, allow_code)
     if entry.needs_answers and not answers:
         raise InputError(f"grader {name!r}: needs an answer in each row")
     text = normalise(completion) if entry.is_normalised else completion

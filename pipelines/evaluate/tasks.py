@@ -52,6 +52,14 @@ class Task(Config):
     files: dict[Split, Path] = Field(description="JSONL files, relative to tasks.yaml")
     description: str = ""
 
+    @model_validator(mode="after")
+    def _without_code(self) -> "Task":
+        if GRADERS[self.grader.name].runs_code:
+            raise ValueError(
+                f"grader {self.grader.name!r}: runs programs; allowed only where allow_code is"
+            )
+        return self
+
 
 class Row(Config):
     """One prompt of a task's file."""
