@@ -142,11 +142,12 @@ def _confine(user: int | None, limits: dict[str, int], kept: list[int], dumpable
     _call("prctl", _NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     _call("prctl", _DUMPABLE, dumpable, 0, 0, 0)
     refuse_calls(_libc)
+    ours = 2 if user is not None else 4  # both sides; the launcher and process 1 with the same user
     memory, size = limits["memory_mb"] * 2**20, limits["files_mb"] * 2**20
     for kind, most in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, size),
-        (resource.RLIMIT_NPROC, limits["processes"] + 3),
+        (resource.RLIMIT_NPROC, limits["processes"] + ours),
         (resource.RLIMIT_NOFILE, limits["open_files"]),
         (resource.RLIMIT_CPU, limits["seconds"] + 1),
         (resource.RLIMIT_CORE, 0),

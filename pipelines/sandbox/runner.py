@@ -6,7 +6,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -83,19 +83,18 @@ def run_program(program: Program, limits: Limits | None = None) -> Outcome:
             "tests": program.tests,
             "functions": list(program.functions),
         }
-        found = _launch(_message(first) + _message(second), limits.seconds + _START)
-    outcome = Outcome(found["status"], found["detail"])
+        outcome = _launch(_message(first) + _message(second), limits.seconds + _START)
     if outcome.status == "refused":
         raise InputError(_refusal(outcome.detail))
     return outcome
 
 
-def _message(values: dict[str, object]) -> bytes:
+def _message(values: Mapping[str, object]) -> bytes:
     data = json.dumps(values).encode()
     return struct.pack("!I", len(data)) + data
 
 
-def _launch(sent: bytes, seconds: float) -> dict[str, str]:
+def _launch(sent: bytes, seconds: float) -> Outcome:
     """The launcher's answer, or why there is none."""
     command = [sys.executable, "-s", "-m", "pipelines.sandbox.launcher"]
     environment = {"PYTHONPATH": str(_ROOT), "PATH": os.defpath}
@@ -112,17 +111,16 @@ def _launch(sent: bytes, seconds: float) -> dict[str, str]:
             answer, errors = process.communicate(sent, timeout=seconds)
         except subprocess.TimeoutExpired:
             process.kill()  # process 1 ends with it, and the sandbox with process 1
-            return {"status": "time", "detail": "the sandbox did not end in time"}
+            return Outcome("time", "the sandbox did not end in time")
         except BaseException:
             process.kill()
             raise
     with suppress(ValueError):
-        found: dict[str, str] = json.loads(answer)
-        return found
+        return Outcome(**json.loads(answer))
     if answer:
-        return {"status": "error", "detail": "the sandbox ended"}
+        return Outcome("error", "the sandbox ended")
     lines = errors.decode(errors="replace").strip().splitlines()
-    return {"status": "refused", "detail": lines[-1] if lines else "its first process ended"}
+    return Outcome("refused", lines[-1] if lines else "its first process ended")
 
 
 def _shown() -> list[str]:

@@ -47,7 +47,8 @@ def serve(solution: str, channel: Channel) -> None:
             elif operation == "get":
                 value = getattr(target, *arguments)
             else:
-                value = setattr(target, *arguments)
+                setattr(target, *arguments)
+                value = None
             after = [encode(each, keep) for each in arguments]
             channel.send({"value": encode(value, keep), "arguments": after})
         except BaseException as error:
@@ -97,7 +98,7 @@ class Remote:
             method = self._ask("get", ("__len__",), {})
         except AttributeError:
             raise TypeError("object has no len()") from None
-        return method()  # type: ignore[no-any-return]
+        return int(method())
 
     def __bool__(self) -> bool:
         for name in ("__bool__", "__len__"):
@@ -158,9 +159,11 @@ def ask(
         raise ProgramError("the program answered with no value") from None
     if "error" in reply:
         kind = getattr(builtins, str(reply["error"]), None)
-        known = isinstance(kind, type) and issubclass(kind, Exception)
-        known = known and (may_stop or not issubclass(kind, StopIteration))
-        raise (kind if known else RuntimeError)(str(reply.get("text")))  # type: ignore[misc]
+        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+            kind = RuntimeError
+        if issubclass(kind, StopIteration) and not may_stop:
+            kind = RuntimeError
+        raise kind(str(reply.get("text")))
     for old, new in zip(arguments, after, strict=False):
         _update(old, new)
     return value
