@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipelines.config import Config
 from pipelines.errors import InputError
-from pipelines.evaluate.languages import is_in_language
+from pipelines.evaluate.languages import code_of, is_in_language
 from pipelines.evaluate.programs import programs
 from pipelines.evaluate.structured import function_calls, json_schema
 from pipelines.sandbox.runner import Limits, require_sandbox
@@ -141,6 +141,13 @@ class OneLanguage(Config):
 
     words: dict[str, list[str]] = Field({}, description="language -> its words")
 
+    @field_validator("words")
+    @classmethod
+    def _known(cls, words: dict[str, list[str]]) -> dict[str, list[str]]:
+        for language in words:
+            code_of(language)
+        return words
+
 
 def one_language(completion: str, answers: Sequence[str], parameters: Mapping[str, Any]) -> bool:
     """All words are of the language that the first answer names; words of further answers, such as
@@ -150,8 +157,9 @@ def one_language(completion: str, answers: Sequence[str], parameters: Mapping[st
         InputError: an unknown language.
     """
     language, *copied = answers
-    known = parameters.get("words", {}).get(language)
-    return is_in_language(completion, language, copied, known)
+    code = code_of(language)
+    lists = {code_of(name): words for name, words in parameters.get("words", {}).items()}
+    return is_in_language(completion, code, copied, lists.get(code))
 
 
 class Phrase(Config):

@@ -41,32 +41,31 @@ _OTHERS = {
 }
 
 
-def _scripts() -> dict[str, frozenset[str]]:
-    table = {"zh": _CJK, "chinese": _CJK, "ko": _HANGUL, "korean": _HANGUL}
-    table |= dict.fromkeys(("ja", "japanese"), _CJK | _KANA)
-    for script, names in {"LATIN": _LATIN, **_OTHERS}.items():
-        table |= dict.fromkeys(re.split(r"[ |]", names), frozenset({script}))
-    return table
-
-
-SCRIPTS = _scripts()  # a language's code and its English name -> the scripts that it is written in
+_EAST = {"zh chinese": _CJK, "ko korean": _HANGUL, "ja japanese": _CJK | _KANA}
+_LANGUAGES = _EAST | {
+    pair: frozenset({script})
+    for script, pairs in {"LATIN": _LATIN, **_OTHERS}.items()
+    for pair in pairs.split("|")
+}
+SCRIPTS = {pair.split()[0]: scripts for pair, scripts in _LANGUAGES.items()}  # by code
+_CODES = {name: pair.split()[0] for pair in _LANGUAGES for name in pair.split()}
 
 _NEUTRAL = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|(?:https?://|www\.)\S+|\S+@\S+\.\w+", re.DOTALL)
 _SYMBOLS = "µΩªº™℃℉Å№"  # units and signs that Unicode counts among letters, or unfolds into them
 
 
-def scripts_of(language: str) -> frozenset[str]:
-    """The scripts of a language, given by its code of two letters or its English name.
+def code_of(language: str) -> str:
+    """The code of two letters of a language, given by it or by its English name.
 
     Raises:
         InputError: a language that is not in the table.
     """
     name = language.strip().casefold()
-    if name not in SCRIPTS:
-        near = get_close_matches(name, SCRIPTS, 1)
+    if name not in _CODES:
+        near = get_close_matches(name, _CODES, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"language: found {language!r}; allowed: such as en, english or zh{hint}")
-    return SCRIPTS[name]
+    return _CODES[name]
 
 
 def words_of(text: str) -> Iterator[str]:
@@ -113,7 +112,7 @@ def is_in_language(
     Raises:
         InputError: an unknown language.
     """
-    scripts = scripts_of(language)
+    scripts = SCRIPTS[code_of(language)]
     repeated = {word for each in copied for word in words_of(each)}
     listed = None if known is None else {part for word in known for part in words_of(word)}
     found = False

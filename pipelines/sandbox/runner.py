@@ -156,8 +156,10 @@ def refusal() -> str | None:
 
 
 def require_sandbox() -> None:
-    """Raises:
-    InputError: this machine gives no sandbox; nothing was run.
+    """Make sure that this machine gives a sandbox.
+
+    Raises:
+        InputError: it does not; nothing was run.
     """
     reason = refusal()
     if reason is not None:

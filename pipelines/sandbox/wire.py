@@ -20,16 +20,20 @@ class Channel:
         self._end = end
 
     def send(self, message: Any) -> None:
-        """Raises:
-        OSError: the other side is gone.
+        """Send what JSON can hold.
+
+        Raises:
+            OSError: the other side is gone.
         """
         data = json.dumps(message).encode()
         self._end.sendall(struct.pack("!I", len(data)) + data)
 
     def receive(self) -> Any:
-        """Raises:
-        EOFError: the other side is gone.
-        ValueError: what came is too long or not JSON.
+        """The next message.
+
+        Raises:
+            EOFError: the other side is gone.
+            ValueError: what came is too long or not JSON.
         """
         (size,) = struct.unpack("!I", self._read(4))
         if size > _MOST:

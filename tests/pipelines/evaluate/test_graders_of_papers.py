@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipelines.config import check, parse_yaml
 from pipelines.errors import InputError
 from pipelines.evaluate.graders import GRADERS, _last_number, grade
-from pipelines.evaluate.languages import is_in_language, scripts_of, words_of
+from pipelines.evaluate.languages import code_of, is_in_language, words_of
 from pipelines.evaluate.structured import equal_json, find_calls, parse_json
 from pipelines.evaluate.tasks import GraderConfig
 
@@ -123,6 +123,7 @@ def test_a_list_of_words_tells_languages_of_one_script_apart() -> None:
     assert grade("one_language", "Das ist gut", ["de"], words) == 1
     assert grade("one_language", "Das ist GRÖSSE", ["de"], words) == 1
     assert grade("one_language", "Das is good", ["de"], words) == 0
+    assert grade("one_language", "Das is good", ["German"], words) == 0
     assert grade("one_language", "This is good", ["en"], words) == 1
 
 
@@ -130,9 +131,9 @@ def test_words_of_many_scripts() -> None:
     assert list(words_of("Don't, ΑΒ中文 e\u0301te\u0301 x2y")) == [
         "don", "t", "αβ", "中文", "été", "x", "y",
     ]  # fmt: skip
-    assert scripts_of(" German ") == scripts_of("de")
+    assert code_of(" German ") == code_of("de") == "de"
     with pytest.raises(InputError, match=r"language: found 'germann'; .*did you mean german\?"):
-        scripts_of("germann")
+        code_of("germann")
 
 
 ARGUMENTS = '{"a": 1, "b": [2, "x  y"]}'
@@ -253,6 +254,8 @@ def test_a_row_without_an_answer() -> None:
          "t: grader 'last_number': tolerance: found -1; allowed: greater than or equal to 0"),
         ({"name": "last_number", "tol": 1},
          "t: grader 'last_number' takes the parameters ['tolerance'], found ['tol']"),
+        ({"name": "one_language", "words": {"xx": ["a"]}},
+         "t: grader 'one_language': words: found {'xx': ['a']}: language: found 'xx'; allowed: "),
         ({"name": "phrase"}, "t: grader 'phrase' takes the parameters ['phrase'], found []"),
         ({"name": "phrase", "phrase": 3}, "t: grader 'phrase': phrase: found 3; allowed: "),
         ({"name": "exact", "x": 3}, "t: grader 'exact' takes the parameters [], found ['x']"),

@@ -5,13 +5,15 @@ all choices of k programs.
 import itertools
 import json
 import math
-from typing import Any
+from pathlib import Path
 
 import pytest
+import yaml
 
-from pipelines.config import check
+from pipelines.config import check, parse_yaml
 from pipelines.errors import InputError
 from pipelines.evaluate.graders import grade, require_code
+from pipelines.evaluate.harness import Answer, load_tasks
 from pipelines.evaluate.programs import ProgramRow, pass_at_k, program_of
 from pipelines.evaluate.tasks import Task
 from pipelines.sandbox.runner import refusal
@@ -155,11 +157,39 @@ def test_pass_at_k_is_the_mean_over_all_choices() -> None:
             pass_at_k(*bad)
 
 
-def test_the_documented_row(project_root: Any) -> None:
+def documented_target(project_root: Path) -> str:
+    """The line of the docs that makes a row the answer."""
     text = (project_root / "docs" / "evaluation.md").read_text()
     section = text.split("\n## Programs\n")[1].split("\n## ")[0]
     line = next(line for line in section.splitlines() if line.startswith("doc_to_target:"))
-    from jinja2 import Environment
+    return str(parse_yaml(line)["doc_to_target"])
 
-    rendered = Environment().from_string(line.split(": ", 1)[1].strip("'")).render(**HUMAN)
-    assert check(json.loads(rendered), ProgramRow, "row").entry_point == "ring"
+
+def test_a_task_of_the_library_has_programs(tmp_path: Path, project_root: Path) -> None:
+    (tmp_path / "rings.jsonl").write_text(json.dumps(HUMAN) + "\n")
+    task = {
+        "task": "rings",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "rings.jsonl", "validation": "rings.jsonl"}},
+        "validation_split": "validation",
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": documented_target(project_root),
+        "generation_kwargs": {"until": ["\ndef"], "max_gen_toks": 64, "do_sample": False},
+        "metadata": {"version": 1.0, "grader": {"name": "programs", "seconds": 20}},
+    }
+    (tmp_path / "rings.yaml").write_text(yaml.safe_dump(task))
+    chosen = [{"include_path": str(tmp_path), "names": ["rings"]}]
+    with pytest.raises(InputError) as error:
+        load_tasks(chosen)
+    assert str(error.value) == (
+        "task rings: metadata.grader: grader 'programs': runs programs that a model wrote; allowed "
+        "only with allow_code: true"
+    )
+    if refusal() is not None:
+        pytest.skip(str(refusal()))
+    [loaded] = load_tasks(chosen, allow_code=True)
+    for text, expected in (("    return area(outer) - area(inner)\n", 1), ("    return 0\n", 0)):
+        [score] = loaded.score(0, 1, [Answer(0, 0, 0, text=text)])
+        assert score.metrics == {"programs": expected}
