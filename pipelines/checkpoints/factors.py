@@ -147,13 +147,16 @@ class Changes:
             InputError: a change of what the base does not have, or has as a part of a tensor whose
                 other parts do not change.
         """
-        view, like = ModuleView.of(self, known.model), ModuleView.of(base, known.model)
-        for name, shape in view.naming.misfits.items():
-            found = view.naming.parameters[name]
+        like = ModuleView.of(base, known.model)
+        try:
+            view = ModuleView.of(self, known.model)
+        except InputError:  # of some layers nothing can be made
+            view = None
+        if view is None or view.naming.misfits:
             raise InputError(
-                f"adapter {self.path}: changes {found.names[0]!r} and others, together "
-                f"{list(found.shape)} of {name}, which is {list(shape)}; allowed: changes of all "
-                "layers that are fused there"
+                f"adapter {self.path}: changes some of the layers that are one tensor in its base "
+                f"{base.path}, such as {next(iter(self.changes))}, and not the others; allowed: "
+                "all of them, or a base that has them one by one"
             )
         found = placed_like(view, like)
         if found is None or found.rest:

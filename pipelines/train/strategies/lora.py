@@ -38,6 +38,7 @@ def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type] # peft divides it: any number will do
         target_modules=_linear_layers(model) if names == "all-linear" else names,
+        exclude_modules=_frozen(model) or None,
     )
     try:
         inject_adapter_in_model(config, model)
@@ -48,10 +49,22 @@ def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
 
 
 def _linear_layers(model: "PreTrainedModel") -> list[str]:
-    """The linear layers but the head. What peft itself takes for them has fused experts, too."""
-    head = model.get_output_embeddings()
+    """The trained linear layers but the head. What peft itself takes for them has fused experts,
+    too.
+    """
+    head, frozen = model.get_output_embeddings(), set(_frozen(model))
     linear = (nn.Linear, conv1d())
-    return [n for n, m in model.named_modules() if isinstance(m, linear) and m is not head]
+    modules = model.named_modules()
+    return [n for n, m in modules if isinstance(m, linear) and m is not head and n not in frozen]
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    """The modules with parameters that are not trained: those of parts that text does not reach."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(not each.requires_grad for each in module.parameters(recurse=False))
+    ]
 
 
 def _check_layers(model: nn.Module) -> None:

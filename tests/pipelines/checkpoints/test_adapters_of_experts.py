@@ -205,7 +205,7 @@ def test_bases_of_two_layouts_in_one_merge(tmp_path: Path) -> None:
         (
             ("w1",),
             {},
-            "changes 'model.layers.0.block_sparse_moe.experts.0.w1.weight' and others, to",
+            "changes some of the layers that are one tensor in its base",
         ),
         (
             ("w1", "w2", "w3"),
@@ -225,10 +225,10 @@ def test_what_fused_experts_cannot_take(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target_parameters": ["down_proj"]}, "down_proj: found factors [12, 48] and [32, 12]"),
+        ({"target_parameters": ["down_proj"]}, "is no part of target_parameters"),
         (
             {"target_parameters": None},
-            "changes 'model.layers.0.mlp.experts.weight', which its base",
+            "is no part of target_parameters",
         ),
         (
             {"r": 2, "target_parameters": ["experts.gate_up_proj"]},

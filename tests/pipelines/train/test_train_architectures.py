@@ -3,6 +3,7 @@
 Oracle: transformers' own model from `from_pretrained`, its autograd, and AdamW.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from processes import run_workers_in_turn
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from training_files import align_config, metrics, run_here
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from pipelines.checkpoints import Checkpoint, ModuleView
+from pipelines.errors import InputError
 from pipelines.train import AlignConfig, plan_alignment, remarks
 from pipelines.train.architecture import meta_model
 from pipelines.train.data import collate, global_batch
-from tests.hub_models import ARCHITECTURES, WEIGHTS, save_as_on_hub
+from tests.hub_models import ARCHITECTURES, CLASSES, WEIGHTS, save_as_on_hub
+from tests.model_kinds import KINDS
 
 RUN: dict[str, Any] = {
     "num_steps": 2,
@@ -26,6 +29,20 @@ RUN: dict[str, Any] = {
     # The gradients of keys' biases are 0 but for rounding, which Adam's small eps would make large.
     "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1, "eps": 1e-4},
 }
+
+WITHOUT_GRADIENTS = "RwkvForCausalLM"  # see the program's message
+WITH_IMAGES = [name for name in CLASSES if name in KINDS["text with images"]]
+DECODERS = [n for n in CLASSES if n not in (WITHOUT_GRADIENTS, *WITH_IMAGES)]
+ALL = [*ARCHITECTURES, *DECODERS, *WITH_IMAGES]
+FAST = [*ARCHITECTURES, "GptOssForCausalLM", "JambaForCausalLM", "LlavaForConditionalGeneration"]
+TABLE = Path(__file__).parents[3] / "docs" / "architectures.md"
+
+
+def loaded(path: Path, **fields: Any) -> Any:
+    """As `from_pretrained` loads it."""
+    of_images = Checkpoint.open(path).config["architectures"][0] in WITH_IMAGES
+    auto = AutoModelForImageTextToText if of_images else AutoModelForCausalLM
+    return auto.from_pretrained(path, **fields)
 
 
 def log_probabilities(model: PreTrainedModel, ids: Tensor, response: Tensor) -> Tensor:
@@ -41,7 +58,7 @@ def log_probabilities(model: PreTrainedModel, ids: Tensor, response: Tensor) -> 
 def trained_by_hand(config: AlignConfig, cache: Path) -> tuple[PreTrainedModel, list[float]]:
     """DPO's steps on the loaded model."""
     table = plan_alignment(config, cache).table
-    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    model = loaded(config.model, dtype=torch.float32)
     model.eval()  # no dropout
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4, weight_decay=0.1)
     before: dict[int, Tensor] = {}
@@ -69,9 +86,9 @@ def check_run(config: AlignConfig, run: Path, cache: Path) -> None:
     expected, losses = trained_by_hand(config, cache)
     assert [line["loss"] for line in metrics(run)] == pytest.approx(losses, rel=1e-5)
     out = run / "model"
-    found, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    found, info = loaded(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
-    start = AutoModelForCausalLM.from_pretrained(config.model)
+    start = loaded(config.model)
     moved = 0.0
     for (name, one), other, first in zip(
         expected.named_parameters(), found.parameters(), start.parameters(), strict=True
@@ -96,7 +113,9 @@ def check_files(source: Path, out: Path) -> None:
             assert torch.equal(after[name], tensor), name
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in ALL]
+)
 def test_two_steps_in_one_process(name: str, preferences: Path, tmp_path: Path) -> None:
     """Every architecture, as on the hub."""
     model = save_as_on_hub(name, tmp_path / "model")
@@ -162,10 +181,42 @@ def test_what_is_said_of_mixtures_of_experts(preferences: Path, tmp_path: Path) 
 def test_two_steps_on_two_workers(strategy: str, preferences: Path, tmp_path: Path) -> None:
     """Every architecture, in turn on the same workers."""
     configs = {}
-    for name in ARCHITECTURES:
+    for name in ALL if strategy == "fsdp2" else ARCHITECTURES:
         model = save_as_on_hub(name, tmp_path / name / "model")
         config = align_config(model, preferences, **RUN, strategy=strategy, num_workers=2)
         configs[tmp_path / name / "run"] = config
     run_workers_in_turn(configs)
     for run, config in configs.items():
         check_run(config, run, run.parent / "cache")
+
+
+def test_a_class_without_gradients(preferences: Path, tmp_path: Path) -> None:
+    model = save_as_on_hub(WITHOUT_GRADIENTS, tmp_path / "model")
+    with pytest.raises(InputError) as caught:
+        plan_alignment(align_config(model, preferences, **RUN), tmp_path / "cache")
+    assert str(caught.value) == (
+        f"model {model}: found RwkvForCausalLM, which cannot be trained: transformers' recurrence "
+        "overwrites values that its gradient needs"
+    )
+
+
+def test_text_alone_leaves_towers_as_they_are(preferences: Path, tmp_path: Path) -> None:
+    """A model of images and text: a remark, and a refusal where all weights would move."""
+    model = save_as_on_hub("LlavaForConditionalGeneration", tmp_path / "model")
+    config = align_config(model, preferences, **RUN)
+    (line,) = remarks(config)
+    assert "beside its language model (model.vision_tower." in line and "stay as they are" in line
+    assert not list(remarks(align_config(save_as_on_hub("llama", tmp_path / "l"), preferences)))
+    zero = align_config(model, preferences, **RUN, strategy="zero2", num_workers=2)
+    with pytest.raises(InputError, match="found zero2 with a LlavaForConditionalGeneration, whose"):
+        plan_alignment(zero, tmp_path / "cache")
+    run = run_here(align_config(model, preferences, **RUN, lora={"rank": 2}), tmp_path / "run")
+    before, after = (load_file(path / WEIGHTS) for path in (model, run / "model"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 14 and all("language_model.layers." in name for name in changed)
+
+
+def test_the_table_in_the_docs_says_what_aligns() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", TABLE.read_text(), re.MULTILINE)
+    told = {name: aligns for name, aligns in rows if aligns != "–"}
+    assert told == dict.fromkeys(ALL, "yes") | {WITHOUT_GRADIENTS: "no"}
