@@ -104,6 +104,17 @@ def blocks_of(model: "PreTrainedModel") -> list[nn.Module]:
     return list(max(lists, key=len, default=[]))
 
 
+def fused_layers(model: nn.Module) -> list[str]:
+    """The parameters that hold the matrices of several linear layers: those of experts."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not isinstance(module, convolutions)
+    ]
+
+
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """For each parameter with several names: its first name -> the others."""
     names: dict[nn.Parameter, list[str]] = {}

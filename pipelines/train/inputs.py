@@ -10,7 +10,12 @@ from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.architecture import vocabulary_size
 from pipelines.checkpoints.companions import check_links, companions_of
 from pipelines.errors import InputError
-from pipelines.train.architecture import check_gradients, meta_model, outside_language
+from pipelines.train.architecture import (
+    check_gradients,
+    fused_layers,
+    meta_model,
+    outside_language,
+)
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import TokenTable, source_files
 from pipelines.train.models import with_folders
@@ -66,23 +71,13 @@ def remarks(config: AlignConfig) -> Iterator[str]:
             f"({outside[0]}, ...) stay as they are"
         )
     if config.lora is not None and config.lora.target_modules == "all-linear":
-        fused = fused_layers(model)
+        chosen = tuple(f".{name}" for name in config.lora.target_parameters)
+        fused = [name for name in fused_layers(model) if not f".{name}".endswith(chosen)]
         if fused:
             yield (
                 f"lora: all-linear leaves out {len(fused)} tensors of experts that are fused "
                 f"({fused[0]}, ...), which stay as they are"
             )
-
-
-def fused_layers(model: nn.Module) -> list[str]:
-    """The parameters that hold the matrices of several linear layers: those of experts."""
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and not isinstance(module, convolutions)
-    ]
 
 
 def _check_packages(config: AlignConfig) -> None:

@@ -40,7 +40,7 @@ def save_pair(name: str, folder: Path, *, fused: bool, rank: int = 2) -> tuple[P
             if key.endswith("bias"):
                 tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
             elif (
-                ".layers." in key
+                (".layers." in key or ".h." in key)
                 and tensor.dim() > 1
                 and not key.endswith(("conv1d.weight", "_log"))
             ):
