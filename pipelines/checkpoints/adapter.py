@@ -27,8 +27,6 @@ _WRAPPER = re.compile(r"\.base_layer(?=\.)")
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 _TOKENS = ".token_adapter.trainable_tokens_delta"
-# Of models with fused experts PEFT takes layers with these names for the experts.
-NAMES_OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 # Fields of PEFT's LoraConfig that change no weight beside what is read here.
 _KNOWN_FIELDS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",

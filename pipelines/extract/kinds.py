@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from pipelines.checkpoints import ModuleView, Source
-from pipelines.checkpoints.adapter import NAMES_OF_EXPERTS
 from pipelines.checkpoints.named_like import NamedLike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Kind = Literal["embeddings", "head", "norms", "biases", "other tensors"]
+# Of models with fused experts PEFT takes layers with these names for the experts.
+_NAMES_OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def kinds_of(path: Path) -> TensorKinds:
     }
     parameters = _parameters(model, tensors)
     if any(parameter.dim() == 3 for parameter in map(model.get_parameter, parameters)):
-        for name in [n for n in linear if n.rpartition(".")[2] in NAMES_OF_EXPERTS]:
+        for name in [n for n in linear if n.rpartition(".")[2] in _NAMES_OF_EXPERTS]:
             parameters[f"{name}.weight"] = linear.pop(name)
     return TensorKinds(
         model=model,

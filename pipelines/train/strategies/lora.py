@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from operators.counter_random import counter_key, counter_words
 from operators.optim.layout import ShardLayout, layout_of, local
-from pipelines.checkpoints.adapter import NAMES_OF_EXPERTS
 from pipelines.errors import InputError
 from pipelines.train.architecture import fused_layers, tied_names
 from pipelines.train.config import LoraSettings
@@ -49,13 +48,14 @@ def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
         exclude_modules=_frozen(model) or None,
     )
     field = f"lora.target_modules: {names}" if names else f"lora.target_parameters: {parameters}"
-    shared = {name for group in tied_names(model).items() for name in (group[0], *group[1])}
+    tied = {name for first, others in tied_names(model).items() for name in (first, *others)}
+    own = {n for n, p in model.named_parameters() if p.requires_grad and n not in tied}
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
         raise InputError(f"{field}: {str(error).splitlines()[0]}") from None
     _check_layers(model)
-    _check_parameters(model, settings, weights, shared)
+    _check_parameters(model, settings, weights, own)
 
 
 def _linear_layers(model: "PreTrainedModel") -> tuple[list[str], list[str]]:
@@ -69,10 +69,22 @@ def _linear_layers(model: "PreTrainedModel") -> tuple[list[str], list[str]]:
         for name, module in model.named_modules()
         if isinstance(module, linear) and module is not head and name not in frozen
     ]
-    if not fused_layers(model):
-        return found, []
-    mistaken = [name for name in found if name.rpartition(".")[2] in NAMES_OF_EXPERTS]
-    return [n for n in found if n not in mistaken], [f"{name}.weight" for name in mistaken]
+    mistaken = {end for end in {n.rpartition(".")[2] for n in found} if _is_mistaken(model, end)}
+    layers = [name for name in found if name.rpartition(".")[2] not in mistaken]
+    return layers, [f"{name}.weight" for name in found if name not in layers]
+
+
+def _is_mistaken(model: "PreTrainedModel", layer: str) -> bool:
+    """Whether peft takes a layer's name for that of an expert, as it was before experts were fused."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    probe = LoraConfig(target_modules=[layer])
+    try:
+        convert_peft_config_for_transformers(probe, model, None)
+    except ValueError:  # experts have other layers that would have to be named, too
+        return True
+    return layer not in (probe.target_modules or ())
 
 
 def _frozen(model: nn.Module) -> list[str]:
@@ -106,9 +118,11 @@ def _check_layers(model: nn.Module) -> None:
 
 
 def _check_parameters(
-    model: nn.Module, settings: LoraSettings, weights: list[str], shared: set[str]
+    model: nn.Module, settings: LoraSettings, weights: list[str], own: set[str]
 ) -> None:
-    """Raise InputError unless the settings name the adapted parameters, which have one name each."""
+    """Raise InputError unless the settings name the adapted parameters, which are to be trained and
+    have one name each.
+    """
     found = wrapped_parameters(model)
     for target in settings.target_parameters:
         if not any(f".{name}".endswith(f".{target}") for name in found):
@@ -123,10 +137,10 @@ def _check_parameters(
                 f"lora.target_modules: {name}: found {type(wrapper.get_base_layer()).__name__}; "
                 "allowed: linear layers, or target_parameters"
             )
-        if name in shared:
+        if name not in own:
             raise InputError(
-                f"lora.target_parameters: {name}: found a weight that is tied to another layer's; "
-                "allowed: parameters of their own"
+                f"lora.target_parameters: {name}: found a weight that is tied to another layer's, "
+                "or not trained; allowed: parameters of their own that text reaches"
             )
 
 
