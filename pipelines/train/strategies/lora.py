@@ -70,12 +70,15 @@ def _linear_layers(model: "PreTrainedModel") -> tuple[list[str], list[str]]:
         if isinstance(module, linear) and module is not head and name not in frozen
     ]
     mistaken = {end for end in {n.rpartition(".")[2] for n in found} if _is_mistaken(model, end)}
-    layers = [name for name in found if name.rpartition(".")[2] not in mistaken]
-    return layers, [f"{name}.weight" for name in found if name not in layers]
+    parts: tuple[list[str], list[str]] = [], []
+    for name in found:
+        is_mistaken = name.rpartition(".")[2] in mistaken
+        parts[is_mistaken].append(f"{name}.weight" if is_mistaken else name)
+    return parts
 
 
 def _is_mistaken(model: "PreTrainedModel", layer: str) -> bool:
-    """Whether peft takes a layer's name for that of an expert, as it was before experts were fused."""
+    """Whether peft takes a layer's name for that of an expert, before experts were fused."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
