@@ -1,5 +1,6 @@
 """What the config of a checkpoint builds: a causal language model without memory, and its parts."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,9 +60,14 @@ def _class_of(config: "PretrainedConfig") -> type[Any]:
     return AutoModelForImageTextToText
 
 
-def check_gradients(model: "PreTrainedModel", path: Path) -> None:
-    """Raise InputError for a class that cannot be trained."""
+def check_class(model: "PreTrainedModel", path: Path) -> None:
+    """Raise InputError for a class that cannot be trained on text."""
+    from transformers import AutoModelForCausalLM
+
     reason = _WITHOUT_GRADIENTS.get(model.config.model_type)
+    is_of_images = type(model.config) not in AutoModelForCausalLM._model_mapping
+    if is_of_images and "token_type_ids" in inspect.signature(model.forward).parameters:
+        reason = "its attention reads ahead unless it is given types of tokens, which rows lack"
     if reason is not None:
         raise InputError(
             f"model {path}: found {type(model).__name__}, which cannot be trained: {reason}"

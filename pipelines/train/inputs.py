@@ -11,7 +11,7 @@ from pipelines.checkpoints.architecture import vocabulary_size
 from pipelines.checkpoints.companions import check_links, companions_of
 from pipelines.errors import InputError
 from pipelines.train.architecture import (
-    check_gradients,
+    check_class,
     fused_layers,
     meta_model,
     outside_language,
@@ -40,7 +40,7 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     for data in config.sets:
         source_files(data.path, data.split)
     model, weights = empty_model(config.model)
-    check_gradients(model, config.model)
+    check_class(model, config.model)
     check_tied(model, weights)
     if config.traits.zero_stage and outside_language(model):
         raise InputError(

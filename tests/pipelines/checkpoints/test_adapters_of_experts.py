@@ -120,9 +120,14 @@ EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+FAST = {"patterns", "with the router", "a matrix of biases", "square"}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in FAST)) for kind in EXPERTS]
+)
 def test_adapters_of_parameters(kind: str, fused: bool, tmp_path: Path) -> None:
     name, settings = EXPERTS[kind]
     check_against_peft(*save_adapted(name, tmp_path, fused=fused, **settings), tmp_path / "out")

@@ -32,11 +32,15 @@ RUN: dict[str, Any] = {
     "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1, "eps": 1e-4},
 }
 
-WITHOUT_GRADIENTS = "RwkvForCausalLM"  # see the program's message
-WITH_IMAGES = [name for name in CLASSES if name in KINDS["text with images"]]
-DECODERS = [n for n in CLASSES if n not in (WITHOUT_GRADIENTS, *WITH_IMAGES)]
+REFUSED = {
+    "RwkvForCausalLM": "transformers' recurrence overwrites values that its gradient needs",
+    "PaliGemmaForConditionalGeneration": "its attention reads ahead unless it is given types of "
+    "tokens, which rows lack",
+}
+WITH_IMAGES = [n for n in CLASSES if n in KINDS["text with images"] and n not in REFUSED]
+DECODERS = [n for n in CLASSES if n not in (*REFUSED, *WITH_IMAGES)]
 ALL = [*ARCHITECTURES, *DECODERS, *WITH_IMAGES]
-FAST = [*ARCHITECTURES, "GptOssForCausalLM", "JambaForCausalLM", "LlavaForConditionalGeneration"]
+FAST = {*ARCHITECTURES, "LlavaForConditionalGeneration"}
 TABLE = Path(__file__).parents[3] / "docs" / "architectures.md"
 
 
@@ -234,7 +238,7 @@ def check_adapter(config: AlignConfig, run: Path, start: Path, cache: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("deepseek_v2", marks=pytest.mark.slow)])
 def test_adapters_of_experts(name: str, preferences: Path, tmp_path: Path) -> None:
     config, still = expert_configs(name, preferences, tmp_path)
     runs = [run_here(each, tmp_path / str(n)) for n, each in enumerate((config, still))]
@@ -282,14 +286,13 @@ def test_parameters_that_take_no_adapter(
     assert message in str(caught.value)
 
 
-def test_a_class_without_gradients(preferences: Path, tmp_path: Path) -> None:
-    model = save_as_on_hub(WITHOUT_GRADIENTS, tmp_path / "model")
+@pytest.mark.parametrize("name", REFUSED)
+def test_classes_that_are_refused(name: str, preferences: Path, tmp_path: Path) -> None:
+    model = save_as_on_hub(name, tmp_path / "model")
     with pytest.raises(InputError) as caught:
         plan_alignment(align_config(model, preferences, **RUN), tmp_path / "cache")
-    assert str(caught.value) == (
-        f"model {model}: found RwkvForCausalLM, which cannot be trained: transformers' recurrence "
-        "overwrites values that its gradient needs"
-    )
+    line = f"model {model}: found {name}, which cannot be trained: {REFUSED[name]}"
+    assert str(caught.value) == line
 
 
 def test_text_alone_leaves_towers_as_they_are(preferences: Path, tmp_path: Path) -> None:
@@ -305,10 +308,10 @@ def test_text_alone_leaves_towers_as_they_are(preferences: Path, tmp_path: Path)
     run = run_here(align_config(model, preferences, **RUN, lora={"rank": 2}), tmp_path / "run")
     before, after = (load_file(path / WEIGHTS) for path in (model, run / "model"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert len(changed) == 14 and all("language_model.layers." in name for name in changed)
+    assert len(changed) == 14 and all("language_model.model.layers." in n for n in changed)
 
 
 def test_the_table_in_the_docs_says_what_aligns() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", TABLE.read_text(), re.MULTILINE)
     told = {name: aligns for name, aligns in rows if aligns != "–"}
-    assert told == dict.fromkeys(ALL, "yes") | {WITHOUT_GRADIENTS: "no"}
+    assert told == dict.fromkeys(ALL, "yes") | dict.fromkeys(REFUSED, "no")
