@@ -140,31 +140,55 @@ class Changes:
         changes = {name: _change(store, name, each, known) for name, each in products.items()}
         return cls(store, changes)
 
-    def placed(self, base: Source, known: Architecture) -> NamedLike:
-        """The changes by the names of a base's tensors, which may be stored in another layout.
 
-        Raises:
-            InputError: a change of what the base does not have, or has as a part of a tensor whose
-                other parts do not change.
-        """
-        like = ModuleView.of(base, known.model)
-        try:
-            view = ModuleView.of(self, known.model)
-        except InputError:  # of some layers nothing can be made
-            view = None
-        if view is None or view.naming.misfits:
-            raise InputError(
-                f"adapter {self.path}: changes some of the layers that are one tensor in its base "
-                f"{base.path}, such as {next(iter(self.changes))}, and not the others; allowed: "
-                "all of them, or a base that has them one by one"
-            )
-        found = placed_like(view, like)
-        if found is None or found.rest:
-            name = next(iter(self.changes)) if found is None else found.rest[0]
-            raise InputError(
-                f"adapter {self.path}: changes {name!r}, which its base {base.path} does not have"
-            )
-        return found
+def placed(source: Source, base: Source, known: Architecture) -> NamedLike:
+    """An adapter's tensors by the names of a base's, which may be stored in another layout.
+
+    Args:
+        source: by the names of the model's parameters, or of layers that are fused in one of them.
+
+    Raises:
+        InputError: one that the base does not have, or has as a part of a tensor whose other parts
+            the adapter does not have.
+    """
+    like = ModuleView.of(base, known.model)
+    try:
+        view = ModuleView.of(source, known.model)
+    except InputError:  # of some layers nothing can be made
+        view = None
+    if view is None or view.naming.misfits:
+        raise InputError(
+            f"adapter {source.path}: changes some of the layers that are one tensor in its base "
+            f"{base.path}, such as {next(iter(source.names()))}, and not the others; allowed: "
+            "all of them, or a base that has them one by one"
+        )
+    found = placed_like(view, like)
+    if found is None or found.rest:
+        name = next(iter(source.names())) if found is None else found.rest[0]
+        raise InputError(
+            f"adapter {source.path}: changes {name!r}, which its base {base.path} does not have"
+        )
+    return found
+
+
+def saved_parts(
+    store: Checkpoint, replaced: dict[str, str], base: Source, known: Architecture
+) -> NamedLike | None:
+    """Parameters that an adapter has whole and its base in parts, by the base's names; None if there
+    are none. Raises as `placed`.
+
+    Args:
+        replaced: the model's names -> those in the file.
+    """
+    if replaced.keys() <= set(base.names()):
+        return None
+    parameters = ModuleView.of(base, known.model).naming.parameters
+    parts = {
+        name: store.tensors[stored]
+        for name, stored in replaced.items()
+        if name in parameters and parameters[name].whole is None
+    }
+    return placed(Checkpoint(store.path, store.config, parts), base, known) if parts else None
 
 
 def _change(store: Checkpoint, name: str, adapter: Adapter, known: Architecture) -> Change:

@@ -21,7 +21,7 @@ from pipelines.checkpoints.adapter import (
     transposed_squares,
 )
 from pipelines.checkpoints.architecture import architecture_of
-from pipelines.checkpoints.factors import Changes
+from pipelines.checkpoints.factors import Changes, placed, saved_parts
 from pipelines.checkpoints.named_like import NamedLike
 from pipelines.checkpoints.reader import HEAD, Checkpoint, read_json, untied
 from pipelines.checkpoints.safetensors_header import StoredTensor
@@ -45,7 +45,9 @@ class AdaptedCheckpoint:
     base: Source
     store: Checkpoint
     parts: AdapterParts
-    changes: NamedLike | None = None  # of tensors that the base has as parts of others, or fused
+    # Of tensors that the adapter has as parts of others or fused, and the base the other way round:
+    changes: NamedLike | None = None
+    saved: NamedLike | None = None
     _squares_stored_transposed: frozenset[str] = frozenset()
     _dora_factors: dict[str, Tensor] = field(default_factory=dict, compare=False)
     _first_factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
@@ -66,17 +68,21 @@ class AdaptedCheckpoint:
         store = Checkpoint.at(path)
         known = architecture_of(base.config)
         stored = {} if known is None else known.stored_names(base.names())
-        parts = parts_of(store, known)
-        placed = parts.as_in(base.names(), stored)
+        own = parts_of(store, known)
+        parts = own.as_in(base.names(), stored)
         others: dict[str, Adapter] = {}
-        for own, name in zip(parts.products, list(placed.products), strict=True):
-            if known is not None and _is_elsewhere(base.find(name), placed.products[name]):
-                others[own] = placed.products.pop(name)
-        changes = None
-        if known is not None and others:
-            changes = Changes.of(store, others, known).placed(base, known)
-        squares = transposed_squares(placed, store, known, stored)
-        result = cls(base, store, placed, changes, squares)
+        changes = saved = None
+        if known is not None:
+            for name, found in zip(own.products, list(parts.products), strict=True):
+                if _is_elsewhere(base.find(found), parts.products[found]):
+                    others[name] = parts.products.pop(found)
+            if others:
+                changes = placed(Changes.of(store, others, known), base, known)
+            saved = saved_parts(store, parts.replaced, base, known)
+            for name in [] if saved is None else saved.view.source.names():
+                del parts.replaced[name]
+        squares = transposed_squares(parts, store, known, stored)
+        result = cls(base, store, parts, changes, saved, squares)
         for name in result.parts.products:
             result._check_shapes(name)
         for name in result.parts.biases:
@@ -114,14 +120,16 @@ class AdaptedCheckpoint:
         """The base's tensor; from the adapter's file where that changes it."""
         if name in self.parts.replaced:
             return replace(self.store.tensors[self.parts.replaced[name]], name=name)
+        if self.saved is not None and _has(self.saved, name):
+            return self.saved.find(name)
         found = self.base.find(name)
-        if found is not None and (name in self.parts or self._is_part(name)):
+        if found is not None and (name in self.parts or _has(self.changes, name)):
             return replace(found, file=self.store.path / ADAPTER_WEIGHTS)
         return found
 
     def stored(self, name: str) -> tuple[Checkpoint, StoredTensor] | None:
         """Where a tensor is read from as it is: the base, unless the adapter changes it."""
-        if self._tied_to(name) in self.parts or self._is_part(name):
+        if self._tied_to(name) in self.parts or _has(self.changes, name) or _has(self.saved, name):
             return None
         return self.base.stored(name)
 
@@ -130,6 +138,8 @@ class AdaptedCheckpoint:
         name = self._tied_to(name)
         if name in self.parts.replaced:  # an embedding can be stored whole and have factors too
             values = self.store.read(self.parts.replaced[name], start, stop)
+        elif self.saved is not None and _has(self.saved, name):
+            values = self.saved.read(name, start, stop)
         else:
             values = self.base.read(name, start, stop)
         if name in self.parts.tokens:
@@ -138,16 +148,11 @@ class AdaptedCheckpoint:
             bias = self.parts.biases[name]
             added = self.store.read(bias.name, start, stop).float().mul_(bias.scale)
             return values.to(torch.float32).add_(added)
-        if self.changes is not None and self._is_part(name):
+        if self.changes is not None and _has(self.changes, name):
             return values.to(torch.float32).add_(self.changes.read(name, start, stop))
         if name not in self.parts.products:
             return values
         return self._adapted(name, values.to(torch.float32), start)
-
-    def _is_part(self, name: str) -> bool:
-        """Whether `changes` has a tensor."""
-        changes = self.changes
-        return changes is not None and (name in changes.wholes or name in changes.parts)
 
     @property
     def _is_tied(self) -> bool:
@@ -350,6 +355,11 @@ class AdaptedCheckpoint:
                 f"{self.store.path / ADAPTER_CONFIG}: trainable_token_indices: found rows of "
                 f"{name}, which the adapter changes in another way too; allowed: one of the two"
             )
+
+
+def _has(source: NamedLike | None, name: str) -> bool:
+    """Whether a source has a tensor."""
+    return source is not None and (name in source.wholes or name in source.parts)
 
 
 def _is_elsewhere(found: TensorSpec | None, adapter: Adapter) -> bool:

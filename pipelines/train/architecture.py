@@ -74,9 +74,11 @@ def check_class(model: "PreTrainedModel", path: Path) -> None:
         )
 
 
-def language_part(model: "PreTrainedModel") -> nn.Module | None:
+def language_part(model: nn.Module) -> nn.Module | None:
     """The stack that reads text, of a model that has others too; None if it is the whole model."""
-    if model.config.get_text_config() is model.config:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.config.get_text_config() is model.config:
         return None
     decoder: nn.Module | None = model.get_decoder()
     return decoder
@@ -103,7 +105,7 @@ def _without_dropout(config: "PretrainedConfig") -> "PretrainedConfig":
     return config
 
 
-def blocks_of(model: "PreTrainedModel") -> list[nn.Module]:
+def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of the stack that reads text: the elements of its longest module list."""
     part = language_part(model) or model
     lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]

@@ -253,7 +253,9 @@ def _change(wrapper: "ParamWrapper", layout: ShardLayout) -> Tensor:
     is stored as (inputs, outputs).
     """
     experts = layout.shape[0] if len(layout.shape) == 3 else 1
-    down, up = (whole(each["default"].weight) for each in (wrapper.lora_A, wrapper.lora_B))
+    down, up = (
+        whole(each.get_parameter("default.weight")) for each in (wrapper.lora_A, wrapper.lora_B)
+    )
     down = down.view(experts, -1, down.shape[1])
     up = up.view(len(up), -1, experts).permute(2, 0, 1)
     size = math.prod(layout.shape) // experts

@@ -116,11 +116,12 @@ EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
         PLAIN | {"target_parameters": ["gate_up_proj", "gate_up_proj_bias", "down_proj"]},
     ),
     "of a hybrid": ("JambaForCausalLM", {"target_modules": ["in_proj"]} | BOTH),
+    "whole experts": ("qwen3_moe", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
     "beside whole modules": ("qwen3_moe", PLAIN | BOTH | {"modules_to_save": ["norm", "gate"]}),
 }
 
 
-FAST = {"patterns", "with the router", "a matrix of biases", "square"}
+FAST = {"patterns", "whole experts", "with the router", "a matrix of biases", "square"}
 
 
 @pytest.mark.filterwarnings("ignore")
