@@ -174,8 +174,8 @@ def placed(source: Source, base: Source, known: Architecture) -> NamedLike:
 def saved_parts(
     store: Checkpoint, replaced: dict[str, str], base: Source, known: Architecture
 ) -> NamedLike | None:
-    """Parameters that an adapter has whole and its base in parts, by the base's names; None if there
-    are none. Raises as `placed`.
+    """Parameters that an adapter has whole and its base in parts, by the base's names; None if
+    there are none. Raises as `placed`.
 
     Args:
         replaced: the model's names -> those in the file.
