@@ -7,6 +7,7 @@ stored as (experts, inputs, outputs).
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -152,10 +153,9 @@ def placed(source: Source, base: Source, known: Architecture) -> NamedLike:
             the adapter does not have.
     """
     like = ModuleView.of(base, known.model)
-    try:
+    view: ModuleView | None = None
+    with suppress(InputError):  # of some layers nothing can be made
         view = ModuleView.of(source, known.model)
-    except InputError:  # of some layers nothing can be made
-        view = None
     if view is None or view.naming.misfits:
         raise InputError(
             f"adapter {source.path}: changes some of the layers that are one tensor in its base "

@@ -71,7 +71,8 @@ class AdaptedCheckpoint:
         own = parts_of(store, known)
         parts = own.as_in(base.names(), stored)
         others: dict[str, Adapter] = {}
-        changes = saved = None
+        changes: NamedLike | None = None
+        saved: NamedLike | None = None
         if known is not None:
             for name, found in zip(own.products, list(parts.products), strict=True):
                 if _is_elsewhere(base.find(found), parts.products[found]):
