@@ -31,7 +31,7 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     config = with_folders(config)
     checkpoint = Checkpoint.open(config.model)
     check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
-    for data in config.sets:
+    for data in [*config.sets, *config.held_out_sets]:
         source_files(data.path, data.split)
     model, weights = empty_model(config.model)
     check_tied(model, weights)

@@ -35,7 +35,7 @@ from pipelines.train.row_kinds import ROW_KINDS
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "special_tokens*")
 # Raise it when the same rows are read in another way: earlier tokens are then not used.
-MEANING_OF_ROWS = 2
+MEANING_OF_ROWS = {"pairs": 2, "labelled": 3, "texts": 2}
 RAY_BYTES = 64_000_000  # for smaller data, starting workers takes longer than tokenising
 
 
@@ -59,7 +59,7 @@ def token_table(
     files = source_files(data, split)
     values = asdict(settings) | {
         "tokenizer": fingerprint_directory(settings.tokenizer, TOKENIZER_FILES),
-        "meaning": MEANING_OF_ROWS,
+        "meaning": MEANING_OF_ROWS.get(settings.kind, 1),
     }
     key = fingerprint([values, [fingerprint_file(file) for file in files]])
     final = cache / f"tokens-{key}"

@@ -151,6 +151,7 @@ def _form(data: Any) -> str:
     return "DataSet" if isinstance(data, dict | DataSet) else "Path"
 
 
+DataSets = Path | DataSet | list[DataSet]
 # A path, one set or several; the tags are left out of messages, as names of types are.
 DataField = Annotated[
     Annotated[Path, Tag("Path")]
@@ -158,6 +159,13 @@ DataField = Annotated[
     | Annotated[list[DataSet], Tag("list[DataSet]")],
     Discriminator(_form),
 ]
+
+
+def sets_of(data: DataSets, reading: dict[str, Any]) -> list[DataSet]:
+    """The sets of a field; a path is one set, read as `reading` says."""
+    if isinstance(data, DataSet):
+        return [data]
+    return data if isinstance(data, list) else [DataSet(path=data, **reading)]
 
 
 def check_sets(sets: Sequence[DataSet]) -> None:

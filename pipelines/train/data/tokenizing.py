@@ -137,7 +137,10 @@ def _placed(parts: list[Part]) -> Iterator[tuple[str, Any]]:
 
 
 def prompt_number(example: Example) -> int:
-    """64 bits that are equal for equal prompts (with one label); of plain texts for equal texts."""
+    """64 bits that are equal for equal prompts (with one label); of plain texts for equal texts.
+
+    Where rows have labels, the last bit is the label, and the others are those of the prompt.
+    """
     content: Content = example.prompt
     if not content:
         content = example.responses[0]
@@ -146,7 +149,8 @@ def prompt_number(example: Example) -> int:
             content = content[: roles.index("assistant")]
     if isinstance(content, list):
         content = "\0".join(f"{m['role']}\1{m.get('content')}" for m in content)
-    return xxhash.xxh3_64_intdigest(f"{example.label}\0{content}".encode("utf-8", "replace"))
+    number = xxhash.xxh3_64_intdigest(f"None\0{content}".encode("utf-8", "replace"))
+    return number if example.label is None else number & ~1 | example.label
 
 
 def part_path(folder: Path, number: int) -> Path:
