@@ -80,6 +80,10 @@ def _lines_about_data(table: TokenTable) -> dict[str, str]:
         else "",
     }
     lines |= {name: text for name, text in told.items() if text}
+    if (weights := table.weights) is not None:
+        lines["weights"] = (
+            f"{weights.min():.4g} to {weights.max():.4g}, {weights.mean():.4g} on average"
+        )
     named, metadata = counts.unused_columns()
     if named or metadata:
         parts = [", ".join(named) or "none but metadata"]

@@ -53,7 +53,7 @@ class OptimizerConfig(Config):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     weight_decay_on: Literal["all", "matrices"] = Field(
-        "all", description="all parameters, or all but biases and norms as in transformers (adamw)"
+        "all", description="all parameters, or all but biases and norms as in transformers"
     )
     sparsifier: str | None = Field(None, description="sparsifier of update and tau (online)")
     consensus: str | None = Field(None, description="consensus of update and tau (online)")
@@ -83,9 +83,10 @@ class OptimizerConfig(Config):
         for field in ("sparsifier", "consensus", "sparsifier_parameters"):
             if getattr(self, field) and self.name != "online":
                 raise ValueError(f"{field}: has no effect with {self.name}; allowed with online")
-        if self.weight_decay_on != "all" and (self.name in ONLINE or not self.weight_decay):
-            why = f"with {self.name}" if self.name in ONLINE else "without weight_decay"
-            raise ValueError(f"weight_decay_on: found {self.weight_decay_on} {why}; allowed: all")
+        if self.weight_decay_on != "all" and not self.weight_decay:
+            raise ValueError(
+                f"weight_decay_on: found {self.weight_decay_on} without weight_decay; allowed: all"
+            )
         if self.name == "online":
             self.merge_options.check(has_tau=True)
         for field in ONLINE_FIELDS & self.model_fields_set:
@@ -164,6 +165,11 @@ class AlignConfig(ReadingConfig):
     num_epochs: float | None = Field(None, gt=0, description="passes over the data; or num_steps")
     global_batch_size: int = Field(32, ge=1, description="rows of one optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="rows of one pass on a worker")
+    packing: bool = Field(
+        False,
+        description="several rows in one sequence of up to max_length tokens, where none sees "
+        "another: less padding (sft)",
+    )
     max_gradient_norm: float | None = Field(1.0, gt=0)
     strategy: Annotated[str, NamedIn(STRATEGIES)] = "fsdp2"
     num_workers: int = Field(2, ge=1)
@@ -225,6 +231,8 @@ class AlignConfig(ReadingConfig):
         self._check_rows()
         self._check_decay()
         self._check_evaluation()
+        if self.packing and self.objective.definition.rows != "texts":
+            raise ValueError(f"packing: found objective {self.objective.label}; allowed with: sft")
         if self.lora is not None and self.optimizer.name in ONLINE:
             raise ValueError(
                 f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
@@ -298,13 +306,10 @@ class AlignConfig(ReadingConfig):
             )
 
     def _check_decay(self) -> None:
-        if self.optimizer.weight_decay_on == "all":
-            return
-        if self.traits.zero_stage or self.lora is not None:
-            beside = "lora" if self.lora is not None else f"strategy {self.strategy}"
+        if self.optimizer.weight_decay_on != "all" and self.lora is not None:
             raise ValueError(
-                f"optimizer.weight_decay_on: found {self.optimizer.weight_decay_on} with {beside}; "
-                "allowed with it: all"
+                f"optimizer.weight_decay_on: found {self.optimizer.weight_decay_on} with lora, "
+                "whose adapters are matrices; allowed with it: all"
             )
 
     def _check_evaluation(self) -> None:

@@ -16,7 +16,13 @@ from pipelines.train.data import PAD, collate_mismatched
 from pipelines.train.evaluation_config import PREFIX, EvaluationConfig
 from pipelines.train.files import METRICS_FILE
 from pipelines.train.metrics import add_up, earlier_records
-from pipelines.train.objectives import MicroLoss, Shares, shares_of
+from pipelines.train.objectives import (
+    MicroLoss,
+    Shares,
+    shares_of,
+    weighted_sum,
+    weights_of,
+)
 from pipelines.train.reference import Rows, score
 from pipelines.train.reference_store import small_batches
 from pipelines.train.strategies import Strategy
@@ -43,7 +49,7 @@ def measure(
     rows = list(range(held_out.table.num_rows))
     shares, sums = shares_of(held_out.table, rows), dict[str, Tensor]()
     with strategy.evaluating():
-        point = _point(strategy, held_out, device) if has_point else None
+        point = _point(strategy, held_out, shares, device) if has_point else None
         for batch, counts in _turns(held_out, device):
             result = micro_loss(held_out, batch, shares, point)
             for name, value in {"loss": result.loss, **result.metrics}.items():
@@ -53,15 +59,16 @@ def measure(
     return found if point is None else found | {PREFIX + "kl": float(point)}
 
 
-def _point(strategy: Strategy, held_out: Rows, device: torch.device) -> Tensor:
+def _point(strategy: Strategy, held_out: Rows, shares: Shares, device: torch.device) -> Tensor:
     """KTO's z0 of all held-out rows."""
     assert held_out.reference is not None  # KTO has a reference
     total = torch.zeros((), dtype=torch.float64, device=device)
     for rows, counts in _turns(held_out, device):
         batch = collate_mismatched(held_out.table, rows, PAD, device)
         before = held_out.reference.mismatched(rows, batch)
-        total += (score(strategy, batch) - before).double().sum() * counts
-    return kto_reference_point(add_up(total), held_out.table.num_rows).float()
+        ratios = (score(strategy, batch) - before).double()
+        total += weighted_sum(ratios, weights_of(held_out.table, rows, device)) * counts
+    return kto_reference_point(add_up(total), shares.rows).float()
 
 
 def _turns(held_out: Rows, device: torch.device) -> Iterator[tuple[list[int], int]]:

@@ -14,6 +14,7 @@ from pipelines.train.config import AlignConfig
 from pipelines.train.data import TokenTable, source_files
 from pipelines.train.models import with_folders
 from pipelines.train.optimizer import delta_of
+from pipelines.train.packing import check_packing
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.strategies.lora import add_adapters
 from pipelines.train.trackers import check_trackers
@@ -35,6 +36,8 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
         source_files(data.path, data.split)
     model, weights = empty_model(config.model)
     check_tied(model, weights)
+    if config.packing:
+        check_packing(model)
     if config.lora is not None:
         add_adapters(model, config.lora)
     if config.reference_model is not None:

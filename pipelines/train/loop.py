@@ -26,6 +26,7 @@ from pipelines.train.data import (
     collate_mismatched,
     deal,
     global_batch,
+    pack,
     rows_seen,
 )
 from pipelines.train.errors import DivergenceError, comes_again, has_failed, record_failure
@@ -48,8 +49,10 @@ from pipelines.train.objectives import (
     mismatched_point,
     responses_under,
     shares_of,
+    weights_of,
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
+from pipelines.train.packing import check_rows_apart
 from pipelines.train.reference import AskedRows, Rows, score, with_references
 from pipelines.train.row_kinds import MicroBatch
 from pipelines.train.strategies import build_strategy, first_rank
@@ -147,6 +150,9 @@ class Run:
         self.strategy = build_strategy(config, device)
         self.model = self.strategy.model
         self.rows, self.held_out = self._rows(settings)
+        if config.packing:
+            with self.strategy.evaluating(), self.strategy.forward_context():
+                check_rows_apart(self.model, self.table.largest_id() + 1, config.precision, device)
         self.first_step = self.last_step = self._resume()
         self.evaluations = config.evaluation and Evaluations(
             config.evaluation, self.folder, self.first_step
@@ -254,7 +260,7 @@ class Run:
         shares = shares_of(self.table, rows)
         micro = [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
         metrics: dict[str, Tensor] = {}
-        point = self._reference_point(micro, len(rows)) if self.kind.has_point else None
+        point = self._reference_point(micro, shares) if self.kind.has_point else None
         for number, part in enumerate(micro):
             with self.strategy.accumulating(last=number == len(micro) - 1):
                 result = self._micro_loss(self.rows, part, shares, point)
@@ -271,7 +277,10 @@ class Run:
         self, source: Rows, rows: list[int], shares: Shares, point: Tensor | None
     ) -> MicroLoss:
         """The loss of some rows."""
-        batch = collate(source.table, rows, PAD, self.device)
+        if self.config.packing:
+            batch = pack(source.table, rows, PAD, self.config.max_length, self.device)
+        else:
+            batch = collate(source.table, rows, PAD, self.device)
         before = source.reference
         reference = None if before is None else before.responses(rows, batch)
         keeping = offload_activations() if self.config.activation_offload else nullcontext()
@@ -286,7 +295,7 @@ class Run:
         return result
 
     @torch.no_grad()
-    def _reference_point(self, micro: list[list[int]], num_rows: int) -> Tensor:
+    def _reference_point(self, micro: list[list[int]], shares: Shares) -> Tensor:
         """KTO's z0 of the global batch, before any of its gradients."""
         batches = [(r, collate_mismatched(self.table, r, PAD, self.device)) for r in micro]
         before = self.rows.reference
@@ -296,7 +305,8 @@ class Run:
         def policy() -> Tensor:
             return torch.cat([score(self.strategy, batch) for _, batch in batches])
 
-        return mismatched_point(policy, reference, add_up, num_rows)
+        weights = weights_of(self.table, [row for rows in micro for row in rows], self.device)
+        return mismatched_point(policy, reference, add_up, shares.rows, weights)
 
 
 def offload_activations() -> AbstractContextManager[object]:

@@ -72,6 +72,7 @@ IMMATERIAL = {
     "trackers",
     "num_workers",
     "micro_batch_size",
+    "packing",
     "gradient_checkpointing",
     "activation_offload",
     "cpu_offload",
@@ -149,18 +150,20 @@ def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str,
         del same["objective"]["loss_weights"]
     if config.evaluation is None:
         del same["evaluation"]
-    if not with_data_paths:
-        same["data"] = _without_path(same["data"])
-        if config.evaluation is not None:
-            same["evaluation"]["data"] = _without_path(same["evaluation"]["data"])
+    for place in (same, same.get("evaluation") or {}):
+        if "data" in place:
+            place["data"] = _material_data(place["data"], with_path=with_data_paths)
     return same
 
 
-def _without_path(data: Any) -> Any:
-    """A dumped `data` without the places of files."""
+def _material_data(data: Any, *, with_path: bool) -> Any:
+    """A dumped `data` with or without the places of files, and without a weight that is 1."""
     if isinstance(data, list):
-        return [_without_path(each) for each in data]
-    return data | {"path": None} if isinstance(data, dict) else None
+        return [_material_data(each, with_path=with_path) for each in data]
+    if not isinstance(data, dict):
+        return data if with_path else None
+    same = {name: v for name, v in data.items() if (name, v) != ("row_weight", 1)}
+    return same if with_path else same | {"path": None}
 
 
 def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:

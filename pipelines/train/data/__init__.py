@@ -8,6 +8,7 @@ from pipelines.train.data.batches import (
     deal,
     global_batch,
     num_steps_of,
+    pack,
     rows_seen,
 )
 from pipelines.train.data.cache import token_table
@@ -30,6 +31,7 @@ __all__ = [
     "global_batch",
     "joined_table",
     "num_steps_of",
+    "pack",
     "prompts_of",
     "rows_seen",
     "source_files",

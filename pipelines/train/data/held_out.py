@@ -17,6 +17,7 @@ from pipelines.train.data.table import (
     SCHEMA,
     SETS_FILE,
     TABLE_FILE,
+    WEIGHTS_FILE,
     Counts,
     TokenTable,
 )
@@ -72,11 +73,13 @@ def drawn_rows(prompts: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def _write(table: TokenTable, rows: np.ndarray, counts: Counts, folder: Path) -> None:
-    """The tokens, counts, prompts and sets of some rows."""
+    """The tokens, counts, prompts, weights and sets of some rows."""
     with pa.OSFile(str(folder / TABLE_FILE), "wb") as file, pa.ipc.new_file(file, SCHEMA) as out:
         for batch in table.batches_of(rows):
             out.write_batch(batch)
     np.save(folder / PROMPTS_FILE, np.load(table.folder / PROMPTS_FILE)[rows])
+    if table.weights is not None:
+        np.save(folder / WEIGHTS_FILE, table.weights[rows])
     (folder / COUNTS_FILE).write_text(json.dumps(asdict(counts)))
     if table.sets:
         bounds = [np.searchsorted(rows, (s.first, s.first + s.rows)).tolist() for s in table.sets]

@@ -25,7 +25,7 @@ from training_files import (
 from transformers import AutoModelForCausalLM
 
 from pipelines.errors import InputError
-from pipelines.train import plan_alignment
+from pipelines.train import plan_alignment, workers
 from pipelines.train.checkpoints import saved_steps
 from pipelines.train.data import TokenTable, prompts_of
 from pipelines.train.data.held_out import drawn_rows
@@ -100,11 +100,13 @@ def as_conversations(rows: Path, folder: Path) -> Path:
     )
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
 def test_dpo_in_float64(
-    tiny_llama: Path, preferences: Path, held_out: Path, tmp_path: Path
+    lora: dict[str, int] | None, tiny_llama: Path, preferences: Path, held_out: Path, tmp_path: Path
 ) -> None:
     """The last evaluation is of the model that is written."""
-    config = align_config(tiny_llama, preferences, evaluation={"data": held_out, "every": 2})
+    evaluation = {"data": held_out, "every": 2}
+    config = align_config(tiny_llama, preferences, evaluation=evaluation, lora=lora)
     folder = run_here(config, tmp_path / "run")
     assert sorted(evaluated(folder)) == [2, 4, 6]
     table = plan_alignment(config, tmp_path / "cache").held_out
@@ -280,6 +282,9 @@ def test_the_plan_and_the_record(
     card = (out / "README.md").read_text()
     assert f"- held-out rows: {text}\n" in card and f"steps: {step} of 8 rows" in card
     assert set(record["inputs"]) == {"model", "data", "evaluation.data"}
+    last = evaluated(out)[2]["loss"]
+    note = workers._held_out_note(out / "metrics.jsonl")
+    assert note == f"; held out at step 2: loss {last:.3f}"
 
 
 def test_fingerprints(tiny_llama: Path, preferences: Path, held_out: Path, tmp_path: Path) -> None:
