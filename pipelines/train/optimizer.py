@@ -26,20 +26,14 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
         "weight_decay": settings.weight_decay,
     }
     if settings.name not in ONLINE:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if settings.weight_decay_on == "matrices":
-            names = decaying(model)
-            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            groups: list[dict[str, Any]] = [
-                {"params": [p for n, p in named if n in names]},
-                {"params": [p for n, p in named if n not in names], "weight_decay": 0.0},
-            ]
-            return torch.optim.AdamW(groups, foreach=True, **shared)
-        return torch.optim.AdamW(trained, foreach=True, **shared)
+        groups = [
+            group | {"params": [p for _, p in group["params"]]} for group in _groups(config, model)
+        ]
+        return torch.optim.AdamW(groups, foreach=True, **shared)
     density, alpha = settings.density, settings.alpha
     assert density is not None and alpha is not None  # the config requires them
     return OnlineMergingAdamW(
-        model.named_parameters(),
+        _groups(config, model),
         delta_of(config),
         **shared,
         consensus=settings.consensus or ONLINE[settings.name],
@@ -54,6 +48,21 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
         implementation=settings.implementation,
         seed=config.seed,
     )
+
+
+def _groups(config: AlignConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """The trained parameters with their names in one group, or those without weight decay in a
+    second one.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if config.optimizer.weight_decay_on == "all":
+        return [{"params": named}]
+    names = decaying(model)
+    groups: list[dict[str, Any]] = [
+        {"params": [(n, p) for n, p in named if n in names]},
+        {"params": [(n, p) for n, p in named if n not in names], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def decaying(model: nn.Module) -> set[str]:

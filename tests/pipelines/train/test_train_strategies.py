@@ -107,7 +107,10 @@ def test_strategy(
     assert seeded_metrics(killed) == seeded_metrics(whole)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("fsdp2", marks=pytest.mark.slow), "zero3"])
+@pytest.mark.parametrize(
+    "strategy",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "zero2")), "zero3"],
+)
 def test_a_killed_worker_changes_nothing(
     strategy: str, models: tuple[Path, Path], preferences: Path, tmp_path: Path
 ) -> None:
@@ -118,7 +121,7 @@ def test_a_killed_worker_changes_nothing(
         strategy,
         models,
         preferences,
-        optimizer={"learning_rate": 1e-3},
+        optimizer={"learning_rate": 1e-3, "weight_decay": 0.3, "weight_decay_on": "matrices"},
         schedule="constant",
         num_steps=5,
         micro_batch_size=4,
