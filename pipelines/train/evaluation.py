@@ -99,7 +99,7 @@ class Evaluations:
         self._num_since = 0  # evaluations after the best one
         for record in earlier_records(folder / METRICS_FILE, first_step):
             if self._name in record:
-                self.add(record["step"], record)
+                self.add(int(record["step"]), record)
 
     @property
     def _name(self) -> str:

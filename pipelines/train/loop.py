@@ -154,9 +154,9 @@ class Run:
             with self.strategy.evaluating(), self.strategy.forward_context():
                 check_rows_apart(self.model, self.table.largest_id() + 1, config.precision, device)
         self.first_step = self.last_step = self._resume()
-        self.evaluations = config.evaluation and Evaluations(
-            config.evaluation, self.folder, self.first_step
-        )
+        self.evaluations: Evaluations | None = None
+        if config.evaluation is not None:
+            self.evaluations = Evaluations(config.evaluation, self.folder, self.first_step)
         self.model.train()
 
     def _rows(self, settings: dict[str, Any]) -> tuple[Rows, Rows | None]:

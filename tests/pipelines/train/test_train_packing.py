@@ -100,12 +100,18 @@ def test_the_loss_of_trl(tiny_llama: Path, tmp_path: Path) -> None:
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32),
         args=SFTConfig(
-            str(tmp_path), report_to="none", bf16=False, gradient_checkpointing=False, use_cpu=True,
-            per_device_train_batch_size=8, packing=True, max_length=40,
+            str(tmp_path),
+            report_to="none",
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            per_device_train_batch_size=8,
+            packing=True,
+            max_length=40,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(tiny_llama),
-    )  # fmt: skip
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["input_ids"].shape[0] == 1 and (batch["position_ids"] == 0).sum() == 8
     data = write_rows(tmp_path / "rows.jsonl", rows)
