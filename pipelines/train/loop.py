@@ -36,6 +36,7 @@ from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER, REFERENCE_FILE
 from pipelines.train.metrics import (
     Clock,
     MetricsWriter,
+    UpdateLength,
     Watch,
     add_up,
     delta_metrics,
@@ -105,7 +106,8 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
             bring(model_paths(config).values(), offline=settings["offline"])
             run = Run(config, settings, device)
             run.train()
-            run.strategy.merge_pending()
+            run.strategy.finish()
+            delta = delta_metrics(run.strategy, config)
             saved = export_result(run.strategy, config, folder / MODEL_FOLDER)
             told = run.evaluations and run.evaluations.told(run.num_steps)
     except DivergenceError as error:  # all workers see it at once, so none waits for another
@@ -118,7 +120,8 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
     if saved is not None:  # this is the first rank
         optimizer = run.strategy.optimizer
         path = optimizer.path if isinstance(optimizer, OnlineMergingAdamW) else None
-        exported = {"optimizer_path": path, "rounding": saved.rounding, **asdict(saved.digest)}
+        found = {"optimizer_path": path, "rounding": saved.rounding, "delta": delta}
+        exported = {**found, **asdict(saved.digest)}
         exported |= {} if told is None else {"evaluation": told}
         write_atomically(folder / EXPORTED_FILE, json.dumps(exported))
     return True
@@ -208,15 +211,20 @@ class Run:
                 set_learning_rate(
                     self.strategy.optimizer, learning_rate(config, step, self.num_steps)
                 )
+                norms_every = config.norms_every or config.checkpoint_every
+                measured = step == self.num_steps or step % norms_every == 0
                 record = self._gradients(rows)
+                length = UpdateLength(self.strategy) if measured else None
                 record["gradient_norm"] = self.strategy.update(partial(watch.check, step, record))
                 record["learning_rate"] = learning_rate(config, step, self.num_steps)
+                if length is not None:
+                    record["update_norm"] = length.measure()
+                    record |= delta_metrics(self.strategy, config)
                 with clock.stopped():
                     record |= self._evaluate(step)
                 due = step % config.checkpoint_every == 0 or self._is_last(step)
                 due |= self._kept_step == step
                 if due:
-                    record |= delta_metrics(self.strategy, config)
                     record |= merge_metrics(self.strategy)
                 record |= self.table.rows_by_set(rows)
                 record |= clock.measure(int(self.table.lengths[rows].sum()))
