@@ -268,6 +268,20 @@ def test_what_makes_no_sense(evaluation: dict[str, Any], message: str) -> None:
         align_config(Path("m"), Path("r"), objective={"name": "sft"}, evaluation=evaluation)
 
 
+def test_weights_that_are_not_measured() -> None:
+    """Those of a merge that is still to come, and a moving average."""
+    online = {"name": "onties", "learning_rate": 1e-3, "density": 0.5, "alpha": 0.1}
+    online |= {"merge_every": 3, "tau": {"base": "b", "tuned": "t"}}
+    average = {"learning_rate": 1e-3, "ema": {"coefficient": 0.1}}
+    evaluation = {"every": 2, "share": 0.1}
+    for optimizer, message in (
+        (online, "evaluation.every: found 2 with optimizer.merge_every 3; allowed: its multiples"),
+        (average, "evaluation: found optimizer.ema with mode export, whose average is written"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            align_config(Path("m"), Path("r"), optimizer=optimizer, evaluation=evaluation)
+
+
 def test_one_prompt_cannot_be_shared(tiny_llama: Path, tmp_path: Path) -> None:
     rows = [row | {"prompt": [{"role": "user", "content": "a"}]} for row in preference_rows(4)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
