@@ -157,7 +157,7 @@ def kto_loss(
     return weight * (1 - torch.sigmoid(sign * beta * (log_ratio - reference_point)))
 
 
-def kto_reference_point(log_ratio_sum: Tensor, count: int) -> Tensor:
+def kto_reference_point(log_ratio_sum: Tensor, count: float) -> Tensor:
     """KTO's z0: the mean of log pi(y'|x) - log ref(y'|x) over mismatched pairs (prompt x, response
     y' of another prompt) of the global batch, at least 0, without gradient.
     """

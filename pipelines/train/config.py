@@ -7,7 +7,8 @@ import torch
 from pydantic import Field, model_validator
 
 from pipelines.config import Config, NamedIn
-from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_sets
+from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_sets, sets_of
+from pipelines.train.evaluation_config import EvaluationConfig
 from pipelines.train.objective_config import ObjectiveConfig
 from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
 from pipelines.train.schedules import ScheduleConfig, ScheduleName
@@ -66,6 +67,9 @@ class AlignConfig(ReadingConfig):
     data: DataField = Field(
         description="rows as JSON lines, Parquet or Arrow: a file or a folder; or one or more sets"
     )
+    evaluation: EvaluationConfig | None = Field(
+        None, description="held-out rows, measured during the run"
+    )
     max_length: int = Field(1024, ge=2, description="tokens of prompt and response together")
     too_long: Literal["error", "cut_prompt", "drop"] = Field(
         "error", description="rows above max_length; a response is never cut"
@@ -82,6 +86,11 @@ class AlignConfig(ReadingConfig):
     num_epochs: float | None = Field(None, gt=0, description="passes over the data; or num_steps")
     global_batch_size: int = Field(32, ge=1, description="rows of one optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="rows of one pass on a worker")
+    packing: bool = Field(
+        False,
+        description="several rows in one sequence of up to max_length tokens, where none sees "
+        "another: less padding (sft)",
+    )
     max_gradient_norm: float | None = Field(1.0, gt=0)
     strategy: Annotated[str, NamedIn(STRATEGIES)] = "fsdp2"
     num_workers: int = Field(2, ge=1)
@@ -148,6 +157,9 @@ class AlignConfig(ReadingConfig):
         self._check_strategy()
         self._check_rows()
         self._check_decay()
+        self._check_evaluation()
+        if self.packing and self.objective.definition.rows != "texts":
+            raise ValueError(f"packing: found objective {self.objective.label}; allowed with: sft")
         if self.lora is not None and self.optimizer.name in ONLINE:
             raise ValueError(
                 f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
@@ -171,12 +183,14 @@ class AlignConfig(ReadingConfig):
     @property
     def sets(self) -> list[DataSet]:
         """The data sets; a path is one, read as the fields of this config say."""
-        if isinstance(self.data, DataSet):
-            return [self.data]
-        if isinstance(self.data, list):
-            return self.data
-        values = {name: getattr(self, name) for name in ReadingConfig.model_fields}
-        return [DataSet(path=self.data, **values)]
+        return sets_of(
+            self.data, {name: getattr(self, name) for name in ReadingConfig.model_fields}
+        )
+
+    @property
+    def held_out_sets(self) -> list[DataSet]:
+        """The data sets of held-out rows that are not among the training rows."""
+        return [] if self.evaluation is None else self.evaluation.sets
 
     @property
     def schedule_settings(self) -> ScheduleConfig:
@@ -196,7 +210,10 @@ class AlignConfig(ReadingConfig):
                         f"{name}: has no effect where data are sets; allowed in each of them"
                     )
         check_sets(self.sets)
-        readers = [each.reader for each in self.sets if each.reader is not None]
+        if self.held_out_sets:
+            check_sets(self.held_out_sets)
+        both = [*self.sets, *self.held_out_sets]
+        readers = [each.reader for each in both if each.reader is not None]
         if readers and self.objective.definition.rows == "texts":
             raise ValueError(
                 f"reader: {readers[0]} gives preference pairs, which objective "
@@ -221,13 +238,35 @@ class AlignConfig(ReadingConfig):
             )
 
     def _check_decay(self) -> None:
-        if self.optimizer.weight_decay_on == "all":
-            return
-        if self.traits.zero_stage or self.lora is not None:
-            beside = "lora" if self.lora is not None else f"strategy {self.strategy}"
+        if self.optimizer.weight_decay_on != "all" and self.lora is not None:
             raise ValueError(
-                f"optimizer.weight_decay_on: found {self.optimizer.weight_decay_on} with {beside}; "
-                "allowed with it: all"
+                f"optimizer.weight_decay_on: found {self.optimizer.weight_decay_on} with lora, "
+                "whose adapters are matrices; allowed with it: all"
+            )
+
+    def _check_evaluation(self) -> None:
+        if self.evaluation is None:
+            return
+        metric, every, merges = (
+            self.evaluation.metric,
+            self.evaluation.every,
+            self.optimizer.merge_every,
+        )
+        if metric != "loss" and self.objective.definition.rows == "texts":
+            raise ValueError(
+                f"evaluation.metric: found {metric}, which objective {self.objective.label} does "
+                "not have; allowed: loss"
+            )
+        average = self.optimizer.ema
+        if average is not None and average.mode == "export":
+            raise ValueError(
+                "evaluation: found optimizer.ema with mode export, whose average is written, but "
+                "not measured; allowed with it: mode pull"
+            )
+        if every % merges:  # steps that wait for their merge would be measured without it
+            raise ValueError(
+                f"evaluation.every: found {every} with optimizer.merge_every {merges}; allowed: "
+                "its multiples"
             )
 
     def _check_rows(self) -> None:

@@ -41,6 +41,7 @@ from pipelines.provenance import Provenance
 from pipelines.rounding import Row, rounding_record, rounding_text, row_of
 from pipelines.train.adapter_files import write_adapter
 from pipelines.train.config import SAVED_DTYPES, AlignConfig, SavedDtype
+from pipelines.train.evaluation_config import evaluation_text
 from pipelines.train.files import ADAPTER_FOLDER
 from pipelines.train.models import model_paths, with_names
 from pipelines.train.strategies import Strategy, first_rank, wait_for_all
@@ -217,11 +218,15 @@ def provenance(
         key: the fingerprint of the work.
         inputs: the fingerprints of the inputs, by the config's fields.
     """
-    paths = [*model_paths(config).values(), *(each.path for each in config.sets)]
+    sets = [*config.sets, *config.held_out_sets]
+    paths = [*model_paths(config).values(), *(each.path for each in sets)]
     data = [found[0].id for each in config.sets if (found := snapshot_of(each.path)) is not None]
     config = with_names(config)
     rounding = details.get("rounding")
     told = "" if rounding is None else f"\n\n{rounding_text(rounding)}"
+    evaluated = details.get("evaluation")
+    if evaluated is not None:
+        told = f"\n- held-out rows: {evaluation_text(evaluated)}{told}"
     is_adapter = config.lora is not None and config.lora.save == "adapter"
     made = "an adapter for it, trained" if is_adapter else "trained"
     return Provenance(

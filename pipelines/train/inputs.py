@@ -20,6 +20,7 @@ from pipelines.train.config import AlignConfig
 from pipelines.train.data import TokenTable, source_files
 from pipelines.train.models import with_folders
 from pipelines.train.optimizer import delta_of
+from pipelines.train.packing import check_packing
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.strategies.lora import add_adapters
 from pipelines.train.trackers import check_trackers
@@ -37,7 +38,7 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     config = with_folders(config)
     checkpoint = Checkpoint.open(config.model)
     check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
-    for data in config.sets:
+    for data in [*config.sets, *config.held_out_sets]:
         source_files(data.path, data.split)
     model, weights = empty_model(config.model)
     check_class(model, config.model)
@@ -47,6 +48,8 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
             f"strategy: found {config.strategy} with a {type(model).__name__}, whose parts beside "
             "its language model are not trained; allowed: single, ddp, fsdp2"
         )
+    if config.packing:
+        check_packing(model)
     if config.lora is not None:
         add_adapters(model, config.lora)
     if config.reference_model is not None:

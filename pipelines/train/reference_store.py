@@ -215,7 +215,7 @@ def compute_reference(
     *,
     mismatched: bool,
     report: Callable[[int, int], None],
-) -> None:
+) -> int:
     """Compute the missing batches that hold some of `rows` with the strategy's model and add them
     to the store: log-probabilities of the responses, summed over tokens, and one drawn token at
     each response position (for later estimates of a policy's KL). All workers run the same number
@@ -227,10 +227,13 @@ def compute_reference(
         mismatched: also score each row's prompt with another row's response (KTO).
         report: called with the numbers of finished and needed rows, before each part and at the
             end.
+
+    Returns:
+        the number of needed rows.
     """
     table = store.table
     columns = table.sequences_per_row + int(mismatched)
-    needed = [batch for batch in _cut(table, device) if np.isin(batch, rows).any()]
+    needed = [batch for batch in small_batches(table, device) if np.isin(batch, rows).any()]
     total = sum(map(len, needed))
     left = [batch for batch in needed if not store.has(np.array(batch)).all()]
     done = total - sum(map(len, left))
@@ -248,14 +251,15 @@ def compute_reference(
         done += len(part.rows)
         turns = _turns(turns, time.monotonic() - begin, device)
     report(done, total)
+    return total
 
 
 def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _cut(table: TokenTable, device: torch.device) -> list[list[int]]:
-    """All rows of a table, in batches of similar lengths."""
+def small_batches(table: TokenTable, device: torch.device) -> list[list[int]]:
+    """All rows of a table, in batches of similar lengths, the same for every run."""
     longest = table.lengths.max(axis=1)
     batches: list[list[int]] = [[]]
     for row in sorted(range(len(longest)), key=lambda row: (int(longest[row]), row)):

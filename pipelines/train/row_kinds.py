@@ -21,10 +21,12 @@ from pipelines.train.objectives import (
     labelled_loss,
     pair_loss,
     text_loss,
+    weights_of,
 )
 from pipelines.train.rows.columns import MissingPromptError, Row
 from pipelines.train.rows.examples import (
     EQUAL,
+    WEIGHTLESS,
     Example,
     LeftOutError,
     check_conversation,
@@ -50,6 +52,11 @@ class MicroBatch:
     rows: list[int]  # indices in the table
     point: Tensor | None  # the reference point of the global batch, for kinds with `has_point`
 
+    @property
+    def weights(self) -> Tensor | None:
+        """(rows,) float32, if rows have weights."""
+        return weights_of(self.table, self.rows, self.responses.log_probability.device)
+
 
 class RowKind(ABC):
     """How rows of one kind are read and scored."""
@@ -72,7 +79,9 @@ class RowKind(ABC):
             if isinstance(found[0].responses[0], str):
                 raise InputError(f"{', '.join(template)}: texts have no chat template")
             found = [replace(example, template=template) for example in found]
-        return found
+        if (weight := row.weight()) == 0:
+            raise LeftOutError(WEIGHTLESS, len(found))
+        return [replace(example, weight=weight) for example in found] if weight != 1 else found
 
     @abstractmethod
     def _read(self, row: Row) -> list[Example]: ...
@@ -131,7 +140,7 @@ class Pairs(RowKind):
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """A preference objective."""
         reference = None if batch.reference is None else batch.reference.view(2, -1).T
-        return pair_loss(config, batch.responses, reference, batch.shares)
+        return pair_loss(config, batch.responses, reference, batch.shares, batch.weights)
 
 
 class Labelled(RowKind):
@@ -165,7 +174,13 @@ class Labelled(RowKind):
         desirable = labels.to(responses.log_probability.device)
         assert batch.reference is not None and batch.point is not None
         return labelled_loss(
-            config, responses, batch.reference, desirable, batch.point, batch.shares
+            config,
+            responses,
+            batch.reference,
+            desirable,
+            batch.point,
+            batch.shares,
+            batch.weights,
         )
 
 
@@ -188,7 +203,7 @@ class Texts(RowKind):
 
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """Supervised fine-tuning."""
-        return text_loss(config, batch.responses, batch.shares)
+        return text_loss(config, batch.responses, batch.shares, batch.weights)
 
 
 def _prompt_of_messages(row: Row, prompt: Any, chosen: Messages, rejected: Messages) -> Messages:

@@ -14,6 +14,7 @@ from pipelines.train.data.tokens import TokenRow
 from pipelines.train.rows.columns import kind_of_column
 
 TABLE_FILE, COUNTS_FILE, PROMPTS_FILE = "tokens.arrow", "counts.json", "prompts.npy"
+WEIGHTS_FILE = "weights.npy"  # only where rows have weights
 SETS_FILE = "sets.json"
 IN = " in "  # between a key of messages and its column, where unused ones are named
 SCHEMA = pa.schema(
@@ -224,6 +225,12 @@ class TokenTable:
     def labels(self) -> np.ndarray:
         """(rows,) bool: whether the response is desirable; False if rows have no label."""
         return np.concatenate([c.to_numpy(zero_copy_only=False) for c in self._labels]).astype(bool)
+
+    @cached_property
+    def weights(self) -> np.ndarray | None:
+        """(rows,) float64: of the rows in the loss; None if all have 1."""
+        path = self.folder / WEIGHTS_FILE
+        return np.load(path) if path.is_file() else None
 
     def mismatched(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """A row's prompt with the response of a row that has another prompt (KTO's z0).

@@ -12,6 +12,7 @@ from pipelines.train.rows.messages import Messages, is_blank, with_system
 Content = str | Messages
 
 EQUAL = "whose chosen and rejected are the same"
+WEIGHTLESS = "with weight 0"
 # Arguments of `apply_chat_template` that rows may not set.
 OURS = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message"}
 OURS |= {"padding", "truncation", "max_length", "return_tensors", "return_dict"}
@@ -36,7 +37,7 @@ class Example:
     Pairs have two responses, the chosen one first; `label` says whether a single response is
     desirable. A conversation or a plain text is one response to an empty prompt. `template` holds
     the row's tools and other arguments of the chat template; `repeats_prompt` says that a response
-    has, or had, the prompt in it once more.
+    has, or had, the prompt in it once more; `weight` is the row's in the loss.
     """
 
     prompt: Content
@@ -44,6 +45,7 @@ class Example:
     label: bool | None = None
     template: Mapping[str, Any] | None = None
     repeats_prompt: bool = False
+    weight: float = 1.0
 
 
 def example_of(row: Row, parts: Mapping[str, Any], label: bool | None = None) -> Example:

@@ -201,6 +201,15 @@ class Fsdp2Strategy(SingleStrategy):
         self.model.set_requires_gradient_sync(last)
         yield
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Afterwards, the parameters outside the blocks are not gathered any more, either."""
+        with super().evaluating():
+            yield
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
 
 def local_parameters(model: nn.Module) -> Iterator[Owned]:
     """This rank's part of every parameter of the checkpoint, without adapters."""

@@ -87,12 +87,12 @@ def test_reference_is_computed_once(
     tiny_llama: Path, any_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A later run on the same model and data reads it; an objective of other rows does not."""
-    from pipelines.train import loop
+    from pipelines.train import reference
 
     computed = []
-    real = loop.compute_reference
+    real = reference.compute_reference
     monkeypatch.setattr(
-        loop, "compute_reference", lambda *a, **k: (computed.append(1), real(*a, **k))
+        reference, "compute_reference", lambda *a, **k: (computed.append(1), real(*a, **k))[1]
     )
     for number, name in enumerate(("dpo", "ipo", "hinge", "kto")):
         config = align_config(tiny_llama, any_rows, objective={"name": name}, num_steps=1)
