@@ -10,6 +10,7 @@ from operators.optim import MergeOptions
 from operators.optim.options import AlphaSchedule
 from operators.optim.tau import DeltaPlacement, MissingDelta
 from pipelines.config import Config, NamedIn
+from pipelines.train.architecture import RewardHead
 from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_sets
 from pipelines.train.objective_config import ObjectiveConfig
 from pipelines.train.schedules import ScheduleConfig, ScheduleName
@@ -27,6 +28,8 @@ ONLINE_FIELDS = {
     "delta_placement",
     "implementation",
 }
+
+MIN_CHOSEN_LOG_RATIO = -5.0
 
 SavedDtype = Literal["source", "float32", "bfloat16"]
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -186,7 +189,7 @@ class AlignConfig(ReadingConfig):
         description="restarts in a row without progress; 0: none",
     )
     min_chosen_log_ratio: float | None = Field(
-        -5.0,
+        MIN_CHOSEN_LOG_RATIO,
         lt=0,
         description="stop when log pi - log ref of the chosen responses, per token and over ten "
         "steps, falls below this; without a reference, against the first ten steps",
@@ -225,6 +228,8 @@ class AlignConfig(ReadingConfig):
                 f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
                 "with lora: adamw"
             )
+        if self.head is not None:
+            self._check_reward()
         if self.save.dtype != "source" and self.lora is not None and self.lora.save == "adapter":
             raise ValueError("save.dtype: has no effect with lora.save: adapter")
         self._check_batch()
@@ -234,6 +239,11 @@ class AlignConfig(ReadingConfig):
     def traits(self) -> Traits:
         """The strategy's traits."""
         return STRATEGIES[self.strategy]
+
+    @property
+    def head(self) -> RewardHead | None:
+        """The head of a reward model, if one is trained."""
+        return RewardHead(self.seed) if self.objective.definition.on_rewards else None
 
     @property
     def sets(self) -> list[DataSet]:
@@ -263,6 +273,8 @@ class AlignConfig(ReadingConfig):
                         f"{name}: has no effect where data are sets; allowed in each of them"
                     )
         check_sets(self.sets)
+        if any("margin" in each.columns for each in self.sets) and self.head is None:
+            raise ValueError(f"columns: margin has no effect with objective {self.objective.label}")
         readers = [each.reader for each in self.sets if each.reader is not None]
         if readers and self.objective.definition.rows == "texts":
             raise ValueError(
@@ -295,6 +307,23 @@ class AlignConfig(ReadingConfig):
             raise ValueError(
                 f"optimizer.weight_decay_on: found {self.optimizer.weight_decay_on} with {beside}; "
                 "allowed with it: all"
+            )
+
+    def _check_reward(self) -> None:
+        if self.min_chosen_log_ratio not in (None, MIN_CHOSEN_LOG_RATIO):
+            raise ValueError(
+                f"min_chosen_log_ratio: has no effect with objective {self.objective.label}, which "
+                "has no log-probabilities"
+            )
+        if self.lora is not None and "score" in self.lora.target_modules:
+            raise ValueError(
+                f"lora.target_modules: found score, the head that objective {self.objective.label} "
+                "trains whole; allowed: other layers"
+            )
+        if self.lora is not None and self.lora.save != "merged":
+            raise ValueError(
+                f"lora.save: found {self.lora.save} with objective {self.objective.label}, whose "
+                "head is no adapter; allowed with it: merged"
             )
 
     def _check_rows(self) -> None:

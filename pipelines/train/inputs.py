@@ -14,6 +14,7 @@ from pipelines.train.config import AlignConfig
 from pipelines.train.data import TokenTable, source_files
 from pipelines.train.models import with_folders
 from pipelines.train.optimizer import delta_of
+from pipelines.train.reward_start import what_changes
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.strategies.lora import add_adapters
 from pipelines.train.trackers import check_trackers
@@ -33,7 +34,7 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
     for data in config.sets:
         source_files(data.path, data.split)
-    model, weights = empty_model(config.model)
+    model, weights = empty_model(config.model, config.head)
     check_tied(model, weights)
     if config.lora is not None:
         add_adapters(model, config.lora)
@@ -51,8 +52,10 @@ def remarks(config: AlignConfig) -> Iterator[str]:
             f"{config.model}: its config asks for the router's loss (output_router_logits), which "
             "is not in the loss here; routers are trained by the objective alone"
         )
+    if config.head is not None:
+        yield from what_changes(config.model, config.head)
     if config.lora is not None and config.lora.target_modules == "all-linear":
-        fused = fused_layers(meta_model(config.model))
+        fused = fused_layers(meta_model(config.model, config.head))
         if fused:
             yield (
                 f"lora: all-linear leaves out {len(fused)} tensors of experts that are fused "

@@ -46,11 +46,13 @@ from pipelines.train.objectives import (
     logits_of,
     mismatched_point,
     responses_under,
+    rewards_of,
     shares_of,
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
 from pipelines.train.reference import Reference, StoredReference, live_reference, score
 from pipelines.train.reference_store import ReferenceStore, compute_reference, reference_folder
+from pipelines.train.reward_start import pad_token
 from pipelines.train.row_kinds import MicroBatch
 from pipelines.train.strategies import build_reference, build_strategy, first_rank
 
@@ -143,6 +145,7 @@ class Run:
         self.micro_batch = config.micro_batch_size or config.global_batch_size // self.world
         self.strategy = build_strategy(config, device)
         self.model = self.strategy.model
+        self.pad = pad_token(self.strategy.weights.source.config) or PAD
         self.reference = self._reference(settings) if self.objective.uses_reference else None
         self.first_step = self._resume()
         self.model.train()
@@ -235,10 +238,11 @@ class Run:
 
     def _micro_loss(self, rows: list[int], shares: Shares, point: Tensor | None) -> MicroLoss:
         """The loss of some rows."""
+        if self.config.head is not None:
+            return self._reward_loss(rows, shares)
         batch = collate(self.table, rows, PAD, self.device)
         reference = None if self.reference is None else self.reference.responses(rows, batch)
-        keeping = offload_activations() if self.config.activation_offload else nullcontext()
-        with self.strategy.forward_context(), keeping:
+        with self.strategy.forward_context(), self._keeping():
             logits = logits_of(self.model, batch)
             responses = responses_under(logits, batch)
         before = None if reference is None else reference.log_probability
@@ -247,6 +251,18 @@ class Run:
         if reference is not None:
             result.metrics["kl_per_token"] = reference.kl_sum(logits, responses) / shares.tokens
         return result
+
+    def _reward_loss(self, rows: list[int], shares: Shares) -> MicroLoss:
+        """The loss of some rows under a reward model."""
+        batch = collate(self.table, rows, self.pad, self.device)
+        with self.strategy.forward_context(), self._keeping():
+            rewards = rewards_of(self.model, batch)
+        micro = MicroBatch(None, None, shares, self.table, rows, None, rewards)
+        return self.kind.loss(self.config.objective, micro)
+
+    def _keeping(self) -> AbstractContextManager[object]:
+        """The context that keeps what the backward pass needs."""
+        return offload_activations() if self.config.activation_offload else nullcontext()
 
     @torch.no_grad()
     def _reference_point(self, micro: list[list[int]], num_rows: int) -> Tensor:

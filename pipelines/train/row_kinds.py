@@ -5,6 +5,7 @@ A new kind is a class here. The shared code for tokens, batches and scores only 
 many sequences a row has.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from pipelines.train.objectives import (
     Shares,
     labelled_loss,
     pair_loss,
+    ranked_loss,
     text_loss,
 )
 from pipelines.train.rows.columns import MissingPromptError, Row
@@ -43,12 +45,14 @@ if TYPE_CHECKING:
 class MicroBatch:
     """The inputs of a loss."""
 
-    responses: Responses  # of the policy: all rows' first sequences, then all their second ones
+    # Of the policy: all rows' first sequences, then all their second ones; None with rewards.
+    responses: Responses | None
     reference: Tensor | None  # (sequences,) the reference's log-probabilities, if there is one
     shares: Shares  # counts of the global batch
     table: "TokenTable"
     rows: list[int]  # indices in the table
     point: Tensor | None  # the reference point of the global batch, for kinds with `has_point`
+    rewards: Tensor | None = None  # (sequences,) in the same order, from a reward model
 
 
 class RowKind(ABC):
@@ -131,7 +135,30 @@ class Pairs(RowKind):
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """A preference objective."""
         reference = None if batch.reference is None else batch.reference.view(2, -1).T
+        assert batch.responses is not None
         return pair_loss(config, batch.responses, reference, batch.shares)
+
+
+class Ranked(Pairs):
+    """A pair, whose rewards are to differ by at least a margin."""
+
+    columns = "prompt, chosen, rejected, perhaps margin (or chosen, rejected that begin alike)"
+
+    def _read(self, row: Row) -> list[Example]:
+        """A pair with its margin; 0 where the row has none."""
+        margin = row.get("margin")
+        if margin is None:
+            return super()._read(row)
+        is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
+        if not is_number or not math.isfinite(margin):
+            raise InputError(f"margin: found {margin!r}; allowed: a finite number")
+        return [replace(pair, margin=float(margin)) for pair in super()._read(row)]
+
+    def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
+        """Bradley-Terry."""
+        assert batch.rewards is not None
+        margins = torch.from_numpy(batch.table.margins[batch.rows]).to(batch.rewards)
+        return ranked_loss(config, batch.rewards, margins, batch.shares)
 
 
 class Labelled(RowKind):
@@ -161,6 +188,7 @@ class Labelled(RowKind):
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """KTO."""
         responses = batch.responses
+        assert responses is not None
         labels = torch.from_numpy(batch.table.labels[batch.rows])
         desirable = labels.to(responses.log_probability.device)
         assert batch.reference is not None and batch.point is not None
@@ -188,6 +216,7 @@ class Texts(RowKind):
 
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """Supervised fine-tuning."""
+        assert batch.responses is not None
         return text_loss(config, batch.responses, batch.shares)
 
 
@@ -219,4 +248,9 @@ def _completion(row: Row, label: bool | None) -> Example:
 
 
 # By the names in `Objective.rows` (operators.losses).
-ROW_KINDS: dict[str, RowKind] = {"pairs": Pairs(), "labelled": Labelled(), "texts": Texts()}
+ROW_KINDS: dict[str, RowKind] = {
+    "pairs": Pairs(),
+    "ranked": Ranked(),
+    "labelled": Labelled(),
+    "texts": Texts(),
+}

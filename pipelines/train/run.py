@@ -131,8 +131,9 @@ def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str,
         del same["optimizer"]["weight_decay_on"]
     if config.warmup_steps is None:
         del same["warmup_steps"]
-    if config.objective.loss_weights is None:
-        del same["objective"]["loss_weights"]
+    for name in ("loss_weights", "center_rewards_coefficient"):
+        if getattr(config.objective, name) is None:
+            del same["objective"][name]
     if not with_data_paths:
         same["data"] = _without_path(same["data"])
     return same

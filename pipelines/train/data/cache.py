@@ -35,7 +35,7 @@ from pipelines.train.row_kinds import ROW_KINDS
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "special_tokens*")
 # Raise it when the same rows are read in another way: earlier tokens are then not used.
-MEANING_OF_ROWS = 2
+MEANING_OF_ROWS = 3
 RAY_BYTES = 64_000_000  # for smaller data, starting workers takes longer than tokenising
 
 

@@ -1,7 +1,7 @@
 """Examples as token ids, with marks on learned tokens."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.errors import InputError
@@ -34,6 +34,7 @@ class TokenRow:
     sequences: tuple[Sequence, ...]
     label: bool | None
     prompt_shortened: bool = False  # the prompt alone renders differently than before a response
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> TokenRow
         if first >= len(whole):
             raise InputError("a response is empty")
         sequences.append(Sequence(whole, [0] * first + [1] * (len(whole) - first)))
-    return TokenRow(tuple(sequences), example.label, prompt_shortened=cut < len(prompt))
+    return TokenRow(tuple(sequences), example.label, cut < len(prompt), example.margin)
 
 
 def _render(
@@ -165,7 +166,7 @@ def fit(row: TokenRow, max_length: int, too_long: TooLong) -> tuple[TokenRow | N
     prompt = min(sequence.response.index(1) for sequence in row.sequences)
     if too_long == "cut_prompt" and excess < prompt:
         cut = tuple(Sequence(s.ids[excess:], s.response[excess:]) for s in row.sequences)
-        return TokenRow(cut, row.label, row.prompt_shortened), True
+        return replace(row, sequences=cut), True
     if too_long == "drop":
         return None, False
     raise InputError(

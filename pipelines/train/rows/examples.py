@@ -36,7 +36,7 @@ class Example:
     Pairs have two responses, the chosen one first; `label` says whether a single response is
     desirable. A conversation or a plain text is one response to an empty prompt. `template` holds
     the row's tools and other arguments of the chat template; `repeats_prompt` says that a response
-    has, or had, the prompt in it once more.
+    has, or had, the prompt in it once more; `margin` says by how much two rewards are to differ.
     """
 
     prompt: Content
@@ -44,6 +44,7 @@ class Example:
     label: bool | None = None
     template: Mapping[str, Any] | None = None
     repeats_prompt: bool = False
+    margin: float = 0.0
 
 
 def example_of(row: Row, parts: Mapping[str, Any], label: bool | None = None) -> Example:

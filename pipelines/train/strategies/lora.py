@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from operators.counter_random import counter_key, counter_words
 from operators.optim.layout import ShardLayout, layout_of, local
 from pipelines.errors import InputError
+from pipelines.train.architecture import head_of, is_reward_model
 from pipelines.train.config import LoraSettings
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ INIT_STREAM = 2  # of the counter hash; 0 and 1 are the masks of online merging
 
 
 def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
-    """Add adapters to the linear layers that the settings name; all other parameters are frozen.
+    """Add adapters to the linear layers that the settings name; all other parameters are frozen,
+    but for the head of a reward model, which may be new.
 
     Raises:
         InputError: peft is not installed, no layer has such a name, or one that has is not linear
@@ -45,11 +47,15 @@ def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
         first = str(error).splitlines()[0]
         raise InputError(f"lora.target_modules: {names}: {first}") from None
     _check_layers(model)
+    if is_reward_model([type(model).__name__]):
+        head = head_of(model)
+        assert head is not None
+        head.requires_grad_(True)
 
 
 def _linear_layers(model: "PreTrainedModel") -> list[str]:
     """The linear layers but the head. What peft itself takes for them has fused experts, too."""
-    head = model.get_output_embeddings()
+    head = head_of(model)
     linear = (nn.Linear, conv1d())
     return [n for n, m in model.named_modules() if isinstance(m, linear) and m is not head]
 
