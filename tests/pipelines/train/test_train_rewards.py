@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from processes import run_workers
+from processes import run_workers_in_turn
 from safetensors.torch import load_file
 from training_files import (
     align_config,
@@ -33,12 +33,13 @@ from transformers import (
 from pipelines.engines import EngineConfig, open_engine
 from pipelines.errors import InputError
 from pipelines.train import plan_alignment, remarks
-from pipelines.train.data import collate
+from pipelines.train.data import collate, global_batch
 from pipelines.train.export_run import export_checkpoint
 from pipelines.train.objective_config import ObjectiveConfig
 from pipelines.train.objectives import ranked_loss, rewards_of, shares_of
 from pipelines.train.run import _unfinished_run, material
 from pipelines.train.strategies.loading import empty_model
+from pipelines.train.strategy_table import STRATEGIES
 from tests.tiny_models import save_tiny, save_tiny_gpt2, save_tiny_llama
 
 REWARD: dict[str, Any] = {"objective": {"name": "reward"}}
@@ -125,8 +126,6 @@ def test_a_run_makes_the_steps_of_trl(preferences: Path, tmp_path: Path) -> None
     )
     run = run_here(config, tmp_path / "run")
     all_rows = [json.loads(line) for line in preferences.read_text().splitlines()]
-    from pipelines.train.data import global_batch
-
     batches = [global_batch(len(all_rows), 8, number, config.seed) for number in range(5)]
     rows = [all_rows[index] for batch in batches for index in batch]
     trainer = trainer_of(
@@ -195,7 +194,7 @@ def test_a_language_model_becomes_a_reward_model(
         heads.append(empty_model(model, again.head)[1].read("score.weight"))
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert heads[0].float().std() == pytest.approx(0.02, rel=0.5)
-    with pytest.raises(InputError, match="found .*ForSequenceClassification with labels: 1; all"):
+    with pytest.raises(InputError, match=r"found .*Classification with labels: 1; allowed"):
         plan_alignment(align_config(run / "model", preferences), tmp_path / "cache")
 
 
@@ -233,21 +232,28 @@ def test_the_result_answers_everywhere(tiny_llama: Path, preferences: Path, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_every_strategy(strategy: str, tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
+def test_every_strategy(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
     """The steps of one process on two workers; one of them has no row of the head under fsdp2."""
     fields: dict[str, Any] = {**REWARD, "micro_batch_size": 2, "num_steps": 4}
-    alone = run_here(align_config(tiny_llama, preferences, **fields), tmp_path / "alone")
-    config = align_config(tiny_llama, preferences, **fields, strategy=strategy, num_workers=2)
-    run = run_workers(config, tmp_path / "run")
-    for one, other in zip(metrics(alone), metrics(run), strict=True):
-        for name in ("loss", "gradient_norm", "margin"):
-            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
-    found, expected = (load_file(folder / WEIGHTS) for folder in (run, alone))
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
-    loaded(run / "model")
+    alone = run_here(align_config(tiny_llama, preferences, **fields), tmp_path / "alone" / "run")
+    configs = {
+        tmp_path / strategy / "run": align_config(
+            tiny_llama, preferences, **fields, strategy=strategy, num_workers=2
+        )
+        for strategy in STRATEGIES
+        if strategy != "single"
+    }
+    run_workers_in_turn(configs)
+    expected = load_file(alone / WEIGHTS)
+    for run in configs:
+        for one, other in zip(metrics(alone), metrics(run), strict=True):
+            for name in ("loss", "gradient_norm", "margin"):
+                assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (run, name)
+        found = load_file(run / WEIGHTS)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+        loaded(run / "model")
 
 
 def test_adapters(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
@@ -287,7 +293,7 @@ def test_adapters(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
             "lora.target_modules: found score, the head that",
         ),
         (
-            {"objective": {"name": "dpo"}, "data": {"path": "x", "columns": {"margin": "m"}}},
+            {"objective": {"name": "dpo"}, "columns": {"margin": "m"}},
             "columns: margin has no effect with objective dpo",
         ),
     ],
@@ -306,9 +312,8 @@ def test_models_and_margins_that_are_refused(
     message = "found LlamaForSequenceClassification with labels: 3; allowed: such a model with one"
     with pytest.raises(InputError, match=message):
         plan_alignment(align_config(many, preferences, **REWARD), tmp_path / "cache")
-    rows = [
-        row | {"margin": value} for row, value in zip(preference_rows(2), ("2", 1), strict=True)
-    ]
+    first, second = preference_rows(2)
+    rows = [first | {"margin": "2"}, second | {"margin": 1}]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(InputError, match="row 1: margin: found '2'; allowed: a finite number"):
         plan_alignment(align_config(tiny_llama, data, **REWARD), tmp_path / "cache")
@@ -321,9 +326,8 @@ def test_margins_may_be_in_another_column(tiny_llama: Path, tmp_path: Path) -> N
     config = align_config(tiny_llama, data, **REWARD, columns={"margin": "gap"})
     table = plan_alignment(config, tmp_path / "cache").table
     assert table.margins.tolist() == [1.5, 0.0]
-    assert not plan_alignment(
-        align_config(tiny_llama, data), tmp_path / "cache"
-    ).table.margins.any()
+    others = plan_alignment(align_config(tiny_llama, data), tmp_path / "cache").table
+    assert not others.margins.any()
 
 
 def test_fingerprints_of_other_objectives(tiny_llama: Path, preferences: Path) -> None:
