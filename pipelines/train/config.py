@@ -136,6 +136,10 @@ class AlignConfig(ReadingConfig):
     """An alignment run."""
 
     model: Path = Field(description="checkpoint to start from: a folder, or a name on the hub")
+    init: Literal["checkpoint", "random"] = Field(
+        "checkpoint",
+        description="the model's weights, or new ones by its config.json and the seed (sft)",
+    )
     reference_model: Path | None = Field(
         None, description="checkpoint of the reference; the model itself unless given"
     )
@@ -230,6 +234,7 @@ class AlignConfig(ReadingConfig):
             )
         if self.head is not None:
             self._check_reward()
+        self._check_init()
         if self.save.dtype != "source" and self.lora is not None and self.lora.save == "adapter":
             raise ValueError("save.dtype: has no effect with lora.save: adapter")
         self._check_batch()
@@ -325,6 +330,11 @@ class AlignConfig(ReadingConfig):
                 f"lora.save: found {self.lora.save} with objective {self.objective.label}, whose "
                 "head is no adapter; allowed with it: merged"
             )
+
+    def _check_init(self) -> None:
+        if self.init == "random" and (self.objective.definition.rows != "texts" or self.lora):
+            beside = "lora" if self.lora else f"objective {self.objective.label}"
+            raise ValueError(f"init: found random with {beside}; allowed with it: checkpoint")
 
     def _check_rows(self) -> None:
         """Raise ValueError if the sparsifier needs whole rows and workers have parts of rows."""

@@ -15,6 +15,7 @@ from pipelines.train.checkpoints import saved_steps, step_folder
 from pipelines.train.config import AlignConfig, SavedDtype, SaveSettings
 from pipelines.train.export import export_result, provenance
 from pipelines.train.models import model_paths
+from pipelines.train.random_start import with_start
 from pipelines.train.strategies import Strategy, build_strategy
 from pipelines.train.strategies.zero_layout import Layouts
 from pipelines.train.strategies.zero_resume import SavedShards, load_shards
@@ -49,6 +50,7 @@ def export_checkpoint(
     record = json.loads((folder / RUN_FILE).read_text())
     config = AlignConfig.model_validate(record["config"])
     bring(model_paths(config).values(), offline=is_offline())
+    config = with_start(config, folder)
     if dtype is not None:
         if config.lora is not None and config.lora.save == "adapter":
             raise InputError("--dtype: has no effect with lora.save: adapter")

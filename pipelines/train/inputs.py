@@ -8,12 +8,14 @@ from torch import nn
 from operators.optim import ShardLayout, Tau
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.companions import check_links, companions_of
+from pipelines.checkpoints.reader import read_json
 from pipelines.errors import InputError
 from pipelines.train.architecture import meta_model
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import TokenTable, source_files
 from pipelines.train.models import with_folders
 from pipelines.train.optimizer import delta_of
+from pipelines.train.random_start import planned_start
 from pipelines.train.reward_start import what_changes
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.strategies.lora import add_adapters
@@ -30,12 +32,16 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     _check_packages(config)
     check_trackers(config.trackers)
     config = with_folders(config)
-    checkpoint = Checkpoint.open(config.model)
+    is_random = config.init == "random"
+    checkpoint = planned_start(config.model) if is_random else Checkpoint.open(config.model)
     check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
     for data in config.sets:
         source_files(data.path, data.split)
-    model, weights = empty_model(config.model, config.head)
-    check_tied(model, weights)
+    if is_random:
+        model = meta_model(config.model)
+    else:
+        model, weights = empty_model(config.model, config.head)
+        check_tied(model, weights)
     if config.lora is not None:
         add_adapters(model, config.lora)
     if config.reference_model is not None:
@@ -47,7 +53,7 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
 
 def remarks(config: AlignConfig) -> Iterator[str]:
     """A line for each thing that a user might not expect of a run on this model."""
-    if Checkpoint.open(config.model).config.get("output_router_logits"):
+    if read_json(config.model / "config.json").get("output_router_logits"):
         yield (
             f"{config.model}: its config asks for the router's loss (output_router_logits), which "
             "is not in the loss here; routers are trained by the objective alone"

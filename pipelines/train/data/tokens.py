@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipelines.errors import InputError
 from pipelines.train.data.turns import find_turn
 from pipelines.train.rows.examples import Example
-from pipelines.train.rows.messages import Messages
+from pipelines.train.rows.messages import Messages, is_learned
 from pipelines.train.rows.prompts import common_length
 
 if TYPE_CHECKING:
@@ -127,12 +127,12 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) ->
 
 
 def _conversation(messages: Messages, template: "Template") -> Sequence:
-    """A whole conversation; every turn of the assistant is learned."""
+    """A whole conversation; every turn of the assistant is learned, but those whose row says no."""
     whole = template.text(messages)
     ids = template.encode(whole)
     response = [0] * len(ids)
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not is_learned(message):
             continue
         before = template.ids(messages[:turn], ask=True) if turn else []
         is_last = turn + 1 == len(messages)
