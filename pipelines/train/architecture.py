@@ -50,11 +50,10 @@ def meta_model(path: Path, head: RewardHead | None = None) -> "PreTrainedModel":
     kind = "causal language model" if head is None else "model with a class for rewards"
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        is_reward = is_reward_model(config.architectures)
-        if is_reward and (head is None or config.num_labels != 1):
-            found = f"{config.architectures[0]} with labels: {config.num_labels}"
-            allowed = "a causal language model" if head is None else "such a model with one label"
-            raise InputError(f"model {path}: config.json: found {found}; allowed: {allowed}")
+        found = f"{', '.join(config.architectures or [])} with labels: {config.num_labels}"
+        is_wrong = is_reward_model(config.architectures) and (
+            head is None or config.num_labels != 1
+        )
         if head is not None:
             config.num_labels = 1
         with torch.device("meta"):
@@ -62,6 +61,9 @@ def meta_model(path: Path, head: RewardHead | None = None) -> "PreTrainedModel":
     except (ValueError, KeyError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"model {path}: not a {kind}: {first}") from None
+    if is_wrong:
+        allowed = "a causal language model" if head is None else "such a model with one label"
+        raise InputError(f"model {path}: config.json: found {found}; allowed: {allowed}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

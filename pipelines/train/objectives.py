@@ -79,7 +79,7 @@ def rewards_of(model: nn.Module, batch: "Batch") -> Tensor:
     """
     # A response ends its sequence, so what comes after its last token is padding.
     mask = batch.response.flip(-1).cummax(-1).values.flip(-1)
-    return model(input_ids=batch.ids, attention_mask=mask, use_cache=False).logits[:, 0].float()
+    return model(input_ids=batch.ids, attention_mask=mask).logits[:, 0].float()
 
 
 def score_responses(model: nn.Module, batch: "Batch") -> Responses:

@@ -35,8 +35,9 @@ def empty_model(path: Path, head: RewardHead | None = None) -> "tuple[PreTrained
     source = Checkpoint.open(path)
     if head is not None:
         source = reward_start(source, model, head)
-        # Where its class reads rewards depends on it.
-        model.config.get_text_config().pad_token_id = pad_token(source.config)
+        settings = model.config.get_text_config()
+        settings.pad_token_id = pad_token(source.config)  # where its class reads rewards
+        settings.use_cache = False
     weights = ModuleView.of(source, model)
     check_names(weights)
     return model, weights
