@@ -24,7 +24,7 @@ from pipelines.checkpoints import CheckpointDelta
 from pipelines.train.data import global_batch
 
 ANSWER = "\n\nAssistant:"
-STEPS, BATCH, MAX_CHARACTERS = 4, 4, 400
+STEPS, BATCH, MAX_CHARACTERS = 4, 2, 300
 ONLINE: dict[str, Any] = {"density": 0.3, "alpha": 1e-3, "weight_decay": 0.01}
 LEARNING_RATE, BETA, SEED = 1e-5, 0.1, 3
 
