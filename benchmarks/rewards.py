@@ -1,7 +1,7 @@
 """How often a reward model from the tiny world's pairs agrees with its exact graders.
 
     poise demo --out runs/demo                       # the world, and the model to start from
-    python benchmarks/rewards.py runs/demo --steps 400
+    python benchmarks/rewards.py runs/demo --steps 300
 
 Trains a reward model from `models/sft` on the mixture of preferences. Then, for every prompt of the
 test split, answers are drawn from `models/sft` at temperature 1 and graded; with them come the
@@ -25,7 +25,7 @@ from pipelines.train.loop import train_worker
 from pipelines.train.run import worker_settings
 from ray_jobs.session import quiet_environment
 
-DRAWS = 8  # answers to each prompt
+DRAWS = 4  # answers to each prompt
 Pair = tuple[Row, str, str]  # the prompt's row, a right and a wrong answer
 
 
@@ -95,7 +95,7 @@ def agreements(model: Path, pairs: list[Pair]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("demo", type=Path)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--split", choices=("development", "test"), default="test")
     parser.add_argument("--seed", type=int, default=0)

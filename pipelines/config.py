@@ -42,17 +42,18 @@ class Config(BaseModel):
                         f"{cls.section}{old}: is called {cls.section}{new} now; found both"
                     )
                 values[new] = values.pop(old)
-                _tell_once(f"{cls.section}{old}: is called {cls.section}{new} now")
+                tell_once(f"{cls.section}{old}: is called {cls.section}{new} now")
         for field, renamed in cls.old_values.items():
             old = values.get(field)
             if isinstance(old, str) and old in renamed:
                 values[field] = renamed[old]
-                _tell_once(f"{cls.section}{field}: {old} is called {renamed[old]} now")
+                tell_once(f"{cls.section}{field}: {old} is called {renamed[old]} now")
         return values
 
 
 @cache
-def _tell_once(line: str) -> None:
+def tell_once(line: str) -> None:
+    """Print a line on stderr, once in a process."""
     print(f"  {line}", file=sys.stderr)
 
 

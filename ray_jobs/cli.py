@@ -160,6 +160,25 @@ def methods(
     run_methods(name, as_json=as_json)
 
 
+@app.command(epilog="Example: `poise tasks arc_easy` or `poise tasks --include-path my_tasks`")
+def tasks(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="tasks, groups or tags")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="a folder of YAML files; default the library's own tasks")
+    ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="run functions that the files name")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tasks of lm-evaluation-harness: their documents, splits, requests and metrics."""
+    from ray_jobs.tasks import run_tasks
+
+    run_tasks(names or [], include_path, allow_code=allow_code, as_json=as_json)
+
+
 @app.command(epilog="Example: `poise diff runs/a runs/b --base runs/sft`")
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="a checkpoint or adapter, or ORG/NAME")],
@@ -190,13 +209,38 @@ def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,
     out: Out = Path("runs/evaluation"),
-    force: Force = False,
+    plan: Plan = False,
+    force: Annotated[bool, typer.Option("--force", help="measure all again")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure models on tasks; print the matrix with standard errors."""
     from ray_jobs.evaluate import run_evaluate
 
-    run_evaluate(config, out, overrides or [], force=force, as_json=as_json)
+    if not run_evaluate(config, out, overrides or [], only_plan=plan, force=force, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `poise results runs/test --compare ties,sft`")
+def results(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="OUT...", help="folders of `poise evaluate`")
+    ],
+    model: Annotated[list[str] | None, typer.Option(help="only this model; repeatable")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="only this task or group")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="A,B", help="the differences of two models, by document")
+    ] = None,
+    form: Annotated[str, typer.Option(help="table, csv, latex or json, on stdout")] = "table",
+    harness: Annotated[
+        Path | None, typer.Option(help="write lm-evaluation-harness's files into this folder")
+    ] = None,
+) -> None:
+    """List, compare and export finished evaluations."""
+    from ray_jobs.results import run_results
+
+    run_results(
+        folders, models=model or [], tasks=task or [], compare=compare, form=form, harness=harness
+    )
 
 
 @app.command(epilog="Example: `poise sweep configs/demo/sweep/expo.yaml --out runs/sweep`")
@@ -261,6 +305,8 @@ def main() -> None:
         status = app(standalone_mode=False)
         if status == INTERRUPTED:  # typer returns this after Ctrl-C
             raise KeyboardInterrupt
+        if status:  # of a command that did a part of its work
+            sys.exit(status)
     except InputError as error:
         _stop(f"poise: {error}", 2)
     except (KeyboardInterrupt, typer.Abort):

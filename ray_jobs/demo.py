@@ -16,7 +16,7 @@ import yaml
 
 from pipelines.commit import write_atomically
 from pipelines.config import apply_overrides, load_config, load_yaml
-from pipelines.evaluate import EvaluateConfig, best_model, evaluate_together
+from pipelines.evaluate import EvaluateConfig, best_model, evaluate_together, percentages
 from pipelines.merge import load_merge_config, merge
 from pipelines.storage import resolve_output
 from pipelines.sweep import SweepConfig, sweep
@@ -212,10 +212,10 @@ def write_results(out: Path, seed: int, seconds: dict[str, float]) -> None:
         for split in SPLITS
     }
     models = {}
-    for name, numbers in measured["test"]["models"].items():
+    for name in measured["test"]["models"]:
         kind, parents, config = _origin(out, name)
         models[name] = {
-            **numbers,
+            **percentages(measured["test"], name),
             "kind": kind,
             "parents": parents,
             "config": config,

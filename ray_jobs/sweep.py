@@ -27,6 +27,8 @@ def run_sweep(
         print(json.dumps(result, indent=2))
     else:
         _print(result)
+    if result["split"] == "test":
+        print("chosen on test: these numbers are too high for a comparison", file=sys.stderr)
     print(f"sweep: {out / 'sweep.json'}; the best merge: {out / 'merge.yaml'}", file=sys.stderr)
     return result
 
@@ -34,9 +36,14 @@ def run_sweep(
 def _print(result: dict[str, Any]) -> None:
     """Print the trials as a table with a mark on the best one."""
     names = list(result["best"]["parameters"])
-    table = Table(*names, result["metric"], title=f"{result['split']} split, percent")
+    table = Table(*names, result["metric"], title=_title(result))
     for trial in result["trials"]:
         mark = " *" if trial == result["best"] else ""
         values = (str(trial["parameters"][name]) for name in names)
         table.add_row(*values, f"{trial['value']:.2f}{mark}")
     print_table(table)
+
+
+def _title(result: dict[str, Any]) -> str:
+    chosen = ", chosen on it" if result["split"] == "test" else ""
+    return f"{result['split']} split{chosen}, percent"

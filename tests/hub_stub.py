@@ -142,6 +142,10 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
             is_api = parts[0] == "api"
             kind = parts[1] if is_api else "datasets" if parts[0] == "datasets" else "models"
             rest = parts[2:] if is_api else parts[1:] if kind == "datasets" else parts
+            if is_api and len(rest) == 2:
+                rest = [*rest, "revision", "main"]
+            if len(rest) < 4:
+                return self.error(404, "")
             name, verb, revision, place = "/".join(rest[:2]), rest[2], rest[3], "/".join(rest[4:])
             if name in stub.renamed:
                 return self.redirect(self.path.replace(name, stub.renamed[name], 1), 307)

@@ -1,24 +1,25 @@
-"""The matrix (models x tasks): its cells run in Ray Data actors or in this process."""
+"""Run evaluations: fill their stores together, then write their numbers."""
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from operators.statistics import mean_of_means
 from pipelines.checkpoints.digests import DigestMemory
-from pipelines.checkpoints.hub import recorded
-from pipelines.commit import staged_directory, write_atomically
-from pipelines.engines import EngineConfig
-from pipelines.evaluate.cells import Cell, CellResult, CellWorker, finished_cell
-from pipelines.evaluate.plan import MODELS_FILE, EvaluateConfig, EvaluationPlan, plan_evaluation
-from pipelines.evaluate.tasks import DIMENSIONS, Task
+from pipelines.errors import InputError
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.fill import Failure, Pool, fill
+from pipelines.evaluate.interface import Sample
+from pipelines.evaluate.opened import open_tasks
+from pipelines.evaluate.plan import MODELS_FILE, EvaluationPlan, plan_evaluation
+from pipelines.evaluate.pools import LocalPool, RayPool
+from pipelines.evaluate.store import Cell, DamagedBlockError, Store
+from pipelines.evaluate.summary import Samples, write_summary
+from pipelines.evaluate.workers import Block, Run, Worker
 from pipelines.hub.offline import is_offline
-from pipelines.progress import Progress
 
-RESULT_FILE = "evaluation.json"
 ExecutorName = Literal["ray", "local"]
 
 
@@ -31,17 +32,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure every model on every task and write `out/evaluation.json`.
 
-    Finished cells of an interrupted run are not measured again. A finished `out` with the same
-    inputs is only read. Digests identify a model, so a copy in other shards keeps its numbers;
-    `out/models.json` holds the digests and the identity of the files.
+    Blocks that earlier runs measured, of this matrix or of another one in the same store, are read.
+    A damaged block is measured again, which a line says. Digests identify a model, so a copy in
+    other shards keeps its numbers.
+
+    Args:
+        force: measure all blocks again.
 
     Returns:
-        the content of `evaluation.json`: percentages, standard errors and numbers of prompts by
-        model.
+        the content of `evaluation.json`; what could not be measured is in its `failed`.
 
     Raises:
-        InputError: a model or task that cannot be read; or `out` holds another result and `force`
-            is false.
+        InputError: a model or task that cannot be read; or `out` holds something else.
     """
     return evaluate_together([(config, out)], force=force, executor=executor)[0]
 
@@ -52,8 +54,9 @@ def evaluate_together(
     force: bool = False,
     executor: ExecutorName = "ray",
 ) -> list[dict[str, Any]]:
-    """As `evaluate`, for several evaluations (for example of both splits). Workers start once and
-    load each model once for all of them. `num_workers` is taken from the first config.
+    """As `evaluate`, for several evaluations (for example of both splits) with one engine's config.
+    Workers start once and load each model once for all of them. `num_workers` is the first
+    config's.
     """
     memory = DigestMemory()
     plans = [plan_evaluation(config, out, memory) for config, out in runs]
@@ -63,152 +66,91 @@ def evaluate_together(
 def evaluate_planned(
     plans: Sequence[EvaluationPlan], *, force: bool = False, executor: ExecutorName = "ray"
 ) -> list[dict[str, Any]]:
-    """As `evaluate_together`, for plans."""
-    with ExitStack() as stack:
-        runs = [_OpenRun(plan, force, stack) for plan in plans]
-        missing = [(cell, run.folder) for run in runs for cell in run.missing]
-        by_folder = {str(run.folder.absolute()): run for run in runs if run.missing}
-        for folder, result in _measure(missing, plans[0].config.num_workers, executor):
-            by_folder[folder].results.append(result)
-        return [run.summary() for run in runs]
+    """As `evaluate_together`, for plans.
 
-
-class _OpenRun:
-    """A running evaluation: its results, its missing cells, and its folder.
-
-    Its output gets its final name when `stack` closes.
+    Raises:
+        InputError: the engines' configs differ.
     """
-
-    def __init__(self, plan: EvaluationPlan, force: bool, stack: ExitStack) -> None:
-        self._plan = plan
-        self._finished = None if force else _finished_summary(plan)
-        self.results: list[CellResult] = []
-        self.missing: list[Cell] = []
-        if self._finished is not None:
-            return
-        self.folder = stack.enter_context(staged_directory(plan.out, force=force))
-        plan.memory.save(self.folder / MODELS_FILE, plan.config.models.values())
-        for cell in plan.cells:
-            name = json.loads(cell.task)["name"]
-            done = finished_cell(self.folder, cell.model, name, cell.fingerprint)
-            if done is None:
-                self.missing.append(cell)
-            else:
-                self.results.append(done)
-
-    def summary(self) -> dict[str, Any]:
-        """The content of `evaluation.json`; writes the file unless it is there."""
-        if self._finished is not None:
-            return self._finished
-        plan = self._plan
-        models = {name: summarise(name, plan.tasks, self.results) for name in plan.config.models}
-        summary = {
-            "schema": 1,
-            "split": plan.config.split,
-            "fingerprint": plan.fingerprint,
-            "digests": {name: asdict(digest) for name, digest in plan.digests.items()},
-            "models": models,
-            **self._hub(),
-        }
-        write_atomically(self.folder / RESULT_FILE, json.dumps(summary, indent=2) + "\n")
-        return summary
-
-    def _hub(self) -> dict[str, Any]:
-        """The commits of the hub's models, by their names in the config."""
-        found = {name: recorded([path]) for name, path in self._plan.config.models.items()}
-        commits = {name: each["hub"][0] for name, each in found.items() if each}
-        return {"hub": commits} if commits else {}
-
-
-def _finished_summary(plan: EvaluationPlan) -> dict[str, Any] | None:
-    """The summary of an earlier run on the same inputs, if there is one."""
-    path = plan.out / RESULT_FILE
-    if not path.is_file():
-        return None
-    finished = json.loads(path.read_text())
-    old = "digests" not in finished
-    key = plan.fingerprint_of_version_1() if old else plan.fingerprint
-    return finished if finished["fingerprint"] == key else None
-
-
-def _measure(
-    cells: Sequence[tuple[Cell, Path]], num_workers: int, executor: ExecutorName
-) -> Iterator[tuple[str, CellResult]]:
-    """The results of cells with their folders, in the order in which they finish."""
-    if not cells:
-        return
-    # All cells of a model together, so that a worker loads each model once.
-    ordered = sorted(cells, key=lambda item: item[0].path)
-    rows = [
-        {"cell": json.dumps(asdict(cell)), "folder": str(folder.absolute())}
-        for cell, folder in ordered
+    if any(plan.config.engine != plans[0].config.engine for plan in plans):
+        raise InputError("engine: differs between evaluations; allowed together: one engine")
+    runs = [_Open(number, plan, force) for number, plan in enumerate(plans)]
+    failures: list[Failure] = []
+    while True:
+        read = [run.read(failures) for run in runs]
+        missing = [block for _, blocks in read for block in blocks]
+        if not missing:
+            break
+        with _pool(plans, executor, len(missing)) as pool:
+            failures += fill(missing, pool)
+    return [
+        write_summary(run.plan, samples, [each for each in failures if each.run == run.number])
+        for run, (samples, _) in zip(runs, read, strict=True)
     ]
-    num_models = len({cell.path for cell, _ in cells})
-    found = _in_ray(rows, num_models, num_workers) if executor == "ray" else _here(rows)
-    with Progress(len(cells), "cells") as progress:
-        for row in found:
-            result = CellResult(**json.loads(row["result"]))
-            progress.advance(note=f"{result.model} on {result.task}: {result.value:.1f}")
-            yield row["folder"], result
 
 
-def _here(rows: list[dict[str, str]]) -> Iterator[dict[str, str]]:
-    """Measure cells in this process."""
-    import torch
+class _Open:
+    """One of the evaluations that run together.
 
-    worker = CellWorker(num_threads=torch.get_num_threads())
-    for row in rows:
-        yield worker(row)
-
-
-def _in_ray(
-    rows: list[dict[str, str]], num_models: int, num_workers: int
-) -> Iterable[dict[str, str]]:
-    """Measure cells in Ray Data actors; only descriptions and numbers pass through Ray.
-
-    Each actor has what its engine needs, so on GPUs each has one to itself.
+    Args:
+        force: forget the blocks that are there.
     """
-    import ray
 
-    cluster = ray.cluster_resources()
-    need = EngineConfig().need(cluster)
-    size = min(num_workers, num_models)
-    dataset = ray.data.from_items(rows, override_num_blocks=num_models)
-    return dataset.map(
-        CellWorker,  # type: ignore[arg-type] # Ray takes classes too
-        fn_constructor_kwargs={"offline": is_offline()},
-        compute=ray.data.ActorPoolStrategy(
-            size=min(size, need.most(cluster)) if need.num_gpus else size
-        ),
-        **need.options,
-    ).iter_rows()
+    def __init__(self, number: int, plan: EvaluationPlan, force: bool) -> None:
+        self.number, self.plan, self._store = number, plan, Store(plan.out)
+        plan.memory.save(plan.out / MODELS_FILE, plan.config.models.values())
+        for cell in plan.cells.values() if force else ():
+            for block in range(cell.num_blocks):
+                self._store.discard(cell, block)
+
+    def read(self, failures: Sequence[Failure]) -> tuple[Samples, list[Block]]:
+        """The samples of the cells that are whole, and the blocks that are missing or damaged, but
+        for cells that failed.
+        """
+        failed = {(each.model, each.task) for each in failures if each.run == self.number}
+        samples: Samples = {}
+        missing: list[Block] = []
+        for (model, task), cell in self.plan.cells.items():
+            if (model, task) in failed:
+                continue
+            samples[model, task], lacking = self._read_cell(cell)
+            of = self.plan.models[model]
+            missing += [Block(self.number, of, cell, number) for number in lacking]
+        return samples, missing
+
+    def _read_cell(self, cell: Cell) -> tuple[list[Sample], list[int]]:
+        """The samples of a cell, and the numbers of its missing blocks; damaged ones go."""
+        samples: list[Sample] = []
+        missing = []
+        for number in range(cell.num_blocks):
+            if not self._store.path(cell, number).is_file():
+                missing.append(number)
+                continue
+            try:
+                samples += self._store.read(cell, number)[0]
+            except DamagedBlockError as damage:
+                print(f"  damaged, measured again: {damage}", file=sys.stderr)
+                self._store.discard(cell, number)
+                missing.append(number)
+        return samples, missing
 
 
-def summarise(model: str, tasks: list[Task], results: list[CellResult]) -> dict[str, Any]:
-    """One model's numbers: per task, per H (the mean of its tasks), and the average of the H's."""
-    of_model = {result.task: result for result in results if result.model == model}
-    summary: dict[str, Any] = {}
-    parts = []
-    for dimension in DIMENSIONS:
-        names = [task.name for task in tasks if task.dimension == dimension]
-        if names:
-            part = mean_of_means([(of_model[n].value, of_model[n].stderr) for n in names])
-            summary[dimension] = {"value": part[0], "stderr": part[1]}
-            parts.append(part)
-    if parts:
-        value, stderr = mean_of_means(parts)
-        summary["average"] = {"value": value, "stderr": stderr}
-    summary["tasks"] = {
-        task.name: {
-            "value": of_model[task.name].value,
-            "stderr": of_model[task.name].stderr,
-            "n": of_model[task.name].n,
-        }
-        for task in tasks
-    }
-    return summary
-
-
-def best_model(summary: dict[str, Any], names: Iterable[str]) -> str:
-    """The name with the highest average of the H's; the first one in a tie."""
-    return max(names, key=lambda name: summary["models"][name]["average"]["value"])
+@contextmanager
+def _pool(
+    plans: Sequence[EvaluationPlan], executor: ExecutorName, num_blocks: int
+) -> Iterator[Pool]:
+    """Workers for the blocks of plans."""
+    config = plans[0].config
+    runs = [
+        Run(str(plan.out.absolute()), functools.partial(open_tasks, plan.config)) for plan in plans
+    ]
+    pool: LocalPool | RayPool
+    if executor == "local":
+        pool = LocalPool(functools.partial(Worker, runs, config.engine))
+    else:
+        arguments = {"num_threads": 1, "directory": str(Path.cwd()), "offline": is_offline()}
+        size = min(config.num_workers, num_blocks)
+        pool = RayPool((runs, config.engine), arguments, config.engine, size)
+    try:
+        yield pool
+    finally:
+        pool.close()

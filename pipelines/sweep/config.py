@@ -48,6 +48,9 @@ class SweepConfig(Config):
     tasks: Path = Field(description="a tasks.yaml")
     only: list[str] | None = Field(None, description="names of the tasks to run; default all")
     split: Split = "development"
+    choose_on: Literal["development", "test"] = Field(
+        "development", description="test: the test split decides, which marks all output"
+    )
     max_new_tokens: int = Field(32, ge=1, le=8192)
     batch_size: int = Field(256, ge=1)
     limit: int | None = Field(
@@ -61,8 +64,13 @@ class SweepConfig(Config):
     storage: Path | None = Field(None, description="where relative outputs live")
 
     @model_validator(mode="after")
-    def _samples_where_drawn(self) -> "SweepConfig":
+    def _fits_together(self) -> "SweepConfig":
         ranges = [key for key, value in self.search.items() if isinstance(value, Range)]
+        if self.split != self.choose_on:
+            raise ValueError(
+                f"split: found {self.split}, choose_on: {self.choose_on}; allowed: development for "
+                "both, or test for both, as numbers of the split that was chosen on are too high"
+            )
         if ranges and self.num_samples is None:
             raise ValueError(f"num_samples: required, because {ranges[0]} is a range")
         if not ranges and self.num_samples is not None:

@@ -15,7 +15,7 @@ from pipelines.commit import staged_directory, write_atomically
 from pipelines.config import apply_overrides, load_yaml
 from pipelines.engines import EngineConfig
 from pipelines.errors import InputError
-from pipelines.evaluate import EvaluateConfig, evaluate_planned, plan_evaluation
+from pipelines.evaluate import EvaluateConfig, evaluate_planned, percentages, plan_evaluation
 from pipelines.evaluate.tasks import DIMENSIONS, load_rows, load_tasks
 from pipelines.fingerprint import fingerprint, fingerprint_file, fingerprint_work
 from pipelines.merge import load_merge_config, merge, plan_merge
@@ -69,6 +69,7 @@ def sweep_planned(plan: SweepPlan, out: str | Path, *, force: bool = False) -> d
             "schema": 1,
             "fingerprint": key,
             "split": config.split,
+            **({"chosen_on_test": True} if config.choose_on == "test" else {}),
             "metric": config.metric,
             "mode": config.mode,
             "best": best,
@@ -76,7 +77,8 @@ def sweep_planned(plan: SweepPlan, out: str | Path, *, force: bool = False) -> d
         }
         chosen = apply_overrides(load_yaml(config.merge), _overrides(best["parameters"]))
         chosen = renamed(chosen, plan.pins) if plan.pins else chosen
-        write_atomically(folder / "merge.yaml", yaml.safe_dump(chosen, sort_keys=False))
+        mark = "# chosen on the test split\n" if config.choose_on == "test" else ""
+        write_atomically(folder / "merge.yaml", mark + yaml.safe_dump(chosen, sort_keys=False))
         write_atomically(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
         for scratch in ("tune", "trials"):
             shutil.rmtree(folder / scratch, ignore_errors=True)
@@ -117,7 +119,9 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
         load_rows(task, config.split)
         rows[task.name] = fingerprint_file(task.files[config.split])
     files = [fingerprint_file(config.merge), fingerprint_file(config.tasks)]
-    settings = config.model_dump(mode="json", exclude={"max_concurrent_trials", "cpus_per_trial"})
+    settings = config.model_dump(
+        mode="json", exclude={"max_concurrent_trials", "cpus_per_trial", "choose_on"}
+    )
     made = merge_config.model_dump(mode="json")
     # A sweep's numbers come from merges and evaluations.
     key = fingerprint_work([settings, files, made, inputs, rows], "sweep", "merge", "evaluate")
@@ -228,9 +232,8 @@ def _measure(config: SweepConfig, model: Path) -> dict[str, Any]:
     """The numbers of a new model on the sweep's tasks and split."""
     evaluation = EvaluateConfig(
         models={CANDIDATE: model},
-        **config.model_dump(
-            include={"tasks", "only", "split", "max_new_tokens", "batch_size", "limit"}
-        ),
+        engine=EngineConfig(batch_size=config.batch_size),
+        **config.model_dump(include={"tasks", "only", "split", "max_new_tokens", "limit"}),
     )
     record, memory = read_record(model), DigestMemory()
     assert record is not None
@@ -238,4 +241,7 @@ def _measure(config: SweepConfig, model: Path) -> dict[str, Any]:
     memory.remember(Checkpoint.open(model), digest)
     plan = plan_evaluation(evaluation, model.with_name("evaluation"), memory)
     [summary] = evaluate_planned([plan], executor="local")
-    return summary["models"][CANDIDATE]
+    if summary["failed"]:
+        failed = summary["failed"][0]
+        raise InputError(f"task {failed['task']!r}: {failed['reason']}")
+    return percentages(summary, CANDIDATE)

@@ -47,6 +47,36 @@ def make_tasks(content: Content, seed: int) -> list[tuple[dict[str, Any], dict[s
     return tasks
 
 
+def harness_task(entry: dict[str, Any]) -> dict[str, Any]:
+    """A task of `tasks.yaml` as a YAML file of lm-evaluation-harness in a folder beside it, without
+    functions: `metadata` names our grader, the column of clusters, and that it is a conversation.
+    """
+    files = {
+        "validation": f"../{entry['files']['development']}",
+        "test": f"../{entry['files']['test']}",
+    }
+    is_chat = entry["prompt"] == "chat"
+    return {
+        "task": entry["name"],
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        "validation_split": "validation",
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt[0]['content']}}" if is_chat else "{{prompt}}",
+        "doc_to_target": entry["grader"].get("phrase", "answer"),  # a text, or a column
+        "generation_kwargs": {"until": [], "max_gen_toks": 32, "do_sample": False},
+        "metadata": {
+            "version": 1.0,
+            "about": entry["description"],
+            "dimension": entry["dimension"],
+            "cluster": "cluster",
+            "chat": is_chat,
+            "grader": entry["grader"],
+        },
+    }
+
+
 def _row(name: str, request: str, answer: str | None, cluster: str) -> Row:
     return {"id": name, "prompt": conversation(request), "answer": answer, "cluster": cluster}
 

@@ -11,7 +11,7 @@ from pipelines.tiny_world.content import make_content
 from pipelines.tiny_world.documents import pretraining_documents, sft_conversations
 from pipelines.tiny_world.preferences import preference_pairs
 from pipelines.tiny_world.sizes import SIZES
-from pipelines.tiny_world.tasks import make_tasks
+from pipelines.tiny_world.tasks import harness_task, make_tasks
 from pipelines.tiny_world.words import vocabulary
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def build_world(out: str | Path, seed: int, size: str) -> Path:
 
     Files: `data/pretrain.parquet` (column `text`), `data/sft.jsonl` (`messages`),
     `data/preferences/{helpful,honest,harmless,mixture}.jsonl` (`prompt`, `chosen`, `rejected`),
-    `tasks/tasks.yaml` with its rows, and `tokenizer/`.
+    `tasks/tasks.yaml` with its rows, the same tasks for lm-evaluation-harness in
+    `tasks/harness/*.yaml`, and `tokenizer/`.
 
     Raises:
         InputError: `out` exists.
@@ -44,7 +45,7 @@ def build_world(out: str | Path, seed: int, size: str) -> Path:
     content = make_content(seed, SIZES[size].num_known_people)
     with staged_directory(out) as folder:
         (folder / "data" / "preferences").mkdir(parents=True, exist_ok=True)
-        (folder / "tasks").mkdir(exist_ok=True)
+        (folder / "tasks" / "harness").mkdir(parents=True, exist_ok=True)
         table = pyarrow.table({"text": pretraining_documents(content, seed)})
         pyarrow.parquet.write_table(table, folder / "data" / "pretrain.parquet")
         conversations = [{"messages": turns} for turns in sft_conversations(content, seed)]
@@ -54,6 +55,8 @@ def build_world(out: str | Path, seed: int, size: str) -> Path:
         entries = []
         for entry, rows in make_tasks(content, seed):
             entries.append(entry)
+            text = yaml.safe_dump(harness_task(entry), sort_keys=False)
+            (folder / "tasks" / "harness" / f"{entry['name']}.yaml").write_text(text)
             for split, file in entry["files"].items():
                 _write_lines(folder / "tasks" / file, rows[split])
         (folder / "tasks" / "tasks.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))

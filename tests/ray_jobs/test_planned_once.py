@@ -13,7 +13,7 @@ from pipelines.checkpoints import Checkpoint
 from ray_jobs import cli
 from tests.tiny_models import save_tiny_llama
 
-LOOKS = ("pipelines.merge.plan._plan", "pipelines.evaluate.plan.load_tasks")
+LOOKS = ("pipelines.merge.plan._plan", "pipelines.evaluate.opened.load_tasks")
 LOOKS += ("pipelines.sweep.run.load_tasks", "pipelines.checkpoints.digests.tensor_digests")
 
 
@@ -114,7 +114,7 @@ def test_evaluate(
     poise(monkeypatch, "evaluate", "evaluate.yaml", "--out", "out")
     num_tensors = sum(len(Checkpoint.open(world / name).tensors) for name in ("m0", "m1"))
     assert counts == {
-        "pipelines.evaluate.plan.load_tasks": 1,
+        "pipelines.evaluate.opened.load_tasks": 1,
         "pipelines.checkpoints.digests.tensor_digests": num_tensors,
         "m0": 2,
         "m1": 2,  # once more by this test

@@ -24,7 +24,7 @@ def test_the_documented_lines(
         "models: [{model: runs/a}, {model: runs/b}]\n"
     )
     text = (project_root / "docs" / "evaluation.md").read_text()
-    [lines] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    lines = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     names: dict = {}
     exec(lines, names)
     greedy, sampled = names["greedy"], names["sampled"]

@@ -70,7 +70,8 @@ import json, sys
 from pathlib import Path
 import ray, yaml
 from pipelines.evaluate import run as evaluation
-from pipelines.evaluate.cells import CellWorker
+from pipelines.evaluate import pools
+from pipelines.evaluate.workers import Worker
 from pipelines.sweep import run as sweeping
 from ray_jobs.session import quiet_environment, worker_environment
 from tests.tiny_models import save_tiny_llama
@@ -88,11 +89,10 @@ merge = {"merge_method": "linear", "models": [{"model": str(root / n)} for n in 
 merge["parameters"] = {"weight": 1.0}
 (root / "merge.yaml").write_text(yaml.safe_dump(merge))
 
-class Spy(CellWorker):
-    def __call__(self, row):
-        name = json.loads(row["cell"])["model"]
-        (root / f"{name}.seen").write_text(json.dumps(ray.get_gpu_ids()))
-        return super().__call__(row)
+class Spy(Worker):
+    def measure(self, block):
+        (root / f"{block.model.name}.seen").write_text(json.dumps(ray.get_gpu_ids()))
+        return super().measure(block)
 
 def trial(parameters, **unused):
     import time
@@ -103,7 +103,7 @@ def trial(parameters, **unused):
     (root / f"{name}.seen").write_text(json.dumps(seen))
     tune.report({"trial": {"parameters": parameters, "value": 0.0}})
 
-evaluation.CellWorker, sweeping._trial = Spy, trial
+pools.Worker, sweeping._trial = Spy, trial
 ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False,
          runtime_env={"env_vars": worker_environment()})
 try:

@@ -6,21 +6,26 @@ Oracle: the models' recorded answers, from which every score is known by hand.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
+from pipelines.engines import Sampling, open_engine
+from pipelines.engines.transformers_engine import TransformersEngine
 from pipelines.errors import InputError
 from pipelines.evaluate import (
     EvaluateConfig,
     best_model,
     evaluate,
     evaluate_planned,
+    percentages,
     plan_evaluation,
 )
-from pipelines.evaluate.generate import Generator
 from pipelines.evaluate.graders import grade
+from pipelines.evaluate.store import Store
 from pipelines.evaluate.tasks import load_rows, load_tasks
 from tests.hub_stub import Stub
 from tests.tiny_models import save_tiny_llama
@@ -52,7 +57,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (0, 1):
         save_tiny_llama(root / f"model-{seed}", seed)
     prompts = [[{"role": "user", "content": " ".join(text)}] for text in ("abc", "xy", "hello")]
-    says = Generator(root / "model-0").complete(prompts, max_new_tokens=4, batch_size=1)
+    engine = open_engine(root / "model-0")
+    says = [answer.text for answer in engine.generate(prompts, Sampling(max_tokens=4))]
     rows = [
         {"id": str(i), "prompt": prompt, "answer": answer, "cluster": str(i)}
         for i, (prompt, answer) in enumerate(zip(prompts, says, strict=True))
@@ -84,7 +90,7 @@ def config_of(world: Path, **changes) -> EvaluateConfig:
         "models": {"first": world / "model-0", "second": world / "model-1"},
         "tasks": world / "tasks.yaml",
         "max_new_tokens": 4,
-        "batch_size": 2,
+        "engine": {"batch_size": 2},
     }
     return EvaluateConfig(**{**values, **changes})
 
@@ -92,19 +98,15 @@ def config_of(world: Path, **changes) -> EvaluateConfig:
 def test_a_model_is_right_about_what_it_says_itself(world: Path, tmp_path: Path) -> None:
     summary = evaluate(config_of(world), tmp_path / "out", executor="local")
     first, second = summary["models"]["first"], summary["models"]["second"]
-    assert first["tasks"]["echo"] == {"value": 100.0, "stderr": 0.0, "n": 3}
-    assert second["tasks"]["echo"]["value"] < 100
-    assert first["average"]["value"] == pytest.approx(100.0)
-    assert "harmlessness" not in first
+    assert first["tasks"]["echo"] == {"exact": {"value": 1.0, "stderr": 0.0, "n": 3}}
+    assert second["tasks"]["echo"]["exact"]["value"] < 1
+    assert first["groups"]["average"] == {"value": 100.0, "stderr": 0.0}
+    assert "harmlessness" not in first["groups"]
+    shown = percentages(summary, "first")
+    assert shown["tasks"]["quiet"] == {"value": 100.0, "stderr": 0.0, "n": 2}
+    assert shown["average"] == first["groups"]["average"]
     assert best_model(summary, ["second", "first"]) == "first"
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == summary
-
-
-def test_batches_do_not_change_completions(world: Path) -> None:
-    generator = Generator(world / "model-0")
-    prompts = [[{"role": "user", "content": " ".join("abcdefgh"[:n])}] for n in range(1, 8)]
-    one, many = (generator.complete(prompts, max_new_tokens=6, batch_size=size) for size in (1, 4))
-    assert one == many
 
 
 def test_ray_gives_what_one_process_gives(world: Path, tmp_path: Path, ray_cluster: None) -> None:
@@ -113,36 +115,116 @@ def test_ray_gives_what_one_process_gives(world: Path, tmp_path: Path, ray_clust
     assert evaluate(config_of(world), tmp_path / "ray") == local
 
 
-def test_finished_cells_are_not_measured_again(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of prompts that engines are asked."""
+    counts: list[int] = []
+    plain = TransformersEngine.generate
+
+    def counting(self: TransformersEngine, prompts: Any, *rest: Any) -> Any:
+        counts.append(len(prompts))
+        return plain(self, prompts, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "generate", counting)
+    return counts
+
+
+def test_a_grown_matrix_measures_what_is_new(world: Path, tmp_path: Path, asked: list[int]) -> None:
+    """By model and by task; fewer models or tasks measure nothing, and a limit is another cell."""
+    out = tmp_path / "out"
+    small = config_of(world, only=["quiet"], models={"first": world / "model-0"})
+    evaluate(small, out, executor="local")
+    assert asked == [2]
+    whole = evaluate(config_of(world), out, executor="local")
+    assert asked == [2, 3, 2, 3]  # the model with more to do comes first
+    assert whole == evaluate(config_of(world), tmp_path / "other", executor="local")
+    asked.clear()
+    assert list(evaluate(small, out, executor="local")["models"]["first"]["tasks"]) == ["quiet"]
+    assert evaluate(config_of(world), out, executor="local") == whole
+    assert asked == []
+    limited = evaluate(config_of(world, limit=1), out, executor="local")
+    assert limited["models"]["first"]["tasks"]["echo"]["exact"]["n"] == 1
+    assert asked == [1, 1, 1, 1]
+    assert evaluate(config_of(world), out, executor="local") == whole
+    evaluate(config_of(world), out, executor="local", force=True)
+    assert sorted(asked[4:]) == [2, 2, 3, 3]
+
+
+def test_what_is_no_store_is_left_alone(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds other files; choose a new or empty folder$"):
+        evaluate(config_of(world), tmp_path, executor="local")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "evaluation.json").write_text("{}")
+    with pytest.raises(InputError, match="holds an evaluation of an earlier version; choose"):
+        evaluate(config_of(world), tmp_path / "old", executor="local")
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["evaluation.json"]
+
+
+def test_a_damaged_block_is_measured_again(
+    world: Path, tmp_path: Path, asked: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Whether it is cut, has a changed byte, or is another block; the bytes are as before."""
     out = tmp_path / "out"
     whole = evaluate(config_of(world), out, executor="local")
-    cell = out / "cells" / "second" / "echo.json"
-    out.rename(tmp_path / ".out.partial")
-    (tmp_path / ".out.partial" / "cells" / "second" / "echo.json").unlink()
-    (tmp_path / ".out.partial" / "evaluation.json").unlink()
-    measured = []
-    original = Generator.complete
-    monkeypatch.setattr(
-        Generator,
-        "complete",
-        lambda self, prompts, **kw: measured.append(len(prompts)) or original(self, prompts, **kw),
-    )
+    files = sorted(out.rglob("00000.parquet"))
+    before = [file.read_bytes() for file in files]
+    assert len(files) == 4
+    files[0].write_bytes(before[0][:-50])
+    place = before[1].index(b"model" if b"model" in before[1] else b"PAR1") + 40
+    files[1].write_bytes(before[1][:place] + bytes([before[1][place] ^ 1]) + before[1][place + 1 :])
+    files[2].write_bytes(before[3])
+    asked.clear()
     assert evaluate(config_of(world), out, executor="local") == whole
-    assert measured == [3]
-    assert cell.is_file()
-    assert evaluate(config_of(world), out, executor="local") == whole  # read, not measured
-    assert measured == [3]
+    assert [file.read_bytes() for file in files] == before
+    assert len(asked) == 3
+    assert capsys.readouterr().err.count("damaged, measured again: ") == 3
 
 
-def test_another_matrix_does_not_replace_a_finished_one(world: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    evaluate(config_of(world), out, executor="local")
-    with pytest.raises(InputError, match="exists already"):
-        evaluate(config_of(world, only=["quiet"]), out, executor="local")
-    summary = evaluate(config_of(world, only=["quiet"]), out, executor="local", force=True)
-    assert list(summary["models"]["first"]["tasks"]) == ["quiet"]
+def test_a_smaller_batch_where_memory_runs_out(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block is measured again whole, its file says so, and the answers are the same."""
+    whole = evaluate(config_of(world), tmp_path / "whole", executor="local")
+    plain = TransformersEngine.generate
+
+    def poor(self: TransformersEngine, prompts: Any, *rest: Any) -> Any:
+        if self.config.batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return plain(self, prompts, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "generate", poor)
+    config = config_of(world, engine={"batch_size": 4})
+    plan = plan_evaluation(config, tmp_path / "out")
+    [summary] = evaluate_planned([plan], executor="local")
+    assert summary["models"] == whole["models"]
+    cell = plan.cells["first", "echo"]
+    assert Store(tmp_path / "out").read(cell, 0)[1] == {"batch_size": 1}
+
+
+def test_a_model_that_fails_leaves_the_others(world: Path, tmp_path: Path) -> None:
+    """NaN is found when weights are loaded, a missing template when the task is asked."""
+    broken = save_tiny_llama(tmp_path / "broken", 2)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    mute = save_tiny_llama(tmp_path / "mute", 3)
+    (mute / "chat_template.jinja").unlink()
+    models = {"broken": broken, "first": world / "model-0", "mute": mute}
+    summary = evaluate(config_of(world, models=models), tmp_path / "out", executor="local")
+    first = evaluate(config_of(world), tmp_path / "alone", executor="local")["models"]["first"]
+    assert summary["models"]["first"] == first
+    assert {(each["model"], each["task"]) for each in summary["failed"]} == {
+        ("broken", "echo"),
+        ("broken", "quiet"),
+        ("mute", "echo"),
+    }
+    reasons = {each["model"]: each["reason"] for each in summary["failed"]}
+    assert "model.norm.weight: holds NaN or Inf" in reasons["broken"]
+    assert reasons["mute"].endswith("its tokenizer has no chat template")
+    groups = summary["models"]["mute"]["groups"]
+    assert groups["honesty"] == {"value": 100.0, "stderr": 0.0}
+    assert groups["average"] == {"value": None, "stderr": None, "missing": ["echo.exact"]}
 
 
 @pytest.mark.parametrize(
@@ -196,7 +278,7 @@ def test_bad_rows_are_named(tmp_path: Path, line: str, message: str) -> None:
 
 
 def test_a_damaged_model_is_named_before_the_work(world: Path, tmp_path: Path) -> None:
-    """By its file, and nothing is left; also by whoever loads it alone."""
+    """By its file, and nothing is left."""
     model = save_tiny_llama(tmp_path / "model")
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -204,8 +286,6 @@ def test_a_damaged_model_is_named_before_the_work(world: Path, tmp_path: Path) -
     with pytest.raises(InputError, match=str(weights)):
         evaluate(config, tmp_path / "out", executor="local")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
-    with pytest.raises(InputError, match="does not load"):
-        Generator(model)
 
 
 def test_a_model_of_the_hub_has_the_numbers_of_its_folder(

@@ -1,4 +1,4 @@
-"""Which model a number is of. Oracle: counted reads, and the digests' and old keys' definitions."""
+"""Which model a number is of. Oracle: counted reads."""
 
 import json
 import os
@@ -10,18 +10,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pipelines.checkpoints import plan_layout
-from pipelines.commit import partial_path
+from pipelines.engines.transformers_engine import TransformersEngine
 from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate, evaluate_together, plan_evaluation
-from pipelines.evaluate.generate import Generator
 from pipelines.fingerprint import MEANING
 from pipelines.sweep import SweepConfig, plan_sweep
 from pipelines.sweep.run import _measure
-from tests.pipelines.checkpoints.digest_definition import blake2, described, small_files
+from tests.pipelines.checkpoints.digest_definition import blake2, described
 from tests.tiny_models import save_tiny_llama
 
 WEIGHTS = "model.safetensors"
-SUFFIXES = (".safetensors", ".json", ".jinja")
 
 
 @pytest.fixture
@@ -60,13 +58,13 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts each cell that is measured has."""
     counts: list[int] = []
-    plain = Generator.complete
+    plain = TransformersEngine.generate
 
-    def counting(self: Generator, prompts: Any, **settings: Any) -> list[str]:
+    def counting(self: TransformersEngine, prompts: Any, *rest: Any) -> Any:
         counts.append(len(prompts))
-        return plain(self, prompts, **settings)
+        return plain(self, prompts, *rest)
 
-    monkeypatch.setattr(Generator, "complete", counting)
+    monkeypatch.setattr(TransformersEngine, "generate", counting)
     return counts
 
 
@@ -85,9 +83,9 @@ def test_each_model_is_read_once(world: Path, read: list[str]) -> None:
     for number, name in enumerate(("first", "second")):
         tensors = load_file(world / f"model-{number}" / WEIGHTS)
         weights = blake2(described(tensors))
-        assert summaries[0]["digests"][name]["weights"] == weights
-        cell = json.loads((world / "test" / "cells" / name / "words.json").read_text())
-        assert cell["weights"] == weights
+        assert summaries[0]["models"][name]["digest"] == weights
+        cells = [json.loads(file.read_text()) for file in (world / "test").rglob("cell.json")]
+        assert [cell["digest"]["weights"] for cell in cells if cell["model"] == name] == [weights]
     read.clear()
     assert evaluate_together(runs, executor="local") == summaries
     evaluate(configs[0], world / "development", executor="local", force=True)
@@ -105,9 +103,9 @@ def test_an_interrupted_run_does_not_read_again(world: Path, read: list[str]) ->
         def stop(*arguments: Any, **settings: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(Generator, "complete", stop)
+        patch.setattr(TransformersEngine, "generate", stop)
         evaluate(config, out, executor="local")
-    assert (partial_path(out) / "models.json").is_file()
+    assert (out / "models.json").is_file()
     read.clear()
     evaluate(config, out, executor="local")
     assert read == []
@@ -116,7 +114,7 @@ def test_an_interrupted_run_does_not_read_again(world: Path, read: list[str]) ->
 @pytest.mark.parametrize("text", ["{", "[]", '{"x": 1}', '{"x": {"weights": "0"}}'])
 def test_files_of_others_tell_nothing(world: Path, read: list[str], text: str) -> None:
     """Nor does one that has other lengths or times for a model."""
-    out = partial_path(world / "out")
+    out = world / "out"
     out.mkdir()
     (out / "models.json").write_text(text)
     expected = plan_evaluation(config_of(world), world / "nowhere").fingerprint
@@ -149,8 +147,10 @@ def test_touched_files_are_read_and_changed_ones_measured(
     tensors["model.norm.weight"][3] += 1
     save_file(tensors, file, {"format": "pt"})
     assert file.stat().st_size == size
-    with pytest.raises(InputError, match="exists already"):
-        evaluate(config, out, executor="local")
+    changed = evaluate(config, out, executor="local")
+    assert changed["models"]["first"] == summary["models"]["first"]
+    assert changed["models"]["second"]["digest"] != summary["models"]["second"]["digest"]
+    assert measured == [2]
 
 
 def test_a_copy_in_other_shards_keeps_its_numbers(world: Path, measured: list[int]) -> None:
@@ -168,42 +168,8 @@ def test_a_copy_in_other_shards_keeps_its_numbers(world: Path, measured: list[in
     assert evaluate(config, out, executor="local") == summary
     assert measured == []
     (model / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(InputError, match="exists already"):
-        evaluate(config, out, executor="local")
-
-
-def key_of_version_1(config: EvaluateConfig, world: Path) -> str:
-    """One key for all files of a model, one for a cell, one for the matrix."""
-    keys = []
-    for path in config.models.values():
-        files = [
-            file for file in path.iterdir() if file.suffix in (".safetensors", ".json", ".jinja")
-        ]
-        model = blake2(small_files(path, [file.name for file in files]))
-        [task] = small_files(world, ["test.jsonl"]).values()
-        grader = {"name": "not_phrase", "phrases": ["yes"]}
-        settings = [config.max_new_tokens, config.batch_size, config.limit]
-        keys.append(blake2([model, task, grader, "text", settings]))
-    return blake2(sorted(keys))
-
-
-def test_a_finished_evaluation_of_version_1_is_recognised(
-    world: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, out = config_of(world), world / "out"
     evaluate(config, out, executor="local")
-    path = out / "evaluation.json"
-    summary = json.loads(path.read_text())
-    del summary["digests"]
-    summary["fingerprint"] = key_of_version_1(config, world)
-    path.write_text(json.dumps(summary))
-    (out / "models.json").unlink()
-    measured.clear()
-    assert evaluate(config, out, executor="local") == summary
-    assert measured == []
-    monkeypatch.setitem(MEANING, "evaluate", 2)
-    with pytest.raises(InputError, match="exists already"):
-        evaluate(config, out, executor="local")
+    assert measured == [2]
 
 
 def test_a_raised_meaning_measures_again(
@@ -212,11 +178,9 @@ def test_a_raised_meaning_measures_again(
     """Of evaluations; a sweep's key follows those of merges and evaluations, too."""
     config, out = config_of(world), world / "out"
     evaluate(config, out, executor="local")
-    monkeypatch.setitem(MEANING, "evaluate", 2)
+    monkeypatch.setitem(MEANING, "evaluate", MEANING["evaluate"] + 1)
     measured.clear()
-    with pytest.raises(InputError, match="exists already"):
-        evaluate(config, out, executor="local")
-    evaluate(config, out, executor="local", force=True)
+    evaluate(config, out, executor="local")
     assert measured == [2, 2]
     swept = sweep_of(world)
     keys = [plan_sweep(swept).fingerprint]

@@ -121,6 +121,8 @@ def test_mistakes_are_found_before_the_first_trial(
     ("changes", "message"),
     [
         ({"search": {"parameters.lambda": []}}, "the list is empty"),
+        ({"split": "test"}, "found test, choose_on: development; allowed: development for both"),
+        ({"choose_on": "test"}, "split: found development, choose_on: test; allowed"),
         ({"num_samples": 3}, "num_samples: has no effect when every search is a list"),
         ({"search": {"parameters.lambda": {"uniform": [1, 0]}}}, "expected low < high"),
         ({"search": {"parameters.lambda": {"uniform": [0, 1]}}}, "num_samples: required"),

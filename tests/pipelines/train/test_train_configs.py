@@ -15,7 +15,7 @@ import torch
 from training_files import align_config, metrics, preference_rows, run_here, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipelines.config import _tell_once, load_config
+from pipelines.config import load_config, tell_once
 from pipelines.errors import InputError
 from pipelines.train import AlignConfig
 from pipelines.train.config import LoraSettings, OptimizerConfig
@@ -280,7 +280,7 @@ def test_old_names_are_the_same_run(
     version before began, with its own fingerprint and names, goes on.
     """
     monkeypatch.chdir(tmp_path)
-    _tell_once.cache_clear()
+    tell_once.cache_clear()
     where = {"base": "base", "tuned": "tuned"}
     plan = plan_of_merging(tmp_path, tau=where, implementation=new)
     assert not capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""Finished evaluations, read again: their numbers, differences by document, and other forms."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+
+from pipelines.errors import InputError
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.groups import Group, Leaf, resolve_groups
+from pipelines.evaluate.harness import write_harness_json
+from pipelines.evaluate.library_task import LibraryTask
+from pipelines.evaluate.opened import open_tasks
+from pipelines.evaluate.statistics import Contrast, Estimates, group_estimates, make_sheet, means
+from pipelines.evaluate.store import RESULT_FILE, Cell, DamagedBlockError, Store
+from pipelines.evaluate.summary import NUMBERS_FILE
+
+GROUP = "group"  # stands for the metric of a group's number
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A number of a model: of a task's metric, or of a group."""
+
+    model: str
+    task: str
+    metric: str
+    value: float | None
+    stderr: float | None
+    n: int | None
+
+
+class Evaluation:
+    """A finished evaluation's folder.
+
+    Raises:
+        InputError: no evaluation there, or one of another version.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / RESULT_FILE
+        try:
+            self.summary: dict[str, Any] = json.loads(path.read_text())
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; no finished evaluation there") from None
+        except ValueError:
+            raise InputError(f"{path}: not valid JSON") from None
+        if not isinstance(self.summary, dict) or self.summary.get("schema") != 2:
+            raise InputError(f"{path}: found another version; allowed: schema 2")
+
+    @property
+    def models(self) -> list[str]:
+        """The names of its models."""
+        return list(self.summary["models"])
+
+    def rows(self) -> list[Row]:
+        """All numbers, model by model: groups, then tasks."""
+        found = []
+        for model, entry in self.summary["models"].items():
+            for group, number in entry["groups"].items():
+                found.append(Row(model, group, GROUP, number["value"], number["stderr"], None))
+            for task, metrics in entry["tasks"].items():
+                found += [Row(model, task, metric, **number) for metric, number in metrics.items()]
+        return found
+
+    def estimates(self, models: Sequence[str]) -> dict[Leaf, Estimates]:
+        """The joint estimates of models on each (task, metric) that is a mean over documents.
+
+        Raises:
+            InputError: an unknown model, or samples that are damaged or gone.
+        """
+        for model in models:
+            if model not in self.models:
+                raise InputError(
+                    f"{self.folder}: unknown model {model!r}; found: {', '.join(self.models)}"
+                )
+        found = {}
+        for task in dict.fromkeys(row.task for row in self.rows() if row.metric != GROUP):
+            if any((model, task) not in self._keys for model in models):
+                continue
+            samples = {model: self.samples(model, task) for model in models}
+            clusters = {each.id: each.cluster for each in samples[models[0]]}
+            for metric in self.summary["models"][models[0]]["tasks"][task]:
+                values = {
+                    model: {each.id: each.values[metric] for each in own if metric in each.values}
+                    for model, own in samples.items()
+                }
+                if all(self._is_mean(of, task, metric, own) for of, own in values.items()):
+                    found[task, metric] = means(make_sheet(task, values, clusters))
+        return found
+
+    def differences(self, first: str, second: str) -> dict[tuple[str, str], Contrast]:
+        """The first model's numbers less the second's, paired by document, by task and metric or
+        by group; without metrics that are no means.
+        """
+        leaves = self.estimates([first, second])
+        groups = {name: Group(**values) for name, values in self.summary["groups"].items()}
+        metrics: dict[str, dict[str, None]] = {}
+        for row in self.rows():
+            if row.metric != GROUP:
+                metrics.setdefault(row.task, {})[row.metric] = None
+        tasks = {task: list(found) for task, found in metrics.items()}
+        columns = group_estimates(resolve_groups(groups, tasks), leaves)
+        found = {(name, GROUP): each.difference(first, second) for name, each in columns.items()}
+        return found | {leaf: each.difference(first, second) for leaf, each in leaves.items()}
+
+    def samples(self, model: str, task: str) -> list[Any]:
+        """The samples of a cell, in the order of documents.
+
+        Raises:
+            InputError: they are damaged or gone.
+        """
+        store, key = Store(self.folder), self._keys[model, task]
+        cell = Cell(task, key, self._num_documents(task, key), {})
+        try:
+            return [
+                sample for block in range(cell.num_blocks) for sample in store.read(cell, block)[0]
+            ]
+        except DamagedBlockError as damage:
+            raise InputError(f"{damage}; run the evaluation again to measure it") from None
+
+    def write_harness_json(self, folder: str | Path) -> list[Path]:
+        """Write lm-evaluation-harness's files, those of each model below `folder`; returns the
+        files of results.
+
+        Raises:
+            InputError: tasks of a tasks.yaml, or tasks that have changed.
+        """
+        config = EvaluateConfig(**self.summary["config"])
+        tasks = [each for each in open_tasks(config) if isinstance(each, LibraryTask)]
+        if not tasks:
+            raise InputError(f"{self.folder}: tasks of a tasks.yaml have no form of the library's")
+        found = []
+        for model, entry in self.summary["models"].items():
+            results = {
+                task.name: task.result(self.samples(model, task.name))
+                for task in tasks
+                if task.name in entry["tasks"]
+            }
+            found.append(write_harness_json(results, folder, model, entry["digest"]))
+        return found
+
+    def _num_documents(self, task: str, key: str) -> int:
+        path = Store.path_in(self.folder, Cell(task, key, 1, {}), 0).with_name("cell.json")
+        try:
+            return int(json.loads(path.read_text())["documents"])
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path}: does not read: {error}") from None
+
+    @cached_property
+    def _keys(self) -> dict[tuple[str, str], str]:
+        """The key of each cell, by model and task."""
+        table = parquet.read_table(self.folder / NUMBERS_FILE, columns=["model", "task", "key"])
+        return {(row["model"], row["task"]): row["key"] for row in table.to_pylist()}
+
+    def _is_mean(self, model: str, task: str, metric: str, values: dict[str, Any]) -> bool:
+        """Whether a model's metric is the mean of its documents' values."""
+        number = self.summary["models"][model]["tasks"][task].get(metric)
+        if number is None or not all(isinstance(each, int | float) for each in values.values()):
+            return False
+        mean = sum(values.values()) / len(values)
+        return math.isclose(mean, number["value"], rel_tol=1e-9, abs_tol=1e-12)
+
+
+def as_csv(rows: Iterable[Row]) -> str:
+    """Rows as CSV with full precision; what is unknown is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "task", "metric", "value", "stderr", "n"])
+    for row in rows:
+        writer.writerow([row.model, row.task, row.metric, row.value, row.stderr, row.n])
+    return text.getvalue()
+
+
+def as_latex(models: Sequence[str], heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table as LaTeX's `tabular`, with the package booktabs.
+
+    Args:
+        cells: by model, then by column; ± becomes a sign of LaTeX.
+    """
+    lines = [rf"\begin{{tabular}}{{l{'r' * len(heads)}}}", r"\toprule"]
+    lines.append(" & ".join(["model", *map(_escaped, heads)]) + r" \\")
+    lines.append(r"\midrule")
+    for model, own in zip(models, cells, strict=True):
+        lines.append(" & ".join([_escaped(model), *map(_escaped, own)]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """A text for LaTeX."""
+    for sign in "\\{}":
+        text = text.replace(sign, {"\\": "\0", "{": r"\{", "}": r"\}"}[sign])
+    text = text.replace("\0", r"\textbackslash{}")
+    for sign in "&%$#_":
+        text = text.replace(sign, f"\\{sign}")
+    return (
+        text.replace("~", r"\textasciitilde{}")
+        .replace("^", r"\textasciicircum{}")
+        .replace("±", r"$\pm$")
+    )

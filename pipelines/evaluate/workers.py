@@ -1,0 +1,177 @@
+"""A worker: one engine that measures blocks of any cell, changing its weights between models."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines.checkpoints.hub import bring
+from pipelines.engines import EngineConfig, open_engine
+from pipelines.errors import InputError
+from pipelines.evaluate.interface import EvaluationTask, Sample
+from pipelines.evaluate.store import Cell, Store
+
+if TYPE_CHECKING:
+    from pipelines.engines.interface import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model of the matrix.
+
+    Attributes:
+        path: its folder.
+        weights: the digest of its weights.
+    """
+
+    name: str
+    path: str
+    weights: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One evaluation: its store's folder, and what opens its tasks, by their names."""
+
+    folder: str
+    open_tasks: Callable[[Sequence[str]], Sequence[EvaluationTask]]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The unit of work: a block of a cell, of the evaluation with the number `run`."""
+
+    run: int
+    model: Model
+    cell: Cell
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a block.
+
+    Attributes:
+        state: "held" where another process measures it; "refused" where the model or the task
+            cannot be measured, now or later; "failed" where another try may help.
+    """
+
+    state: Literal["done", "held", "refused", "failed"]
+    samples: int = 0
+    reason: str = ""
+
+
+class Worker:
+    """Measures blocks of several evaluations. It keeps its engine, and loads a model only when
+    blocks of another one come.
+
+    Args:
+        num_threads: of torch; 0 leaves them.
+        directory: which relative paths of configs and tasks begin in; Ray starts workers elsewhere.
+        offline: fetch nothing of the hub's models.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        engine: EngineConfig,
+        *,
+        num_threads: int = 0,
+        directory: str = "",
+        offline: bool = False,
+    ) -> None:
+        if num_threads:
+            import torch
+
+            torch.set_num_threads(num_threads)
+        if directory and Path(directory).is_dir():
+            os.chdir(directory)
+        self._runs, self._stores = runs, [Store(run.folder) for run in runs]
+        self._asked = self._config = engine
+        self._offline = offline
+        self._tasks: dict[tuple[int, str], EvaluationTask] = {}
+        self._engine: Engine | None = None
+        self._model: Model | None = None
+
+    def measure(self, block: Block) -> Outcome:
+        """Measure a block and write it, unless another process does."""
+        store = self._stores[block.run]
+        try:
+            with store.claimed(block.cell, block.number) as mine:
+                if not mine:
+                    there = store.path(block.cell, block.number).is_file()
+                    return Outcome("done" if there else "held")
+                store.describe(block.cell)
+                samples, notes = self._samples(block)
+                store.write(block.cell, block.number, samples, notes)
+        except InputError as error:
+            return Outcome("refused", reason=str(error))
+        except Exception as error:  # whatever a library raises: the rest of the matrix goes on
+            self.close()
+            return Outcome("failed", reason=_first_line(error))
+        return Outcome("done", len(samples))
+
+    def close(self) -> None:
+        """Free the engine."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._model = None
+
+    def _samples(self, block: Block) -> tuple[list[Sample], Any]:
+        """A block's samples, and notes. Where memory runs out, the block is measured again whole
+        in smaller batches, which its notes say and which later blocks keep.
+        """
+        first, last = block.cell.documents(block.number)
+        task = self._task(block)
+        while True:
+            engine = self._engine_with(block.model)
+            try:
+                samples = task.measure(engine, first, last)
+            except Exception as error:
+                size = self._config.batch_size
+                fixed = self._config.name != "transformers" or size == 1
+                if fixed or not _is_out_of_memory(error):
+                    raise
+                self._config = self._config.model_copy(update={"batch_size": size // 2})
+                self.close()
+                continue
+            found = self._config.batch_size
+            return samples, {"batch_size": found} if found < self._asked.batch_size else None
+
+    def _task(self, block: Block) -> EvaluationTask:
+        key = (block.run, block.cell.task)
+        if key not in self._tasks:
+            [self._tasks[key]] = self._runs[block.run].open_tasks([block.cell.task])
+        return self._tasks[key]
+
+    def _engine_with(self, model: Model) -> "Engine":
+        """The engine with a model's weights: as it is, after a swap, or newly started."""
+        if self._engine is not None and self._model == model:
+            return self._engine
+        bring([model.path], offline=self._offline)
+        if self._engine is not None:
+            try:
+                self._engine.swap(model.path)
+            except InputError:  # other shapes, or a fault that a new start will name
+                self.close()
+        if self._engine is None:
+            self._engine = open_engine(model.path, self._config)
+        self._model = model
+        if self._engine.weights != model.weights:
+            self.close()
+            raise InputError(f"models.{model.name}: {model.path}: has changed since the start")
+        return self._engine
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch found no room, on a GPU or on a CPU."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    name = type(error).__name__
+    return f"{name}: {text.splitlines()[0]}" if text else name

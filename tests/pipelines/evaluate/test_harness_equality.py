@@ -1,0 +1,155 @@
+"""A dozen made-up tasks on our engine.
+
+Oracle: lm-evaluation-harness's own evaluation with its own model of transformers, in this process
+and as its command, on the same weights in float32.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipelines.engines import Engine
+from pipelines.evaluate.harness import TaskResult, evaluate, load_tasks
+from tests.pipelines.evaluate.made_up_tasks import SEED, TASKS
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture(scope="module")
+def library_model(chatty_model: Path, engine: Engine) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(chatty_model, dtype=torch.float32)
+    return HFLM(pretrained=loaded, tokenizer=engine.text.tokenizer, batch_size=8)
+
+
+def library_results(lm: Any, folder: Path, names: Sequence[Any], **options: Any) -> dict[str, Any]:
+    """The library's own evaluation."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = simple_evaluate(
+        model=lm,
+        tasks=list(names),
+        task_manager=manager,
+        bootstrap_iters=0,
+        fewshot_random_seed=SEED,
+        **options,
+    )
+    assert found is not None
+    return found
+
+
+def assert_equal(ours: dict[str, TaskResult], theirs: dict[str, Any]) -> None:
+    """All metrics, and all samples' metrics, answers and prompts."""
+    assert ours.keys() == theirs["results"].keys()
+    for name, result in ours.items():
+        own = theirs["results"][name]
+        named = {key for key in own if "," in key and "_stderr," not in key}
+        assert result.metrics.keys() == named, name
+        for key, metric in result.metrics.items():
+            assert metric.value == pytest.approx(own[key], abs=1e-6, rel=1e-6), (name, key)
+        assert result.task.remark or not result.task.documents.is_halved
+        prompts = {(r.document, r.number): r for r in result.requests if r.draw == 0}
+        for sample in theirs["samples"][name]:
+            place = result.task.ids.index(sample["doc_id"])
+            for number, arguments in enumerate(sample["arguments"]):
+                request = prompts[place, number]
+                shown = request.continuation if request.kind == "rolling" else request.context
+                assert shown == arguments[0], (name, place)
+
+
+CHAT = {"system_instruction": "b c", "chat": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param(CHAT, id="chat", marks=pytest.mark.slow),
+        pytest.param({**CHAT, "fewshot_as_multiturn": False}, id="one", marks=pytest.mark.slow),
+    ],
+)
+def test_all_tasks_have_the_librarys_numbers(
+    options: dict[str, Any],
+    engine: Engine,
+    library_model: Any,
+    made_up_tasks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = [name for name in TASKS if name != "one_split"]
+    tasks = load_tasks([{"include_path": made_up_tasks, "names": names, **options}], seed=SEED)
+    ours = evaluate(engine, tasks)
+    monkeypatch.chdir(made_up_tasks)
+    chat = bool(options.get("chat"))
+    theirs = library_results(
+        library_model,
+        made_up_tasks,
+        names,
+        apply_chat_template=chat,
+        system_instruction=options.get("system_instruction"),
+        fewshot_as_multiturn=chat and options.get("fewshot_as_multiturn", True),
+    )
+    assert_equal(ours, theirs)
+    assert ours["too_long"].num_cut > 0 and ours["choice"].num_cut == 0
+
+
+@pytest.mark.slow
+def test_development_and_halves_are_the_librarys_numbers_on_these_documents(
+    engine: Engine, library_model: Any, made_up_tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library evaluates on the validation split where its config says so, and on documents
+    that are chosen by their numbers.
+    """
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(made_up_tasks)
+    names = ["choice_shots", "choice_delimiter", "generation_corpus"]
+    spec = {"include_path": made_up_tasks, "names": names}
+    ours = evaluate(engine, load_tasks([spec], "development", seed=SEED))
+    loaded = TaskManager(include_path=str(made_up_tasks), include_defaults=False)
+    configs = [
+        {**loaded.task_index[name].cfg, "test_split": "validation"}  # type: ignore[dict-item]
+        for name in names
+    ]
+    assert_equal(ours, library_results(library_model, made_up_tasks, configs))
+    for split in ("development", "test"):
+        half = {"include_path": made_up_tasks, "names": ["one_split"]}
+        found = evaluate(engine, load_tasks([half], split, seed=SEED))
+        chosen = {"one_split": list(found["one_split"].task.ids)}
+        theirs = library_results(library_model, made_up_tasks, ["one_split"], samples=chosen)
+        assert_equal(found, theirs)
+
+
+@pytest.mark.slow
+def test_the_librarys_command_has_the_same_numbers(
+    engine: Engine, chatty_model: Path, made_up_tasks: Path, own_cache: Path, tmp_path: Path
+) -> None:
+    names = [name for name in TASKS if name != "one_split"]
+    command = [
+        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args"),
+        f"pretrained={chatty_model},dtype=float32",
+        *("--tasks", *names, "--include_path", str(made_up_tasks), "--device", "cpu"),
+        *("--batch_size", "16", "--seed", f"0,0,0,{SEED}", "--output_path", str(tmp_path)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DISABLE_MULTIPROC": "1"}
+    environment |= {"HF_DATASETS_CACHE": str(own_cache)}
+    subprocess.run(command, cwd=made_up_tasks, check=True, capture_output=True, env=environment)
+    [file] = tmp_path.glob("*/results_*.json")
+    theirs = json.loads(file.read_text())["results"]
+    for name, result in evaluate(
+        engine, load_tasks([{"include_path": made_up_tasks, "names": names}], seed=SEED)
+    ).items():
+        for key, metric in result.metrics.items():
+            expected = pytest.approx(theirs[name][key], abs=1e-6, rel=1e-6)
+            assert metric.value == expected, (name, key)
