@@ -50,7 +50,6 @@ def export_checkpoint(
     record = json.loads((folder / RUN_FILE).read_text())
     config = AlignConfig.model_validate(record["config"])
     bring(model_paths(config).values(), offline=is_offline())
-    config = with_start(config, folder)
     if dtype is not None:
         if config.lora is not None and config.lora.save == "adapter":
             raise InputError("--dtype: has no effect with lora.save: adapter")
@@ -61,9 +60,10 @@ def export_checkpoint(
     step = steps[-1] if step is None else step
     if step not in steps:
         raise InputError(f"step: found {step}; allowed: {', '.join(map(str, steps))}")
-    strategy = _strategy(config, step_folder(folder, step))
+    started = with_start(config, folder)
+    strategy = _strategy(started, step_folder(folder, step))
     with staged_directory(out, force=force) as partial:
-        saved = export_result(strategy, config, partial)
+        saved = export_result(strategy, started, partial)
         assert saved is not None  # this process is alone
         provenance(
             config,
