@@ -17,7 +17,7 @@ import pytest
 import torch
 from datasets import Dataset
 from training_files import align_config, metrics, run_here, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints import CheckpointDelta
@@ -66,7 +66,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("models")
     tokenizer = AutoTokenizer.from_pretrained(home, gguf_file=file.name)
     stored = AutoModelForCausalLM.from_pretrained(home, gguf_file=file.name, dtype=torch.bfloat16)
-    model = LlamaForCausalLM(stored.config).to(torch.bfloat16)
+    settings = stored.config.to_dict()
+    del settings["quantization_config"]  # of the file that it was read from
+    model = LlamaForCausalLM(LlamaConfig.from_dict(settings)).to(torch.bfloat16)
     model.load_state_dict(stored.state_dict())
     generator = torch.Generator().manual_seed(SEED)
     for name in ("tuned", "base"):
