@@ -30,7 +30,9 @@ def run_tasks(
         return
     table = Table("task", "requests", "examples", *SPLITS, "metrics", title="tasks")
     for name, each in tasks.items():
-        parts = [f"{part['documents']} of {part['split']}" for part in map(each.get, SPLITS)]
+        parts = [
+            f"{part['documents']} of {part['split']}" for part in (each[split] for split in SPLITS)
+        ]
         metrics = ", ".join(each["metrics"])
         table.add_row(name, each["requests"], str(each["num_fewshot"]), *parts, metrics)
     print_table(table)
@@ -38,7 +40,7 @@ def run_tasks(
 
 def _described(development: Task, test: Task) -> dict[str, Any]:
     """A task as values for JSON."""
-    parts = {
+    parts: dict[str, Any] = {
         task.split: {"documents": len(task), "split": task.remark} for task in (development, test)
     }
     return {

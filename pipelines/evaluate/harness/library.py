@@ -110,11 +110,11 @@ def built(
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error, or of what it came from; its type where that alone says what
-    happened.
-    """
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """The first line of an error; its type where that alone says what happened."""
+    from datasets.exceptions import DatasetGenerationError
+
+    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__  # it says only that a data file cannot be read
     line = (str(error).strip().splitlines() or [""])[0]
     told = isinstance(error, OSError | ValueError | RuntimeError) and line
     return line if told else f"{type(error).__name__}: {line}".removesuffix(": ")

@@ -104,7 +104,8 @@ class Task:
     seed: int
     num_fewshot: int
     chat: Chat
-    _drawn: int = field(default=0, init=False, repr=False)  # documents whose examples are drawn
+    # Documents whose few-shot examples are drawn; None where the generator's state is not known.
+    _drawn: int | None = field(default=None, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -197,15 +198,18 @@ class Task:
         assert 0 <= first <= last <= len(self)
         if self.chat.wanted and chat_template is None:
             raise InputError(f"task {self.name}: needs a chat template, and there is none")
-        self._draw_up_to(first)
         found: list[Request] = []
-        for place in range(first, last):
-            try:
+        place, start, self._drawn = first, self._start(first), None
+        try:
+            for place in range(start, first):
+                self._context(place, None)  # draws the examples
+            for place in range(first, last):
                 instances = self._instances(place, chat_template if self.chat.wanted else None)
-            except FAILURES as error:
-                raise self._failed(place, error) from None
-            for number, instance in enumerate(instances):
-                found += self._asked(place, number, instance)
+                for number, instance in enumerate(instances):
+                    found += self._asked(place, number, instance)
+        except FAILURES as error:
+            raise self._failed(place, error) from None
+        self._drawn = last
         return found
 
     def score(self, first: int, last: int, answers: Sequence[Answer]) -> list[Score]:
@@ -254,26 +258,22 @@ class Task:
 
     def _code(self) -> set[str]:
         """The files of the functions that the task names, and of its class."""
-        found = [type(self.library), *callables(self.library.config.to_dict(keep_callable=True))]
+        found: list[Any] = [
+            type(self.library),
+            *callables(self.library.config.to_dict(keep_callable=True)),
+        ]
         files = (inspect.getsourcefile(each) for each in found)
         return {file for file in files if file is not None}
 
-    def _draw_up_to(self, first: int) -> None:
-        """Bring the generator of few-shot examples to where it is before document `first`: the
-        library draws them one document after the other.
+    def _start(self, first: int) -> int:
+        """The document from which on examples must be drawn before document `first`: the library
+        draws them from one generator, one document after the other.
         """
-        if self.num_fewshot == 0 or self._drawn == first:
-            self._drawn = first
-            return
-        if self._drawn > first or self._drawn == 0:
+        start = self._drawn
+        if start is None or start > first:
             self.library.set_fewshot_seed(seed=self.seed)
-            self._drawn = 0
-        for place in range(self._drawn, first):
-            try:
-                self._context(place, None)
-            except FAILURES as error:
-                raise self._failed(place, error) from None
-        self._drawn = first
+            start = 0
+        return start if self.num_fewshot else first
 
     def _context(self, place: int, chat_template: ChatTemplate | None) -> Any:
         """The library's prompt for a document; draws its examples."""
@@ -290,10 +290,7 @@ class Task:
 
     def _instances(self, place: int, chat_template: ChatTemplate | None) -> "list[Instance]":
         """The library's requests for a document."""
-        if self._drawn == 0:
-            self.library.set_fewshot_seed(seed=self.seed)
         context = self._context(place, chat_template)
-        self._drawn = place + 1
         found = self.library.construct_requests(
             doc=self.document(place),
             ctx=context,

@@ -135,7 +135,8 @@ def test_development_and_halves_are_the_librarys_numbers_on_these_documents(
 def test_the_librarys_command_has_the_same_numbers(
     engine: Engine, chatty_model: Path, made_up_tasks: Path, own_cache: Path, tmp_path: Path
 ) -> None:
-    names = [name for name in TASKS if name != "one_split"]
+    # The command draws 100,000 bootstraps of F1, which takes minutes.
+    names = [name for name in TASKS if name not in ("one_split", "choice_shots")]
     command = [
         *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args"),
         f"pretrained={chatty_model},dtype=float32",

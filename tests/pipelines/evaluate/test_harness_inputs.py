@@ -145,6 +145,11 @@ def test_other_bad_input_is_one_line(made_up_tasks: Path, engine: Engine, tmp_pa
         load_tasks([{"num_fewshot": 1}])
     with pytest.raises(InputError, match="generation_kwargs: has no effect with multiple_choice"):
         load(made_up_tasks, "choice", generation_kwargs={"temperature": 1.0})
+    place = made(made_up_tasks, tmp_path / "damaged")
+    (place / "test.jsonl").unlink()
+    (place / "test.jsonl").write_text('{"words": "a"}\n{"words": \n')
+    with pytest.raises(InputError, match=r"task odd: .*JSON"):
+        load(place, "odd")
     with pytest.raises(InputError, match="fewshot_as_multiturn: has no effect without chat"):
         load(made_up_tasks, "choice", fewshot_as_multiturn=False)
     with pytest.raises(InputError, match="limit: found 0; allowed: 1 or more"):
@@ -241,6 +246,29 @@ def test_data_of_the_hub_are_fetched_once_and_then_from_the_cache(
     with pytest.raises(InputError, match="task other: its data set no/set is not in the cache of"):
         load(tmp_path / "tasks", "other")
     assert len(hub.asked) == asked
+
+
+def test_groups_and_tags_stand_for_their_tasks(made_up_tasks: Path, tmp_path: Path) -> None:
+    place = tmp_path / "tasks"
+    place.mkdir()
+    for file in made_up_tasks.iterdir():
+        (place / file.name).symlink_to(file)
+    save_task(place, "tagged", **TASKS["choice"], tag="letters")
+    (place / "all.yaml").write_text("group: all\ntask: [inner, letters]\n")
+    members = "[{task: choice_shots, num_fewshot: 5}, rolling]"
+    (place / "inner.yaml").write_text(f"group: inner\ntask: {members}\n")
+    tasks = load_tasks([{"include_path": place, "names": ["all"]}])
+    assert [(task.name, task.num_fewshot) for task in tasks] == [
+        ("choice_shots", 5),
+        ("rolling", 0),
+        ("tagged", 0),
+    ]
+    [tagged] = load_tasks([{"include_path": place, "names": ["letters"]}])
+    assert tagged.name == "tagged"
+    everything = load_tasks([{"include_path": place}], limit=1)
+    assert {task.name for task in everything} == {*TASKS, "tagged"}
+    with pytest.raises(InputError, match="tasks: rolling is there twice; names must differ"):
+        load_tasks([{"include_path": place, "names": ["rolling", "inner"]}])
 
 
 @pytest.mark.slow
