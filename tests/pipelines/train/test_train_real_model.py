@@ -39,7 +39,8 @@ def pairs_of(file: Path, count: int) -> list[dict[str, str]]:
             prompt, chosen = row["chosen"].rsplit(ANSWER, 1)
             other, rejected = row["rejected"].rsplit(ANSWER, 1)
             is_short = max(len(row["chosen"]), len(row["rejected"])) < MAX_CHARACTERS
-            if prompt == other and chosen != rejected and chosen and rejected and is_short:
+            says = chosen.strip() and rejected.strip()
+            if prompt == other and chosen != rejected and says and is_short:
                 found.append({"prompt": prompt + ANSWER, "chosen": chosen, "rejected": rejected})
             if len(found) == count:
                 break
