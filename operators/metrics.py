@@ -64,6 +64,22 @@ def kl_estimates(log_ratio: Tensor) -> Tensor:
     return (log_ratio.exp() * log_ratio - log_ratio.expm1()).clamp_min(0)
 
 
+def product_change_norm(
+    before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor], scale: float
+) -> float:
+    """Norm of the change of `scale * B A`, without the product: with `U = [B' -B]` and
+    `V = [A'; A]` it is `scale * sqrt(tr(U^T U V V^T))`.
+
+    Args:
+        before, now: A (r, n) and B (m, r), before and now; computed in float64.
+    """
+    (down, up), (new_down, new_up) = before, now
+    left = torch.cat([new_up.double(), -up.double()], dim=1)
+    right = torch.cat([new_down.double(), down.double()])
+    square = ((left.T @ left) * (right @ right.T)).sum()
+    return scale * math.sqrt(max(0.0, float(square)))
+
+
 def norm_and_cosine(sums: Tensor) -> tuple[float, float]:
     """Norm of the delta, and its cosine with tau (0 where one of them is 0), from the sums added
     over all shards.

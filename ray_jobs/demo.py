@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -18,10 +19,12 @@ from pipelines.commit import write_atomically
 from pipelines.config import apply_overrides, load_config, load_yaml
 from pipelines.evaluate import EvaluateConfig, best_model, evaluate_together, percentages
 from pipelines.merge import load_merge_config, merge
+from pipelines.provenance import read_record
 from pipelines.storage import resolve_output
 from pipelines.sweep import SweepConfig, sweep
 from pipelines.tiny_world import SIZES, build_world, train_base
 from pipelines.train import AlignConfig, align, align_in_turn
+from pipelines.train.files import METRICS_FILE
 from pipelines.versions import versions
 from ray_jobs.report import run_report
 from ray_jobs.session import PROJECT_ROOT, ray_session
@@ -221,6 +224,7 @@ def write_results(out: Path, seed: int, seconds: dict[str, float]) -> None:
             "config": config,
             "chosen": {key.split(".")[-1]: v for key, v in chosen(out, name).items()},
             "path": f"models/{name}",
+            **(_lengths(paths.model(name)) if kind == "aligned" else {}),
         }
     results = {
         "schema": 1,
@@ -232,6 +236,18 @@ def write_results(out: Path, seed: int, seconds: dict[str, float]) -> None:
         "versions": versions(),
     }
     write_atomically(out / RESULT_FILE, json.dumps(results, indent=2) + "\n")
+
+
+def _lengths(model: Path) -> dict[str, float]:
+    """The norm of an aligned model's delta, and the mean norm of its measured updates; nothing for
+    models of earlier versions.
+    """
+    lines = [json.loads(line) for line in (model / METRICS_FILE).read_text().splitlines()]
+    updates = [line["update_norm"] for line in lines if "update_norm" in line]
+    delta = (read_record(model) or {}).get("delta")
+    if delta is None or not updates:
+        return {}
+    return {"delta_norm": delta["delta_norm"], "update_norm": fmean(updates)}
 
 
 def _origin(out: Path, name: str) -> tuple[str, list[str], str]:

@@ -15,6 +15,9 @@ SINGLE_STRENGTH = {
     "harmless": "harmlessness",
 }
 
+# Optimizers are compared where the norms of their deltas differ by at most this share.
+SAME_LENGTH = 0.10
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -60,6 +63,12 @@ def mixture_aligned(results: Results) -> dict[str, ModelResults]:
     """The models aligned to a mixture of strengths, in the file's order."""
     aligned = results.of_kind("aligned")
     return {name: m for name, m in aligned.items() if own_strength(name, m) is None}
+
+
+def have_one_length(norms: tuple[float, float]) -> bool:
+    """Whether the larger of two norms is above the smaller by at most a tenth of it."""
+    small, large = sorted(norms)
+    return large <= small * (1 + SAME_LENGTH)
 
 
 def losses(

@@ -1,10 +1,12 @@
 """The findings in sentences, computed from the numbers alone, good or bad."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipelines.report.comparison import (
+    SAME_LENGTH,
     Difference,
     difference,
+    have_one_length,
     losses,
     mixture_aligned,
     own_strength,
@@ -137,10 +139,29 @@ def _mixtures(results: Results) -> list[str]:
         "models trained on the mixture."
     ]
     plain, *others = mixtures
-    for name in others:
-        delta = difference(mixtures[name].average, mixtures[plain].average)
-        sentences.append(f"Optimizers: on average, {name} is {_place(delta, plain)}.")
-    return sentences
+    return sentences + [_optimizers(mixtures, name, plain) for name in others]
+
+
+def _optimizers(mixtures: Mapping[str, ModelResults], name: str, plain: str) -> str:
+    """One optimizer against another, if both have moved the weights by one length: a longer way
+    alone changes the scores as another optimizer would.
+    """
+    norms = mixtures[name].delta_norm, mixtures[plain].delta_norm
+    if norms[0] is None or norms[1] is None:
+        return (
+            f"Optimizers: {name} and {plain} are not compared: the norms of their deltas are not "
+            "known."
+        )
+    if not have_one_length((norms[0], norms[1])):
+        return (
+            f"Optimizers: {name} and {plain} are not compared: the norms of their deltas, "
+            f"{norms[0]:.2f} and {norms[1]:.2f}, differ by more than {SAME_LENGTH:.0%}."
+        )
+    delta = difference(mixtures[name].average, mixtures[plain].average)
+    return (
+        f"Optimizers: on average, {name} is {_place(delta, plain)}, at deltas of norms "
+        f"{norms[0]:.2f} and {norms[1]:.2f}."
+    )
 
 
 def _choice(results: Results) -> list[str]:

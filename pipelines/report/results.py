@@ -28,6 +28,7 @@ def _inside(path: str) -> str:
 # No control characters and no markup: names are shown on the terminal, in plots and on the page.
 Name = Annotated[str, StringConstraints(pattern=r"^[\w./+=@: -]+$")]
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Length = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 InsidePath = Annotated[str, AfterValidator(_inside)]
 
 
@@ -63,6 +64,12 @@ class ModelResults(_Record):
     config: InsidePath
     chosen: dict[Name, Any] = Field(description="parameters that a sweep chose on development")
     path: InsidePath
+    delta_norm: Length | None = Field(
+        None, description="norm of what training has added; unknown in older files"
+    )
+    update_norm: Length | None = Field(
+        None, description="mean norm of an optimizer's update over the measured steps"
+    )
 
     def measurement(self, column: str) -> Measurement:
         """The measurement of a column, one of `COLUMNS`."""

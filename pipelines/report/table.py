@@ -20,12 +20,14 @@ PLAIN_WIDTH = 110
 BEST, TAX, CHOSEN = "*", "▼", "◆"
 LEGEND = (
     f"{BEST} best of its column   +/- against {{sft}}   {TAX} below {{sft}} by more than two "
-    f"standard errors of the difference\n{CHOSEN} the merge that is best on development"
+    f"standard errors of the difference\n{CHOSEN} the merge that is best on development\n"
+    "delta, update: norms of what training has added, in all and in a mean step"
 )
 LEGEND_OVER_RUNS = (
     f"mean ±standard deviation over runs   {BEST} best mean   +/- against {{sft}}   "
     f"{TAX} in how many runs clearly below {{sft}}\n"
-    f"{CHOSEN} in how many runs the merge that is best on development"
+    f"{CHOSEN} in how many runs the merge that is best on development\n"
+    "delta, update: norms of what training has added, in all and in a mean step"
 )
 
 
@@ -53,7 +55,9 @@ class Row:
 
     name: str
     kind: str
-    chosen: tuple[str, ...]  # parameters chosen on development, such as `lambda=0.5`; no duplicates
+    # Lines below the name, without duplicates: parameters chosen on development, such as
+    # `lambda=0.5`, and the lengths of an aligned model's updates and delta.
+    notes: tuple[str, ...]
     mark: str  # of the best merge; empty for others
     cells: tuple[Cell, ...]  # one for each of COLUMNS
 
@@ -63,13 +67,22 @@ def chosen_text(chosen: dict[str, Any]) -> str:
     return ", ".join(f"{name}={json.dumps(value)}" for name, value in chosen.items())
 
 
+def lengths_text(models: Sequence[ModelResults]) -> list[str]:
+    """A model's norms of delta and of an update, means over runs, if they are known."""
+    deltas = [model.delta_norm for model in models if model.delta_norm is not None]
+    updates = [model.update_norm for model in models if model.update_norm is not None]
+    if len(deltas) < len(models) or len(updates) < len(models):
+        return []
+    return [f"delta {statistics.fmean(deltas):.2f}", f"update {statistics.fmean(updates):.2g}"]
+
+
 def table_rows(results: Results) -> list[Row]:
     """The rows of a run, grouped by kind."""
     return [
         Row(
             name,
             kind,
-            (chosen_text(model.chosen),) if model.chosen else (),
+            (*([chosen_text(model.chosen)] if model.chosen else []), *lengths_text([model])),
             CHOSEN if name == results.best_merge else "",
             tuple(_cell(results, model, column) for column in COLUMNS),
         )
@@ -114,12 +127,13 @@ def table_rows_over_runs(runs: Sequence[Results]) -> list[Row]:
     for name, kind in ((n, k) for group in KINDS for n, k in kinds.items() if k == group):
         num_best = sum(results.best_merge == name for results in runs)
         mark = f"{CHOSEN}{num_best}/{len(runs)}" if num_best else ""
-        chosen = tuple(dict.fromkeys(text for single in singles for text in single[name].chosen))
+        chosen = [chosen_text(run.models[name].chosen) for run in runs if run.models[name].chosen]
+        notes = (*dict.fromkeys(chosen), *lengths_text([run.models[name] for run in runs]))
         cells = tuple(
             _cell_over_runs(runs, means, name, column, [s[name].cells[i].tax for s in singles])
             for i, column in enumerate(COLUMNS)
         )
-        rows.append(Row(name, kind, chosen, mark, cells))
+        rows.append(Row(name, kind, notes, mark, cells))
     return rows
 
 
@@ -202,8 +216,8 @@ def _table(rows: Sequence[Row], *, on_two_lines: bool) -> Table:
             table.add_row()
         previous = row.kind
         name = Text(f"{row.name} {row.mark}".rstrip(), style="bold" if row.mark else "")
-        for chosen in row.chosen:
-            name.append(f"\n  {chosen}", style="not bold dim")
+        for note in row.notes:
+            name.append(f"\n  {note}", style="not bold dim")
         table.add_row(name, *(column[number] for column in columns))
     return table
 

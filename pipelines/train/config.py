@@ -1,112 +1,23 @@
 """The config of `poise align`."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
 
-from operators.optim import MergeOptions
-from operators.optim.options import AlphaSchedule
-from operators.optim.tau import DeltaPlacement, MissingDelta
 from pipelines.config import Config, NamedIn
 from pipelines.train.architecture import RewardHead
 from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_sets
 from pipelines.train.objective_config import ObjectiveConfig
+from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
 from pipelines.train.schedules import ScheduleConfig, ScheduleName
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
-
-# Online merging optimizers: named pairs of sparsifier and consensus, or any pair (`online`).
-ONLINE = {"ondare": "dare", "onties": "ties", "online": ""}
-ONLINE_FIELDS = {
-    "density",
-    "alpha",
-    "merge_every",
-    "alpha_schedule",
-    "tau",
-    "missing_delta",
-    "delta_placement",
-    "implementation",
-}
 
 MIN_CHOSEN_LOG_RATIO = -5.0
 
 SavedDtype = Literal["source", "float32", "bfloat16"]
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class TauConfig(Config):
-    """The two checkpoints whose difference is tau, the reference delta."""
-
-    base: Path
-    tuned: Path
-
-
-class OptimizerConfig(Config):
-    """AdamW, or an online merging optimizer around it."""
-
-    section: ClassVar = "optimizer."
-    old_fields: ClassVar = {"reference": "tau"}
-    old_values: ClassVar = {"implementation": {"reference": "eager"}}
-
-    name: Annotated[str, NamedIn(["adamw", *ONLINE])] = "adamw"
-    learning_rate: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    weight_decay_on: Literal["all", "matrices"] = Field(
-        "all", description="all parameters, or all but biases and norms as in transformers (adamw)"
-    )
-    sparsifier: str | None = Field(None, description="sparsifier of update and tau (online)")
-    consensus: str | None = Field(None, description="consensus of update and tau (online)")
-    sparsifier_parameters: dict[str, Any] = Field({}, description="except the density (online)")
-    density: float | None = Field(None, gt=0, le=1, description="fraction kept (online merging)")
-    alpha: float | None = Field(None, ge=0, lt=1, description="weight of tau (online merging)")
-    merge_every: int = Field(1, ge=1, description="K of step-K (online merging)")
-    alpha_schedule: AlphaSchedule = Field(
-        "constant", description="constant alpha, or in proportion to the learning rate"
-    )
-    tau: TauConfig | None = Field(None, description="where tau comes from")
-    missing_delta: MissingDelta = Field(
-        "error", description="for parameters that tau lacks, or that have fewer rows in tau"
-    )
-    delta_placement: DeltaPlacement = Field(
-        "device", description="where tau is kept, or read from its files at every step"
-    )
-    implementation: Literal["auto", "eager", "compiled", "triton"] = "auto"
-
-    @model_validator(mode="after")
-    def _what_the_name_needs(self) -> "OptimizerConfig":
-        required = ["density", "alpha", "tau"] if self.name in ONLINE else []
-        required += ["sparsifier", "consensus"] if self.name == "online" else []
-        for field in required:
-            if getattr(self, field) is None:
-                raise ValueError(f"{field}: required with {self.name}")
-        for field in ("sparsifier", "consensus", "sparsifier_parameters"):
-            if getattr(self, field) and self.name != "online":
-                raise ValueError(f"{field}: has no effect with {self.name}; allowed with online")
-        if self.weight_decay_on != "all" and (self.name in ONLINE or not self.weight_decay):
-            why = f"with {self.name}" if self.name in ONLINE else "without weight_decay"
-            raise ValueError(f"weight_decay_on: found {self.weight_decay_on} {why}; allowed: all")
-        if self.name == "online":
-            self.merge_options.check(has_tau=True)
-        for field in ONLINE_FIELDS & self.model_fields_set:
-            default = type(self).model_fields[field].default
-            if self.name not in ONLINE and getattr(self, field) != default:
-                raise ValueError(f"{field}: has no effect with {self.name}")
-        return self
-
-    @property
-    def merge_options(self) -> MergeOptions:
-        """The optimizer's merge options for `online`."""
-        assert self.consensus is not None and self.density is not None and self.alpha is not None
-        return MergeOptions(
-            consensus=self.consensus,
-            sparsifier=self.sparsifier,
-            sparsifier_parameters=self.sparsifier_parameters,
-            density=self.density,
-            alpha=self.alpha,
-        )
 
 
 class LoraSettings(Config):
@@ -192,6 +103,12 @@ class AlignConfig(ReadingConfig):
         ge=0,
         description="restarts in a row without progress; 0: none",
     )
+    norms_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between measurements of the lengths of update and delta; with each "
+        "checkpoint unless given",
+    )
     min_chosen_log_ratio: float | None = Field(
         MIN_CHOSEN_LOG_RATIO,
         lt=0,
@@ -231,6 +148,11 @@ class AlignConfig(ReadingConfig):
             raise ValueError(
                 f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
                 "with lora: adamw"
+            )
+        if self.lora is not None and self.optimizer.ema is not None:
+            raise ValueError(
+                "optimizer.ema: found with lora, where an average of the factors is none of the "
+                "weights; allowed: without lora"
             )
         if self.head is not None:
             self._check_reward()

@@ -82,7 +82,7 @@ def export_checkpoint(
 
 
 def _strategy(config: AlignConfig, checkpoint: Path) -> Strategy:
-    """The model of a checkpoint in this single process, with pending steps of step-K merged."""
+    """The model of a checkpoint in this single process, with what the end of a run does to it."""
     here = config.model_copy(update={"strategy": "single", "num_workers": 1, "cpu_offload": False})
     strategy = build_strategy(here, torch.device("cpu"))
     if config.traits.zero_stage:
@@ -93,5 +93,5 @@ def _strategy(config: AlignConfig, checkpoint: Path) -> Strategy:
         load_shards(SavedShards(checkpoint), layouts, strategy.optimizer)
     else:
         strategy.load(checkpoint)
-    strategy.merge_pending()
+    strategy.finish()
     return strategy

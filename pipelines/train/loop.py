@@ -34,6 +34,7 @@ from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER, REFERENCE_FILE
 from pipelines.train.metrics import (
     Clock,
     MetricsWriter,
+    UpdateLength,
     Watch,
     add_up,
     delta_metrics,
@@ -103,7 +104,8 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
             bring(model_paths(config).values(), offline=settings["offline"])
             run = Run(config, settings, device)
             run.train()
-            run.strategy.merge_pending()
+            run.strategy.finish()
+            delta = delta_metrics(run.strategy, config)
             saved = export_result(run.strategy, config, folder / MODEL_FOLDER)
     except DivergenceError as error:  # all workers see it at once, so none waits for another
         record_failure(folder, error)
@@ -115,7 +117,8 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
     if saved is not None:  # this is the first rank
         optimizer = run.strategy.optimizer
         path = optimizer.path if isinstance(optimizer, OnlineMergingAdamW) else None
-        exported = {"optimizer_path": path, "rounding": saved.rounding, **asdict(saved.digest)}
+        found = {"optimizer_path": path, "rounding": saved.rounding, "delta": delta}
+        exported = {**found, **asdict(saved.digest)}
         write_atomically(folder / EXPORTED_FILE, json.dumps(exported))
     return True
 
@@ -203,12 +206,17 @@ class Run:
                 set_learning_rate(
                     self.strategy.optimizer, learning_rate(config, step, self.num_steps)
                 )
+                last = step == self.num_steps
+                due = last or step % config.checkpoint_every == 0
+                measured = last or step % (config.norms_every or config.checkpoint_every) == 0
                 record = self._gradients(rows)
+                length = UpdateLength(self.strategy) if measured else None
                 record["gradient_norm"] = self.strategy.update(partial(watch.check, step, record))
                 record["learning_rate"] = learning_rate(config, step, self.num_steps)
-                due = step % config.checkpoint_every == 0 or step == self.num_steps
-                if due:
+                if length is not None:
+                    record["update_norm"] = length.measure()
                     record |= delta_metrics(self.strategy, config)
+                if due:
                     record |= merge_metrics(self.strategy)
                 record |= self.table.rows_by_set(rows)
                 record |= clock.measure(int(self.table.lengths[rows].sum()))

@@ -5,8 +5,9 @@ tokens in a micro-batch, layers of width h and inner width i, and a vocabulary o
 
     state         4 N of master weights, 8 N of Adam's moments, 2 N of tau (OnDARE; OnTIES with
                   density p: 6 p N, at most 2 N; 0 if tau is not kept on the device), 4 N of the
-                  anchor (step-K); divided by W unless the strategy is single or ddp. With adapters
-                  of A elements: 4 N + 12 A, and A instead of N for gradients
+                  anchor (step-K), 8 N with a moving average (its gap, and the weights before a
+                  step); divided by W unless the strategy is single or ddp. With adapters of A
+                  elements: 4 N + 12 A, and A instead of N for gradients
     weights       b N more, if the passes use other weights than the master weights
     gradients     4 N (divided by W for fsdp2, zero2, zero3); twice that for ddp; b N + 4 N / W for
                   zero1
@@ -32,12 +33,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from pipelines.train.architecture import RewardHead, blocks_of, head_of, meta_model
-from pipelines.train.config import (
-    ONLINE,
-    AlignConfig,
-    LoraSettings,
-    OptimizerConfig,
-)
+from pipelines.train.config import AlignConfig, LoraSettings
+from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,6 +131,8 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
     state += 0 if tau_on_host else tau
     if config.optimizer.merge_every > 1:
         state += 4 * n // share
+    if config.optimizer.ema is not None:
+        state += 8 * n // share
     host = tau if tau_on_host else 0
     weights = traits.weight_bytes(n, b, workers)
     gradients = traits.gradient_bytes(trained, b, workers)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from operators.metrics import delta_sums, norm_and_cosine
+from operators.metrics import delta_sums, norm_and_cosine, product_change_norm
 from operators.optim import OnlineMergingAdamW, Tau
 from pipelines.train.config import AlignConfig
 from pipelines.train.errors import DivergenceError
@@ -175,7 +175,8 @@ def peak_memory() -> int:
 
 @torch.no_grad()
 def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
-    """Norm of the change that training has made so far, and its cosine with tau if there is one.
+    """Norm of the change that training has made so far; if there is a tau, its cosine with tau and
+    its length as a multiple of tau's.
 
     The initial weights are read again from their files, range by range; every rank must call.
     """
@@ -190,8 +191,50 @@ def delta_metrics(strategy: Strategy, config: AlignConfig) -> dict[str, float]:
             covered = source.covers(part)
             tau = source.read(part, part.start, part.count) if covered else torch.zeros(part.count)
         sums += delta_sums(values.detach().cpu(), strategy.weights.read(*where).float(), tau)
-    norm, cosine = norm_and_cosine(add_up(sums))
-    return {"delta_norm": norm} | ({} if source is None else {"tau_cosine": cosine})
+    sums = add_up(sums)
+    norm, cosine = norm_and_cosine(sums)
+    if source is None:
+        return {"delta_norm": norm}
+    tau_norm = math.sqrt(float(sums[2]))
+    return {
+        "delta_norm": norm,
+        "tau_cosine": cosine,
+        "delta_to_tau": norm / tau_norm if tau_norm else 0.0,
+    }
+
+
+class UpdateLength:
+    """Measures the length of one update from a copy of the weights before it, in CPU memory."""
+
+    @torch.no_grad()
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self._before = _copies(strategy)
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """Norm of what the weights have moved since. Every rank must call."""
+        lora = self._strategy.config.lora
+        if lora is not None:
+            pairs = zip(_pairs(self._before), _pairs(_copies(self._strategy)), strict=True)
+            scale = lora.alpha / lora.rank
+            return math.hypot(*(product_change_norm(old, new, scale) for old, new in pairs))
+        sums = torch.zeros(3, dtype=torch.float64)
+        for (_, values), before in zip(self._strategy.owned(), self._before, strict=True):
+            sums += delta_sums(values.detach().cpu(), before)
+        return math.sqrt(float(add_up(sums)[0]))
+
+
+def _copies(strategy: Strategy) -> list[Tensor]:
+    """Copies of the weights that this rank owns; with adapters, of all their factors instead."""
+    if strategy.config.lora is not None:
+        return [factor.clone() for _, factor in strategy.adapters()]
+    return [values.detach().to("cpu", copy=True) for _, values in strategy.owned()]
+
+
+def _pairs(factors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each adapter's A and B, which follow each other."""
+    return list(zip(factors[::2], factors[1::2], strict=True))
 
 
 def merge_metrics(strategy: Strategy) -> dict[str, float]:

@@ -7,17 +7,29 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from operators.optim import OnlineMergingAdamW
+from operators.optim import ExponentialMovingAverage, OnlineMergingAdamW
 from pipelines.checkpoints import CheckpointDelta
 from pipelines.train.architecture import meta_model
-from pipelines.train.config import ONLINE, AlignConfig
+from pipelines.train.config import AlignConfig
+from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
 from pipelines.train.schedules import Place
 
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
-    """AdamW, or online merging around it with tau read by range from two checkpoints."""
+    """AdamW, or online merging around it with tau read by range from two checkpoints; followed by
+    a moving average if the config has one.
+    """
+    optimizer = _build(config, model)
+    average = config.optimizer.ema
+    if average is not None:
+        ExponentialMovingAverage(optimizer, average.coefficient, average.mode)
+    return optimizer
+
+
+def _build(config: AlignConfig, model: nn.Module) -> Optimizer:
+    """The optimizer itself."""
     settings = config.optimizer
     shared: dict[str, Any] = {
         "lr": settings.learning_rate,
@@ -25,23 +37,28 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
     }
+    ours: dict[str, Any] = {
+        "rounding": settings.rounding,
+        "gradient_density": settings.gradient_density,
+        "gradient_rescale": settings.gradient_rescale,
+        "implementation": "eager" if settings.takes_eager_path else settings.implementation,
+        "seed": config.seed,
+    }
     if settings.name not in ONLINE:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if settings.weight_decay_on == "matrices":
-            names = decaying(model)
-            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            groups: list[dict[str, Any]] = [
-                {"params": [p for n, p in named if n in names]},
-                {"params": [p for n, p in named if n not in names], "weight_decay": 0.0},
-            ]
+        groups = _groups(settings, model)
+        if not settings.masks_or_rounds:
+            for group in groups:
+                group["params"] = [parameter for _, parameter in group["params"]]
             return torch.optim.AdamW(groups, foreach=True, **shared)
-        return torch.optim.AdamW(trained, foreach=True, **shared)
+        plain = [group | {"merge": False} for group in groups]
+        return OnlineMergingAdamW(plain, None, alpha=0, **shared, **ours)
     density, alpha = settings.density, settings.alpha
     assert density is not None and alpha is not None  # the config requires them
     return OnlineMergingAdamW(
         model.named_parameters(),
         delta_of(config),
         **shared,
+        **ours,
         consensus=settings.consensus or ONLINE[settings.name],
         sparsifier=settings.sparsifier,
         sparsifier_parameters=settings.sparsifier_parameters,
@@ -51,9 +68,20 @@ def build_optimizer(config: AlignConfig, model: nn.Module) -> Optimizer:
         alpha_schedule=settings.alpha_schedule,
         missing_delta=settings.missing_delta,
         delta_placement=settings.delta_placement,
-        implementation=settings.implementation,
-        seed=config.seed,
+        rescale=settings.rescale,
     )
+
+
+def _groups(settings: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """The trained parameters with their names; in two groups if only matrices decay."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if settings.weight_decay_on == "all":
+        return [{"params": named}]
+    names = decaying(model)
+    return [
+        {"params": [(n, p) for n, p in named if n in names]},
+        {"params": [(n, p) for n, p in named if n not in names], "weight_decay": 0.0},
+    ]
 
 
 def decaying(model: nn.Module) -> set[str]:

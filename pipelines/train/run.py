@@ -51,6 +51,7 @@ from pipelines.train.files import (
 )
 from pipelines.train.inputs import check_inputs, check_vocabulary, remarks
 from pipelines.train.models import model_paths, with_data, with_folders, with_models, with_names
+from pipelines.train.optimizer_config import OptimizerConfig
 from pipelines.train.random_start import with_start
 from pipelines.train.workers import Job, check_cluster, run_workers
 
@@ -63,6 +64,7 @@ IMMATERIAL = {
     "max_failures",
     "checkpoint_every",
     "keep_checkpoints",
+    "norms_every",
     "asynchronous_checkpoints",
     "tensorboard",
     "trackers",
@@ -72,6 +74,15 @@ IMMATERIAL = {
     "activation_offload",
     "cpu_offload",
 }
+# Fields of the optimizer that earlier versions did not have: left out where they are not set.
+NEWER = (
+    "weight_decay_on",
+    "rescale",
+    "rounding",
+    "gradient_density",
+    "gradient_rescale",
+    "ema",
+)
 
 
 @dataclass(frozen=True)
@@ -128,8 +139,9 @@ def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str,
         del same["lora"]["save"]  # which earlier versions did not have, and always did
     if config.save == SaveSettings():
         del same["save"]
-    if config.optimizer.weight_decay_on == "all":
-        del same["optimizer"]["weight_decay_on"]
+    for name in NEWER:
+        if getattr(config.optimizer, name) == OptimizerConfig.model_fields[name].default:
+            del same["optimizer"][name]
     if config.warmup_steps is None:
         del same["warmup_steps"]
     if config.init == "checkpoint":
@@ -225,7 +237,11 @@ def _commit(config: AlignConfig, plan: Plan, out: Path, *, force: bool) -> None:
         key=plan.fingerprint,
         inputs=plan.inputs,
         num_steps=plan.num_steps,
-        details={"optimizer_path": path, "rounding": exported.get("rounding")},
+        details={
+            "optimizer_path": path,
+            "rounding": exported.get("rounding"),
+            "delta": exported.get("delta"),
+        },
     ).write(model)
     # Copied, not moved: the originals are needed if this process is killed here.
     shutil.copyfile(folder / METRICS_FILE, model / METRICS_FILE)

@@ -8,7 +8,12 @@ import math
 import pytest
 import torch
 
-from operators.metrics import draw_next_tokens, kl_divergences, kl_estimates
+from operators.metrics import (
+    draw_next_tokens,
+    kl_divergences,
+    kl_estimates,
+    product_change_norm,
+)
 
 
 def test_kl_in_closed_form() -> None:
@@ -52,3 +57,14 @@ def test_estimates_of_drawn_tokens_have_the_kl_as_their_mean() -> None:
     assert drawn.min() >= 0
     error = drawn.std().item() / 20000**0.5
     assert abs(drawn.mean().item() - exact) < 4 * error
+
+
+def test_the_change_of_a_product_without_the_product() -> None:
+    """Brute force in float64, for a change as small as an update's."""
+    generator = torch.manual_seed(0)
+    down, up = torch.randn(3, 40, generator=generator), torch.randn(50, 3, generator=generator)
+    moved = down + 1e-5 * torch.randn(3, 40, generator=generator), up * (1 + 1e-5)
+    change = moved[1].double() @ moved[0].double() - up.double() @ down.double()
+    found = product_change_norm((down, up), moved, 0.7)
+    assert found == pytest.approx(0.7 * change.norm().item(), rel=1e-5)
+    assert product_change_norm((down, up), (down, up), 0.7) == 0

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from ray_jobs.cli import main
-from ray_jobs.demo import ALIGNED, MERGES, SINGLE
+from ray_jobs.demo import ALIGNED, MERGES, MIXTURES, SINGLE
 from ray_jobs.session import ray_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -126,6 +126,16 @@ def test_the_tax_is_there_to_be_seen(results: dict[str, Any]) -> None:
 def test_the_table_names_the_best_merge(demo: tuple[Path, str], results: dict[str, Any]) -> None:
     assert results["best_merge"] in demo[1]
     assert "dpo-mixture-onties" in demo[1]
+
+
+def test_optimizers_are_matched_by_the_length_of_their_deltas(
+    demo: tuple[Path, str], results: dict[str, Any]
+) -> None:
+    """To five percent; so the report compares them."""
+    norms = [results["models"][name]["delta_norm"] for name in MIXTURES]
+    assert max(norms) < 1.05 * min(norms)
+    assert all(0 < results["models"][name]["update_norm"] < min(norms) for name in ALIGNED)
+    assert demo[1].count("- Optimizers: on average, ") == len(MIXTURES) - 1
 
 
 def test_a_second_run_only_prints(demo: tuple[Path, str]) -> None:

@@ -5,8 +5,9 @@ from functools import partial
 
 import torch
 
-from pipelines.train.config import AlignConfig, OptimizerConfig
+from pipelines.train.config import AlignConfig
 from pipelines.train.optimizer import build_optimizer
+from pipelines.train.optimizer_config import OptimizerConfig
 from pipelines.train.strategies.base import StagingStrategy, Strategy, first_rank, wait_for_all
 
 __all__ = [

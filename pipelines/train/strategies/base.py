@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from operators.optim import OnlineMergingAdamW
+from operators.optim.ema import take_average
 from operators.optim.layout import ShardLayout
 from pipelines.checkpoints import ModuleView
 from pipelines.train.config import AlignConfig
@@ -18,6 +20,7 @@ from pipelines.train.config import AlignConfig
 class Strategy(ABC):
     """One way to distribute a model over workers. All ranks call each method together."""
 
+    config: AlignConfig
     model: nn.Module
     optimizer: Optimizer
     parameter_names: frozenset[str]
@@ -65,9 +68,21 @@ class Strategy(ABC):
             the norm before clipping.
         """
 
-    @abstractmethod
-    def merge_pending(self) -> None:
-        """Let an online merging optimizer merge its pending steps."""
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Make the master weights those to export: an online merging optimizer merges its pending
+        steps, and the average takes their place if it is the result.
+        """
+        average = self.config.optimizer.ema
+        with self._all_parameters_shown():
+            if isinstance(self.optimizer, OnlineMergingAdamW):
+                self.optimizer.merge_pending()
+            if average is not None and average.mode == "export":
+                take_average(self.optimizer)
+
+    def _all_parameters_shown(self) -> AbstractContextManager[object]:
+        """In the block, the optimizer's groups hold all parameters of this rank."""
+        return nullcontext()
 
     @abstractmethod
     def save(self, folder: Path) -> None:

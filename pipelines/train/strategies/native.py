@@ -26,7 +26,6 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from operators.optim import OnlineMergingAdamW
 from operators.optim.layout import layout_of, local
 from pipelines.train.architecture import blocks_of, tied_names
 from pipelines.train.config import AlignConfig
@@ -124,11 +123,6 @@ class SingleStrategy(StagingStrategy):
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
-
-    def merge_pending(self) -> None:
-        """Merge the pending steps of step-K, if there are any."""
-        if isinstance(self.optimizer, OnlineMergingAdamW):
-            self.optimizer.merge_pending()
 
     def save(self, folder: Path) -> None:
         """Write parameters and optimizer state, all ranks together."""

@@ -97,12 +97,6 @@ class ZeroStrategy(Strategy):
         check(value)
         return value
 
-    def merge_pending(self) -> None:
-        """Merge the pending steps of step-K."""
-        if isinstance(self.optimizer, OnlineMergingAdamW):
-            with self._all_parameters_shown():
-                self.optimizer.merge_pending()
-
     @contextlib.contextmanager
     def _all_parameters_shown(self) -> Iterator[None]:
         """In the block, the optimizer's groups hold all flat tensors of this rank. Stage 3 itself

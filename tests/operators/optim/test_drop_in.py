@@ -69,6 +69,20 @@ def test_the_lines_of_the_docstring(checkpoints, monkeypatch) -> None:
     assert names["optimizer"].param_groups[0]["consensus"] == "ties"
 
 
+def test_the_lines_of_an_average(project_root, checkpoints) -> None:
+    """ChildTuning-F moves what it keeps, and the average follows a thousandth of the way."""
+    names = {**checkpoints}
+    exec(documented(project_root, "ExponentialMovingAverage").replace("lr=5e-7", "lr=1e-3"), names)
+    before = {n: p.detach().clone() for n, p in names["model"].named_parameters()}
+    stepped(names)
+    after = {n: p.detach().clone() for n, p in names["model"].named_parameters()}
+    names["take_average"](names["optimizer"])
+    for name, parameter in names["model"].named_parameters():
+        assert not torch.equal(after[name], before[name]), name
+        expected = before[name] + 1e-3 * (after[name] - before[name])
+        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-6)
+
+
 def arguments(path: Path) -> dict:
     """Options that TrainingArguments and DPOConfig share."""
     return {

@@ -18,7 +18,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from operators.consensus import CONSENSUS
 from operators.kernels.optimizer import CompiledOptimizer
-from operators.optim import OnlineMerging, OnlineMergingAdamW, ShardLayout
+from operators.optim import (
+    ExponentialMovingAverage,
+    OnlineMerging,
+    OnlineMergingAdamW,
+    ShardLayout,
+)
+from operators.optim.ema import take_average
 from operators.optim.fast import FastPath
 from operators.sparsify import SPARSIFIERS
 
@@ -33,6 +39,8 @@ CASES = {
     "ties": {"density": 0.3, "alpha": 0.1, "consensus": "ties"},
     "ties step-K": {"density": 0.3, "alpha": 0.1, "consensus": "ties", "merge_every": 3},
     "gradient dropout": {"density": 1.0, "alpha": 0.0, "gradient_density": 0.5},
+    "average": {"density": 0.4, "alpha": 0.1, "average": "export"},
+    "average pull": {"density": 0.4, "alpha": 0.1, "average": "pull"},
     "fast dare": {"density": 0.4, "alpha": 0.1, "fast": True},
     "fast ties": {"density": 0.3, "alpha": 0.1, "consensus": "ties", "fast": True},
 }
@@ -67,7 +75,7 @@ def make(parameters: dict[str, nn.Parameter], options, *, wrap: bool = False):
         base = torch.optim.AdamW(parameters.items(), lr=1e-2, eps=0.5, foreach=False)
         return OnlineMerging(base, tau(), **options)
     options = dict(options)
-    fast = options.pop("fast", False)
+    fast, average = options.pop("fast", False), options.pop("average", None)
     groups = [{"params": list(parameters.items())}]
     if options in PAIRS.values() and SPARSIFIERS[options["sparsifier"]].needs == "row":
         groups = [
@@ -79,6 +87,8 @@ def make(parameters: dict[str, nn.Parameter], options, *, wrap: bool = False):
     )
     if fast:
         optimizer._path, optimizer._fast = "test", FastPath(CompiledOptimizer(), optimizer._merger)
+    if average is not None:
+        ExponentialMovingAverage(optimizer, 0.1, average)
     return optimizer
 
 
@@ -91,6 +101,7 @@ def whole_run(options, *, wrap: bool = False) -> dict[str, Tensor]:
             parameters[name].grad = gradient
         optimizer.step()
     optimizer.merge_pending()
+    take_average(optimizer)
     return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
@@ -107,6 +118,7 @@ def sharded_run(mesh: DeviceMesh, options, *, wrap: bool = False) -> dict[str, T
             parameters[name].grad = cut(gradient)
         optimizer.step()
     optimizer.merge_pending()
+    take_average(optimizer)
     return {name: parameter.detach().full_tensor() for name, parameter in parameters.items()}
 
 
@@ -146,6 +158,7 @@ def flat_run(mesh: DeviceMesh, options) -> dict[str, Tensor]:
         flat.grad = cut(values(1000 + step))
         optimizer.step()
     optimizer.merge_pending()
+    take_average(optimizer)
     result = {name: torch.zeros(shape).view(-1) for name, shape in SHAPES.items()}
     for layout in layouts:
         part = flat.detach()[layout.offset : layout.offset + layout.count]

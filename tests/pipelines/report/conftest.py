@@ -22,6 +22,7 @@ VALUES = {
     "expo": ("merge", (70.0, 78.0, 74.0), ("dpo-mixture",)),
 }
 STDERR = 3.0
+DELTAS = {"dpo-mixture": 0.42, "dpo-mixture-ondare": 0.46}  # norms; 0.5 of the other models
 
 
 def _number(value: float, stderr: float) -> dict[str, float]:
@@ -30,6 +31,7 @@ def _number(value: float, stderr: float) -> dict[str, float]:
 
 def _model(name: str) -> dict[str, Any]:
     kind, values, parents = VALUES[name]
+    aligned = kind == "aligned"
     helpfulness, honesty, harmlessness = (_number(value, STDERR) for value in values)
     chosen = {"task_arithmetic": {"lambda": 0.5}, "expo": {"alpha": 0.3}}.get(name, {})
     return {
@@ -46,6 +48,7 @@ def _model(name: str) -> dict[str, Any]:
         "config": "configs/world.yaml" if kind in ("base", "sft") else f"configs/{name}.yaml",
         "chosen": chosen,
         "path": f"models/{name}",
+        **({"delta_norm": DELTAS.get(name, 0.5), "update_norm": 0.0123} if aligned else {}),
     }
 
 

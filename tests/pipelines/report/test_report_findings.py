@@ -3,6 +3,8 @@
 Oracle: sentences written by hand for the numbers of the made-up run.
 """
 
+import pytest
+
 from pipelines.report import findings, findings_over_runs, load_results
 
 
@@ -30,7 +32,7 @@ def test_every_sentence_of_a_good_run(make_run, content) -> None:
         "Mixture: on average, task_arithmetic is above dpo-mixture-ondare by 9.0 ±2.4 points, the "
         "best of the models trained on the mixture.",
         "Optimizers: on average, dpo-mixture-ondare is above dpo-mixture by 1.0 ±2.4 points, "
-        "within two standard errors of the difference.",
+        "within two standard errors of the difference, at deltas of norms 0.46 and 0.42.",
         "Choice: task_arithmetic is the best merge on test, too.",
     ]
 
@@ -50,6 +52,36 @@ def test_bad_news_is_said_plainly(make_run, content) -> None:
     ) in text
     assert "Mixture: on average, task_arithmetic is below dpo-mixture by 16.7" in text
     assert "Choice: on test another merge averages more: expo is above task_arithmetic by" in text
+
+
+@pytest.mark.parametrize(
+    ("norm", "said"),
+    [
+        (0.462, "on average, dpo-mixture-ondare is above"),  # by exactly a tenth
+        (0.382, "on average, dpo-mixture-ondare is above"),
+        (
+            0.463,
+            "dpo-mixture-ondare and dpo-mixture are not compared: the norms of their deltas, 0.46 "
+            "and 0.42, differ by more than 10%.",
+        ),
+        (0.381, "dpo-mixture-ondare and dpo-mixture are not compared: the norms of their deltas, "),
+        (
+            None,
+            "dpo-mixture-ondare and dpo-mixture are not compared: the norms of their deltas are "
+            "not known.",
+        ),
+    ],
+)
+def test_optimizers_are_compared_at_one_length_of_update(
+    make_run, content, norm: float | None, said: str
+) -> None:
+    content["models"]["dpo-mixture-ondare"]["delta_norm"] = norm
+    (found,) = [
+        sentence
+        for sentence in findings(load_results(make_run("a", content)))
+        if sentence.startswith("Optimizers: ")
+    ]
+    assert found.startswith(f"Optimizers: {said}")
 
 
 def test_equal_numbers_are_level(make_run, content) -> None:

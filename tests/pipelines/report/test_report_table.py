@@ -39,6 +39,22 @@ def test_cells_in_closed_form(make_run, content) -> None:
     assert line(text, "lambda=0.5") == "lambda=0.5"
 
 
+def test_lengths_stand_below_aligned_models(make_run, content) -> None:
+    """Of one run, and their means over runs; a model without them has no line."""
+    del content["models"]["dpo-honest"]["delta_norm"]
+    runs = [load_results(make_run("a", content))]
+    content["models"]["dpo-mixture"] |= {"delta_norm": 0.5, "update_norm": 0.0143}
+    runs.append(load_results(make_run("b", content)))
+    rows = {row.name: row.notes for row in table_rows(runs[0])}
+    assert rows["dpo-mixture"] == ("delta 0.42", "update 0.012")
+    assert rows["dpo-honest"] == rows["sft"] == ()
+    assert rows["task_arithmetic"] == ("lambda=0.5",)
+    text = plain(table_rows(runs[0]))
+    assert "dpo-mixture-ondare  68.0" in text and "  delta 0.46\n  update 0.012\n" in text
+    means = {row.name: row.notes for row in table_rows_over_runs(runs)}
+    assert means["dpo-mixture"] == ("delta 0.46", "update 0.013")
+
+
 def test_kinds_stand_together_with_a_space_between(make_run, content) -> None:
     models = content["models"]
     content["models"] = {name: models[name] for name in sorted(models)}

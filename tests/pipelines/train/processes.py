@@ -68,7 +68,7 @@ def run_workers_in_turn(configs: dict[Path, AlignConfig]) -> None:
     """
     runs = []
     for folder, config in configs.items():
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         cache = folder.parent / "cache"
         runs.append(worker_settings(config, plan_alignment(config, cache), folder, cache))
     (num_workers,) = {config.num_workers for config in configs.values()}

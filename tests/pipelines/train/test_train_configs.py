@@ -184,12 +184,13 @@ def test_memory_formula_by_hand(tiny_llama: Path, preferences: Path) -> None:
         ({"name": "ondare", "density": 0.5, "delta_placement": "host"}, 0.0, 2.0),
         ({"name": "ondare", "density": 0.5, "delta_placement": "source"}, 0.0, 0.0),
         ({"name": "ondare", "density": 0.5, "merge_every": 5}, 6.0, 0.0),
+        ({"name": "ondare", "density": 0.5, "ema": {"coefficient": 0.1}}, 10.0, 0.0),
     ],
 )
 def test_memory_of_online_merging(
     tiny_llama: Path, preferences: Path, changes: dict[str, object], kept: float, on_host: float
 ) -> None:
-    """tau and anchor, in bytes a parameter beyond AdamW's 12."""
+    """tau, anchor and average, in bytes a parameter beyond AdamW's 12."""
     tau = {"base": tiny_llama, "tuned": tiny_llama}
     optimizer = OptimizerConfig(learning_rate=1e-5, alpha=1e-7, tau=tau, **changes)
     config = align_config(tiny_llama, preferences).model_copy(update={"optimizer": optimizer})
