@@ -55,7 +55,7 @@ def _build(config: AlignConfig, model: nn.Module) -> Optimizer:
     density, alpha = settings.density, settings.alpha
     assert density is not None and alpha is not None  # the config requires them
     return OnlineMergingAdamW(
-        model.named_parameters(),
+        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         delta_of(config),
         **shared,
         **ours,

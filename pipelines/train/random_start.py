@@ -16,7 +16,7 @@ from pipelines.checkpoints.reader import read_json
 from pipelines.checkpoints.safetensors_header import StoredTensor
 from pipelines.commit import staged_directory
 from pipelines.errors import InputError
-from pipelines.train.architecture import meta_model
+from pipelines.train.architecture import class_of, meta_model
 from pipelines.train.config import AlignConfig
 
 START_FOLDER = "start"
@@ -56,12 +56,12 @@ def with_start(config: AlignConfig, folder: Path) -> AlignConfig:
 
 def _write_start(path: Path, seed: int, start: Path) -> None:
     """Write the model, in float32, with the other files of its folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with staged_directory(start) as partial, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = class_of(config).from_config(config, dtype=torch.float32)
         model.save_pretrained(partial)
         written = {file.name for file in partial.iterdir()}
         others = companions_of(path).files

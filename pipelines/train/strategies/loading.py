@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from operators.optim.layout import ShardLayout
 from pipelines.checkpoints import Checkpoint, ModuleView
 from pipelines.errors import InputError
-from pipelines.train.architecture import RewardHead, meta_model, tied_names
+from pipelines.train.architecture import RewardHead, meta_model, outside_language, tied_names
 from pipelines.train.reward_start import pad_token, reward_start
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ Owned = tuple[ShardLayout, Tensor]  # a flat range of a parameter, and its value
 
 def empty_model(path: Path, head: RewardHead | None = None) -> "tuple[PreTrainedModel, ModuleView]":
     """The model of a checkpoint on the meta device, in float32, for the master weights; and the
-    checkpoint by the model's names, from which they are filled.
+    checkpoint by the model's names, from which they are filled. Parts that text does not reach are
+    not trained.
 
     Args:
         head: of a reward model, which may start from a causal language model's checkpoint.
@@ -40,6 +41,8 @@ def empty_model(path: Path, head: RewardHead | None = None) -> "tuple[PreTrained
         settings.use_cache = False
     weights = ModuleView.of(source, model)
     check_names(weights)
+    for name in outside_language(model):
+        model.get_parameter(name).requires_grad_(False)
     return model, weights
 
 
