@@ -7,12 +7,15 @@ import torch
 from pydantic import Field, model_validator
 
 from pipelines.config import Config, NamedIn
+from pipelines.train.architecture import RewardHead
 from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_sets, sets_of
 from pipelines.train.evaluation_config import EvaluationConfig
 from pipelines.train.objective_config import ObjectiveConfig
 from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
 from pipelines.train.schedules import ScheduleConfig, ScheduleName
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
+
+MIN_CHOSEN_LOG_RATIO = -5.0
 
 SavedDtype = Literal["source", "float32", "bfloat16"]
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,6 +59,10 @@ class AlignConfig(ReadingConfig):
     """An alignment run."""
 
     model: Path = Field(description="checkpoint to start from: a folder, or a name on the hub")
+    init: Literal["checkpoint", "random"] = Field(
+        "checkpoint",
+        description="the model's weights, or new ones by its config.json and the seed (sft)",
+    )
     reference_model: Path | None = Field(
         None, description="checkpoint of the reference; the model itself unless given"
     )
@@ -123,7 +130,7 @@ class AlignConfig(ReadingConfig):
         "checkpoint unless given",
     )
     min_chosen_log_ratio: float | None = Field(
-        -5.0,
+        MIN_CHOSEN_LOG_RATIO,
         lt=0,
         description="stop when log pi - log ref of the chosen responses, per token and over ten "
         "steps, falls below this; without a reference, against the first ten steps",
@@ -170,6 +177,9 @@ class AlignConfig(ReadingConfig):
                 "optimizer.ema: found with lora, where an average of the factors is none of the "
                 "weights; allowed: without lora"
             )
+        if self.head is not None:
+            self._check_reward()
+        self._check_init()
         if self.save.dtype != "source" and self.lora is not None and self.lora.save == "adapter":
             raise ValueError("save.dtype: has no effect with lora.save: adapter")
         self._check_batch()
@@ -179,6 +189,11 @@ class AlignConfig(ReadingConfig):
     def traits(self) -> Traits:
         """The strategy's traits."""
         return STRATEGIES[self.strategy]
+
+    @property
+    def head(self) -> RewardHead | None:
+        """The head of a reward model, if one is trained."""
+        return RewardHead(self.seed) if self.objective.definition.on_rewards else None
 
     @property
     def sets(self) -> list[DataSet]:
@@ -213,6 +228,8 @@ class AlignConfig(ReadingConfig):
         if self.held_out_sets:
             check_sets(self.held_out_sets)
         both = [*self.sets, *self.held_out_sets]
+        if any("margin" in each.columns for each in both) and self.head is None:
+            raise ValueError(f"columns: margin has no effect with objective {self.objective.label}")
         readers = [each.reader for each in both if each.reader is not None]
         if readers and self.objective.definition.rows == "texts":
             raise ValueError(
@@ -268,6 +285,28 @@ class AlignConfig(ReadingConfig):
                 f"evaluation.every: found {every} with optimizer.merge_every {merges}; allowed: "
                 "its multiples"
             )
+
+    def _check_reward(self) -> None:
+        if self.min_chosen_log_ratio not in (None, MIN_CHOSEN_LOG_RATIO):
+            raise ValueError(
+                f"min_chosen_log_ratio: has no effect with objective {self.objective.label}, which "
+                "has no log-probabilities"
+            )
+        if self.lora is not None and "score" in self.lora.target_modules:
+            raise ValueError(
+                f"lora.target_modules: found score, the head that objective {self.objective.label} "
+                "trains whole; allowed: other layers"
+            )
+        if self.lora is not None and self.lora.save != "merged":
+            raise ValueError(
+                f"lora.save: found {self.lora.save} with objective {self.objective.label}, whose "
+                "head is no adapter; allowed with it: merged"
+            )
+
+    def _check_init(self) -> None:
+        if self.init == "random" and (self.objective.definition.rows != "texts" or self.lora):
+            beside = "lora" if self.lora else f"objective {self.objective.label}"
+            raise ValueError(f"init: found random with {beside}; allowed with it: checkpoint")
 
     def _check_rows(self) -> None:
         """Raise ValueError if the sparsifier needs whole rows and workers have parts of rows."""

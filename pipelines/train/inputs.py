@@ -9,6 +9,7 @@ from operators.optim import ShardLayout, Tau
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.architecture import vocabulary_size
 from pipelines.checkpoints.companions import check_links, companions_of
+from pipelines.checkpoints.reader import read_json
 from pipelines.errors import InputError
 from pipelines.train.architecture import (
     check_class,
@@ -21,6 +22,8 @@ from pipelines.train.data import TokenTable, source_files
 from pipelines.train.models import with_folders
 from pipelines.train.optimizer import delta_of
 from pipelines.train.packing import check_packing
+from pipelines.train.random_start import planned_start
+from pipelines.train.reward_start import what_changes
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.strategies.lora import add_adapters
 from pipelines.train.trackers import check_trackers
@@ -36,13 +39,17 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     _check_packages(config)
     check_trackers(config.trackers)
     config = with_folders(config)
-    checkpoint = Checkpoint.open(config.model)
+    is_random = config.init == "random"
+    checkpoint = planned_start(config.model) if is_random else Checkpoint.open(config.model)
     check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
     for data in [*config.sets, *config.held_out_sets]:
         source_files(data.path, data.split)
-    model, weights = empty_model(config.model)
+    if is_random:
+        model = meta_model(config.model)
+    else:
+        model, weights = empty_model(config.model, config.head)
+        check_tied(model, weights)
     check_class(model, config.model)
-    check_tied(model, weights)
     if config.traits.zero_stage and outside_language(model):
         raise InputError(
             f"strategy: found {config.strategy} with a {type(model).__name__}, whose parts beside "
@@ -61,12 +68,14 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
 
 def remarks(config: AlignConfig) -> Iterator[str]:
     """A line for each thing that a user might not expect of a run on this model."""
-    if Checkpoint.open(config.model).config.get("output_router_logits"):
+    if read_json(config.model / "config.json").get("output_router_logits"):
         yield (
             f"{config.model}: its config asks for the router's loss (output_router_logits), which "
             "is not in the loss here; routers are trained by the objective alone"
         )
-    model = meta_model(config.model)
+    if config.head is not None:
+        yield from what_changes(config.model, config.head)
+    model = meta_model(config.model, config.head)
     outside = outside_language(model)
     if outside:
         yield (

@@ -49,12 +49,14 @@ from pipelines.train.objectives import (
     logits_of,
     mismatched_point,
     responses_under,
+    rewards_of,
     shares_of,
     weights_of,
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
 from pipelines.train.packing import check_rows_apart
 from pipelines.train.reference import AskedRows, Rows, score, with_references
+from pipelines.train.reward_start import pad_token
 from pipelines.train.row_kinds import MicroBatch
 from pipelines.train.strategies import build_strategy, first_rank
 
@@ -152,6 +154,7 @@ class Run:
         self.micro_batch = config.micro_batch_size or config.global_batch_size // self.world
         self.strategy = build_strategy(config, device)
         self.model = self.strategy.model
+        self.pad = pad_token(self.strategy.weights.source.config) or PAD
         self.rows, self.held_out = self._rows(settings)
         if config.packing:
             with self.strategy.evaluating(), self.strategy.forward_context():
@@ -285,14 +288,15 @@ class Run:
         self, source: Rows, rows: list[int], shares: Shares, point: Tensor | None
     ) -> MicroLoss:
         """The loss of some rows."""
+        if self.config.head is not None:
+            return self._reward_loss(source, rows, shares)
         if self.config.packing:
             batch = pack(source.table, rows, PAD, self.config.max_length, self.device)
         else:
             batch = collate(source.table, rows, PAD, self.device)
         before = source.reference
         reference = None if before is None else before.responses(rows, batch)
-        keeping = offload_activations() if self.config.activation_offload else nullcontext()
-        with self.strategy.forward_context(), keeping:
+        with self.strategy.forward_context(), self._keeping():
             logits = logits_of(self.model, batch)
             responses = responses_under(logits, batch)
         values = None if reference is None else reference.log_probability
@@ -301,6 +305,18 @@ class Run:
         if reference is not None:
             result.metrics["kl_per_token"] = reference.kl_sum(logits, responses) / shares.tokens
         return result
+
+    def _reward_loss(self, source: Rows, rows: list[int], shares: Shares) -> MicroLoss:
+        """The loss of some rows under a reward model."""
+        batch = collate(source.table, rows, self.pad, self.device)
+        with self.strategy.forward_context(), self._keeping():
+            rewards = rewards_of(self.model, batch)
+        micro = MicroBatch(None, None, shares, source.table, rows, None, rewards)
+        return self.kind.loss(self.config.objective, micro)
+
+    def _keeping(self) -> AbstractContextManager[object]:
+        """The context that keeps what the backward pass needs."""
+        return offload_activations() if self.config.activation_offload else nullcontext()
 
     @torch.no_grad()
     def _reference_point(self, micro: list[list[int]], shares: Shares) -> Tensor:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pipelines.train.architecture import blocks_of, meta_model
+from pipelines.train.architecture import RewardHead, blocks_of, head_of, meta_model
 from pipelines.train.config import AlignConfig, LoraSettings
 from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
 
@@ -85,13 +85,16 @@ class Memory:
         return sum(getattr(self, each.name) for each in fields(self)) - self.host
 
 
-def shape_of(model: str | Path) -> ModelShape:
+def shape_of(model: str | Path, head: RewardHead | None = None) -> ModelShape:
     """A model's sizes from its config; the model is built without memory.
 
+    Args:
+        head: of a reward model, whose head is a vocabulary of one.
+
     Raises:
-        InputError: the config is not of a causal language model.
+        InputError: the config is not of such a model.
     """
-    empty = meta_model(Path(model))
+    empty = meta_model(Path(model), head)
     blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(empty)]
     total = sum(p.numel() for p in empty.parameters())
     config = empty.config.get_text_config()
@@ -102,7 +105,7 @@ def shape_of(model: str | Path) -> ModelShape:
         num_layers=len(blocks),
         hidden_size=config.hidden_size,
         inner_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        vocabulary=config.vocab_size,
+        vocabulary=config.vocab_size if head is None else 1,
         adapted=_adapted(empty),
         parameters={
             name: prod(parameter.shape[:-2]) * sum(parameter.shape[-2:])
@@ -116,7 +119,7 @@ def _adapted(model: "PreTrainedModel") -> dict[str, int]:
     """Inputs plus outputs of the linear layers except the head, summed by their last names."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+        if isinstance(module, nn.Linear) and module is not head_of(model):
             last = name.rpartition(".")[2]
             found[last] = found.get(last, 0) + module.in_features + module.out_features
     return found

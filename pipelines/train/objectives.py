@@ -92,6 +92,16 @@ def _can_keep(forward: Callable[..., object]) -> bool:
     return "logits_to_keep" in inspect.signature(forward).parameters
 
 
+def rewards_of(model: nn.Module, batch: "Batch") -> Tensor:
+    """Rewards of whole sequences by a model with one label: (sequences,) float32, read where its
+    class reads them: at the last token that is not the padding token, which the batch is padded
+    with.
+    """
+    # A response ends its sequence, so what comes after its last token is padding.
+    mask = batch.response.flip(-1).cummax(-1).values.flip(-1)
+    return model(input_ids=batch.ids, attention_mask=mask).logits[:, 0].float()
+
+
 def score_responses(model: nn.Module, batch: "Batch") -> Responses:
     """Run the model; log-probabilities of learned tokens only, without prompts and padding."""
     return responses_under(logits_of(model, batch), batch)
@@ -234,6 +244,38 @@ def pair_loss(
             metrics["chosen_log_ratio_per_token"] = ratio
         metrics["likelihood_loss"] = -weighted_sum(sums[0], weights) / shares.likelihood_tokens
     return MicroLoss(loss, metrics)
+
+
+def ranked_loss(
+    config: "ObjectiveConfig",
+    rewards: Tensor,
+    margins: Tensor,
+    shares: Shares,
+    weights: Tensor | None = None,
+) -> MicroLoss:
+    """A reward model's loss on pairs.
+
+    Args:
+        rewards: (2n,): of all chosen responses, then of all rejected ones.
+        margins: (n,): by how much they are to differ.
+        shares: counts of the global batch.
+        weights: (n,) of the pairs; 1 each unless given.
+    """
+    chosen, rejected = rewards.view(2, -1)
+    loss = config.definition.loss
+    assert loss is not None  # only objectives on texts have none
+    losses = loss(chosen, rejected, margins, **config.parameters)
+    with torch.no_grad():
+        columns = {
+            "accuracy": (chosen > rejected).float(),
+            "margin": chosen - rejected,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+        }
+        metrics = {
+            name: weighted_sum(column, weights) / shares.rows for name, column in columns.items()
+        }
+    return MicroLoss(weighted_sum(losses, weights) / shares.rows, metrics)
 
 
 def labelled_loss(

@@ -57,6 +57,7 @@ from pipelines.train.files import (
 from pipelines.train.inputs import check_inputs, check_vocabulary, remarks
 from pipelines.train.models import model_paths, with_data, with_folders, with_models, with_names
 from pipelines.train.optimizer_config import OptimizerConfig
+from pipelines.train.random_start import with_start
 from pipelines.train.workers import Job, check_cluster, run_workers
 
 CACHE_FOLDER = ".poise-cache"
@@ -160,8 +161,11 @@ def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str,
             del same["optimizer"][name]
     if config.warmup_steps is None:
         del same["warmup_steps"]
-    if config.objective.loss_weights is None:
-        del same["objective"]["loss_weights"]
+    if config.init == "checkpoint":
+        del same["init"]
+    for name in ("loss_weights", "center_rewards_coefficient"):
+        if getattr(config.objective, name) is None:
+            del same["objective"][name]
     if config.evaluation is None:
         del same["evaluation"]
     for place in (same, same.get("evaluation") or {}):
@@ -350,7 +354,8 @@ def with_absolute_paths(config: AlignConfig) -> AlignConfig:
 
 
 def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) -> dict[str, Any]:
-    """The settings of one run for `train_worker`."""
+    """The settings of one run for `train_worker`; a random start is made if it is not there."""
+    config = with_start(config, folder)
     return {
         "config": with_absolute_paths(config).model_dump_json(),
         "folder": str(folder),

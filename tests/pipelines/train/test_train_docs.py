@@ -14,6 +14,7 @@ CONFIGS = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)
 @pytest.mark.parametrize("text", CONFIGS)
 def test_configs_run(text: str, tiny_llama: Path, tmp_path: Path) -> None:
     """Each as part of a short run's config."""
-    data = write_rows(tmp_path / "rows.jsonl", preference_rows(8))
+    rows = [row | {"messages": row["prompt"] + row["chosen"]} for row in preference_rows(8)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     config = align_config(tiny_llama, data, **{"num_steps": 2, **yaml.safe_load(text)})
     assert len(metrics(run_here(config, tmp_path / "run"))) == config.num_steps
