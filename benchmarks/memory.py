@@ -143,7 +143,7 @@ def measured_and_expected(name: str, inputs: Path) -> tuple[int, int]:
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         held = max(int(file.read_text()) for file in folder.glob("held-*"))
         config = config_of(name, folder)
-        return held, estimate_memory(shape_of(config.model), config, LENGTH).total
+        return held, estimate_memory(shape_of(config.model, config.head), config, LENGTH).total
 
 
 def main() -> None:

@@ -157,7 +157,7 @@ def kto_loss(
     return weight * (1 - torch.sigmoid(sign * beta * (log_ratio - reference_point)))
 
 
-def kto_reference_point(log_ratio_sum: Tensor, count: int) -> Tensor:
+def kto_reference_point(log_ratio_sum: Tensor, count: float) -> Tensor:
     """KTO's z0: the mean of log pi(y'|x) - log ref(y'|x) over mismatched pairs (prompt x, response
     y' of another prompt) of the global batch, at least 0, without gradient.
     """
@@ -198,22 +198,41 @@ def load_balancing_loss(
     return len(counts) * (counts / total @ torch.stack(sums).sum(0) / total)
 
 
+def reward_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor, *, center_rewards_coefficient: float = 0.0
+) -> Tensor:
+    """Bradley-Terry on rewards, with margins (Touvron et al. 2023, Llama 2, eq. 2) and centring
+    (Eisenstein et al. 2023, eq. 2): `-log sigmoid(c - r - m) + coefficient (c + r)^2`.
+
+    Args:
+        chosen, rejected, margin: (pairs,): rewards c and r, and by how much c is to exceed r.
+    """
+    losses = -F.logsigmoid(chosen - rejected - margin)
+    return losses + center_rewards_coefficient * (chosen + rejected).square()
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
     """What a training objective needs and computes.
 
-    `loss` gives one number per pair (`PairLogProbabilities`) or per response (`kto_loss`); None if
-    the objective is the likelihood alone. `likelihood` is the weight of the mean negative
+    `loss` gives one number per pair (`PairLogProbabilities`; of `ranked` rows the rewards, from a
+    model with one label) or per response (`kto_loss`); None if the objective is the likelihood
+    alone. `likelihood` is the weight of the mean negative
     log-likelihood per response token (for pairs, of the chosen response): a number, or the name of
     a parameter. `parameters` maps names to defaults.
     """
 
-    rows: Literal["pairs", "labelled", "texts"]
+    rows: Literal["pairs", "ranked", "labelled", "texts"]
     loss: Callable[..., Tensor] | None
     parameters: Mapping[str, float] = field(default_factory=dict)
     likelihood: float | str = 0.0
     uses_reference: bool = False
     mean_over_tokens: bool = False
+
+    @property
+    def on_rewards(self) -> bool:
+        """Whether the loss is of rewards, which a model with one label gives."""
+        return self.rows == "ranked"
 
     @property
     def can_be_added(self) -> bool:
@@ -256,6 +275,7 @@ OBJECTIVES: dict[str, Objective] = {
     "orpo": Objective(
         "pairs", odds_ratio_loss, {"beta": 0.1}, likelihood=1.0, mean_over_tokens=True
     ),
+    "reward": Objective("ranked", reward_loss, {"center_rewards_coefficient": 0.0}),
     "kto": Objective(
         "labelled",
         kto_loss,

@@ -68,19 +68,22 @@ class CheckpointWriter:
             self._thread = ThreadPoolExecutor(1, "checkpoint")
             self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
-    def save(self, step: int, strategy: Strategy) -> None:
+    def save(self, step: int, strategy: Strategy, *, best: int | None = None) -> None:
         """Write the state after `step`; asynchronously, only copy it and start the write.
+
+        Args:
+            best: the step of a checkpoint that is kept beside the newest ones.
 
         Raises:
             OSError: this checkpoint or the one before could not be written.
         """
         if self._thread is None:
-            self._write(step, strategy.save)
+            self._write(step, strategy.save, best)
             return
         self._wait()
         assert isinstance(strategy, StagingStrategy)  # the config refuses others
         write = strategy.stage(self._group)
-        self._writing = self._thread.submit(self._write, step, write)
+        self._writing = self._thread.submit(self._write, step, write, best)
 
     def check(self) -> None:
         """Raise the error of a write that has ended."""
@@ -93,14 +96,14 @@ class CheckpointWriter:
         if writing is not None:
             writing.result()
 
-    def _write(self, step: int, write: Callable[[Path], None]) -> None:
+    def _write(self, step: int, write: Callable[[Path], None], best: int | None) -> None:
         """Write a state, name it when it is complete, then remove the oldest ones.
 
         Old checkpoints are removed last, so a full disk leaves the last good one.
         """
         final = step_folder(self._folder, step)
         try:
-            self._write_and_commit(final, write)
+            self._write_and_commit(final, write, best)
         except (OSError, RuntimeError) as error:  # torch.save's writer raises RuntimeError
             if not _is_full_disk(error, partial_path(final)):
                 raise
@@ -112,7 +115,9 @@ class CheckpointWriter:
                 f"{kept}; make room and run the same command again to go on"
             ) from error
 
-    def _write_and_commit(self, final: Path, write: Callable[[Path], None]) -> None:
+    def _write_and_commit(
+        self, final: Path, write: Callable[[Path], None], best: int | None
+    ) -> None:
         partial = partial_path(final)
         if first_rank():
             shutil.rmtree(partial, ignore_errors=True)
@@ -124,7 +129,8 @@ class CheckpointWriter:
             shutil.rmtree(final, ignore_errors=True)
             commit_directory(partial, final)
             for old in saved_steps(self._folder)[: -self._num_kept]:
-                shutil.rmtree(step_folder(self._folder, old))
+                if old != best:
+                    shutil.rmtree(step_folder(self._folder, old))
         wait_for_all(self._group)
 
     def __enter__(self) -> Self:

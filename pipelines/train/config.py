@@ -7,11 +7,15 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 
 from pipelines.config import Config, NamedIn
-from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_sets
+from pipelines.train.architecture import RewardHead
+from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_sets, sets_of
+from pipelines.train.evaluation_config import EvaluationConfig
 from pipelines.train.objective_config import ObjectiveConfig
 from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
 from pipelines.train.schedules import ScheduleConfig, ScheduleName
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
+
+MIN_CHOSEN_LOG_RATIO = -5.0
 
 # transformers' implementations of attention: whether a GPU is needed, and which package.
 ATTENTION: dict[str, tuple[bool, str | None]] = {
@@ -34,11 +38,22 @@ class LoraSettings(Config):
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="names of linear layers, such as q_proj; not the head"
     )
+    target_parameters: list[str] = Field(
+        [], description="names of other matrices, such as experts.gate_up_proj"
+    )
     save: Literal["merged", "adapter", "both"] = Field(
         "merged",
         description="write the model with the adapters merged into its weights, the adapter alone, "
         "or both, with the adapter in the subfolder `adapter`",
     )
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> "LoraSettings":
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError(
+                "lora.target_modules: found none, and no target_parameters; allowed: names of one"
+            )
+        return self
 
 
 class SaveSettings(Config):
@@ -53,6 +68,10 @@ class AlignConfig(ReadingConfig):
     """An alignment run."""
 
     model: Path = Field(description="checkpoint to start from: a folder, or a name on the hub")
+    init: Literal["checkpoint", "random"] = Field(
+        "checkpoint",
+        description="the model's weights, or new ones by its config.json and the seed (sft)",
+    )
     reference_model: Path | None = Field(
         None, description="checkpoint of the reference; the model itself unless given"
     )
@@ -63,6 +82,9 @@ class AlignConfig(ReadingConfig):
     )
     data: DataField = Field(
         description="rows as JSON lines, Parquet or Arrow: a file or a folder; or one or more sets"
+    )
+    evaluation: EvaluationConfig | None = Field(
+        None, description="held-out rows, measured during the run"
     )
     max_length: int = Field(1024, ge=2, description="tokens of prompt and response together")
     too_long: Literal["error", "cut_prompt", "drop"] = Field(
@@ -85,6 +107,11 @@ class AlignConfig(ReadingConfig):
     num_epochs: float | None = Field(None, gt=0, description="passes over the data; or num_steps")
     global_batch_size: int = Field(32, ge=1, description="rows of one optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="rows of one pass on a worker")
+    packing: bool = Field(
+        False,
+        description="several rows in one sequence of up to max_length tokens, where none sees "
+        "another: less padding (sft)",
+    )
     max_gradient_norm: float | None = Field(1.0, gt=0)
     strategy: Annotated[str, NamedIn(STRATEGIES)] = "fsdp2"
     num_workers: int = Field(2, ge=1)
@@ -126,7 +153,7 @@ class AlignConfig(ReadingConfig):
         "checkpoint unless given",
     )
     min_chosen_log_ratio: float | None = Field(
-        -5.0,
+        MIN_CHOSEN_LOG_RATIO,
         lt=0,
         description="stop when log pi - log ref of the chosen responses, per token and over ten "
         "steps, falls below this; without a reference, against the first ten steps",
@@ -160,6 +187,9 @@ class AlignConfig(ReadingConfig):
         self._check_strategy()
         self._check_rows()
         self._check_decay()
+        self._check_evaluation()
+        if self.packing and self.objective.definition.rows != "texts":
+            raise ValueError(f"packing: found objective {self.objective.label}; allowed with: sft")
         if self.lora is not None and self.optimizer.name in ONLINE:
             raise ValueError(
                 f"lora: found optimizer {self.optimizer.name}, whose tau has no adapters; allowed "
@@ -170,6 +200,9 @@ class AlignConfig(ReadingConfig):
                 "optimizer.ema: found with lora, where an average of the factors is none of the "
                 "weights; allowed: without lora"
             )
+        if self.head is not None:
+            self._check_reward()
+        self._check_init()
         if self.save.dtype != "source" and self.lora is not None and self.lora.save == "adapter":
             raise ValueError("save.dtype: has no effect with lora.save: adapter")
         self._check_batch()
@@ -181,14 +214,21 @@ class AlignConfig(ReadingConfig):
         return STRATEGIES[self.strategy]
 
     @property
+    def head(self) -> RewardHead | None:
+        """The head of a reward model, if one is trained."""
+        return RewardHead(self.seed) if self.objective.definition.on_rewards else None
+
+    @property
     def sets(self) -> list[DataSet]:
         """The data sets; a path is one, read as the fields of this config say."""
-        if isinstance(self.data, DataSet):
-            return [self.data]
-        if isinstance(self.data, list):
-            return self.data
-        values = {name: getattr(self, name) for name in ReadingConfig.model_fields}
-        return [DataSet(path=self.data, **values)]
+        return sets_of(
+            self.data, {name: getattr(self, name) for name in ReadingConfig.model_fields}
+        )
+
+    @property
+    def held_out_sets(self) -> list[DataSet]:
+        """The data sets of held-out rows that are not among the training rows."""
+        return [] if self.evaluation is None else self.evaluation.sets
 
     @property
     def schedule_settings(self) -> ScheduleConfig:
@@ -208,7 +248,12 @@ class AlignConfig(ReadingConfig):
                         f"{name}: has no effect where data are sets; allowed in each of them"
                     )
         check_sets(self.sets)
-        readers = [each.reader for each in self.sets if each.reader is not None]
+        if self.held_out_sets:
+            check_sets(self.held_out_sets)
+        both = [*self.sets, *self.held_out_sets]
+        if any("margin" in each.columns for each in both) and self.head is None:
+            raise ValueError(f"columns: margin has no effect with objective {self.objective.label}")
+        readers = [each.reader for each in both if each.reader is not None]
         if readers and self.objective.definition.rows == "texts":
             raise ValueError(
                 f"reader: {readers[0]} gives preference pairs, which objective "
@@ -238,14 +283,64 @@ class AlignConfig(ReadingConfig):
             )
 
     def _check_decay(self) -> None:
-        if self.optimizer.weight_decay_on == "all":
-            return
-        if self.traits.zero_stage or self.lora is not None:
-            beside = "lora" if self.lora is not None else f"strategy {self.strategy}"
+        if self.optimizer.weight_decay_on != "all" and self.lora is not None:
             raise ValueError(
-                f"optimizer.weight_decay_on: found {self.optimizer.weight_decay_on} with {beside}; "
-                "allowed with it: all"
+                f"optimizer.weight_decay_on: found {self.optimizer.weight_decay_on} with lora, "
+                "whose adapters are matrices; allowed with it: all"
             )
+
+    def _check_evaluation(self) -> None:
+        if self.evaluation is None:
+            return
+        metric, every, merges = (
+            self.evaluation.metric,
+            self.evaluation.every,
+            self.optimizer.merge_every,
+        )
+        if metric != "loss" and self.objective.definition.rows == "texts":
+            raise ValueError(
+                f"evaluation.metric: found {metric}, which objective {self.objective.label} does "
+                "not have; allowed: loss"
+            )
+        average = self.optimizer.ema
+        if average is not None and average.mode == "export":
+            raise ValueError(
+                "evaluation: found optimizer.ema with mode export, whose average is written, but "
+                "not measured; allowed with it: mode pull"
+            )
+        if every % merges:  # steps that wait for their merge would be measured without it
+            raise ValueError(
+                f"evaluation.every: found {every} with optimizer.merge_every {merges}; allowed: "
+                "its multiples"
+            )
+
+    def _check_reward(self) -> None:
+        for name in ("logits_chunk", "router_loss"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}: has no effect with objective {self.objective.label}, which has no "
+                    "logits of tokens"
+                )
+        if self.min_chosen_log_ratio not in (None, MIN_CHOSEN_LOG_RATIO):
+            raise ValueError(
+                f"min_chosen_log_ratio: has no effect with objective {self.objective.label}, which "
+                "has no log-probabilities"
+            )
+        if self.lora is not None and "score" in self.lora.target_modules:
+            raise ValueError(
+                f"lora.target_modules: found score, the head that objective {self.objective.label} "
+                "trains whole; allowed: other layers"
+            )
+        if self.lora is not None and self.lora.save != "merged":
+            raise ValueError(
+                f"lora.save: found {self.lora.save} with objective {self.objective.label}, whose "
+                "head is no adapter; allowed with it: merged"
+            )
+
+    def _check_init(self) -> None:
+        if self.init == "random" and (self.objective.definition.rows != "texts" or self.lora):
+            beside = "lora" if self.lora else f"objective {self.objective.label}"
+            raise ValueError(f"init: found random with {beside}; allowed with it: checkpoint")
 
     def _check_rows(self) -> None:
         """Raise ValueError if the sparsifier needs whole rows and workers have parts of rows."""

@@ -8,14 +8,23 @@ from torch import nn
 
 from operators.optim import ShardLayout, Tau
 from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.architecture import vocabulary_size
 from pipelines.checkpoints.companions import check_links, companions_of
 from pipelines.errors import InputError
-from pipelines.train.architecture import meta_model
+from pipelines.train.architecture import (
+    check_class,
+    fused_layers,
+    meta_model,
+    outside_language,
+)
 from pipelines.train.config import ATTENTION, AlignConfig
 from pipelines.train.data import TokenTable, source_files
 from pipelines.train.models import with_folders
 from pipelines.train.optimizer import delta_of
-from pipelines.train.router import router_coefficient
+from pipelines.train.packing import check_packing
+from pipelines.train.random_start import planned_start
+from pipelines.train.reward_start import what_changes
+from pipelines.train.router import asks_for_router_loss, router_coefficient
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.strategies.lora import add_adapters
 from pipelines.train.trackers import check_trackers
@@ -34,14 +43,26 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     _check_packages(config)
     check_trackers(config.trackers)
     config = with_folders(config)
-    checkpoint = Checkpoint.open(config.model)
+    is_random = config.init == "random"
+    checkpoint = planned_start(config.model) if is_random else Checkpoint.open(config.model)
     check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
-    for data in config.sets:
+    for data in [*config.sets, *config.held_out_sets]:
         source_files(data.path, data.split)
-    model, weights = empty_model(config.model)
+    if is_random:
+        model = meta_model(config.model)
+    else:
+        model, weights = empty_model(config.model, config.head)
+        check_tied(model, weights)
+    check_class(model, config.model)
     _check_attention(model, config)
     router_coefficient(config)
-    check_tied(model, weights)
+    if config.traits.zero_stage and outside_language(model):
+        raise InputError(
+            f"strategy: found {config.strategy} with a {type(model).__name__}, whose parts beside "
+            "its language model are not trained; allowed: single, ddp, fsdp2"
+        )
+    if config.packing:
+        check_packing(model)
     if config.lora is not None:
         add_adapters(model, config.lora)
     if config.reference_model is not None:
@@ -53,24 +74,28 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
 
 def remarks(config: AlignConfig) -> Iterator[str]:
     """A line for each thing that a user might not expect of a run on this model."""
+    if config.head is not None and asks_for_router_loss(config.model):
+        yield (
+            f"{config.model}: its config asks for the router's loss (output_router_logits), which "
+            f"is not in the loss of objective {config.objective.label}"
+        )
+    if config.head is not None:
+        yield from what_changes(config.model, config.head)
+    model = meta_model(config.model, config.head)
+    outside = outside_language(model)
+    if outside:
+        yield (
+            f"{config.model}: rows are text, so {len(outside)} tensors beside its language model "
+            f"({outside[0]}, ...) stay as they are"
+        )
     if config.lora is not None and config.lora.target_modules == "all-linear":
-        fused = fused_layers(meta_model(config.model))
+        chosen = tuple(f".{name}" for name in config.lora.target_parameters)
+        fused = [name for name in fused_layers(model) if not f".{name}".endswith(chosen)]
         if fused:
             yield (
                 f"lora: all-linear leaves out {len(fused)} tensors of experts that are fused "
                 f"({fused[0]}, ...), which stay as they are"
             )
-
-
-def fused_layers(model: nn.Module) -> list[str]:
-    """The parameters that hold the matrices of several linear layers: those of experts."""
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and not isinstance(module, convolutions)
-    ]
 
 
 def _check_packages(config: AlignConfig) -> None:
@@ -101,7 +126,7 @@ def _check_attention(model: "PreTrainedModel", config: AlignConfig) -> None:
         raise InputError(f"{found}, which has no attention")
     needs_gpu, package = ATTENTION[name]
     if not needs_gpu:
-        meta_model(config.model, name)
+        meta_model(config.model, config.head, name)
         return
     kind = "flex" if name.startswith("flex") else "flash"
     if not getattr(model, f"_supports_{kind}_attn", False):
@@ -112,7 +137,7 @@ def _check_attention(model: "PreTrainedModel", config: AlignConfig) -> None:
 
 def check_vocabulary(model: Checkpoint, table: TokenTable) -> None:
     """Raise InputError if the tokenizer has tokens that the model does not have."""
-    size = model.config.get("vocab_size")
+    size = vocabulary_size(model.config)
     if size is not None and table.largest_id() >= size:
         raise InputError(
             f"model {model.path}: its tokenizer gives token {table.largest_id()}; its vocabulary "
@@ -122,7 +147,7 @@ def check_vocabulary(model: Checkpoint, table: TokenTable) -> None:
 
 def _check_reference(model: Checkpoint, reference: Checkpoint) -> None:
     """Raise InputError if the reference model has another vocabulary size than the model."""
-    needed, found = (c.config.get("vocab_size") for c in (model, reference))
+    needed, found = (vocabulary_size(each.config) for each in (model, reference))
     if needed != found:
         raise InputError(
             f"reference_model: {reference.path}: found a vocabulary of {found} tokens; the model's "
@@ -134,6 +159,8 @@ def _check_delta(model: nn.Module, config: AlignConfig) -> None:
     """Raise InputError unless the reference delta fits the model's parameters."""
     delta = Tau(delta_of(config), config.optimizer.missing_delta)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         try:
             delta.covers(ShardLayout(name, tuple(parameter.shape), 0, 0))
         except ValueError as error:

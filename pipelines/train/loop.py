@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,19 +18,21 @@ from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints.hub import bring
 from pipelines.commit import lock, write_atomically
 from pipelines.errors import InputError
-from pipelines.fingerprint import fingerprint
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import (
     PAD,
+    Batch,
     TokenTable,
     collate,
     collate_mismatched,
     deal,
     global_batch,
+    pack,
     rows_seen,
 )
 from pipelines.train.errors import DivergenceError, comes_again, has_failed, record_failure
+from pipelines.train.evaluation import Evaluations, measure
 from pipelines.train.export import export_result
 from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER, REFERENCE_FILE, REMARK_FILE
 from pipelines.train.metrics import (
@@ -46,15 +49,19 @@ from pipelines.train.objectives import (
     MicroLoss,
     Shares,
     mismatched_point,
+    rewards_of,
     shares_of,
+    weights_of,
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
-from pipelines.train.reference import Reference, StoredReference, live_reference
-from pipelines.train.reference_store import ReferenceStore, compute_reference, reference_folder
+from pipelines.train.packing import check_rows_apart
+from pipelines.train.reference import AskedRows, Rows, with_references
+from pipelines.train.reference_store import largest_batch, small_batches
+from pipelines.train.reward_start import pad_token
 from pipelines.train.router import real_tokens, router_loss
 from pipelines.train.row_kinds import MicroBatch
 from pipelines.train.scoring import Scorer
-from pipelines.train.strategies import build_reference, build_strategy, first_rank
+from pipelines.train.strategies import build_strategy, first_rank
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -65,7 +72,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     Args:
         settings: `runs`, each with `config` (an AlignConfig as JSON), `folder` of the run, `cache`,
-            the `tokens` below it and their fingerprint `data_key`, the reference model's
+            the `tokens` below it and their fingerprint `data_key`, `held_out`
+            rows (`tokens` and `key`) or None, the reference model's
             fingerprint `reference_key`, `num_steps`, `num_threads` of each worker on a CPU, or
             None, and `offline`: whether the hub may not be asked. All workers must be able to
             reach the folders, but for the hub's models, which a node fetches that lacks them.
@@ -106,6 +114,7 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
             run.strategy.finish()
             delta = delta_metrics(run.strategy, config)
             saved = export_result(run.strategy, config, folder / MODEL_FOLDER)
+            told = run.evaluations and run.evaluations.told(run.num_steps)
     except DivergenceError as error:  # all workers see it at once, so none waits for another
         record_failure(folder, error)
         return False
@@ -118,6 +127,7 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
         path = optimizer.path if isinstance(optimizer, OnlineMergingAdamW) else None
         found = {"optimizer_path": path, "rounding": saved.rounding, "delta": delta}
         exported = {**found, **asdict(saved.digest)}
+        exported |= {} if told is None else {"evaluation": told}
         write_atomically(folder / EXPORTED_FILE, json.dumps(exported))
     return True
 
@@ -147,19 +157,31 @@ class Run:
         self.micro_batch = config.micro_batch_size or config.global_batch_size // self.world
         self.strategy = build_strategy(config, device)
         self.model = self.strategy.model
-        self.router = router_loss(config, self.strategy, device)
-        self.scorer = self._scorer()
-        self.reference = self._reference(settings) if self.objective.uses_reference else None
+        with self.strategy.evaluating():
+            self.router = router_loss(config, self.strategy, device)
+            self.scorer = self._scorer(settings)
+        self.pad = pad_token(self.strategy.weights.source.config) or PAD
+        self.rows, self.held_out = self._rows(settings)
         self._report_misfit()
-        self.first_step = self._resume()
+        if config.packing:
+            with self.strategy.evaluating(), self.strategy.forward_context():
+                check_rows_apart(self.model, self.table.largest_id() + 1, config.precision, device)
+        self.first_step = self.last_step = self._resume()
+        self.evaluations: Evaluations | None = None
+        if config.evaluation is not None:
+            self.evaluations = Evaluations(config.evaluation, self.folder, self.first_step)
         self.model.train()
 
-    def _scorer(self) -> Scorer:
-        """The policy's scorer, for the largest micro-batch that there may be."""
-        sequences = self.micro_batch * self.table.sequences_per_row
-        largest = sequences * int(self.table.lengths.max())
-        routers = self.router is not None
-        chunk = self.config.logits_chunk
+    def _scorer(self, settings: dict[str, Any]) -> Scorer:
+        """The policy's scorer, for the largest batch that there may be."""
+        rows = self.micro_batch * self.table.sequences_per_row
+        largest = rows * int(self.table.lengths.max())
+        if (held_out := settings.get("held_out")) is not None:
+            table = TokenTable(held_out["tokens"], self.kind.sequences_per_row)
+            largest = max(largest, largest_batch(table, small_batches(table, self.device)))
+        if self.config.head is not None:
+            largest = 0  # it has no logits of tokens
+        chunk, routers = self.config.logits_chunk, self.router is not None
         return Scorer(self.strategy, chunk, largest, self.device, routers=routers)
 
     def _report_misfit(self) -> None:
@@ -176,30 +198,24 @@ class Run:
         if first_rank():
             write_atomically(self.folder / REMARK_FILE, line)
 
-    def _reference(self, settings: dict[str, Any]) -> Reference:
-        """The reference: on the fly, or stored log-probabilities; missing ones are computed."""
-        if self.config.reference_log_probabilities == "on_the_fly":
-            return live_reference(self.config, self.scorer, self.device)
-        parts = [settings["reference_key"], settings["data_key"], self.config.precision]
-        place = reference_folder(Path(settings["cache"]), fingerprint(parts))
-        store = ReferenceStore(place, self.table)
+    def _rows(self, settings: dict[str, Any]) -> tuple[Rows, Rows | None]:
+        """The rows of training and those held out, if there are any, with their references."""
         size, seed = self.config.global_batch_size, self.config.seed
-        rows = rows_seen(self.table.num_rows, size, self.num_steps, seed)
-        if not store.has(rows).all():
-            strategy = self.strategy
-            if self.config.reference_model is not None:
-                strategy = build_reference(self.config, self.device)
-            strategy.model.eval()
-            compute_reference(
-                strategy,
-                store,
-                rows,
-                self.device,
-                mismatched=self.kind.has_point,
-                report=self._report_reference,
-            )
-            store = ReferenceStore(place, self.table)
-        return StoredReference(store, self.device)
+        seen = rows_seen(self.table.num_rows, size, self.num_steps, seed)
+        asked = [AskedRows(self.table, settings["data_key"], seen)]
+        if (held_out := settings.get("held_out")) is not None:
+            table = TokenTable(held_out["tokens"], self.kind.sequences_per_row)
+            asked.append(AskedRows(table, held_out["key"], np.arange(table.num_rows)))
+        found = with_references(
+            asked,
+            self.config,
+            self.scorer,
+            self.device,
+            cache=Path(settings["cache"]),
+            model_key=settings["reference_key"],
+            report=self._report_reference,
+        )
+        return found[0], found[1] if len(found) > 1 else None
 
     def _report_reference(self, done: int, total: int) -> None:
         """Tell the driver how many rows have reference log-probabilities."""
@@ -223,15 +239,16 @@ class Run:
             CheckpointWriter(self.folder, config) as checkpoints,
         ):
             for step in range(self.first_step + 1, self.num_steps + 1):
+                if self._is_last(step - 1):
+                    break
                 rows = global_batch(
                     self.table.num_rows, config.global_batch_size, step - 1, config.seed
                 )
                 set_learning_rate(
                     self.strategy.optimizer, learning_rate(config, step, self.num_steps)
                 )
-                last = step == self.num_steps
-                due = last or step % config.checkpoint_every == 0
-                measured = last or step % (config.norms_every or config.checkpoint_every) == 0
+                norms_every = config.norms_every or config.checkpoint_every
+                measured = step == self.num_steps or step % norms_every == 0
                 record = self._gradients(rows)
                 length = UpdateLength(self.strategy) if measured else None
                 record["gradient_norm"] = self.strategy.update(partial(watch.check, step, record))
@@ -239,6 +256,10 @@ class Run:
                 if length is not None:
                     record["update_norm"] = length.measure()
                     record |= delta_metrics(self.strategy, config)
+                with clock.stopped():
+                    record |= self._evaluate(step)
+                due = step % config.checkpoint_every == 0 or self._is_last(step)
+                due |= self._kept_step == step
                 if due:
                     record |= merge_metrics(self.strategy)
                 record |= self.table.rows_by_set(rows)
@@ -246,7 +267,37 @@ class Run:
                 out.write({"step": step, **record})
                 checkpoints.check()
                 if due:
-                    checkpoints.save(step, self.strategy)
+                    checkpoints.save(step, self.strategy, best=self._kept_step)
+                self.last_step = step
+        if self._kept_step not in (None, self.last_step):
+            self.strategy.load(step_folder(self.folder, self._kept_step))
+
+    def _is_last(self, step: int) -> bool:
+        """Whether the run ends after this step."""
+        is_over = self.evaluations is not None and self.evaluations.is_over
+        return step == self.num_steps or is_over
+
+    @property
+    def _kept_step(self) -> int | None:
+        """The step of the best evaluation so far, if its model is to be written."""
+        return None if self.evaluations is None else self.evaluations.kept_step
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Numbers of the held-out rows, at steps that have an evaluation."""
+        evaluation = self.config.evaluation
+        if evaluation is None or (step % evaluation.every and step < self.num_steps):
+            return {}
+        assert self.held_out is not None and self.evaluations is not None
+        numbers = measure(
+            self.scorer,
+            self.held_out,
+            self.device,
+            self._micro_loss,
+            has_point=self.kind.has_point,
+            router=self.router,
+        )
+        self.evaluations.add(step, numbers)
+        return numbers
 
     def _gradients(self, rows: list[int]) -> dict[str, float]:
         """Gradients of a global batch's loss; returns its metrics."""
@@ -254,12 +305,12 @@ class Run:
         shares = shares_of(self.table, rows)
         micro = [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
         metrics: dict[str, Tensor] = {}
-        point = self._reference_point(micro, len(rows)) if self.kind.has_point else None
+        point = self._reference_point(micro, shares) if self.kind.has_point else None
         # One micro-batch counts in its own pass.
         counts = self._expert_counts(micro) if self.router and len(micro) > 1 else None
         for number, part in enumerate(micro):
             with self.strategy.accumulating(last=number == len(micro) - 1):
-                result = self._micro_loss(part, shares, point, counts)
+                result = self._micro_loss(self.rows, part, shares, point, counts)
                 # Gradients are averaged over workers, so each loss is multiplied by their number.
                 # The result is the mean over the global batch, for any split of it.
                 self.strategy.backward(result.loss * self.world)
@@ -270,22 +321,33 @@ class Run:
         return record if point is None else record | {"kl": float(point)}
 
     def _micro_loss(
-        self, rows: list[int], shares: Shares, point: Tensor | None, counts: Tensor | None
+        self,
+        source: Rows,
+        rows: list[int],
+        shares: Shares,
+        point: Tensor | None,
+        counts: Tensor | None,
     ) -> MicroLoss:
-        """The loss of some rows."""
-        batch = collate(self.table, rows, PAD, self.device)
-        reference = None if self.reference is None else self.reference.responses(rows, batch)
-        keeping = offload_activations() if self.config.activation_offload else nullcontext()
+        """The loss of some rows.
+
+        Args:
+            counts: tokens of each expert; None where the rows are all of this worker.
+        """
+        if self.config.head is not None:
+            return self._reward_loss(source, rows, shares)
+        batch = self._batch(source, rows)
+        before = source.reference
+        reference = None if before is None else before.responses(rows, batch)
         look = None if reference is None else reference.look
         with nullcontext() if reference is None else reference.beside():
-            scored = self.scorer.score(batch, look, keeping)
-        before = None if reference is None else reference.log_probability
-        micro = MicroBatch(scored.responses, before, shares, self.table, rows, point)
+            scored = self.scorer.score(batch, look, self._keeping())
+        values = None if reference is None else reference.log_probability
+        micro = MicroBatch(scored.responses, values, shares, source.table, rows, point)
         result = self.kind.loss(self.config.objective, micro)
         if reference is not None:
             result.metrics["kl_per_token"] = reference.look.sum / shares.tokens
         if self.router is not None:
-            tokens = real_tokens(self.table, rows, batch)
+            tokens = real_tokens(source.table, rows, batch)
             if counts is None:
                 counts = add_up(self.router.counts(scored.router_logits, tokens))
             balance = self.router.share(scored.router_logits, tokens, counts)
@@ -293,28 +355,48 @@ class Run:
             result = MicroLoss(loss, result.metrics | {"router_loss": balance.detach()})
         return result
 
+    def _batch(self, source: Rows, rows: list[int]) -> Batch:
+        """Some rows as a batch."""
+        if self.config.packing:
+            return pack(source.table, rows, PAD, self.config.max_length, self.device)
+        return collate(source.table, rows, PAD, self.device)
+
     def _expert_counts(self, micro: list[list[int]]) -> Tensor:
         """How many tokens of the global batch go to each expert, before any of its gradients."""
         assert self.router is not None
         parts = []
         for rows in micro:
-            batch = collate(self.table, rows, PAD, self.device)
+            batch = self._batch(self.rows, rows)
             tokens = real_tokens(self.table, rows, batch)
             parts.append(self.router.counts(self.scorer.routing(batch), tokens))
         return add_up(torch.stack(parts).sum(0))
 
+    def _reward_loss(self, source: Rows, rows: list[int], shares: Shares) -> MicroLoss:
+        """The loss of some rows under a reward model."""
+        batch = collate(source.table, rows, self.pad, self.device)
+        with self.strategy.forward_context(), self._keeping():
+            rewards = rewards_of(self.model, batch)
+        micro = MicroBatch(None, None, shares, source.table, rows, None, rewards)
+        return self.kind.loss(self.config.objective, micro)
+
+    def _keeping(self) -> AbstractContextManager[object]:
+        """The context that keeps what the backward pass needs."""
+        return offload_activations() if self.config.activation_offload else nullcontext()
+
     @torch.no_grad()
-    def _reference_point(self, micro: list[list[int]], num_rows: int) -> Tensor:
+    def _reference_point(self, micro: list[list[int]], shares: Shares) -> Tensor:
         """KTO's z0 of the global batch, before any of its gradients."""
         batches = [(r, collate_mismatched(self.table, r, PAD, self.device)) for r in micro]
-        assert self.reference is not None  # KTO has a reference
-        reference = torch.cat([self.reference.mismatched(*batch) for batch in batches])
+        before = self.rows.reference
+        assert before is not None  # KTO has a reference
+        reference = torch.cat([before.mismatched(*batch) for batch in batches])
 
         def policy() -> Tensor:
             found = [self.scorer.score(batch).responses for _, batch in batches]
             return torch.cat([each.log_probability for each in found])
 
-        return mismatched_point(policy, reference, add_up, num_rows)
+        weights = weights_of(self.table, [row for rows in micro for row in rows], self.device)
+        return mismatched_point(policy, reference, add_up, shares.rows, weights)
 
 
 def offload_activations() -> AbstractContextManager[object]:

@@ -30,12 +30,13 @@ tokens in a micro-batch, layers of width h and inner width i, and a vocabulary o
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pipelines.train.architecture import blocks_of, meta_model
+from pipelines.train.architecture import RewardHead, blocks_of, head_of, meta_model
 from pipelines.train.config import AlignConfig, LoraSettings
 from pipelines.train.head import chunk_of
 from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
@@ -58,11 +59,15 @@ class ModelShape:
     # Last name of linear layers -> sum of inputs and outputs, which times the rank is the adapters'
     # number of elements.
     adapted: Mapping[str, int] = field(default_factory=dict)
+    parameters: Mapping[str, int] = field(default_factory=dict)  # of matrices by their full names
 
     def num_adapter_elements(self, lora: LoraSettings) -> int:
         """Elements that adapters train."""
         chosen = self.adapted if lora.target_modules == "all-linear" else lora.target_modules
-        return lora.rank * sum(self.adapted.get(name, 0) for name in chosen)
+        layers = sum(self.adapted.get(name, 0) for name in chosen)
+        ends = tuple(f".{name}" for name in lora.target_parameters)
+        others = sum(n for name, n in self.parameters.items() if f".{name}".endswith(ends))
+        return lora.rank * (layers + others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +89,16 @@ class Memory:
         return sum(getattr(self, each.name) for each in fields(self)) - self.host
 
 
-def shape_of(model: str | Path) -> ModelShape:
+def shape_of(model: str | Path, head: RewardHead | None = None) -> ModelShape:
     """A model's sizes from its config; the model is built without memory.
 
+    Args:
+        head: of a reward model, whose head is a vocabulary of one.
+
     Raises:
-        InputError: the config is not of a causal language model.
+        InputError: the config is not of such a model.
     """
-    empty = meta_model(Path(model))
+    empty = meta_model(Path(model), head)
     blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(empty)]
     total = sum(p.numel() for p in empty.parameters())
     config = empty.config.get_text_config()
@@ -101,8 +109,13 @@ def shape_of(model: str | Path) -> ModelShape:
         num_layers=len(blocks),
         hidden_size=config.hidden_size,
         inner_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        vocabulary=config.vocab_size,
+        vocabulary=config.vocab_size if head is None else 1,
         adapted=_adapted(empty),
+        parameters={
+            name: prod(parameter.shape[:-2]) * sum(parameter.shape[-2:])
+            for name, parameter in empty.named_parameters()
+            if parameter.dim() in (2, 3)
+        },
     )
 
 
@@ -110,7 +123,7 @@ def _adapted(model: "PreTrainedModel") -> dict[str, int]:
     """Inputs plus outputs of the linear layers except the head, summed by their last names."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+        if isinstance(module, nn.Linear) and module is not head_of(model):
             last = name.rpartition(".")[2]
             found[last] = found.get(last, 0) + module.in_features + module.out_features
     return found

@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -91,6 +93,18 @@ def _levels(path: Path, steps: int) -> list[float]:
     return on_all_ranks[: int(on_all_ranks[-1])]
 
 
+def earlier_records(path: Path, steps: int) -> list[dict[str, float]]:
+    """The complete lines of the first `steps` steps, on all ranks; the first rank reads them."""
+    found: list[Any] = [[]]
+    if first_rank() and path.is_file():
+        lines = path.read_text().splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        found = [[record for record in records if record["step"] <= steps]]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
 def chosen_level(record: dict[str, float]) -> float:
     """The log-probability of the chosen responses in nats per token: relative to the reference, or
     absolute if the objective has none.
@@ -128,7 +142,7 @@ class Watch:
                     f"step {step}: the {name} is {value}; try a lower optimizer.learning_rate, "
                     "a longer warmup_share or a smaller max_gradient_norm"
                 )
-        if self._limit is None:
+        if self._limit is None or self._objective.definition.on_rewards:
             return
         self._levels.append(chosen_level(record))
         if len(self._levels) < WINDOW:
@@ -152,6 +166,13 @@ class Clock:
 
     def __init__(self) -> None:
         self._last = time.monotonic()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """In the block, time does not count."""
+        begin = time.monotonic()
+        yield
+        self._last += time.monotonic() - begin
 
     def measure(self, num_tokens: int) -> dict[str, float]:
         """The measured part of a step's line."""

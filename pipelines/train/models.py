@@ -11,6 +11,7 @@ from pipelines.checkpoints.hub import described, folder_of
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import DataSet
 from pipelines.train.data.hub import data_folder
+from pipelines.train.data.sets import DataSets
 
 
 def model_paths(config: AlignConfig) -> dict[str, Path]:
@@ -37,17 +38,26 @@ def with_models(config: AlignConfig, change: Callable[[Path], Path]) -> AlignCon
 
 
 def with_data(config: AlignConfig, change: Callable[[DataSet], Path]) -> AlignConfig:
-    """The config with every data set's path changed."""
-    paths = [change(each) for each in config.sets]
-    if paths == [each.path for each in config.sets]:
+    """The config with the path of every data set changed, held-out ones too."""
+    both = [*config.sets, *config.held_out_sets]
+    paths = [change(each) for each in both]
+    if paths == [each.path for each in both]:
         return config
-    if isinstance(config.data, Path):
-        return config.model_copy(update={"data": paths[0]})
-    sets = [
-        each.model_copy(update={"path": path})
-        for each, path in zip(config.sets, paths, strict=True)
-    ]
-    return config.model_copy(update={"data": sets if isinstance(config.data, list) else sets[0]})
+    count = len(config.sets)
+    changes: dict[str, object] = {"data": _moved(config.data, paths[:count])}
+    if (evaluation := config.evaluation) is not None and evaluation.data is not None:
+        data = _moved(evaluation.data, paths[count:])
+        changes["evaluation"] = evaluation.model_copy(update={"data": data})
+    return config.model_copy(update=changes)
+
+
+def _moved(data: DataSets, paths: list[Path]) -> DataSets:
+    """A field of data sets with other paths, in the same form."""
+    if isinstance(data, Path):
+        return paths[0]
+    sets = data if isinstance(data, list) else [data]
+    moved = [each.model_copy(update={"path": path}) for each, path in zip(sets, paths, strict=True)]
+    return moved if isinstance(data, list) else moved[0]
 
 
 def with_folders(config: AlignConfig) -> AlignConfig:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,31 +24,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """The divisors of sums over a global batch; every worker knows them in advance."""
+    """The divisors of sums over a global batch; every worker knows them in advance. Where rows have
+    weights, each counts as often as its weight says, except in `tokens`.
+    """
 
-    rows: int
-    desirable: int
-    undesirable: int
+    rows: float
+    desirable: float
+    undesirable: float
     tokens: int  # response tokens of all sequences
-    likelihood_tokens: int  # tokens in the likelihood term
+    likelihood_tokens: float  # tokens in the likelihood term
 
 
 def shares_of(table: "TokenTable", rows: list[int]) -> Shares:
     """Counts of a global batch."""
-    lengths = table.response_lengths[rows]
-    desirable = int(table.labels[rows].sum())
+    lengths, labels = table.response_lengths[rows], table.labels[rows]
+    weights = np.ones(len(rows), np.int64) if table.weights is None else table.weights[rows]
+    total, desirable = weights.sum().item(), weights[labels].sum().item()
     return Shares(
-        rows=len(rows),
+        rows=total,
         desirable=desirable,
-        undesirable=len(rows) - desirable,
+        undesirable=total - desirable,
         tokens=int(lengths.sum()),
-        likelihood_tokens=int(lengths[:, 0].sum()),
+        likelihood_tokens=(weights * lengths[:, 0]).sum().item(),
     )
+
+
+def weights_of(table: "TokenTable", rows: list[int], device: torch.device | str) -> Tensor | None:
+    """(rows,) float32: their weights in the loss; None if rows have none."""
+    if table.weights is None:
+        return None
+    return torch.from_numpy(table.weights[rows]).float().to(device)
+
+
+def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of (rows,) values, each times its row's weight."""
+    return values.sum() if weights is None else (values * weights).sum()
 
 
 @dataclass(frozen=True, slots=True)
 class Responses:
-    """Log-probabilities of a batch's responses, summed over their tokens, and their lengths."""
+    """Log-probabilities of a batch's responses, summed over their tokens, and their lengths. Where
+    rows are packed, there is one response for each row.
+    """
 
     log_probability: Tensor  # (sequences,) float32
     num_tokens: Tensor  # (sequences,) int64
@@ -69,6 +87,9 @@ def model_inputs(model: nn.Module, batch: "Batch") -> dict[str, Any]:
     inputs = {"input_ids": batch.ids, "use_cache": False}
     if _can_keep(type(bare).forward):
         inputs["logits_to_keep"] = batch.scored_ids.shape[1]
+    if batch.packed is not None:
+        # Positions that begin again tell transformers which tokens see each other.
+        inputs["position_ids"] = batch.packed.positions
     return inputs
 
 
@@ -78,6 +99,16 @@ def _can_keep(forward: Callable[..., object]) -> bool:
     return "logits_to_keep" in inspect.signature(forward).parameters
 
 
+def rewards_of(model: nn.Module, batch: "Batch") -> Tensor:
+    """Rewards of whole sequences by a model with one label: (sequences,) float32, read where its
+    class reads them: at the last token that is not the padding token, which the batch is padded
+    with.
+    """
+    # A response ends its sequence, so what comes after its last token is padding.
+    mask = batch.response.flip(-1).cummax(-1).values.flip(-1)
+    return model(input_ids=batch.ids, attention_mask=mask).logits[:, 0].float()
+
+
 def score_responses(model: nn.Module, batch: "Batch") -> Responses:
     """Run the model; log-probabilities of learned tokens only, without prompts and padding."""
     return responses_under(logits_of(model, batch), batch)
@@ -85,9 +116,21 @@ def score_responses(model: nn.Module, batch: "Batch") -> Responses:
 
 def responses_under(logits: Tensor, batch: "Batch") -> Responses:
     """Log-probabilities of learned tokens under a batch's logits."""
+    return responses_from(token_log_probabilities(logits, batch.scored_ids), batch)
+
+
+def responses_from(values: Tensor, batch: "Batch") -> Responses:
+    """Responses from the (sequences, scored length - 1) log-probabilities of their tokens."""
     marks = batch.scored_response[:, 1:]
-    values = token_log_probabilities(logits, batch.scored_ids)
-    return Responses((values * marks).sum(-1), marks.sum(-1), values)
+    if batch.packed is None:
+        return Responses((values * marks).sum(-1), marks.sum(-1), values)
+    learned, before = values * marks, batch.first_scored + 1  # no row's first token is learned
+    places = [
+        (sequence, slice(max(first, before) - before, max(last, before) - before))
+        for sequence, first, last in batch.packed.places
+    ]
+    sums, counts = ([each[place].sum() for place in places] for each in (learned, marks))
+    return Responses(torch.stack(sums), torch.stack(counts), values)
 
 
 @torch.no_grad()
@@ -165,6 +208,7 @@ def pair_loss(
     responses: Responses,
     reference: Tensor | None,
     shares: Shares,
+    weights: Tensor | None = None,
 ) -> MicroLoss:
     """Loss of preference pairs; metrics are those of the first loss of a sum.
 
@@ -172,6 +216,7 @@ def pair_loss(
         responses: of 2n sequences: all chosen ones, then all rejected ones.
         reference: (n, 2) log-probabilities of chosen and rejected; None without a reference.
         shares: counts of the global batch.
+        weights: (n,) of the pairs; 1 each unless given.
     """
     parameters = config.parameters
     sums = responses.log_probability.view(2, -1)  # (2, n): chosen, rejected
@@ -187,9 +232,9 @@ def pair_loss(
         if objective.loss is not None:
             pairs = scored(mean_over_tokens=objective.mean_over_tokens)
             losses = objective.loss(pairs, **objective.loss_parameters(parameters))
-            parts.append(factor * (losses.sum() / shares.rows))
+            parts.append(factor * (weighted_sum(losses, weights) / shares.rows))
         if weight := factor * objective.likelihood_weight(parameters):
-            parts.append(-(weight * sums[0].sum() / shares.likelihood_tokens))
+            parts.append(-(weight * weighted_sum(sums[0], weights) / shares.likelihood_tokens))
     loss = torch.stack(parts).sum()
     pairs = scored(mean_over_tokens=config.definition.mean_over_tokens)
     beta = parameters["beta"]
@@ -202,12 +247,46 @@ def pair_loss(
             "chosen_log_probability": pairs.policy_chosen,
             "rejected_log_probability": pairs.policy_rejected,
         }
-        metrics = {name: column.sum() / shares.rows for name, column in columns.items()}
+        metrics = {
+            name: weighted_sum(column, weights) / shares.rows for name, column in columns.items()
+        }
         if reference is not None:
-            ratio = (sums[0] - before[0]).sum() / shares.likelihood_tokens
+            ratio = weighted_sum(sums[0] - before[0], weights) / shares.likelihood_tokens
             metrics["chosen_log_ratio_per_token"] = ratio
-        metrics["likelihood_loss"] = -sums[0].sum() / shares.likelihood_tokens
+        metrics["likelihood_loss"] = -weighted_sum(sums[0], weights) / shares.likelihood_tokens
     return MicroLoss(loss, metrics)
+
+
+def ranked_loss(
+    config: "ObjectiveConfig",
+    rewards: Tensor,
+    margins: Tensor,
+    shares: Shares,
+    weights: Tensor | None = None,
+) -> MicroLoss:
+    """A reward model's loss on pairs.
+
+    Args:
+        rewards: (2n,): of all chosen responses, then of all rejected ones.
+        margins: (n,): by how much they are to differ.
+        shares: counts of the global batch.
+        weights: (n,) of the pairs; 1 each unless given.
+    """
+    chosen, rejected = rewards.view(2, -1)
+    loss = config.definition.loss
+    assert loss is not None  # only objectives on texts have none
+    losses = loss(chosen, rejected, margins, **config.parameters)
+    with torch.no_grad():
+        columns = {
+            "accuracy": (chosen > rejected).float(),
+            "margin": chosen - rejected,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+        }
+        metrics = {
+            name: weighted_sum(column, weights) / shares.rows for name, column in columns.items()
+        }
+    return MicroLoss(weighted_sum(losses, weights) / shares.rows, metrics)
 
 
 def labelled_loss(
@@ -217,6 +296,7 @@ def labelled_loss(
     desirable: Tensor,
     reference_point: Tensor,
     shares: Shares,
+    weights: Tensor | None = None,
 ) -> MicroLoss:
     """KTO's loss of single responses.
 
@@ -226,6 +306,7 @@ def labelled_loss(
         desirable: (n,) bool.
         reference_point: z0 of the global batch.
         shares: counts of the global batch.
+        weights: (n,) of the responses; 1 each unless given.
     """
     parameters = config.parameters
     ratio = responses.log_probability - reference
@@ -235,30 +316,43 @@ def labelled_loss(
     beta = parameters["beta"]
     with torch.no_grad():
         good, bad = desirable.float(), (~desirable).float()
-        num_good, num_bad = max(1, shares.desirable), max(1, shares.undesirable)
+        num_good, num_bad = shares.desirable or 1, shares.undesirable or 1
         right = (ratio > reference_point) == desirable
         metrics = {
-            "accuracy": right.float().sum() / shares.rows,
-            "chosen_reward": beta * (ratio * good).sum() / num_good,
-            "rejected_reward": beta * (ratio * bad).sum() / num_bad,
-            "chosen_log_probability": (responses.log_probability * good).sum() / num_good,
-            "rejected_log_probability": (responses.log_probability * bad).sum() / num_bad,
+            "accuracy": weighted_sum(right.float(), weights) / shares.rows,
+            "chosen_reward": beta * weighted_sum(ratio * good, weights) / num_good,
+            "rejected_reward": beta * weighted_sum(ratio * bad, weights) / num_bad,
+            "chosen_log_probability": weighted_sum(responses.log_probability * good, weights)
+            / num_good,
+            "rejected_log_probability": weighted_sum(responses.log_probability * bad, weights)
+            / num_bad,
         }
         metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
         per_token = ratio * good / responses.num_tokens
-        metrics["chosen_log_ratio_per_token"] = per_token.sum() / num_good
-    return MicroLoss(losses.sum() / shares.rows, metrics)
+        metrics["chosen_log_ratio_per_token"] = weighted_sum(per_token, weights) / num_good
+    return MicroLoss(weighted_sum(losses, weights) / shares.rows, metrics)
 
 
-def text_loss(config: "ObjectiveConfig", responses: Responses, shares: Shares) -> MicroLoss:
-    """Supervised fine-tuning: mean negative log-likelihood per learned token."""
-    mean = -responses.log_probability.sum() / shares.likelihood_tokens
+def text_loss(
+    config: "ObjectiveConfig",
+    responses: Responses,
+    shares: Shares,
+    weights: Tensor | None = None,
+) -> MicroLoss:
+    """Supervised fine-tuning: mean negative log-likelihood per learned token, of which each has the
+    weight of its row.
+    """
+    mean = -weighted_sum(responses.log_probability, weights) / shares.likelihood_tokens
     weight = config.definition.likelihood_weight(config.parameters)
     return MicroLoss(weight * mean, {"likelihood_loss": mean.detach()})
 
 
 def mismatched_point(
-    score: Callable[[], Tensor], reference: Tensor, add_up: Callable[[Tensor], Tensor], rows: int
+    score: Callable[[], Tensor],
+    reference: Tensor,
+    add_up: Callable[[Tensor], Tensor],
+    rows: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """KTO's z0 of a global batch.
 
@@ -266,6 +360,7 @@ def mismatched_point(
         score: log-probabilities of this worker's mismatched responses, (n,), without gradient.
         reference: the same under the reference.
         add_up: sums a scalar over the workers.
-        rows: of the global batch.
+        rows: of the global batch, counted by their weights.
+        weights: (n,) of this worker's rows; 1 each unless given.
     """
-    return kto_reference_point(add_up((score() - reference).sum()), rows)
+    return kto_reference_point(add_up(weighted_sum(score() - reference, weights)), rows)

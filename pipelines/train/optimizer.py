@@ -55,7 +55,7 @@ def _build(config: AlignConfig, model: nn.Module) -> Optimizer:
     density, alpha = settings.density, settings.alpha
     assert density is not None and alpha is not None  # the config requires them
     return OnlineMergingAdamW(
-        model.named_parameters(),
+        _groups(settings, model),
         delta_of(config),
         **shared,
         **ours,
@@ -78,10 +78,11 @@ def _groups(settings: OptimizerConfig, model: nn.Module) -> list[dict[str, Any]]
     if settings.weight_decay_on == "all":
         return [{"params": named}]
     names = decaying(model)
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": [(n, p) for n, p in named if n in names]},
         {"params": [(n, p) for n, p in named if n not in names], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def decaying(model: nn.Module) -> set[str]:
@@ -102,7 +103,7 @@ def delta_of(config: AlignConfig) -> CheckpointDelta:
     """tau by the names of the model's parameters, however its two checkpoints are stored."""
     tau = config.optimizer.tau
     assert tau is not None  # the config requires it
-    return CheckpointDelta(tau.base, tau.tuned, meta_model(config.model))
+    return CheckpointDelta(tau.base, tau.tuned, meta_model(config.model, config.head))
 
 
 def learning_rate(config: AlignConfig, step: int, num_steps: int) -> float:

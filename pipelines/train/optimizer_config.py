@@ -55,7 +55,7 @@ class OptimizerConfig(Config):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     weight_decay_on: Literal["all", "matrices"] = Field(
-        "all", description="all parameters, or all but biases and norms as in transformers (adamw)"
+        "all", description="all parameters, or all but biases and norms as in transformers"
     )
     sparsifier: str | None = Field(None, description="sparsifier of update and tau (online)")
     consensus: str | None = Field(None, description="consensus of update and tau (online)")
@@ -96,9 +96,10 @@ class OptimizerConfig(Config):
         for field in ("sparsifier", "consensus", "sparsifier_parameters"):
             if getattr(self, field) and self.name != "online":
                 raise ValueError(f"{field}: has no effect with {self.name}; allowed with online")
-        if self.weight_decay_on != "all" and (self.name in ONLINE or not self.weight_decay):
-            why = f"with {self.name}" if self.name in ONLINE else "without weight_decay"
-            raise ValueError(f"weight_decay_on: found {self.weight_decay_on} {why}; allowed: all")
+        if self.weight_decay_on != "all" and not self.weight_decay:
+            raise ValueError(
+                f"weight_decay_on: found {self.weight_decay_on} without weight_decay; allowed: all"
+            )
         self._check_options()
         for field in ONLINE_FIELDS & self.model_fields_set:
             default = type(self).model_fields[field].default

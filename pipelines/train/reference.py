@@ -2,21 +2,28 @@
 micro-batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from operators.metrics import kl_divergences
+from pipelines.fingerprint import fingerprint
 from pipelines.train.config import AlignConfig
-from pipelines.train.data import Batch
+from pipelines.train.data import Batch, TokenTable
 from pipelines.train.objectives import Responses, kl_sum, logits_of, responses_under
-from pipelines.train.reference_store import ReferenceStore
+from pipelines.train.reference_store import (
+    ReferenceStore,
+    compute_reference,
+    reference_folder,
+)
 from pipelines.train.scoring import DrawnKl, Look, Scorer
 from pipelines.train.strategies import build_reference
 from pipelines.train.strategies.lora import without_adapters
@@ -51,6 +58,14 @@ class Reference(Protocol):
     def mismatched(self, rows: list[int], batch: Batch) -> Tensor:
         """Log-probabilities of other rows' responses to the rows' prompts (KTO): (rows,)."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens of rows, and what the reference says of them; None if the objective has none."""
+
+    table: TokenTable
+    reference: Reference | None
 
 
 class StoredReference:
@@ -168,3 +183,71 @@ def _gathered(model: FSDPModule) -> Iterator[None]:
         yield
     finally:
         model.reshard()
+
+
+@dataclass(frozen=True, slots=True)
+class AskedRows:
+    """Rows of a table that a run needs the reference of."""
+
+    table: TokenTable
+    key: str  # the table's fingerprint
+    rows: np.ndarray  # (rows,) int64: indices in the table
+
+
+def with_references(
+    asked: Sequence[AskedRows],
+    config: AlignConfig,
+    policy: Scorer,
+    device: torch.device,
+    *,
+    cache: Path,
+    model_key: str,
+    report: Callable[[int, int], None],
+) -> list[Rows]:
+    """Each table with its reference: on the fly, or stored log-probabilities, of which the missing
+    ones are computed now, while the policy is still the model that the run begins with. None if the
+    objective has no reference. All ranks call together.
+
+    Args:
+        cache: where they are stored.
+        model_key: the reference model's fingerprint.
+        report: called with the numbers of finished and needed rows of all tables so far.
+    """
+    if not config.objective.definition.uses_reference:
+        return [Rows(each.table, None) for each in asked]
+    if config.reference_log_probabilities == "on_the_fly":
+        live = live_reference(config, policy, device)
+        return [Rows(each.table, live) for each in asked]
+    places = [
+        reference_folder(cache, fingerprint([model_key, each.key, config.precision]))
+        for each in asked
+    ]
+    stores = [ReferenceStore(place, each.table) for place, each in zip(places, asked, strict=True)]
+    lacking = [
+        (store, each.rows)
+        for store, each in zip(stores, asked, strict=True)
+        if not store.has(each.rows).all()
+    ]
+    if lacking:
+        has_model = config.reference_model is not None
+        strategy = build_reference(config, device) if has_model else policy.strategy
+        strategy.model.eval()
+        mismatched = config.objective.row_kind.has_point
+        before = 0
+        for store, rows in lacking:
+            told = partial(_report_after, before, report)
+            before += compute_reference(
+                strategy, store, rows, device, mismatched=mismatched, report=told
+            )
+        stores = [
+            ReferenceStore(place, each.table) for place, each in zip(places, asked, strict=True)
+        ]
+    return [
+        Rows(each.table, StoredReference(store, device))
+        for each, store in zip(asked, stores, strict=True)
+    ]
+
+
+def _report_after(before: int, report: Callable[[int, int], None], done: int, total: int) -> None:
+    """Report the rows of one table after those of others."""
+    report(before + done, before + total)

@@ -210,7 +210,7 @@ def compute_reference(
     *,
     mismatched: bool,
     report: Callable[[int, int], None],
-) -> None:
+) -> int:
     """Compute the missing batches that hold some of `rows` with the strategy's model and add them
     to the store: log-probabilities of the responses, summed over tokens, and one drawn token at
     each response position (for later estimates of a policy's KL). All workers run the same number
@@ -222,17 +222,18 @@ def compute_reference(
         mismatched: also score each row's prompt with another row's response (KTO).
         report: called with the numbers of finished and needed rows, before each part and at the
             end.
+
+    Returns:
+        the number of needed rows.
     """
     table = store.table
     columns = table.sequences_per_row + int(mismatched)
-    needed = [batch for batch in _cut(table, device) if np.isin(batch, rows).any()]
+    needed = [batch for batch in small_batches(table, device) if np.isin(batch, rows).any()]
     total = sum(map(len, needed))
     left = [batch for batch in needed if not store.has(np.array(batch)).all()]
     done = total - sum(map(len, left))
     # Chunks of the usual size, whatever the config says, so that a row has the same draws always.
-    largest = max((len(b) * int(table.lengths[b].max()) for b in needed), default=0)
-    largest *= table.sequences_per_row
-    scorer = Scorer(strategy, None, largest, device)
+    scorer = Scorer(strategy, None, largest_batch(table, needed), device)
     turns = 1  # passes of each worker in a part
     while left:
         report(done, total)
@@ -247,14 +248,15 @@ def compute_reference(
         done += len(part.rows)
         turns = _turns(turns, time.monotonic() - begin, device)
     report(done, total)
+    return total
 
 
 def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _cut(table: TokenTable, device: torch.device) -> list[list[int]]:
-    """All rows of a table, in batches of similar lengths."""
+def small_batches(table: TokenTable, device: torch.device) -> list[list[int]]:
+    """All rows of a table, in batches of similar lengths, the same for every run."""
     longest = table.lengths.max(axis=1)
     batches: list[list[int]] = [[]]
     for row in sorted(range(len(longest)), key=lambda row: (int(longest[row]), row)):
@@ -300,6 +302,12 @@ def _join(part: Part, device: torch.device) -> None:
         everyone = torch.from_numpy(values).to(device, copy=True)
         dist.all_reduce(everyone, dist.ReduceOp.MAX)
         values[...] = everyone.cpu()
+
+
+def largest_batch(table: TokenTable, batches: list[list[int]]) -> int:
+    """The positions of the largest of some batches, with padding."""
+    sizes = [len(rows) * int(table.lengths[rows].max()) for rows in batches]
+    return table.sequences_per_row * max(sizes, default=0)
 
 
 def _turns(before: int, seconds: float, device: torch.device) -> int:

@@ -37,6 +37,8 @@ def router_coefficient(config: AlignConfig) -> float:
     Raises:
         InputError: the config says something, and the model gives no router logits.
     """
+    if config.head is not None:
+        return 0.0  # a reward model gives no router logits
     asked, model = config.router_loss, config_at(config.model).get_text_config()
     if not hasattr(model, "output_router_logits"):
         if asked != "auto":
@@ -103,5 +105,10 @@ def router_loss(config: AlignConfig, strategy: Strategy, device: torch.device) -
 
 def real_tokens(table: TokenTable, rows: list[int], batch: Batch) -> Tensor:
     """(sequences, length) bool: which tokens of the rows' batch are no padding."""
+    if batch.packed is not None:
+        marks = torch.zeros_like(batch.ids, dtype=torch.bool)
+        for sequence, first, last in batch.packed.places:
+            marks[sequence, first:last] = True
+        return marks
     lengths = torch.from_numpy(table.lengths[rows].T.reshape(-1)).to(batch.ids.device)
     return torch.arange(batch.ids.shape[1], device=lengths.device) < lengths.unsqueeze(-1)

@@ -13,6 +13,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipelines.checkpoints.digests import ModelDigest
 from pipelines.commit import (
     commit_directory,
@@ -39,9 +41,12 @@ from pipelines.train.data import (
     TokenTable,
     joined_table,
     num_steps_of,
+    prompts_of,
+    split_table,
     token_table,
 )
 from pipelines.train.data.sets import ReadingConfig
+from pipelines.train.evaluation_config import evaluation_text
 from pipelines.train.export import provenance
 from pipelines.train.files import (
     EXPORTED_FILE,
@@ -52,6 +57,7 @@ from pipelines.train.files import (
 from pipelines.train.inputs import check_inputs, check_vocabulary, remarks
 from pipelines.train.models import model_paths, with_data, with_folders, with_models, with_names
 from pipelines.train.optimizer_config import OptimizerConfig
+from pipelines.train.random_start import with_start
 from pipelines.train.router import asks_for_router_loss
 from pipelines.train.workers import Job, check_cluster, run_workers
 
@@ -71,6 +77,7 @@ IMMATERIAL = {
     "num_workers",
     "micro_batch_size",
     "logits_chunk",
+    "packing",
     "gradient_checkpointing",
     "activation_offload",
     "cpu_offload",
@@ -97,28 +104,37 @@ class Plan:
     table: TokenTable
     data_key: str
     tables: list[SetTable] = field(default_factory=list)
+    held_out: TokenTable | None = None
+    held_out_key: str = ""
 
     @cached_property
     def inputs(self) -> dict[str, str]:
         """Fingerprints of everything that the run reads; computing them reads every byte."""
         paths = model_paths(self.config)
         keys = {name: fingerprint_directory(path, CHECKPOINT_FILES) for name, path in paths.items()}
-        return keys | {"data": self.data_key}
+        held_out = {"evaluation.data": self.held_out_key} if self.held_out_key else {}
+        return keys | {"data": self.data_key} | held_out
 
     @cached_property
     def fingerprint(self) -> str:
         """The fingerprint of everything that determines the run's result."""
         return fingerprint_work([material_of(self), self.inputs], "align")
 
-    def batch_remark(self) -> str:
-        """A line if a step takes rows more than once, else nothing."""
+    def remarks(self) -> Iterator[str]:
+        """A line if a step takes rows more than once, and one if held-out rows are no new ones."""
         size, num_rows = self.config.global_batch_size, self.table.num_rows
-        if size <= num_rows:
-            return ""
-        return (
-            f"global_batch_size: a step of {size} rows takes some of the {num_rows} rows of the "
-            "data more than once"
-        )
+        if size > num_rows:
+            yield (
+                f"global_batch_size: a step of {size} rows takes some of the {num_rows} rows of "
+                "the data more than once"
+            )
+        if self.held_out is not None:
+            trained = np.isin(prompts_of(self.held_out), prompts_of(self.table))
+            if trained.any():
+                yield (
+                    f"evaluation.data: {trained.sum()} of {len(trained)} held-out rows have a "
+                    "prompt of the training rows"
+                )
 
 
 def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str, Any]:
@@ -137,6 +153,8 @@ def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str,
     same["strategy"] = config.traits.family
     if config.lora is not None and config.lora.save == "merged":
         del same["lora"]["save"]  # which earlier versions did not have, and always did
+    if config.lora is not None and not config.lora.target_parameters:
+        del same["lora"]["target_parameters"]
     if config.save == SaveSettings():
         del same["save"]
     for name in NEWER:
@@ -148,10 +166,16 @@ def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str,
         del same["router_loss"]
     if config.warmup_steps is None:
         del same["warmup_steps"]
-    if config.objective.loss_weights is None:
-        del same["objective"]["loss_weights"]
-    if not with_data_paths:
-        same["data"] = _without_path(same["data"])
+    if config.init == "checkpoint":
+        del same["init"]
+    for name in ("loss_weights", "center_rewards_coefficient"):
+        if getattr(config.objective, name) is None:
+            del same["objective"][name]
+    if config.evaluation is None:
+        del same["evaluation"]
+    for place in (same, same.get("evaluation") or {}):
+        if "data" in place:
+            place["data"] = _material_data(place["data"], with_path=with_data_paths)
     return same
 
 
@@ -159,17 +183,22 @@ def material_of(plan: Plan, *, with_data_paths: bool = False) -> dict[str, Any]:
     """The same of a plan, with a word where the model's config asks for its router's loss, which
     earlier versions left out.
     """
-    same = material(with_names(plan.config), with_data_paths=with_data_paths)
-    if plan.config.router_loss == "auto" and asks_for_router_loss(plan.config.model):
+    config = plan.config
+    same = material(with_names(config), with_data_paths=with_data_paths)
+    is_asked = config.router_loss == "auto" and config.head is None
+    if is_asked and asks_for_router_loss(config.model):
         same["router_loss"] = "auto"
     return same
 
 
-def _without_path(data: Any) -> Any:
-    """A dumped `data` without the places of files."""
+def _material_data(data: Any, *, with_path: bool) -> Any:
+    """A dumped `data` with or without the places of files, and without a weight that is 1."""
     if isinstance(data, list):
-        return [_without_path(each) for each in data]
-    return data | {"path": None} if isinstance(data, dict) else None
+        return [_material_data(each, with_path=with_path) for each in data]
+    if not isinstance(data, dict):
+        return data if with_path else None
+    same = {name: v for name, v in data.items() if (name, v) != ("row_weight", 1)}
+    return same if with_path else same | {"path": None}
 
 
 def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
@@ -213,7 +242,7 @@ def align_in_turn(
             refuse_existing(out, force=force)
             if not is_new:
                 check_cluster(config)
-            found = filter(None, [plan.table.counts.remarks(), plan.batch_remark()])
+            found = filter(None, [plan.table.counts.remarks(), *plan.remarks()])
             for line in [*found, *remarks(config)]:
                 print(f"  {line}", file=sys.stderr)
             folder = partial_path(out)
@@ -240,6 +269,14 @@ def _commit(config: AlignConfig, plan: Plan, out: Path, *, force: bool) -> None:
     exported = json.loads((folder / EXPORTED_FILE).read_text())
     if path := exported["optimizer_path"]:
         print(f"  {out.name}: {config.optimizer.name} took the {path} path", file=sys.stderr)
+    details = {
+        "optimizer_path": path,
+        "rounding": exported.get("rounding"),
+        "delta": exported.get("delta"),
+    }
+    if told := exported.get("evaluation"):
+        print(f"  {out.name}: {evaluation_text(told)}", file=sys.stderr)
+        details["evaluation"] = told
     model = folder / MODEL_FOLDER
     provenance(
         config,
@@ -247,12 +284,8 @@ def _commit(config: AlignConfig, plan: Plan, out: Path, *, force: bool) -> None:
         ModelDigest(exported["weights"], exported["companions"]),
         key=plan.fingerprint,
         inputs=plan.inputs,
-        num_steps=plan.num_steps,
-        details={
-            "optimizer_path": path,
-            "rounding": exported.get("rounding"),
-            "delta": exported.get("delta"),
-        },
+        num_steps=told["written_step"] if told else plan.num_steps,
+        details=details,
     ).write(model)
     # Copied, not moved: the originals are needed if this process is killed here.
     shutil.copyfile(folder / METRICS_FILE, model / METRICS_FILE)
@@ -287,6 +320,16 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
     tables = [_table_of(config, data, cache) for data in config.sets]
     table, data_key = joined_table(tables, config.seed, cache)
     check_vocabulary(checkpoint, table)
+    held_out, held_out_key = None, ""
+    if (evaluation := config.evaluation) is not None:
+        if evaluation.share is not None:
+            (table, data_key), (held_out, held_out_key) = split_table(
+                table, data_key, evaluation.share, config.seed, cache
+            )
+        else:
+            others = [_table_of(config, data, cache) for data in evaluation.sets]
+            held_out, held_out_key = joined_table(others, config.seed, cache)
+            check_vocabulary(checkpoint, held_out)
     num_steps = config.num_steps
     if num_steps is None:
         assert config.num_epochs is not None
@@ -301,6 +344,8 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
         table=table,
         data_key=data_key,
         tables=tables,
+        held_out=held_out,
+        held_out_key=held_out_key,
     )
 
 
@@ -326,13 +371,16 @@ def with_absolute_paths(config: AlignConfig) -> AlignConfig:
 
 
 def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) -> dict[str, Any]:
-    """The settings of one run for `train_worker`."""
+    """The settings of one run for `train_worker`; a random start is made if it is not there."""
+    config = with_start(config, folder)
     return {
         "config": with_absolute_paths(config).model_dump_json(),
         "folder": str(folder),
         "cache": str(cache),
         "tokens": str(plan.table.folder),
         "data_key": plan.data_key,
+        "held_out": plan.held_out
+        and {"tokens": str(plan.held_out.folder), "key": plan.held_out_key},
         "reference_key": plan.inputs.get("reference_model", plan.inputs["model"]),
         "num_steps": plan.num_steps,
         "num_threads": _asked_threads(),

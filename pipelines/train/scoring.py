@@ -18,6 +18,7 @@ from pipelines.train.objectives import (
     draw_tokens,
     drawn_kl_sum,
     model_inputs,
+    responses_from,
     responses_under,
 )
 from pipelines.train.strategies import Strategy
@@ -135,7 +136,7 @@ class Scorer:
             inputs = model_inputs(model, batch) | self._more
             values, output = self.head.instead(lambda: model(**inputs), body)
         per_token = torch.zeros(learned.shape, device=values.device).masked_scatter(learned, values)
-        responses = Responses(per_token.sum(-1), learned.sum(-1), per_token)
+        responses = responses_from(per_token, batch)
         return Scored(responses, self._router_logits(output), kept[0])
 
     def _misfit(self, device: torch.device) -> str:

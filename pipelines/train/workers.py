@@ -18,6 +18,7 @@ from pipelines.progress import Progress
 from pipelines.train.checkpoints import saved_steps
 from pipelines.train.config import ATTENTION, AlignConfig
 from pipelines.train.errors import first_line, forget_failure, has_failed, raise_failure
+from pipelines.train.evaluation_config import PREFIX
 from pipelines.train.files import EXPORTED_FILE, METRICS_FILE, REFERENCE_FILE, REMARK_FILE
 
 POLL_S = 0.5
@@ -266,14 +267,15 @@ class _Screen:
         reference = _reference_record(job.folder / REFERENCE_FILE)
         if reference is not None and reference["done"] < reference["total"]:
             what = f"{name}rows of the reference"
-            if self._shown.description != what:
+            if (self._shown.description, self._shown.total) != (what, reference["total"]):
                 self._switch(Progress(reference["total"], what))
             self._shown.update(reference["done"])
             return
         last = _last_record(job.folder / METRICS_FILE)
         if last is not None:
             self._switch(self._steps)
-            self._steps.update(self.num_steps_before + last["step"], name + _note(last))
+            note = name + _note(last) + _held_out_note(job.folder / METRICS_FILE)
+            self._steps.update(self.num_steps_before + last["step"], note)
 
     def _switch(self, progress: Progress) -> None:
         """Show another progress instead."""
@@ -301,6 +303,15 @@ def _note(record: dict[str, Any]) -> str:
         f"{record['tokens_per_s']:,.0f} tokens/s, {record['memory_bytes'] / 2**30:.1f} GiB"
     )
     return ", ".join(parts)
+
+
+def _held_out_note(metrics: Path) -> str:
+    """The loss of the last evaluation, to follow a note; empty if there is none."""
+    for line in reversed(_text(metrics).splitlines(keepends=True)):
+        if line.endswith("\n") and f'"{PREFIX}loss"' in line:
+            record = json.loads(line)
+            return f"; held out at step {record['step']}: loss {record[f'{PREFIX}loss']:.3f}"
+    return ""
 
 
 def _last_record(metrics: Path) -> dict[str, Any] | None:

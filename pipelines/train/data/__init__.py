@@ -8,9 +8,11 @@ from pipelines.train.data.batches import (
     deal,
     global_batch,
     num_steps_of,
+    pack,
     rows_seen,
 )
 from pipelines.train.data.cache import token_table
+from pipelines.train.data.held_out import prompts_of, split_table
 from pipelines.train.data.rows import source_files
 from pipelines.train.data.sets import DataSet, SetTable, joined_table
 from pipelines.train.data.table import TokenTable
@@ -29,7 +31,10 @@ __all__ = [
     "global_batch",
     "joined_table",
     "num_steps_of",
+    "pack",
+    "prompts_of",
     "rows_seen",
     "source_files",
+    "split_table",
     "token_table",
 ]

@@ -1,7 +1,9 @@
 """The rows of each step, and their tensors."""
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ PAD = 0  # padding is never read, so any id is good
 
 def num_steps_of(num_epochs: float, num_rows: int, global_batch_size: int) -> int:
     """The number of optimizer steps for a number of passes over the data, rounded up."""
-    return max(1, -(-int(num_epochs * num_rows) // global_batch_size))
+    return max(1, math.ceil(Fraction(str(num_epochs)) * num_rows / global_batch_size))
 
 
 def global_batch(num_rows: int, size: int, number: int, seed: int) -> list[int]:
@@ -49,8 +51,17 @@ def deal(rows: list[int], lengths: np.ndarray, rank: int, world: int) -> list[in
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """Where rows stand in sequences that hold several."""
+
+    positions: Tensor  # (sequences, length) int64: from 0 in each row, and in the padding
+    places: list[tuple[int, int, int]]  # of each row: its sequence, first token and last token + 1
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences padded on the right: all rows' first sequences, then all their second ones.
+    """Sequences padded on the right: all rows' first sequences, then all their second ones; or
+    packed rows.
 
     `ids` and `response` are (sequences, length) int64; `response` marks learned tokens. Padding
     needs no mask: it is never learned, and earlier tokens do not attend to it.
@@ -59,6 +70,7 @@ class Batch:
     ids: Tensor
     response: Tensor
     first_scored: int  # the first position whose logits predict a learned token of any sequence
+    packed: Packed | None = None
 
     @property
     def scored_ids(self) -> Tensor:
@@ -82,6 +94,44 @@ def collate_mismatched(
 ) -> Batch:
     """The rows' prompts with other rows' responses, as one batch."""
     return pad_together([table.mismatched(row) for row in rows], pad, device)
+
+
+def pack(
+    table: TokenTable, rows: list[int], pad: int, limit: int, device: torch.device | str
+) -> Batch:
+    """Rows of one sequence each as one batch, several in a sequence of up to `limit` tokens where
+    that takes less room: from the longest row on, each goes into the first sequence with room.
+    """
+    found = [table.sequences(row)[0] for row in rows]
+    lengths = [len(ids) for ids, _ in found]
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(rows)), key=lambda number: -lengths[number]):
+        place = next((i for i, left in enumerate(room) if left >= lengths[number]), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(limit)
+        bins[place].append(number)
+        room[place] -= lengths[number]
+    width = limit - min(room)
+    if len(bins) * width >= len(rows) * max(lengths):
+        return pad_together(found, pad, device)
+    joined = [
+        tuple(np.concatenate([found[number][part] for number in numbers]) for part in (0, 1))
+        for numbers in bins
+    ]
+    places: list[tuple[int, int, int]] = [(0, 0, 0)] * len(rows)
+    positions = np.zeros((len(bins), width), np.int64)
+    for sequence, numbers in enumerate(bins):
+        first = 0
+        for number in numbers:
+            last = first + lengths[number]
+            places[number] = (sequence, first, last)
+            positions[sequence, first:last] = np.arange(lengths[number])
+            first = last
+        positions[sequence, first:] = np.arange(width - first)
+    packed = Packed(torch.from_numpy(positions).to(device), places)
+    return replace(pad_together(joined, pad, device), packed=packed)
 
 
 def pad_together(

@@ -21,6 +21,7 @@ from pipelines.train.data.table import (
     PROMPTS_FILE,
     SCHEMA,
     TABLE_FILE,
+    WEIGHTS_FILE,
     Counts,
     TokenTable,
 )
@@ -30,12 +31,13 @@ from pipelines.train.data.tokenizing import (
     counts_path,
     part_path,
     prompts_path,
+    weights_path,
 )
 from pipelines.train.row_kinds import ROW_KINDS
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "special_tokens*")
 # Raise it when the same rows are read in another way: earlier tokens are then not used.
-MEANING_OF_ROWS = 2
+MEANING_OF_ROWS = {"pairs": 3, "ranked": 3, "labelled": 4, "texts": 3}
 RAY_BYTES = 64_000_000  # for smaller data, starting workers takes longer than tokenising
 
 
@@ -59,7 +61,7 @@ def token_table(
     files = source_files(data, split)
     values = asdict(settings) | {
         "tokenizer": fingerprint_directory(settings.tokenizer, TOKENIZER_FILES),
-        "meaning": MEANING_OF_ROWS,
+        "meaning": MEANING_OF_ROWS.get(settings.kind, 1),
     }
     key = fingerprint([values, [fingerprint_file(file) for file in files]])
     final = cache / f"tokens-{key}"
@@ -177,8 +179,13 @@ def _join(folder: Path, num_pieces: int, counts: Counts) -> None:
     prompts = [np.load(prompts_path(folder, number)) for number in range(num_pieces)]
     joined = np.concatenate(prompts) if prompts else np.zeros(0, np.uint64)
     np.save(folder / PROMPTS_FILE, joined)
+    paths = [weights_path(folder, number) for number in range(num_pieces)]
+    weights = [np.load(path) for path in paths if path.is_file()]
+    if weights:
+        np.save(folder / WEIGHTS_FILE, np.concatenate(weights))
     counts.repeated_prompts = len(joined) - len(np.unique(joined))
     for number in range(num_pieces):
         for path in (part_path, prompts_path, counts_path):
             path(folder, number).unlink()
+        weights_path(folder, number).unlink(missing_ok=True)
     (folder / COUNTS_FILE).write_text(json.dumps(asdict(counts)))

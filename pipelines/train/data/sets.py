@@ -23,6 +23,7 @@ from pipelines.train.data.table import (
     SCHEMA,
     SETS_FILE,
     TABLE_FILE,
+    WEIGHTS_FILE,
     Counts,
     SetRows,
     TokenTable,
@@ -91,6 +92,9 @@ class DataSet(ReadingConfig):
         None, gt=0, description="of the set's rows, drawn by the seed; above 1, rows are repeated"
     )
     rows: int | None = Field(None, ge=1, description="of the set, drawn by the seed; or share")
+    row_weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="of each of its rows in the loss"
+    )
     dimension: str | None = Field(
         None, min_length=1, description="what the set teaches, such as helpful+honest"
     )
@@ -104,7 +108,7 @@ class DataSet(ReadingConfig):
             if isinstance(values, dict) and name in values:
                 raise ValueError(
                     f"{name}: unknown field; share (of the set's rows) or rows (their number) says "
-                    "how much of a set is used"
+                    "how much of a set is used, row_weight what each of its rows counts in the loss"
                 )
         if isinstance(values, dict) and values.get("revision") is not None:
             return _with_revision(values)
@@ -151,6 +155,7 @@ def _form(data: Any) -> str:
     return "DataSet" if isinstance(data, dict | DataSet) else "Path"
 
 
+DataSets = Path | DataSet | list[DataSet]
 # A path, one set or several; the tags are left out of messages, as names of types are.
 DataField = Annotated[
     Annotated[Path, Tag("Path")]
@@ -160,10 +165,21 @@ DataField = Annotated[
 ]
 
 
+def sets_of(data: DataSets, reading: dict[str, Any]) -> list[DataSet]:
+    """The sets of a field; a path is one set, read as `reading` says."""
+    if isinstance(data, DataSet):
+        return [data]
+    return data if isinstance(data, list) else [DataSet(path=data, **reading)]
+
+
 def check_sets(sets: Sequence[DataSet]) -> None:
     """Raise ValueError unless there are sets, with different names."""
     if not sets:
         raise ValueError("data: found no set; allowed: one or more")
+    if len(sets) == 1 and sets[0].row_weight != 1:
+        raise ValueError(
+            f"row_weight: found {sets[0].row_weight}, which has no effect on the only set"
+        )
     titles = [each.title for each in sets]
     if twice := [title for title in titles if titles.count(title) > 1]:
         raise ValueError(f"data: found two sets called {twice[0]!r}; give each another name")
@@ -205,6 +221,7 @@ def joined_table(sets: Sequence[SetTable], seed: int, cache: Path) -> tuple[Toke
         return first.table, first.key
     parts = [
         [each.key, each.data.title, each.data.teaches, each.data.share, each.data.rows]
+        + ([each.data.row_weight] if each.data.row_weight != 1 else [])
         for each in sets
     ]
     key = fingerprint(["sets", parts, seed])
@@ -218,8 +235,9 @@ def joined_table(sets: Sequence[SetTable], seed: int, cache: Path) -> tuple[Toke
 
 
 def _write(sets: Sequence[SetTable], seed: int, folder: Path) -> None:
-    """The tokens, counts and prompts of the rows that are used, set after set."""
+    """The tokens, counts, prompts and weights of the rows that are used, set after set."""
     counts, told, prompts, place = Counts(), [], [], 0
+    weights: list[np.ndarray] = []
     with pa.OSFile(str(folder / TABLE_FILE), "wb") as file, pa.ipc.new_file(file, SCHEMA) as out:
         for each in sets:
             passes = each.drawn(seed)
@@ -228,6 +246,8 @@ def _write(sets: Sequence[SetTable], seed: int, folder: Path) -> None:
                     out.write_batch(batch)
             own = np.load(each.table.folder / PROMPTS_FILE)
             prompts.append(np.concatenate([own[rows] for rows in passes]))
+            own = np.ones(each.table.num_rows) if each.table.weights is None else each.table.weights
+            weights += [each.data.row_weight * own[rows] for rows in passes]
             count = len(prompts[-1])
             told.append(
                 SetRows(each.data.title, each.data.teaches, place, count, each.table.num_rows)
@@ -238,5 +258,7 @@ def _write(sets: Sequence[SetTable], seed: int, folder: Path) -> None:
     unique = [np.unique(each) for each in prompts]
     counts.shared_prompts = sum(map(len, unique)) - len(np.unique(np.concatenate(unique)))
     np.save(folder / PROMPTS_FILE, np.concatenate(prompts))
+    if any(each.table.weights is not None or each.data.row_weight != 1 for each in sets):
+        np.save(folder / WEIGHTS_FILE, np.concatenate(weights))
     (folder / SETS_FILE).write_text(json.dumps([asdict(each) for each in told]))
     (folder / COUNTS_FILE).write_text(json.dumps(asdict(counts)))

@@ -14,6 +14,7 @@ from pipelines.train.data.tokens import TokenRow
 from pipelines.train.rows.columns import kind_of_column
 
 TABLE_FILE, COUNTS_FILE, PROMPTS_FILE = "tokens.arrow", "counts.json", "prompts.npy"
+WEIGHTS_FILE = "weights.npy"  # only where rows have weights
 SETS_FILE = "sets.json"
 IN = " in "  # between a key of messages and its column, where unused ones are named
 SCHEMA = pa.schema(
@@ -21,6 +22,7 @@ SCHEMA = pa.schema(
         ("ids", pa.list_(pa.int32())),
         ("response", pa.list_(pa.uint8())),
         ("label", pa.bool_()),
+        ("margin", pa.float32()),
     ]
 )
 
@@ -102,8 +104,8 @@ COUNTED = ("rows", "bad", "dropped", "prompts_cut", "prompts_shortened", "prompt
 
 def record_batch(rows: Iterable[TokenRow]) -> pa.RecordBatch:
     """Rows as Arrow: one entry per sequence; a row's sequences follow each other."""
-    entries = [(s.ids, s.response, row.label) for row in rows for s in row.sequences]
-    columns = zip(*entries, strict=True) if entries else ((), (), ())
+    entries = [(s.ids, s.response, row.label, row.margin) for row in rows for s in row.sequences]
+    columns = zip(*entries, strict=True) if entries else ((), (), (), ())
     arrays = [pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
@@ -224,6 +226,18 @@ class TokenTable:
     def labels(self) -> np.ndarray:
         """(rows,) bool: whether the response is desirable; False if rows have no label."""
         return np.concatenate([c.to_numpy(zero_copy_only=False) for c in self._labels]).astype(bool)
+
+    @cached_property
+    def weights(self) -> np.ndarray | None:
+        """(rows,) float64: of the rows in the loss; None if all have 1."""
+        path = self.folder / WEIGHTS_FILE
+        return np.load(path) if path.is_file() else None
+
+    @cached_property
+    def margins(self) -> np.ndarray:
+        """(rows,) float32: by how much the rewards of a pair are to differ."""
+        margins = [batch.column("margin").to_numpy() for batch in self._batches]
+        return np.concatenate(margins)[:: self.sequences_per_row]
 
     def mismatched(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """A row's prompt with the response of a row that has another prompt (KTO's z0).

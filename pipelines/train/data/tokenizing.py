@@ -37,6 +37,11 @@ class TokenSettings:
     keep_equal: bool = False  # pairs of equal responses
     reading: Reading = field(default_factory=Reading)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether a column holds the rows' weights."""
+        return any(meaning == "weight" for meaning, _ in self.reading.columns)
+
     def source(self) -> RowSource:
         """What reads rows by these settings."""
         return RowSource(ROW_KINDS[self.kind], self.reading, keep_equal=self.keep_equal)
@@ -61,6 +66,7 @@ class Tokenizing:
         number, parts = item["number"], [Part(**part) for part in item["parts"]]
         bring_rows({part.file for part in parts}, offline=self._offline)
         counts, prompts, source = Counts(), [], self.settings.source()
+        weights: list[float] = []
         rows: list[TokenRow] = []
         with (
             pa.OSFile(str(part_path(self.folder, number)), "wb") as file,
@@ -68,9 +74,10 @@ class Tokenizing:
         ):
             for place, found in source.arranged(_placed(parts)):
                 for row in self._rows(found, source, counts, place):
-                    for tokens, prompt in self._tokens(row, source, counts, place):
+                    for tokens, example in self._tokens(row, source, counts, place):
                         rows.append(tokens)
-                        prompts.append(prompt)
+                        prompts.append(prompt_number(example))
+                        weights.append(example.weight)
                 if len(rows) >= ROWS_PER_BATCH:
                     writer.write_batch(record_batch(rows))
                     rows = []
@@ -78,6 +85,8 @@ class Tokenizing:
         counts.columns = sorted(source.seen)
         counts.unused = sorted(source.unused | self._unread(source.keys))
         np.save(prompts_path(self.folder, number), np.array(prompts, np.uint64))
+        if self.settings.has_weights:
+            np.save(weights_path(self.folder, number), np.array(weights))
         write_atomically(counts_path(self.folder, number), json.dumps(asdict(counts)))
         return {"number": number}
 
@@ -100,8 +109,8 @@ class Tokenizing:
 
     def _tokens(
         self, row: Row, source: RowSource, counts: Counts, place: str
-    ) -> list[tuple[TokenRow, int]]:
-        """The tokens of a row's examples, each with its prompt's number."""
+    ) -> list[tuple[TokenRow, Example]]:
+        """The tokens of a row's examples, each with its example."""
         try:
             examples = source.examples(row)
             tokens = [tokenize(example, self.tokenizer) for example in examples]
@@ -117,7 +126,7 @@ class Tokenizing:
             counts.leave_out(left.reason, left.count)
             return []
         kept = [
-            (each, prompt_number(example))
+            (each, example)
             for example, (each, _) in zip(examples, fitted, strict=True)
             if each is not None
         ]
@@ -137,7 +146,10 @@ def _placed(parts: list[Part]) -> Iterator[tuple[str, Any]]:
 
 
 def prompt_number(example: Example) -> int:
-    """64 bits that are equal for equal prompts (with one label); of plain texts for equal texts."""
+    """64 bits that are equal for equal prompts (with one label); of plain texts for equal texts.
+
+    Where rows have labels, the last bit is the label, and the others are those of the prompt.
+    """
     content: Content = example.prompt
     if not content:
         content = example.responses[0]
@@ -146,7 +158,8 @@ def prompt_number(example: Example) -> int:
             content = content[: roles.index("assistant")]
     if isinstance(content, list):
         content = "\0".join(f"{m['role']}\1{m.get('content')}" for m in content)
-    return xxhash.xxh3_64_intdigest(f"{example.label}\0{content}".encode("utf-8", "replace"))
+    number = xxhash.xxh3_64_intdigest(f"None\0{content}".encode("utf-8", "replace"))
+    return number if example.label is None else number & ~1 | example.label
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -157,6 +170,11 @@ def part_path(folder: Path, number: int) -> Path:
 def prompts_path(folder: Path, number: int) -> Path:
     """The numbers of a piece's prompts."""
     return folder / f"part-{number:05}.npy"
+
+
+def weights_path(folder: Path, number: int) -> Path:
+    """The weights of a piece's rows, if they have weights."""
+    return folder / f"part-{number:05}.weights.npy"
 
 
 def counts_path(folder: Path, number: int) -> Path:

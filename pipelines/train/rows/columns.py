@@ -6,6 +6,7 @@ start, and a column that could be content (a system text, a question, images) en
 line that says how to map it.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from typing import Any
 from pipelines.errors import InputError
 from pipelines.train.rows.messages import ROLES, Messages, normal_messages, other_keys
 
-# What a column may mean, by TRL's names. `system` is mapped only by the user or a reader.
+# What a column may mean, by TRL's names. `system` is mapped only by the user or a reader, `weight`
+# only by the user.
 MEANINGS = (
-    *("prompt", "chosen", "rejected", "completion", "label", "messages", "text"),
-    *("system", "tools", "chat_template_kwargs"),
+    *("prompt", "chosen", "rejected", "margin", "completion", "label", "messages", "text"),
+    *("system", "tools", "chat_template_kwargs", "weight"),
 )
 # Meanings of which a row has several, such as UltraFeedback's messages beside chosen and rejected.
 TWICE = {"prompt", "chosen", "rejected", "completion", "label", "messages", "text"}
@@ -152,6 +154,20 @@ class Row:
         if text is not None and not isinstance(text, str):
             raise InputError(f"system: found {type(text).__name__}; allowed: a text")
         return text if text and text.strip() else None
+
+    def weight(self) -> float:
+        """The row's weight in the loss: 1 unless a column is mapped to it.
+
+        Raises:
+            InputError: no number, or one below 0.
+        """
+        if "weight" not in self._columns:
+            return 1.0
+        value = self.get("weight")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
+            raise InputError(f"weight: found {value!r}; allowed: a number, 0 or more")
+        return float(value)
 
     def is_mapped(self, meaning: str) -> bool:
         """Whether the user says which column holds it."""

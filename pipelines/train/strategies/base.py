@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -47,6 +47,16 @@ class Strategy(ABC):
     @abstractmethod
     def forward_context(self) -> AbstractContextManager[object]:
         """The context of forward passes."""
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In the block, passes have no gradients and leave the state of training as it is."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
 
     @abstractmethod
     def accumulating(self, *, last: bool) -> AbstractContextManager[object]:

@@ -58,7 +58,7 @@ class SingleStrategy(StagingStrategy):
         build_optimizer: Callable[[nn.Module], Optimizer],
     ) -> None:
         self.config, self.device = config, device
-        model, self.weights = empty_model(config.model, config.attention)
+        model, self.weights = empty_model(config.model, config.head, config.attention)
         self.tied_names = tied_names(model)
         if config.lora is not None:
             add_adapters(model, config.lora)
@@ -200,6 +200,15 @@ class Fsdp2Strategy(SingleStrategy):
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         yield
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Afterwards, the parameters outside the blocks are not gathered any more, either."""
+        with super().evaluating():
+            yield
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def local_parameters(model: nn.Module) -> Iterator[Owned]:

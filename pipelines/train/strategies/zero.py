@@ -43,16 +43,19 @@ class ZeroStrategy(Strategy):
 
         self.config = config
         join_deepspeed(device)
-        model, self.weights = empty_model(config.model, config.attention)
+        model, self.weights = empty_model(config.model, config.head, config.attention)
         self.tied_names = tied_names(model)
         settings = engine_settings(config, sum(p.numel() for p in model.parameters()))
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parameter_names = frozenset(name for name, _ in model.named_parameters())
         self.optimizer = build_optimizer(model)  # now, while parameters still have their shapes
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        grouped = [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]
         load_into_engine(model, self.weights, settings, device)
-        (group,) = self.optimizer.param_groups
-        group["params"] = list(model.parameters())
+        parameters = dict(model.named_parameters())
+        for group, own in zip(self.optimizer.param_groups, grouped, strict=True):
+            group["params"] = [parameters[name] for name in own]
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=settings
         )

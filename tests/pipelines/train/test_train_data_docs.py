@@ -32,6 +32,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ]
     * 10,
     "mine.jsonl": [QUESTION] * 3,
+    "scored.jsonl": [QUESTION | {"confidence": 0.5 + i} for i in range(4)],
 }
 PAIR = {"prompt": "a b", "chosen": "yes", "rejected": "no"}
 
@@ -52,11 +53,8 @@ def test_configs_run(text: str, hub: Stub, tiny_llama: Path, tmp_path: Path) -> 
     run = run_here(check(values, AlignConfig, "data.md"), tmp_path / "run")
     (line,) = metrics(run)
     if isinstance(values["data"], list):
-        assert {name for name in line if "/" in name} == {
-            "rows/HelpSteer",
-            "rows/PKU-SafeRLHF",
-            "rows/mine",
-        }
+        names = {Path(each["path"]).stem for each in values["data"]}
+        assert {name for name in line if "/" in name} == {f"rows/{name}" for name in names}
 
 
 def test_every_reader_is_in_the_table() -> None:

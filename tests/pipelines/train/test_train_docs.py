@@ -19,7 +19,8 @@ CONFIGS = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)
 @pytest.mark.parametrize("text", CONFIGS)
 def test_configs_run(text: str, tiny_llama: Path, tmp_path: Path) -> None:
     """Each as part of a short run's config."""
-    data = write_rows(tmp_path / "rows.jsonl", preference_rows(8))
+    rows = [row | {"messages": row["prompt"] + row["chosen"]} for row in preference_rows(8)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     model = tiny_llama
     if "router_loss" in text:
         model = save_as_on_hub("mixtral", tmp_path / "mixtral")

@@ -297,7 +297,7 @@ def test_a_store_of_an_earlier_version_is_read(
     )
     with pa.ipc.new_file(str(reference / "drawn_tokens.arrow"), batch.schema) as file:
         file.write_batch(batch)
-    monkeypatch.setattr("pipelines.train.loop.compute_reference", None)
+    monkeypatch.setattr("pipelines.train.reference.compute_reference", None)
     run_here(config, tmp_path / "now" / "again")
     one, other = (tmp_path / "now" / name for name in ("run", "again"))
     assert (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()

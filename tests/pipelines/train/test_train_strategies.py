@@ -3,6 +3,7 @@
 Oracle: a run in this process, without any sharding; and the bytes of a run that nobody disturbed.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -85,11 +86,13 @@ def test_strategy(
     tmp_path: Path,
 ) -> None:
     """Losses and norms of each step, the exported weights, and both again after a kill."""
-    alone = run_alone()
-    config = config_of(strategy, models, preferences)
+    fields = {"evaluation": {"share": 0.25, "every": 3}}
+    alone = run_alone(**fields)
+    config = config_of(strategy, models, preferences, **fields)
     whole = run_workers(config, tmp_path / "whole")
+    assert [line["step"] for line in metrics(whole) if "eval_loss" in line] == [3, 6, 8]
     for one, other in zip(metrics(alone), metrics(whole), strict=True):
-        for name in ("loss", "gradient_norm", "margin"):
+        for name in {"loss", "gradient_norm", "margin", "eval_loss", "eval_margin"} & one.keys():
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
     found, expected = (load_file(folder / WEIGHTS) for folder in (whole, alone))
     assert found.keys() == expected.keys()
@@ -104,18 +107,38 @@ def test_strategy(
     assert seeded_metrics(killed) == seeded_metrics(whole)
 
 
-def test_a_killed_worker_of_zero3_changes_nothing(
-    models: tuple[Path, Path], preferences: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "strategy",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "zero2")), "zero3"],
+)
+def test_a_killed_worker_changes_nothing(
+    strategy: str, models: tuple[Path, Path], preferences: Path, tmp_path: Path
 ) -> None:
-    """The shortest kill there is, for the fast tests: the run that goes on ends the same."""
-    plain = {"optimizer": {"learning_rate": 1e-3}, "num_steps": 5, "micro_batch_size": 4}
-    config = config_of("zero3", models, preferences, **plain)
+    """The shortest kill there is, for the fast tests: the run that goes on ends the same, with the
+    model of an earlier step, whose evaluation no later one exceeds.
+    """
+    config = config_of(
+        strategy,
+        models,
+        preferences,
+        optimizer={"learning_rate": 1e-3, "weight_decay": 0.3, "weight_decay_on": "matrices"},
+        schedule="constant",
+        num_steps=5,
+        micro_batch_size=4,
+        evaluation={"share": 0.25, "every": 2, "keep": "best", "metric": "accuracy"},
+    )
     whole = run_workers(config, tmp_path / "whole")
     killed = run_workers(config, tmp_path / "killed", kill_after=3)
     assert saved_steps(killed) and not (killed / WEIGHTS).exists()
     run_workers(config, killed)
     assert (killed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert seeded_metrics(killed) == seeded_metrics(whole)
+    told = [json.loads((run / "exported").read_text())["evaluation"] for run in (whole, killed)]
+    assert told[0] == told[1] and told[0]["written_step"] == told[0]["best_step"] == 2
+    single = {"num_steps": 2, "strategy": "single", "num_workers": 1}
+    alone = run_here(config.model_copy(update=single), tmp_path / "alone")
+    for name, tensor in load_file(alone / WEIGHTS).items():
+        assert torch.allclose(load_file(whole / WEIGHTS)[name], tensor, atol=5e-6), name
 
 
 @pytest.mark.slow

@@ -76,13 +76,13 @@ def seeded_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def stop_at_the_fourth_step(
-    config: AlignConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+    config: AlignConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, *, earlier: int = 0
 ) -> None:
-    """Begin a run here and stop it as Ctrl-C would, before its fourth step."""
+    """Begin a run here and stop it as Ctrl-C would, before its fourth step, or so many earlier."""
     real = loop.global_batch
 
     def stops(num_rows: int, size: int, number: int, seed: int) -> list[int]:
-        if number == 3:
+        if number == 3 - earlier:
             raise KeyboardInterrupt
         return real(num_rows, size, number, seed)
 
