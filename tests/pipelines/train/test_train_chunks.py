@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from processes import run_workers_in_turn
 from safetensors.torch import load_file
 from torch import Tensor
-from training_files import align_config, metrics, run_here
+from training_files import align_config, metrics, preference_rows, run_here, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from pipelines.errors import InputError
@@ -169,6 +169,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "kto": {"objective": {"name": "kto"}},
     "orpo, micro-batches": {"objective": {"name": "orpo"}, "micro_batch_size": 4},
     "checkpointing": {"gradient_checkpointing": True},
+    "held-out rows": {"evaluation": {"share": 0.25, "every": 1}},
     "adapters": {"lora": {"rank": 4, "target_modules": ["q_proj", "lm_head"]}},
     "adapters, on the fly": {
         "lora": {"rank": 4, "target_modules": ["q_proj", "lm_head"]},
@@ -184,6 +185,21 @@ def test_runs(kind: str, tiny_llama: Path, preferences: Path, tmp_path: Path) ->
     runs = [
         run_here(
             align_config(tiny_llama, preferences, logits_chunk=chunk, **fields),
+            tmp_path / str(chunk),
+        )
+        for chunk in (7, None)
+    ]
+    assert_same(*runs)
+
+
+def test_packed_rows(tiny_llama: Path, tmp_path: Path) -> None:
+    """Several rows in a sequence."""
+    rows = [{"messages": row["prompt"] + row["chosen"]} for row in preference_rows(16)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    fields = {"objective": {"name": "sft"}, "packing": True, "max_length": 64, "num_steps": 2}
+    runs = [
+        run_here(
+            align_config(tiny_llama, data, logits_chunk=chunk, optimizer=SMALL, **fields),
             tmp_path / str(chunk),
         )
         for chunk in (7, None)

@@ -130,6 +130,21 @@ def test_passes_change_nothing(
     assert_same(run_here(config, tmp_path / "run"), at_once)
 
 
+def test_held_out_rows(mixture: Path, preferences: Path, tmp_path: Path) -> None:
+    """Their loss has the shares of all of them, whatever is held: a batch of all is the oracle."""
+    fields = RUN | {"evaluation": {"share": 0.25, "every": 2}}
+    runs = [
+        run_here(
+            align_config(mixture, preferences, micro_batch_size=size, **fields),
+            tmp_path / str(size),
+        )
+        for size in (8, 2)
+    ]
+    one, other = (metrics(run)[-1] for run in runs)
+    assert one["eval_router_loss"] == pytest.approx(other["eval_router_loss"], rel=1e-5)
+    assert 2 <= one["eval_router_loss"] < 4  # 2 of 4 experts: from equally busy to always the same
+
+
 @pytest.mark.slow
 def test_workers_change_nothing(
     at_once: Path, mixture: Path, preferences: Path, tmp_path: Path
