@@ -34,6 +34,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "bf16": {"precision": "bf16"},
     "reference on the fly": {"reference_log_probabilities": "on_the_fly"},
+    "chunks of 64 positions": {"logits_chunk": 64},
+    "chunks, reference on the fly": {
+        "logits_chunk": 64,
+        "reference_log_probabilities": "on_the_fly",
+    },
     "adapters of rank 16": {"lora": {"rank": 16}},
     "ondare": {"optimizer": ONDARE},
     "onties, density 0.2": {"optimizer": ONTIES},

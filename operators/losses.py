@@ -5,7 +5,7 @@ divides by the counts of the global batch, so results do not depend on micro-bat
 number of workers. Names and parameters are TRL's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -162,6 +162,40 @@ def kto_reference_point(log_ratio_sum: Tensor, count: float) -> Tensor:
     y' of another prompt) of the global batch, at least 0, without gradient.
     """
     return (log_ratio_sum.detach() / count).clamp(min=0)
+
+
+@torch.no_grad()
+def tokens_per_expert(router_logits: Sequence[Tensor], tokens: Tensor, top_k: int) -> Tensor:
+    """How many tokens a router sends to each expert, summed over the layers.
+
+    Args:
+        router_logits: of each layer with experts, (tokens, experts).
+        tokens: (tokens,) bool; which count (padding does not).
+        top_k: experts of each token.
+
+    Returns:
+        (experts,) int64; counts of parts of a batch add up.
+    """
+    num_experts = router_logits[0].shape[-1]
+    chosen = [layer[tokens].float().softmax(-1).topk(top_k).indices for layer in router_logits]
+    return torch.bincount(torch.cat(chosen).flatten(), minlength=num_experts)
+
+
+def load_balancing_loss(
+    router_logits: Sequence[Tensor], tokens: Tensor, counts: Tensor, top_k: int
+) -> Tensor:
+    """A part's share of a router's loss (Fedus et al. 2022, eq. 4, with the top k experts as in
+    Mixtral): `E sum_e f_e P_e` over E experts, f_e the share of the tokens that go to expert e and
+    P_e the mean of its probability, both over the tokens of all layers. It is k where all experts
+    are equally busy.
+
+    Args:
+        router_logits, tokens, top_k: of the part, as in `tokens_per_expert`.
+        counts: (experts,) of the whole batch, without gradient. Shares of its parts add up.
+    """
+    total = counts.sum() / top_k  # tokens times layers
+    sums = [layer[tokens].float().softmax(-1).sum(0) for layer in router_logits]
+    return len(counts) * (counts / total @ torch.stack(sums).sum(0) / total)
 
 
 def reward_loss(

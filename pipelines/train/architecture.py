@@ -35,22 +35,38 @@ class RewardHead:
     seed: int
 
 
-def meta_model(path: Path, head: RewardHead | None = None) -> "PreTrainedModel":
+def config_at(path: Path) -> "PretrainedConfig":
+    """The config of a checkpoint as it is.
+
+    Raises:
+        ValueError, KeyError, OSError: no config that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, local_files_only=True)
+
+
+def meta_model(
+    path: Path, head: RewardHead | None = None, attention: str | None = None
+) -> "PreTrainedModel":
     """A model on the meta device, in float32, from its config alone: a causal language model; a
     model of images and text that is one where no image is given; or one with this head. It has no
     dropout: a step depends only on the weights and its batch, and the policy is compared with a
     reference without dropout.
 
+    Args:
+        attention: transformers' name of an implementation; its own choice unless given.
+
     Raises:
-        InputError: no config, or not the config of such a model.
+        InputError: no config, or not the config of such a model, or not of one with this attention.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     kind = "causal language model" if head is None else "model with a class for rewards"
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = config_at(path)
         found = f"{', '.join(config.architectures or [])} with labels: {config.num_labels}"
         is_wrong = is_reward_model(config.architectures) and (
             head is None or config.num_labels != 1
@@ -59,9 +75,13 @@ def meta_model(path: Path, head: RewardHead | None = None) -> "PreTrainedModel":
             config.num_labels = 1
         with torch.device("meta"):
             auto: Any = class_of(config) if head is None else AutoModelForSequenceClassification
-            model: PreTrainedModel = auto.from_config(_without_dropout(config), dtype=torch.float32)
-    except (ValueError, KeyError, OSError) as error:
+            model: PreTrainedModel = auto.from_config(
+                _without_dropout(config), dtype=torch.float32, attn_implementation=attention
+            )
+    except (ValueError, KeyError, OSError, ImportError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
+        if attention is not None and _builds(path, head):
+            raise InputError(f"attention: found {attention} with model {path}: {first}") from None
         raise InputError(f"model {path}: not a {kind}: {first}") from None
     if is_wrong:
         allowed = "a causal language model" if head is None else "such a model with one label"
@@ -70,6 +90,15 @@ def meta_model(path: Path, head: RewardHead | None = None) -> "PreTrainedModel":
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+def _builds(path: Path, head: RewardHead | None) -> bool:
+    """Whether a config builds a model with transformers' own choice of attention."""
+    try:
+        meta_model(path, head)
+    except InputError:
+        return False
+    return True
 
 
 def tokenizer_of(path: Path) -> "PreTrainedTokenizerBase":

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from pipelines.config import Config, NamedIn
 from pipelines.train.architecture import RewardHead
@@ -16,6 +16,15 @@ from pipelines.train.schedules import ScheduleConfig, ScheduleName
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
 
 MIN_CHOSEN_LOG_RATIO = -5.0
+
+# transformers' implementations of attention: whether a GPU is needed, and which package.
+ATTENTION: dict[str, tuple[bool, str | None]] = {
+    "eager": (False, None),
+    "sdpa": (False, None),
+    "flex_attention": (True, None),
+    "flash_attention_2": (True, "flash_attn"),
+    "flash_attention_3": (True, "flash_attn_interface"),
+}
 
 SavedDtype = Literal["source", "float32", "bfloat16"]
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -83,6 +92,11 @@ class AlignConfig(ReadingConfig):
     )
     max_bad_share: float = Field(0.0, ge=0, lt=1, description="share of rows that may be unusable")
     objective: ObjectiveConfig = ObjectiveConfig()
+    router_loss: Literal["auto", "off"] | PositiveFloat = Field(
+        "auto",
+        description="weight of the router's loss of a mixture of experts; auto: "
+        "router_aux_loss_coef if the model's config has output_router_logits, else none",
+    )
     optimizer: OptimizerConfig
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     save: SaveSettings = SaveSettings()
@@ -103,6 +117,15 @@ class AlignConfig(ReadingConfig):
     num_workers: int = Field(2, ge=1)
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="of forward and backward passes; master weights are float32"
+    )
+    attention: Annotated[str, NamedIn(ATTENTION)] | None = Field(
+        None, description="transformers' name of the implementation; its own choice unless given"
+    )
+    logits_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="positions of a micro-batch whose logits exist at once, if it has more; unless "
+        "given as many as have 2^26 logits",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory")
     activation_offload: bool = Field(
@@ -238,6 +261,11 @@ class AlignConfig(ReadingConfig):
             )
 
     def _check_strategy(self) -> None:
+        if (self.attention or "").startswith("flash") and self.precision != "bf16":
+            raise ValueError(
+                f"attention: found {self.attention} with precision {self.precision}; allowed with "
+                "it: bf16"
+            )
         if self.lora is not None and not self.traits.takes_adapters:
             raise ValueError(
                 f"lora: found strategy {self.strategy}; allowed with lora: "
@@ -287,6 +315,12 @@ class AlignConfig(ReadingConfig):
             )
 
     def _check_reward(self) -> None:
+        for name in ("logits_chunk", "router_loss"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}: has no effect with objective {self.objective.label}, which has no "
+                    "logits of tokens"
+                )
         if self.min_chosen_log_ratio not in (None, MIN_CHOSEN_LOG_RATIO):
             raise ValueError(
                 f"min_chosen_log_ratio: has no effect with objective {self.objective.label}, which "

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -9,7 +10,6 @@ from operators.optim import ShardLayout, Tau
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.architecture import vocabulary_size
 from pipelines.checkpoints.companions import check_links, companions_of
-from pipelines.checkpoints.reader import read_json
 from pipelines.errors import InputError
 from pipelines.train.architecture import (
     check_class,
@@ -17,16 +17,20 @@ from pipelines.train.architecture import (
     meta_model,
     outside_language,
 )
-from pipelines.train.config import AlignConfig
+from pipelines.train.config import ATTENTION, AlignConfig
 from pipelines.train.data import TokenTable, source_files
 from pipelines.train.models import with_folders
 from pipelines.train.optimizer import delta_of
 from pipelines.train.packing import check_packing
 from pipelines.train.random_start import planned_start
 from pipelines.train.reward_start import what_changes
+from pipelines.train.router import asks_for_router_loss, router_coefficient
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.strategies.lora import add_adapters
 from pipelines.train.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_inputs(config: AlignConfig) -> Checkpoint:
@@ -50,6 +54,8 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
         model, weights = empty_model(config.model, config.head)
         check_tied(model, weights)
     check_class(model, config.model)
+    _check_attention(model, config)
+    router_coefficient(config)
     if config.traits.zero_stage and outside_language(model):
         raise InputError(
             f"strategy: found {config.strategy} with a {type(model).__name__}, whose parts beside "
@@ -68,10 +74,10 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
 
 def remarks(config: AlignConfig) -> Iterator[str]:
     """A line for each thing that a user might not expect of a run on this model."""
-    if read_json(config.model / "config.json").get("output_router_logits"):
+    if config.head is not None and asks_for_router_loss(config.model):
         yield (
             f"{config.model}: its config asks for the router's loss (output_router_logits), which "
-            "is not in the loss here; routers are trained by the objective alone"
+            f"is not in the loss of objective {config.objective.label}"
         )
     if config.head is not None:
         yield from what_changes(config.model, config.head)
@@ -106,6 +112,27 @@ def _check_packages(config: AlignConfig) -> None:
             raise InputError(
                 f"{found}, for which {package} is not installed: pip install 'poise[{extra}]'"
             )
+
+
+def _check_attention(model: "PreTrainedModel", config: AlignConfig) -> None:
+    """Raise InputError unless the model has this attention, and its package is installed. GPUs are
+    the workers' concern.
+    """
+    name = config.attention
+    if name is None:
+        return
+    found = f"attention: found {name} with model {config.model}"
+    if getattr(model.config.get_text_config(), "num_attention_heads", None) is None:
+        raise InputError(f"{found}, which has no attention")
+    needs_gpu, package = ATTENTION[name]
+    if not needs_gpu:
+        meta_model(config.model, config.head, name)
+        return
+    kind = "flex" if name.startswith("flex") else "flash"
+    if not getattr(model, f"_supports_{kind}_attn", False):
+        raise InputError(f"{found}, for which transformers has no {kind} attention")
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise InputError(f"attention: found {name}, for which {package} is not installed")
 
 
 def check_vocabulary(model: Checkpoint, table: TokenTable) -> None:

@@ -17,10 +17,13 @@ tokens in a micro-batch, layers of width h and inner width i, and a vocabulary o
                   or N. zero*: b times the bucket of gradients, 5 * 10^7 elements or N
     activations   b T (15 h + 4 i) per layer; with gradient checkpointing b T h per layer and one
                   full layer; with activation offload one full layer (the rest in host memory)
-    logits        T v (b + 12), and 4 T v more in bf16 for their float32 copy
+    logits        T v (b + 12), and 4 T v more in bf16 for their float32 copy. By chunks of c
+                  positions (c = 2^26 / v unless given) c instead of T where that is less, and
+                  (b + 4) v h for a chunk's gradient of the head and their sum, if not frozen
     reference     on the fly: 4 N of its weights, divided by W unless the strategy is single or ddp,
                   which hold 2 N more in bf16 (0 if it is the base of adapters), and b T v of its
-                  logits
+                  logits; by chunks b c v, and b times everything outside the blocks if it is
+                  divided
     host          in host memory beside a GPU: state and gradients with CPU offload, tau if it is
                   kept there, activations with activation offload
 """
@@ -35,6 +38,7 @@ from torch import nn
 
 from pipelines.train.architecture import RewardHead, blocks_of, head_of, meta_model
 from pipelines.train.config import AlignConfig, LoraSettings
+from pipelines.train.head import chunk_of
 from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
 
 if TYPE_CHECKING:
@@ -158,12 +162,17 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
         activations = b * tokens * shape.hidden_size * shape.num_layers + layer
     if config.activation_offload:
         host, activations = host + activations, layer
-    logits = tokens * shape.vocabulary * (b + 12 + (4 if b == 2 else 0))
+    positions = min(tokens, config.logits_chunk or chunk_of(shape.vocabulary))
+    logits = positions * shape.vocabulary * (b + 12 + (4 if b == 2 else 0))
+    if positions < tokens and config.lora is None:
+        logits += (b + 4) * shape.vocabulary * shape.hidden_size
     reference = 0
     if config.reference_log_probabilities == "on_the_fly":
-        reference = b * tokens * shape.vocabulary
+        reference = b * positions * shape.vocabulary
         if config.lora is None or config.reference_model is not None:
             reference += 4 * n // workers if traits.is_sharded else (6 if b == 2 else 4) * n
+            if positions < tokens and traits.is_sharded:
+                reference += b * shape.outside_blocks
     return Memory(state, weights, gradients, gathered, activations, logits, reference, host)
 
 

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -78,12 +78,19 @@ def logits_of(model: nn.Module, batch: "Batch") -> Tensor:
     Positions before the first learned token of all sequences get no logits, because with large
     vocabularies logits take more memory than anything else.
     """
-    keep = batch.ids.shape[1] - batch.first_scored
+    return model(**model_inputs(model, batch)).logits[:, -batch.scored_ids.shape[1] :]
+
+
+def model_inputs(model: nn.Module, batch: "Batch") -> dict[str, Any]:
+    """The arguments of a model's forward pass on a batch."""
     bare = getattr(model, "module", model)  # without the wrapper of DDP or DeepSpeed
-    keeping = {"logits_to_keep": keep} if _can_keep(type(bare).forward) else {}
-    # Positions that begin again tell transformers which tokens see each other.
-    places = {} if batch.packed is None else {"position_ids": batch.packed.positions}
-    return model(input_ids=batch.ids, use_cache=False, **keeping, **places).logits[:, -keep:]
+    inputs = {"input_ids": batch.ids, "use_cache": False}
+    if _can_keep(type(bare).forward):
+        inputs["logits_to_keep"] = batch.scored_ids.shape[1]
+    if batch.packed is not None:
+        # Positions that begin again tell transformers which tokens see each other.
+        inputs["position_ids"] = batch.packed.positions
+    return inputs
 
 
 @cache
@@ -109,8 +116,12 @@ def score_responses(model: nn.Module, batch: "Batch") -> Responses:
 
 def responses_under(logits: Tensor, batch: "Batch") -> Responses:
     """Log-probabilities of learned tokens under a batch's logits."""
+    return responses_from(token_log_probabilities(logits, batch.scored_ids), batch)
+
+
+def responses_from(values: Tensor, batch: "Batch") -> Responses:
+    """Responses from the (sequences, scored length - 1) log-probabilities of their tokens."""
     marks = batch.scored_response[:, 1:]
-    values = token_log_probabilities(logits, batch.scored_ids)
     if batch.packed is None:
         return Responses((values * marks).sum(-1), marks.sum(-1), values)
     learned, before = values * marks, batch.first_scored + 1  # no row's first token is learned

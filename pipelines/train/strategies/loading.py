@@ -21,18 +21,21 @@ PIECE = 1 << 24  # elements that are compared at once
 Owned = tuple[ShardLayout, Tensor]  # a flat range of a parameter, and its values
 
 
-def empty_model(path: Path, head: RewardHead | None = None) -> "tuple[PreTrainedModel, ModuleView]":
+def empty_model(
+    path: Path, head: RewardHead | None = None, attention: str | None = None
+) -> "tuple[PreTrainedModel, ModuleView]":
     """The model of a checkpoint on the meta device, in float32, for the master weights; and the
     checkpoint by the model's names, from which they are filled. Parts that text does not reach are
     not trained.
 
     Args:
         head: of a reward model, which may start from a causal language model's checkpoint.
+        attention: transformers' name of an implementation; its own choice unless given.
 
     Raises:
         InputError: the checkpoint's tensors do not match the architecture.
     """
-    model = meta_model(path, head)
+    model = meta_model(path, head, attention)
     source = Checkpoint.open(path)
     if head is not None:
         source = reward_start(source, model, head)
