@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tests.model_kinds import KINDS
 from tests.tiny_models import tiny_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -64,9 +66,21 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 BARE = {"gpt2": "transformer.", "bloom": "transformer.", "opt": "model."}
 
 
+# Classes of `tests.model_kinds` that are causal language models too; the last ones read images.
+CLASSES = {
+    name: fields
+    for kind in ("decoder", "mixture of experts", "state space", "text with images")
+    for name, fields in KINDS[kind].items()
+    if name not in ("CLIPModel", "SiglipModel")
+}
+
+
 def random_model(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     """A random model with the tiny tokenizer's vocabulary. All its weights and biases are random;
     transformers' own are often zeros and ones.
+
+    Args:
+        name: of `ARCHITECTURES`, or a class of `tests.model_kinds`.
     """
     tokenizer = tiny_tokenizer()
     tokens = {
@@ -75,9 +89,16 @@ def random_model(name: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = AutoConfig.for_model(name, **(tokens | ARCHITECTURES[name] | fields))
+    make: Any = AutoModelForCausalLM.from_config
+    if name in ARCHITECTURES:
+        config = AutoConfig.for_model(name, **(tokens | ARCHITECTURES[name] | fields))
+    else:
+        kind, own = CLASSES[name]
+        config = AutoConfig.for_model(kind, **(own | fields))
+        config.get_text_config().update(tokens)
+        make = getattr(transformers, name)._from_config
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = make(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))

@@ -58,7 +58,10 @@ KINDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "Starcoder2ForCausalLM": ("starcoder2", DECODER),
     },
     "mixture of experts": {
-        "GptOssForCausalLM": ("gpt_oss", DECODER | {"head_dim": 16, "num_local_experts": 2}),
+        "GptOssForCausalLM": (
+            "gpt_oss",
+            DECODER | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+        ),
     },
     "state space": {
         "JambaForCausalLM": (

@@ -1,6 +1,6 @@
 """Hugging Face checkpoints on disk: lazy reading by range, and writing in place."""
 
-from pipelines.checkpoints.lora import open_model, pinned_model, unadapted
+from pipelines.checkpoints.models import open_model, pinned_model, unadapted
 from pipelines.checkpoints.module_view import CheckpointDelta, ModuleView
 from pipelines.checkpoints.reader import Checkpoint
 from pipelines.checkpoints.safetensors_header import StoredTensor

@@ -1,5 +1,4 @@
-"""LoRA adapters (PEFT) as models: they change the base as it is read. `open_model` opens what a
-config calls a model: a checkpoint, an adapter, or both with a `+` between.
+"""LoRA adapters (PEFT) as models: they change the base as it is read.
 
 How an adapter changes a weight is in `pipelines.checkpoints.adapter`.
 """
@@ -18,12 +17,12 @@ from pipelines.checkpoints.adapter import (
     Adapter,
     AdapterParts,
     check_kind,
-    is_adapter,
     parts_of,
     transposed_squares,
 )
 from pipelines.checkpoints.architecture import architecture_of
-from pipelines.checkpoints.hub import folder_of, hub_name, pinned
+from pipelines.checkpoints.factors import Changes, placed, saved_parts
+from pipelines.checkpoints.named_like import NamedLike
 from pipelines.checkpoints.reader import HEAD, Checkpoint, read_json, untied
 from pipelines.checkpoints.safetensors_header import StoredTensor
 from pipelines.checkpoints.source import Source, TensorSpec
@@ -46,6 +45,9 @@ class AdaptedCheckpoint:
     base: Source
     store: Checkpoint
     parts: AdapterParts
+    # Of tensors that the adapter has as parts of others or fused, and the base the other way round:
+    changes: NamedLike | None = None
+    saved: NamedLike | None = None
     _squares_stored_transposed: frozenset[str] = frozenset()
     _dora_factors: dict[str, Tensor] = field(default_factory=dict, compare=False)
     _first_factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
@@ -66,10 +68,26 @@ class AdaptedCheckpoint:
         store = Checkpoint.at(path)
         known = architecture_of(base.config)
         stored = {} if known is None else known.stored_names(base.names())
-        parts = parts_of(store).as_in(base.names(), stored)
-        result = cls(base, store, parts, transposed_squares(parts, store, known, stored))
+        own = parts_of(store, known)
+        parts = own.as_in(base.names(), stored)
+        others: dict[str, Adapter] = {}
+        changes: NamedLike | None = None
+        saved: NamedLike | None = None
+        if known is not None:
+            for name, found in zip(own.products, list(parts.products), strict=True):
+                if _is_elsewhere(base.find(found), parts.products[found]):
+                    others[name] = parts.products.pop(found)
+            if others:
+                changes = placed(Changes.of(store, others, known), base, known)
+            saved = saved_parts(store, parts.replaced, base, known)
+            for name in [] if saved is None else saved.view.source.names():
+                del parts.replaced[name]
+        squares = transposed_squares(parts, store, known, stored)
+        result = cls(base, store, parts, changes, saved, squares)
         for name in result.parts.products:
             result._check_shapes(name)
+        for name in result.parts.biases:
+            result._check_bias(name)
         for name in result.parts.tokens:
             result._check_tokens(name)
         return result
@@ -103,33 +121,39 @@ class AdaptedCheckpoint:
         """The base's tensor; from the adapter's file where that changes it."""
         if name in self.parts.replaced:
             return replace(self.store.tensors[self.parts.replaced[name]], name=name)
+        if self.saved is not None and _has(self.saved, name):
+            return self.saved.find(name)
         found = self.base.find(name)
-        if found is not None and name in self.parts.names:
+        if found is not None and (name in self.parts or _has(self.changes, name)):
             return replace(found, file=self.store.path / ADAPTER_WEIGHTS)
         return found
 
     def stored(self, name: str) -> tuple[Checkpoint, StoredTensor] | None:
         """Where a tensor is read from as it is: the base, unless the adapter changes it."""
-        return None if name in self._changed else self.base.stored(name)
+        if self._tied_to(name) in self.parts or _has(self.changes, name) or _has(self.saved, name):
+            return None
+        return self.base.stored(name)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop): as stored, or in float32 where the adapter adds to them."""
         name = self._tied_to(name)
         if name in self.parts.replaced:  # an embedding can be stored whole and have factors too
             values = self.store.read(self.parts.replaced[name], start, stop)
+        elif self.saved is not None and _has(self.saved, name):
+            values = self.saved.read(name, start, stop)
         else:
             values = self.base.read(name, start, stop)
         if name in self.parts.tokens:
             values = self._with_tokens(name, values, start)
+        if name in self.parts.biases:
+            bias = self.parts.biases[name]
+            added = self.store.read(bias.name, start, stop).float().mul_(bias.scale)
+            return values.to(torch.float32).add_(added)
+        if self.changes is not None and _has(self.changes, name):
+            return values.to(torch.float32).add_(self.changes.read(name, start, stop))
         if name not in self.parts.products:
             return values
         return self._adapted(name, values.to(torch.float32), start)
-
-    @property
-    def _changed(self) -> list[str]:
-        """The tensors that are not the base's, a tied head among them."""
-        names = self.parts.names
-        return [*names, HEAD] if self._tied_to(HEAD) in names else names
 
     @property
     def _is_tied(self) -> bool:
@@ -300,6 +324,17 @@ class AdaptedCheckpoint:
                 f"cannot begin {name} with; allowed: pissa, or weights stored as (out, in)"
             )
 
+    def _check_bias(self, name: str) -> None:
+        """The layer has a bias of this shape, to which PEFT adds the factors' one."""
+        found = self.store.tensors[self.parts.biases[name].name].shape
+        spec = self.base.find(name)
+        if spec is None or spec.shape != found:
+            raise InputError(
+                f"{self.store.path / ADAPTER_CONFIG}: lora_bias: found a bias {list(found)} for "
+                f"{name}, which is {list(spec.shape) if spec else 'missing'} in {self.base.path}; "
+                "allowed: biases of layers that have one, as PEFT merges no others"
+            )
+
     def _check_tokens(self, name: str) -> None:
         """The trained rows are rows of the base's embedding, which nothing else changes."""
         tokens, spec = self.parts.tokens[name], self.find(name)
@@ -323,66 +358,11 @@ class AdaptedCheckpoint:
             )
 
 
-def open_model(name: str, base: str | None = None) -> Source:
-    """Open a model by its name in a config.
-
-    Args:
-        name: a checkpoint's folder; an adapter's folder; or `CHECKPOINT+ADAPTER`. Instead of a
-            folder, the name of a model on the hub.
-        base: the base checkpoint, for an adapter that does not name an existing one.
-
-    Raises:
-        InputError: there is nothing, or nothing that can be merged.
-    """
-    folder, plus, adapter = name.partition("+")
-    if plus and not Path(name).exists():
-        return AdaptedCheckpoint.open(folder_of(adapter), Checkpoint.open(folder_of(folder)))
-    path = folder_of(name)
-    if not is_adapter(path):
-        return Checkpoint.open(path)
-    own = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
-    candidates = [str(own)] if own and Path(own).is_dir() else []
-    if base is not None and base != name:
-        candidates.append(base)
-    if not candidates:
-        raise InputError(
-            f"adapter {path}: its base {own!r} is no folder here; allowed: base_model, or a model "
-            f"written as CHECKPOINT+{path}"
-        )
-    return AdaptedCheckpoint.open(path, Checkpoint.open(folder_of(candidates[0])))
+def _has(source: NamedLike | None, name: str) -> bool:
+    """Whether a source has a tensor."""
+    return source is not None and (name in source.wholes or name in source.parts)
 
 
-def pinned_model(name: str, base: str | None = None) -> str:
-    """A model's name that stays the same model: names of the hub get their commit, and an adapter
-    that names a base on the hub becomes `CHECKPOINT+ADAPTER`, unless `base` is the one to take.
-
-    Args:
-        name, base: as for `open_model`.
-
-    Raises:
-        InputError: a model of the hub that is neither in its cache nor can be fetched.
-    """
-    if "+" in name and not Path(name).exists():
-        return "+".join(pinned(part) for part in name.split("+"))
-    result = pinned(name)
-    path = folder_of(result)
-    if not is_adapter(path):
-        return result
-    settings = read_json(path / ADAPTER_CONFIG)
-    own = str(settings.get("base_model_name_or_path"))
-    known = hub_name(own)
-    if known is None:
-        return result
-    if base is not None and ((given := hub_name(base)) is None or given.id == known.id):
-        return result
-    revision = settings.get("revision")
-    return f"{pinned(f'{own}@{revision}' if revision else own)}+{result}"
-
-
-def unadapted(source: Source, name: str) -> Source | None:
-    """The base of an adapter that changes this tensor and keeps its shape; else None."""
-    if not isinstance(source, AdaptedCheckpoint) or source.stored(name) is not None:
-        return None
-    own, found = source.find(name), source.base.find(name)
-    is_like = own is not None and found is not None and own.shape == found.shape
-    return source.base if is_like else None
+def _is_elsewhere(found: TensorSpec | None, adapter: Adapter) -> bool:
+    """Whether a product is not of one stored matrix: of experts that are fused, here or there."""
+    return not adapter.of_embedding and (found is None or len(found.shape) != 2)

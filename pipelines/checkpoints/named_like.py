@@ -111,7 +111,16 @@ def named_like(source: Source, other: Source) -> Source:
 
 def _renamed(source: Source, like: ModuleView, known: Architecture, own: set[str]) -> Source:
     """A source by the names of a view's files."""
-    view = ModuleView.of(source, known.model)
+    found = placed_like(ModuleView.of(source, known.model), like)
+    if found is None or not found.wholes or {*found.wholes, *found.parts} <= own:
+        return source
+    return found
+
+
+def placed_like(view: ModuleView, like: ModuleView) -> NamedLike | None:
+    """A view's source by the names of another view's files, of the same model; None if a file's
+    tensor is not in one parameter.
+    """
     wholes: dict[str, str] = {}
     parts: dict[str, tuple[str, Piece, TensorSpec]] = {}
     for name, parameter in like.naming.parameters.items():
@@ -123,7 +132,7 @@ def _renamed(source: Source, like: ModuleView, known: Architecture, own: set[str
         for piece in parameter.pieces if parameter.whole is None else ():
             other = like.source.find(piece.name)
             if other is None or piece.num_elements != other.num_elements:
-                return source
+                return None
             parts[piece.name] = (
                 name,
                 piece,
@@ -135,9 +144,7 @@ def _renamed(source: Source, like: ModuleView, known: Architecture, own: set[str
         if (found := view.stored_name(name)) is not None
         for stored in view.naming.parameters[found].names
     }
-    rest = tuple(name for name in source.names() if name not in used)
-    if not wholes or {*wholes, *parts} <= own:
-        return source
+    rest = tuple(name for name in view.source.names() if name not in used)
     return NamedLike(view, wholes, parts, rest)
 
 

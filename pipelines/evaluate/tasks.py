@@ -30,10 +30,15 @@ class GraderConfig(Config):
     def _known(self) -> "GraderConfig":
         if self.name not in GRADERS:
             raise ValueError(f"unknown grader {self.name!r}; allowed: {', '.join(GRADERS)}")
-        needed = GRADERS[self.name][1]
-        if set(self.parameters) != needed:
-            found, allowed = sorted(self.parameters), sorted(needed)
-            raise ValueError(f"grader {self.name!r} takes the parameters {allowed}, found {found}")
+        entry = GRADERS[self.name]
+        allowed = set(entry.parameters.model_fields)
+        if not entry.needed <= set(self.parameters) <= allowed:
+            found, known = sorted(self.parameters), sorted(allowed)
+            raise ValueError(f"grader {self.name!r} takes the parameters {known}, found {found}")
+        try:
+            check(self.parameters, entry.parameters, f"grader {self.name!r}")
+        except InputError as error:
+            raise ValueError(str(error)) from None
         return self
 
 
@@ -46,6 +51,14 @@ class Task(Config):
     prompt: Literal["chat", "text"] = "chat"
     files: dict[Split, Path] = Field(description="JSONL files, relative to tasks.yaml")
     description: str = ""
+
+    @model_validator(mode="after")
+    def _without_code(self) -> "Task":
+        if GRADERS[self.grader.name].runs_code:
+            raise ValueError(
+                f"grader {self.grader.name!r}: runs programs; allowed only where allow_code is"
+            )
+        return self
 
 
 class Row(Config):
@@ -115,6 +128,6 @@ def _row(line: str, task: Task, source: str) -> Row:
     if not isinstance(row.prompt, wanted):
         expected = "a text" if wanted is str else "a list of messages"
         raise InputError(f"{source}: prompt: expected {expected} in a {task.prompt} task")
-    if GRADERS[task.grader.name][2] and not row.answers:
+    if GRADERS[task.grader.name].needs_answers and not row.answers:
         raise InputError(f"{source}: answer: required by the grader {task.grader.name!r}")
     return row

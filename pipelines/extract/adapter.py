@@ -25,7 +25,7 @@ from pipelines.checkpoints.hub import described, hub_ids, hub_name, recorded
 from pipelines.checkpoints.reader import read_range
 from pipelines.checkpoints.safetensors_header import build_header, read_header
 from pipelines.commit import write_atomically
-from pipelines.extract.plan import STEP_ELEMENTS, ExtractPlan, Item
+from pipelines.extract.plan import SAVED, STEP_ELEMENTS, ExtractPlan, Item
 from pipelines.extract.worker import factors_file
 from pipelines.merge.journal import digests_of
 from pipelines.merge.output_files import GENERATION_FILE
@@ -51,9 +51,41 @@ class Outcome:
 
     @property
     def modules(self) -> dict[str, tuple[int, Fit]]:
-        """The linear layers that have factors: rank and fit."""
+        """The linear layers and other parameters that have factors: rank and fit."""
         found = zip(self.plan.items, self.ranks, self.fits, strict=False)
-        return {item.module: (rank, fit) for item, rank, fit in found if rank}
+        return {item.target: (rank, fit) for item, rank, fit in found if rank}
+
+    @property
+    def layers(self) -> list[str]:
+        """The modules that have factors."""
+        found = zip(self.plan.items, self.ranks, strict=False)
+        return [item.target for item, rank in found if rank and item.layer]
+
+    @property
+    def parameters(self) -> list[str]:
+        """The parameters that have factors of their own."""
+        found = zip(self.plan.items, self.ranks, strict=False)
+        return [item.name for item, rank in found if rank and not item.layer]
+
+    @property
+    def biases(self) -> list[Item]:
+        """The changed biases, which are saved as they are."""
+        found = zip(self.plan.items, self.fits, strict=False)
+        return [item for item, fit in found if item.role == "biases" and fit.delta]
+
+    def inside(self, item: Item) -> str:
+        """A tensor's name in PEFT's model, where what has factors is wrapped: a layer once, another
+        module once for each parameter. Of several wrappers the parameter's own one has its factors.
+        """
+        if item.module in self.layers:
+            wrappers = [item.module]
+        else:
+            wrappers = self.plan.kinds.wrappers(item.module, self.parameters)
+        _, _, leaf = item.name.rpartition(".")
+        if item.role == "factors":
+            depth = 0 if item.layer else len(wrappers) - 1 - wrappers.index(leaf)
+            return item.module + ".base_layer" * depth
+        return f"{item.module}{'.base_layer' * len(wrappers)}.{leaf}"
 
     @property
     def whole(self) -> list[str]:
@@ -69,7 +101,7 @@ class Outcome:
         total = self.total.delta
         found: dict[str, list[tuple[Item, float]]] = {}
         for item, fit in zip(self.plan.items, self.fits, strict=False):
-            if item.role not in ("factors", "whole") and fit.delta:
+            if item.role not in ("factors", *SAVED) and fit.delta:
                 found.setdefault(item.role, []).append((item, fit.delta))
         return {
             kind: {
@@ -98,6 +130,7 @@ class Outcome:
             "extracted": _told(extracted),
             "all_tensors": _told(self.total),
             "whole": self.whole,
+            "biases": [item.name for item in self.biases],
             "left_out": self.left_out,
             "unmatched": self.plan.unmatched,
             "modules": modules,
@@ -152,13 +185,16 @@ def adapter_config(outcome: Outcome) -> dict[str, Any]:
         "lora_alpha": rank,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": target_modules(list(modules), plan.architecture.modules),
+        "target_modules": target_modules(outcome.layers, plan.kinds.modules),
         "modules_to_save": outcome.whole or None,
-        "fan_in_fan_out": any(item.transposed for item in plan.items if item.role == "factors"),
-        "bias": "none",
+        "fan_in_fan_out": any(i.transposed for i in plan.items if i.role == "factors" and i.layer),
+        "bias": "all" if outcome.biases else "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
+    if outcome.parameters:
+        found = target_modules(outcome.parameters, list(plan.kinds.tensors))
+        settings["target_parameters"] = found if isinstance(found, list) else outcome.parameters
     if (base := hub_name(plan.config.base)) is not None:
         settings["revision"] = base.revision
     if _tied_copies(outcome):
@@ -174,6 +210,8 @@ def summary(outcome: Outcome) -> str:
         f"- of the delta's norm in {name}: {found['kept']:.2%} kept, cosine {found['cosine']:.4f}"
         for name, found in kept.items()
     ]
+    if outcome.biases:
+        lines.append(f"- biases as they are: {len(outcome.biases)}")
     if outcome.whole:
         lines.append(f"- saved whole: {', '.join(outcome.whole)}")
     for kind, left in outcome.left_out.items():
@@ -191,7 +229,7 @@ def _tied_copies(outcome: Outcome) -> dict[str, str]:
     """Tensors that are tied to a saved one, and its name: PEFT needs both names in the file."""
     return {
         other: first
-        for other, first in outcome.plan.architecture.tied.items()
+        for other, first in outcome.plan.kinds.tied.items()
         if first.rpartition(".")[0] in outcome.whole
     }
 
@@ -235,17 +273,16 @@ def _factors(outcome: Outcome, folder: Path) -> dict[str, _Written]:
             def read(start: int, stop: int, tensor: Any = tensor) -> Tensor:
                 return read_range(tensor, start, stop)
 
-            found[f"{PREFIX}{item.module}.{end}.weight"] = _Written(
-                tensor.dtype, tensor.shape, read
-            )
+            name = f"{PREFIX}{outcome.inside(item)}.{end}.weight"
+            found[name] = _Written(tensor.dtype, tensor.shape, read)
     return found
 
 
 def _whole_tensors(outcome: Outcome) -> dict[str, _Written]:
-    """The tensors of the modules that are saved whole, in the tuned model's dtype."""
-    plan, found = outcome.plan, {}
+    """Biases, and the tensors of modules that are saved whole, in the tuned model's dtype."""
+    plan, found, biases = outcome.plan, {}, outcome.biases
     for item in plan.items:
-        if item.module not in outcome.whole:
+        if item.module not in outcome.whole and item not in biases:
             continue
         spec = plan.tuned.find(item.tuned)
         assert spec is not None
@@ -253,7 +290,8 @@ def _whole_tensors(outcome: Outcome) -> dict[str, _Written]:
         def read(start: int, stop: int, name: str = item.tuned) -> Tensor:
             return plan.tuned.read(name, start, stop)
 
-        found[item.name] = _Written(spec.dtype, spec.shape, read)
+        name = outcome.inside(item) if item in biases else item.name
+        found[name] = _Written(spec.dtype, spec.shape, read)
     for other, first in _tied_copies(outcome).items():
         found[other] = found[first]
     return {f"{PREFIX}{name}": written for name, written in found.items()}

@@ -14,7 +14,7 @@ from pipelines.checkpoints import Checkpoint, Source, open_model, pinned_model
 from pipelines.checkpoints.digests import Identity, identity
 from pipelines.config import Config
 from pipelines.errors import InputError
-from pipelines.extract.architecture import Architecture, Kind, architecture_of
+from pipelines.extract.kinds import Kind, TensorKinds, kinds_of
 from pipelines.fingerprint import fingerprint_work
 from pipelines.merge.config import DTYPES, DtypeName
 
@@ -41,6 +41,7 @@ class ExtractConfig(Config):
 
 
 Role = Literal["factors", "whole"] | Kind
+SAVED: tuple[Role, ...] = ("whole", "biases")  # as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,12 @@ class Item:
     """One tensor that both models have.
 
     Attributes:
-        name: as the architecture has it; base, tuned: as the two store it.
-        role: what is done with its delta; the kind of tensor if the delta is left out.
-        transposed: a linear layer's weight is stored as (in, out).
+        name: as the model has it; base, tuned: as the two store it.
+        role: what is done with its delta; the kind of tensor for a bias, which is saved, and for
+            what is left out.
+        layer: the weight of a layer that PEFT finds by the name of its module; other factors belong
+            to a parameter.
+        transposed: a matrix, or each expert's one, is stored as (in, out).
     """
 
     name: str
@@ -58,12 +62,18 @@ class Item:
     tuned: str
     shape: tuple[int, ...]
     role: Role
+    layer: bool = False
     transposed: bool = False
 
     @property
     def module(self) -> str:
         """The module that has the tensor."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def target(self) -> str:
+        """The name by which PEFT finds what has factors: of the module, or of the parameter."""
+        return self.module if self.layer else self.name
 
 
 @dataclass(frozen=True)
@@ -76,9 +86,9 @@ class ExtractPlan:
     """
 
     config: ExtractConfig
-    base: Checkpoint
+    base: Source
     tuned: Source
-    architecture: Architecture
+    kinds: TensorKinds
     items: list[Item]
     unmatched: list[str]
     dtype: torch.dtype
@@ -114,27 +124,28 @@ def plan_extraction(config: ExtractConfig) -> ExtractPlan:
     base, tuned = open_model(config.base), open_model(config.tuned, config.base)
     if not isinstance(base, Checkpoint):
         raise InputError(f"base: found the adapter {config.base}; allowed: a checkpoint")
-    _check_shapes(base, tuned)
-    architecture = architecture_of(base.path)
+    kinds = kinds_of(base.path)
     origin = next(iter(tuned.checkpoints())).path  # of an adapter: its base
-    _check_architecture(architecture, architecture_of(origin), config)
-    own = architecture.names(base), architecture.names(tuned)
-    for source in (base, tuned):
-        _check_tied(source, architecture)
-    whole = _whole_modules(config.whole, architecture)
-    items, unmatched = _items(base, *own, architecture, whole), _unmatched(config, *own)
+    _check_architecture(kinds, kinds_of(origin), config)
+    ours, theirs = kinds.by_parameters(base), kinds.by_parameters(tuned)
+    _check_shapes(ours, theirs)
+    own = kinds.names(ours), kinds.names(theirs)
+    for source in (ours, theirs):
+        _check_tied(source, kinds)
+    whole = _whole_modules(config.whole, kinds)
+    items, unmatched = _items(ours, *own, kinds, whole), _unmatched(config, *own)
     for line in unmatched:
-        if line.partition(": ")[0] in architecture.tensors:
+        if line.partition(": ")[0] in kinds.tensors:
             raise InputError(f"{line}; allowed: in both, as their architecture has it")
     checkpoints = {str(c.path): c for source in (base, tuned) for c in source.checkpoints()}
     return ExtractPlan(
         config=config,
-        base=base,
-        tuned=tuned,
-        architecture=architecture,
+        base=ours,
+        tuned=theirs,
+        kinds=kinds,
         items=items,
         unmatched=unmatched,
-        dtype=_dtype(config, tuned, items),
+        dtype=_dtype(config, theirs, items),
         checkpoints=checkpoints,
         identities={path: identity(found) for path, found in checkpoints.items()},
     )
@@ -153,7 +164,7 @@ def _check_shapes(base: Source, tuned: Source) -> None:
             )
 
 
-def _check_architecture(base: Architecture, tuned: Architecture, config: ExtractConfig) -> None:
+def _check_architecture(base: TensorKinds, tuned: TensorKinds, config: ExtractConfig) -> None:
     """Raise InputError for models of different classes, or with different tied tensors."""
     found = {"architecture": (tuned.name, base.name), "tied tensors": (tuned.tied, base.tied)}
     for what, (two, one) in found.items():
@@ -164,11 +175,11 @@ def _check_architecture(base: Architecture, tuned: Architecture, config: Extract
             )
 
 
-def _check_tied(source: Source, architecture: Architecture) -> None:
+def _check_tied(source: Source, kinds: TensorKinds) -> None:
     """Raise InputError if a tied tensor is stored too, with other values."""
-    names = architecture.names(source)
-    for other in set(source.names()) & architecture.tied.keys():
-        stored = names.get(architecture.tied[other])
+    names = kinds.names(source)
+    for other in set(source.names()) & kinds.tied.keys():
+        stored = names.get(kinds.tied[other])
         spec = source.find(other)
         if stored is None or spec is None:
             continue
@@ -181,27 +192,27 @@ def _check_tied(source: Source, architecture: Architecture) -> None:
                 )
 
 
-def _whole_modules(given: Iterable[str], architecture: Architecture) -> set[str]:
+def _whole_modules(given: Iterable[str], kinds: TensorKinds) -> set[str]:
     """The modules with the given names, or names that end so; a tied module stands for the one
     that it is tied to.
     """
     result: set[str] = set()
     for entry in given:
-        found = [n for n in architecture.leaves if f".{n}".endswith(f".{entry}")]
+        found = [n for n in kinds.leaves if f".{n}".endswith(f".{entry}")]
         if not found:
-            ends = sorted({name.rpartition(".")[2] for name in architecture.leaves})
+            ends = sorted({name.rpartition(".")[2] for name in kinds.leaves})
             raise InputError(f"whole: found {entry!r}; allowed: {', '.join(ends)}")
         for module in found:
-            first = architecture.tied.get(f"{module}.weight", f"{module}.weight")
+            first = kinds.tied.get(f"{module}.weight", f"{module}.weight")
             result.add(first.rpartition(".")[0])
     return result
 
 
 def _items(
-    base: Checkpoint,
+    base: Source,
     in_base: dict[str, str],
     in_tuned: dict[str, str],
-    architecture: Architecture,
+    kinds: TensorKinds,
     whole: set[str],
 ) -> list[Item]:
     """The tensors that both models have, in the order of the base's files, matrices last."""
@@ -211,15 +222,15 @@ def _items(
         spec = base.find(stored)
         if name not in in_tuned or spec is None:
             continue
-        role: Role = architecture.tensors.get(name, "other tensors")
+        is_layer = leaf == "weight" and module in kinds.linear
+        role: Role = kinds.tensors.get(name, "other tensors")
         if module in whole:
             role = "whole"
-        elif leaf == "weight" and module in architecture.linear:
+        elif is_layer or name in kinds.parameters:
             role = "factors"
-        transposed = architecture.linear.get(module, False)
-        result.append(Item(name, stored, in_tuned[name], spec.shape, role, transposed))
-    kinds = {item.transposed for item in result if item.role == "factors"}
-    if len(kinds) > 1:
+        transposed = kinds.linear[module] if is_layer else kinds.parameters.get(name, False)
+        result.append(Item(name, stored, in_tuned[name], spec.shape, role, is_layer, transposed))
+    if len({item.transposed for item in result if item.role == "factors" and item.layer}) > 1:
         raise InputError(
             f"model {base.path}: found linear layers stored as (in, out) beside others; allowed: "
             "one kind, as an adapter's fan_in_fan_out is of all its layers"

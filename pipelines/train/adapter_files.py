@@ -8,10 +8,17 @@ import torch
 
 from pipelines.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, target_modules
 from pipelines.checkpoints.safetensors_header import build_header
-from pipelines.train.architecture import meta_model
 from pipelines.train.config import AlignConfig
 from pipelines.train.strategies import Strategy, first_rank
-from pipelines.train.strategies.lora import A, B, conv1d
+from pipelines.train.strategies.loading import empty_model
+from pipelines.train.strategies.lora import (
+    A,
+    B,
+    adapted_layers,
+    add_adapters,
+    conv1d,
+    wrapped_parameters,
+)
 
 
 def write_adapter(strategy: Strategy, config: AlignConfig, folder: Path) -> None:
@@ -27,20 +34,19 @@ def write_adapter(strategy: Strategy, config: AlignConfig, folder: Path) -> None
         file.write(build_header({n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}))
         for values in tensors.values():
             file.write(values.view(torch.uint8).numpy().data)
-    adapted = sorted({name.removesuffix(A) for name in factors if name.endswith(A)})
-    settings = json.dumps(adapter_config(config, adapted), indent=2)
+    settings = json.dumps(adapter_config(config), indent=2)
     (folder / ADAPTER_CONFIG).write_text(f"{settings}\n", encoding="utf-8")
 
 
-def adapter_config(config: AlignConfig, adapted: list[str]) -> dict[str, Any]:
-    """PEFT's description of an adapter.
-
-    Args:
-        adapted: the modules that have factors.
-    """
+def adapter_config(config: AlignConfig) -> dict[str, Any]:
+    """PEFT's description of a run's adapter."""
     assert config.lora is not None
-    modules = dict(meta_model(config.model).named_modules())
-    return {
+    model, _ = empty_model(config.model)
+    modules, names = dict(model.named_modules()), [name for name, _ in model.named_parameters()]
+    add_adapters(model, config.lora)
+    adapted, parameters = adapted_layers(model), list(wrapped_parameters(model))
+    named = target_modules(parameters, names)
+    settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(config.model),
@@ -52,6 +58,9 @@ def adapter_config(config: AlignConfig, adapted: list[str]) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
+    if parameters:
+        settings["target_parameters"] = named if isinstance(named, list) else parameters
+    return settings
 
 
 def _own_name(name: str) -> str:

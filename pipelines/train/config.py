@@ -26,11 +26,22 @@ class LoraSettings(Config):
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="names of linear layers, such as q_proj; not the head"
     )
+    target_parameters: list[str] = Field(
+        [], description="names of other matrices, such as experts.gate_up_proj"
+    )
     save: Literal["merged", "adapter", "both"] = Field(
         "merged",
         description="write the model with the adapters merged into its weights, the adapter alone, "
         "or both, with the adapter in the subfolder `adapter`",
     )
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> "LoraSettings":
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError(
+                "lora.target_modules: found none, and no target_parameters; allowed: names of one"
+            )
+        return self
 
 
 class SaveSettings(Config):

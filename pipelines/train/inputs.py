@@ -7,9 +7,15 @@ from torch import nn
 
 from operators.optim import ShardLayout, Tau
 from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.architecture import vocabulary_size
 from pipelines.checkpoints.companions import check_links, companions_of
 from pipelines.errors import InputError
-from pipelines.train.architecture import meta_model
+from pipelines.train.architecture import (
+    check_class,
+    fused_layers,
+    meta_model,
+    outside_language,
+)
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import TokenTable, source_files
 from pipelines.train.models import with_folders
@@ -35,7 +41,13 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     for data in [*config.sets, *config.held_out_sets]:
         source_files(data.path, data.split)
     model, weights = empty_model(config.model)
+    check_class(model, config.model)
     check_tied(model, weights)
+    if config.traits.zero_stage and outside_language(model):
+        raise InputError(
+            f"strategy: found {config.strategy} with a {type(model).__name__}, whose parts beside "
+            "its language model are not trained; allowed: single, ddp, fsdp2"
+        )
     if config.packing:
         check_packing(model)
     if config.lora is not None:
@@ -54,24 +66,21 @@ def remarks(config: AlignConfig) -> Iterator[str]:
             f"{config.model}: its config asks for the router's loss (output_router_logits), which "
             "is not in the loss here; routers are trained by the objective alone"
         )
+    model = meta_model(config.model)
+    outside = outside_language(model)
+    if outside:
+        yield (
+            f"{config.model}: rows are text, so {len(outside)} tensors beside its language model "
+            f"({outside[0]}, ...) stay as they are"
+        )
     if config.lora is not None and config.lora.target_modules == "all-linear":
-        fused = fused_layers(meta_model(config.model))
+        chosen = tuple(f".{name}" for name in config.lora.target_parameters)
+        fused = [name for name in fused_layers(model) if not f".{name}".endswith(chosen)]
         if fused:
             yield (
                 f"lora: all-linear leaves out {len(fused)} tensors of experts that are fused "
                 f"({fused[0]}, ...), which stay as they are"
             )
-
-
-def fused_layers(model: nn.Module) -> list[str]:
-    """The parameters that hold the matrices of several linear layers: those of experts."""
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and not isinstance(module, convolutions)
-    ]
 
 
 def _check_packages(config: AlignConfig) -> None:
@@ -92,7 +101,7 @@ def _check_packages(config: AlignConfig) -> None:
 
 def check_vocabulary(model: Checkpoint, table: TokenTable) -> None:
     """Raise InputError if the tokenizer has tokens that the model does not have."""
-    size = model.config.get("vocab_size")
+    size = vocabulary_size(model.config)
     if size is not None and table.largest_id() >= size:
         raise InputError(
             f"model {model.path}: its tokenizer gives token {table.largest_id()}; its vocabulary "
@@ -102,7 +111,7 @@ def check_vocabulary(model: Checkpoint, table: TokenTable) -> None:
 
 def _check_reference(model: Checkpoint, reference: Checkpoint) -> None:
     """Raise InputError if the reference model has another vocabulary size than the model."""
-    needed, found = (c.config.get("vocab_size") for c in (model, reference))
+    needed, found = (vocabulary_size(each.config) for each in (model, reference))
     if needed != found:
         raise InputError(
             f"reference_model: {reference.path}: found a vocabulary of {found} tokens; the model's "
@@ -114,6 +123,8 @@ def _check_delta(model: nn.Module, config: AlignConfig) -> None:
     """Raise InputError unless the reference delta fits the model's parameters."""
     delta = Tau(delta_of(config), config.optimizer.missing_delta)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         try:
             delta.covers(ShardLayout(name, tuple(parameter.shape), 0, 0))
         except ValueError as error:

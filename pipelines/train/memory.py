@@ -27,6 +27,7 @@ tokens in a micro-batch, layers of width h and inner width i, and a vocabulary o
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,11 +55,15 @@ class ModelShape:
     # Last name of linear layers -> sum of inputs and outputs, which times the rank is the adapters'
     # number of elements.
     adapted: Mapping[str, int] = field(default_factory=dict)
+    parameters: Mapping[str, int] = field(default_factory=dict)  # of matrices by their full names
 
     def num_adapter_elements(self, lora: LoraSettings) -> int:
         """Elements that adapters train."""
         chosen = self.adapted if lora.target_modules == "all-linear" else lora.target_modules
-        return lora.rank * sum(self.adapted.get(name, 0) for name in chosen)
+        layers = sum(self.adapted.get(name, 0) for name in chosen)
+        ends = tuple(f".{name}" for name in lora.target_parameters)
+        others = sum(n for name, n in self.parameters.items() if f".{name}".endswith(ends))
+        return lora.rank * (layers + others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,11 @@ def shape_of(model: str | Path) -> ModelShape:
         inner_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
         adapted=_adapted(empty),
+        parameters={
+            name: prod(parameter.shape[:-2]) * sum(parameter.shape[-2:])
+            for name, parameter in empty.named_parameters()
+            if parameter.dim() in (2, 3)
+        },
     )
 
 

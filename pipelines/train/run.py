@@ -151,6 +151,8 @@ def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str,
     same["strategy"] = config.traits.family
     if config.lora is not None and config.lora.save == "merged":
         del same["lora"]["save"]  # which earlier versions did not have, and always did
+    if config.lora is not None and not config.lora.target_parameters:
+        del same["lora"]["target_parameters"]
     if config.save == SaveSettings():
         del same["save"]
     for name in NEWER:

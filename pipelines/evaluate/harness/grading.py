@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Grading:
-    """A grader as a metric, 1 where it finds an answer right, else 0.
+    """A grader as a metric: 1 where it finds an answer right, 0 where wrong, or a share.
 
     Attributes:
         name: the grader's, and the metric's.
@@ -70,4 +70,6 @@ class Grading:
         found = responses[0]
         text = found if isinstance(found, str) else found[0]
         answers = [str(each) for each in target] if isinstance(target, list) else [str(target)]
-        return {self.name: grade(self.name, text, answers, self.parameters)}
+        # The leave to run code was asked for when the task was loaded.
+        value = grade(self.name, text, answers, self.parameters, allow_code=True)
+        return {self.name: value}

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from pipelines.config import Config, check
 from pipelines.errors import InputError
+from pipelines.evaluate.graders import require_code
 from pipelines.evaluate.harness.library import built, require_library
 from pipelines.evaluate.harness.names import folder_tasks, own_task, own_tasks, unknown
 from pipelines.evaluate.harness.requests import sampling_of
@@ -61,7 +62,7 @@ def load_tasks(
         split: a task with one split alone is halved.
         limit: only so many documents of each task, from the first on.
         seed: of few-shot examples, halves, and sampled answers.
-        allow_code: functions and metrics that are code may be run.
+        allow_code: functions and metrics that are code may be run, and programs that models write.
 
     Raises:
         InputError: an unknown name, a task that is there twice, code that is not allowed, data that
@@ -74,7 +75,7 @@ def load_tasks(
     require_library()
     sets = [_as_set(spec, place) for place, spec in enumerate(specs)]
     tasks = [
-        _ready(library, each, split, limit, seed)
+        _ready(library, each, split, limit, seed, allow_code)
         for each in sets
         for library in _libraries(each, allow_code)
     ]
@@ -134,8 +135,21 @@ def _members(group: Mapping[str, Any]) -> Iterator[str]:
         yield str(each.get("group", each.get("task")) if isinstance(each, dict) else each)
 
 
+def _may_grade(task: str, grader: str, allow_code: bool) -> None:
+    """Make sure that a task's grader may run, and can."""
+    try:
+        require_code(grader, allow_code)
+    except InputError as error:
+        raise InputError(f"task {task}: metadata.grader: {error}") from None
+
+
 def _ready(
-    library: "LibraryTask", chosen: TaskSet, split: Split, limit: int | None, seed: int
+    library: "LibraryTask",
+    chosen: TaskSet,
+    split: Split,
+    limit: int | None,
+    seed: int,
+    allow_code: bool,
 ) -> Task:
     """A task with the settings of its set and the documents of its split."""
     name = library.task_name
@@ -158,7 +172,8 @@ def _ready(
     )
     if len(task) == 0:
         raise InputError(f"task {name}: {task.remark or split}: holds no documents")
-    task.grading  # noqa: B018 # a bad grader is found before anything runs
+    if task.grading is not None:  # a bad grader is found before anything runs
+        _may_grade(name, task.grading.name, allow_code)
     return task
 
 

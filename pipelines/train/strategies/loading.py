@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from operators.optim.layout import ShardLayout
 from pipelines.checkpoints import Checkpoint, ModuleView
 from pipelines.errors import InputError
-from pipelines.train.architecture import meta_model, tied_names
+from pipelines.train.architecture import meta_model, outside_language, tied_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +22,8 @@ Owned = tuple[ShardLayout, Tensor]  # a flat range of a parameter, and its value
 
 def empty_model(path: Path) -> "tuple[PreTrainedModel, ModuleView]":
     """The model of a checkpoint on the meta device, in float32, for the master weights; and the
-    checkpoint by the model's names, from which they are filled.
+    checkpoint by the model's names, from which they are filled. Parts that text does not reach are
+    not trained.
 
     Raises:
         InputError: the checkpoint's tensors do not match the architecture.
@@ -30,6 +31,8 @@ def empty_model(path: Path) -> "tuple[PreTrainedModel, ModuleView]":
     model = meta_model(path)
     weights = ModuleView.of(Checkpoint.open(path), model)
     check_names(weights)
+    for name in outside_language(model):
+        model.get_parameter(name).requires_grad_(False)
     return model, weights
 
 

@@ -1,6 +1,7 @@
-"""Low-rank adapters (Hu et al. 2021) with peft, on a model without memory."""
+"""Low-rank adapters (Hu et al. 2021) with peft, of layers and of parameters such as experts."""
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,55 +13,100 @@ from torch.distributed.tensor import DTensor
 from operators.counter_random import counter_key, counter_words
 from operators.optim.layout import ShardLayout, layout_of, local
 from pipelines.errors import InputError
+from pipelines.train.architecture import fused_layers, tied_names
 from pipelines.train.config import LoraSettings
 
 if TYPE_CHECKING:
+    from peft.tuners.lora.layer import ParamWrapper
     from transformers import PreTrainedModel
 
 Owned = tuple[ShardLayout, Tensor]
 A, B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer.weight"
+_WRAPPERS = re.compile(r"(\.base_layer)+\.")
 INIT_STREAM = 2  # of the counter hash; 0 and 1 are the masks of online merging
 
 
 def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
-    """Add adapters to the linear layers that the settings name; all other parameters are frozen.
+    """Add adapters to the linear layers and parameters that the settings name; all other parameters
+    are frozen.
 
     Raises:
-        InputError: peft is not installed, no layer has such a name, or one that has is not linear
-            or shares its weight with another.
+        InputError: peft is not installed, no layer or parameter has such a name, or one that has is
+            not linear, no matrix, or shares its weight with another.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise InputError("lora: needs peft; pip install 'poise[lora]'") from None
-    names = settings.target_modules
+    names, parameters = settings.target_modules, settings.target_parameters
+    layers, weights = (names, []) if names != "all-linear" else _linear_layers(model)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type] # peft divides it: any number will do
-        target_modules=_linear_layers(model) if names == "all-linear" else names,
+        target_modules=layers,
+        target_parameters=[*parameters, *weights] or None,
+        exclude_modules=_frozen(model) or None,
     )
+    field = f"lora.target_modules: {names}" if names else f"lora.target_parameters: {parameters}"
+    tied = {name for first, others in tied_names(model).items() for name in (first, *others)}
+    own = {n for n, p in model.named_parameters() if p.requires_grad and n not in tied}
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"lora.target_modules: {names}: {first}") from None
+        raise InputError(f"{field}: {str(error).splitlines()[0]}") from None
     _check_layers(model)
+    _check_parameters(model, settings, weights, own)
 
 
-def _linear_layers(model: "PreTrainedModel") -> list[str]:
-    """The linear layers but the head. What peft itself takes for them has fused experts, too."""
-    head = model.get_output_embeddings()
+def _linear_layers(model: "PreTrainedModel") -> tuple[list[str], list[str]]:
+    """The trained linear layers but the head, and of layers that peft would take for experts, the
+    names of their weights. What peft itself takes for linear layers has fused experts, too.
+    """
+    head, frozen = model.get_output_embeddings(), set(_frozen(model))
     linear = (nn.Linear, conv1d())
-    return [n for n, m in model.named_modules() if isinstance(m, linear) and m is not head]
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, linear) and module is not head and name not in frozen
+    ]
+    mistaken = {end for end in {n.rpartition(".")[2] for n in found} if _is_mistaken(model, end)}
+    parts: tuple[list[str], list[str]] = [], []
+    for name in found:
+        is_mistaken = name.rpartition(".")[2] in mistaken
+        parts[is_mistaken].append(f"{name}.weight" if is_mistaken else name)
+    return parts
+
+
+def _is_mistaken(model: "PreTrainedModel", layer: str) -> bool:
+    """Whether peft takes a layer's name for that of an expert, before experts were fused."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    probe = LoraConfig(target_modules=[layer])
+    try:
+        convert_peft_config_for_transformers(probe, model, None)
+    except ValueError:  # experts have other layers that would have to be named, too
+        return True
+    return layer not in (probe.target_modules or ())
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    """The modules with parameters that are not trained: those of parts that text does not reach."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(not each.requires_grad for each in module.parameters(recurse=False))
+    ]
 
 
 def _check_layers(model: nn.Module) -> None:
     """Raise InputError unless all adapted layers are linear, with a weight of their own."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     parameters = dict(model.named_parameters())
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
             continue
         layer = module.get_base_layer()
         if not isinstance(layer, nn.Linear | conv1d()):
@@ -74,6 +120,54 @@ def _check_layers(model: nn.Module) -> None:
             )
 
 
+def _check_parameters(
+    model: nn.Module, settings: LoraSettings, weights: list[str], own: set[str]
+) -> None:
+    """Raise InputError unless the settings name the adapted parameters, which are to be trained and
+    have one name each.
+    """
+    found = wrapped_parameters(model)
+    for target in settings.target_parameters:
+        if not any(f".{name}".endswith(f".{target}") for name in found):
+            raise InputError(
+                f"lora.target_parameters: found {target!r}, which no trained parameter is called; "
+                f"allowed: such as {', '.join(fused_layers(model)[:1]) or 'mlp.gate.weight'}"
+            )
+    asked = tuple(f".{target}" for target in (*settings.target_parameters, *weights))
+    for name, wrapper in found.items():
+        if not f".{name}".endswith(asked):
+            raise InputError(
+                f"lora.target_modules: {name}: found {type(wrapper.get_base_layer()).__name__}; "
+                "allowed: linear layers, or target_parameters"
+            )
+        if name not in own:
+            raise InputError(
+                f"lora.target_parameters: {name}: found a weight that is tied to another layer's, "
+                "or not trained; allowed: parameters of their own that text reaches"
+            )
+
+
+def wrapped_parameters(model: nn.Module) -> "dict[str, ParamWrapper]":
+    """The parameters that have adapters of their own, by their names in the checkpoint."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return {
+        base_name(f"{name}.{module.parameter_name}"): module
+        for name, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+
+
+def adapted_layers(model: nn.Module) -> list[str]:
+    """The linear layers that have adapters."""
+    parameters = wrapped_parameters(model).values()
+    return [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and all(module is not each for each in parameters)
+    ]
+
+
 def conv1d() -> type[nn.Module]:
     """transformers' layer that stores its weight as (in, out), as in GPT-2."""
     from transformers.pytorch_utils import Conv1D
@@ -82,8 +176,8 @@ def conv1d() -> type[nn.Module]:
 
 
 def base_name(name: str) -> str:
-    """A parameter's name in the checkpoint; it may be inside an adapted layer."""
-    return name.replace(".base_layer.", ".")
+    """A parameter's name in the checkpoint; it may be inside adapted layers."""
+    return _WRAPPERS.sub(".", name)
 
 
 def is_adapter(name: str) -> bool:
@@ -134,6 +228,7 @@ def merged_parameters(model: nn.Module, settings: LoraSettings) -> Iterator[Owne
     adapter. All ranks of a sharded model must iterate together.
     """
     parameters = dict(model.named_parameters())
+    wrapped = wrapped_parameters(model)
     scale = settings.alpha / settings.rank
     for name, parameter in parameters.items():
         if is_adapter(name):
@@ -141,7 +236,9 @@ def merged_parameters(model: nn.Module, settings: LoraSettings) -> Iterator[Owne
         layout = layout_of(base_name(name), parameter)
         values = local(parameter)
         prefix = name.removesuffix(BASE)
-        if prefix != name and prefix + A in parameters:
+        if layout.name in wrapped:
+            values = values + scale * _change(wrapped[layout.name], layout)
+        elif prefix != name and prefix + A in parameters:
             down, up = (whole(parameters[prefix + end]) for end in (A, B))
             if isinstance(model.get_submodule(f"{prefix}.base_layer"), conv1d()):
                 down, up = up.T, down.T
@@ -149,6 +246,25 @@ def merged_parameters(model: nn.Module, settings: LoraSettings) -> Iterator[Owne
             rows = slice(layout.start // width, (layout.start + layout.count) // width)
             values = values + (scale * (up[rows] @ down)).reshape(-1)
         yield layout, values
+
+
+def _change(wrapper: "ParamWrapper", layout: ShardLayout) -> Tensor:
+    """A range of a parameter's change before scaling, 1-D: of each expert B A, transposed where it
+    is stored as (inputs, outputs).
+    """
+    experts = layout.shape[0] if len(layout.shape) == 3 else 1
+    down, up = (
+        whole(each.get_parameter("default.weight")) for each in (wrapper.lora_A, wrapper.lora_B)
+    )
+    down = down.view(experts, -1, down.shape[1])
+    up = up.view(len(up), -1, experts).permute(2, 0, 1)
+    size = math.prod(layout.shape) // experts
+    first, stop = layout.start // size, layout.start + layout.count
+    some = slice(first, max(first, -(-stop // size)))
+    found = up[some] @ down[some]
+    if experts > 1 and getattr(wrapper.get_base_layer(), "is_transposed", False):
+        found = found.transpose(1, 2)
+    return found.reshape(-1)[layout.start - first * size : stop - first * size]
 
 
 def whole(parameter: Tensor) -> Tensor:

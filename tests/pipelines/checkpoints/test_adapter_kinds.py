@@ -129,6 +129,13 @@ KINDS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
         ATTENTION | {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [4]}},
     ),
     "biases": (llama, ATTENTION | {"bias": "all", "modules_to_save": ["norm"]}),
+    "biases of factors": (neox, {"target_modules": "all-linear", "lora_bias": True}),
+    "biases of factors beside their layers'": (
+        neox,
+        {"target_modules": ["dense"], "lora_bias": True, "bias": "all", "use_rslora": True},
+    ),
+    "Conv1D and biases of factors": (gpt2, {"target_modules": ["c_attn"], "lora_bias": True}),
+    "biases of adapted layers": (neox, {"target_modules": ["dense"], "bias": "lora_only"}),
     "an embedding": (llama, EMBEDDING),
     "a whole embedding": (llama, ATTENTION | {"modules_to_save": ["embed_tokens"]}),
     "a tied embedding": (tied_llama, EMBEDDING),
@@ -209,7 +216,7 @@ def test_the_written_config_says_whether_head_and_embedding_are_one(
     [
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights: found 'pissa_niter_16', whi"),
         ({"init_lora_weights": "corda"}, "init_lora_weights: found 'corda', which changes the"),
-        ({"lora_bias": True}, "lora_bias: found true, which is not known here; allowed: an adapt"),
+        ({"lora_bias": True}, "lora_bias: found true; allowed: false, as adapter_model.safetens"),
         ({"layer_replication": [[0, 1]]}, "layer_replication: found [[0, 1]], which is not known"),
         ({"a_later_field": {"on": 1}}, "a_later_field: found {'on': 1}, which is not known here"),
         ({"use_dora": True}, "use_dora: found true; allowed: false, as adapter_model.safetensors"),
@@ -225,6 +232,26 @@ def test_what_is_not_known_is_refused(change: dict[str, Any], message: str, tmp_
         open_model(f"{base}+{adapter}")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "lora_bias: found a bias [32] for model.layers.0.self_attn.q_proj.bias, which is mis"),
+        ({"use_dora": True}, "lora_bias: found true beside use_dora, which PEFT does not train to"),
+        ({"init_lora_weights": "pissa"}, "lora_bias: found true beside init_lora_weights 'pissa'"),
+    ],
+)
+def test_biases_that_peft_does_not_merge(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    base, adapter = save_trained(llama, tmp_path, **ATTENTION, lora_bias=True)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError) as caught:
+        open_model(f"{base}+{adapter}")
+    assert message in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore")
