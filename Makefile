@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-slow test-all lint bench golden clean
+.PHONY: help setup demo test test-slow test-long test-all lint bench golden clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,13 +19,16 @@ demo: setup ## the whole story on the tiny world
 	@$(BIN)/poise demo $(ARGS)
 
 test: setup ## the tests, without the slow ones (four to twelve minutes)
-	@$(PYTEST) -m "not slow" --timeout 240 $(ARGS)
+	@$(PYTEST) -m "not slow and not long" --timeout 240 $(ARGS)
 
 test-slow: setup ## the slow tests alone
-	@$(PYTEST) -m slow $(ARGS) || [ $$? -eq 5 ]
+	@$(PYTEST) -m "slow and not long" $(ARGS) || [ $$? -eq 5 ]
 
-test-all: setup ## all tests, with the slow ones
-	@$(PYTEST) $(ARGS)
+test-long: setup ## the tests with real weights or data, which skip where these are missing
+	@$(PYTEST) -m long $(ARGS)
+
+test-all: setup ## all tests but the long ones, with the slow ones
+	@$(PYTEST) -m "not long" $(ARGS)
 
 lint: setup ## ruff, the import floors and the types
 	@$(BIN)/ruff check .

@@ -34,6 +34,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "bf16": {"precision": "bf16"},
     "reference on the fly": {"reference_log_probabilities": "on_the_fly"},
+    "chunks of 64 positions": {"logits_chunk": 64},
+    "chunks, reference on the fly": {
+        "logits_chunk": 64,
+        "reference_log_probabilities": "on_the_fly",
+    },
     "adapters of rank 16": {"lora": {"rank": 16}},
     "ondare": {"optimizer": ONDARE},
     "onties, density 0.2": {"optimizer": ONTIES},
@@ -138,7 +143,7 @@ def measured_and_expected(name: str, inputs: Path) -> tuple[int, int]:
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         held = max(int(file.read_text()) for file in folder.glob("held-*"))
         config = config_of(name, folder)
-        return held, estimate_memory(shape_of(config.model), config, LENGTH).total
+        return held, estimate_memory(shape_of(config.model, config.head), config, LENGTH).total
 
 
 def main() -> None:

@@ -4,9 +4,9 @@
 
 Builds the data of the tiny world's rich size and a model with random weights (which does not change
 the times), trains it with both tools and prints a Markdown table: the median time of a step after
-the first ten. Poise runs as fsdp2 with one worker and as single. TRL runs with reference
-log-probabilities computed in advance, as Poise does, and with its default, a reference model in
-each step. The two tools take turns, so that a busy machine slows both.
+the first ten. Poise runs as fsdp2 with one worker, as single, and as single with logits by chunks.
+TRL runs with reference log-probabilities computed in advance, as Poise does, and with its default,
+a reference model in each step. The two tools take turns, so that a busy machine slows both.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from pipelines.train.run import worker_settings
 from ray_jobs.session import quiet_environment
 
 WARM_UP = 10
+TRL = (("reference beforehand", True), ("default", False))
+CHUNK = 256  # positions; a step has over 2,000
 BATCH, BETA, LEARNING_RATE = 32, 0.1, 2e-5
 
 
@@ -57,8 +59,14 @@ def make_model(world: Path, path: Path) -> None:
     tokenizer.save_pretrained(path)
 
 
-def poise_steps(model: Path, data: Path, folder: Path, strategy: str, steps: int) -> list[float]:
-    """Seconds of each step of Poise, from its metrics."""
+def poise_steps(
+    model: Path, data: Path, folder: Path, strategy: str, steps: int, chunk: int | None = None
+) -> list[float]:
+    """Seconds of each step of Poise, from its metrics.
+
+    Args:
+        chunk: positions whose logits exist at once.
+    """
     config = AlignConfig(
         model=model,
         data=data,
@@ -68,6 +76,7 @@ def poise_steps(model: Path, data: Path, folder: Path, strategy: str, steps: int
         global_batch_size=BATCH,
         strategy=strategy,
         num_workers=1,
+        logits_chunk=chunk,
         checkpoint_every=10**6,
     )
     folder.mkdir()
@@ -125,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--alone", action="store_true", help="without TRL")
     arguments = parser.parse_args()
     quiet_environment()  # no library uses the network
     torch.set_num_threads(1)
@@ -137,12 +147,12 @@ def main() -> None:
         make_model(folder / "world", model)
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         for number in range(arguments.rounds):
-            for strategy in ("fsdp2", "single"):
-                times = poise_steps(
-                    model, data, folder / f"{strategy}-{number}", strategy, arguments.steps
-                )
-                found.setdefault(f"Poise, {strategy}", []).extend(times)
-            for label, beforehand in (("reference beforehand", True), ("default", False)):
+            for strategy, chunk in (("fsdp2", None), ("single", None), ("single", CHUNK)):
+                place = folder / f"{strategy}-{chunk}-{number}"
+                times = poise_steps(model, data, place, strategy, arguments.steps, chunk)
+                label = f"Poise, {strategy}" + (f", logits_chunk {chunk}" if chunk else "")
+                found.setdefault(label, []).extend(times)
+            for label, beforehand in () if arguments.alone else TRL:
                 times = trl_steps(
                     model, data, folder / f"{label}-{number}", beforehand, arguments.steps
                 )

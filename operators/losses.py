@@ -5,7 +5,7 @@ divides by the counts of the global batch, so results do not depend on micro-bat
 number of workers. Names and parameters are TRL's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -164,22 +164,75 @@ def kto_reference_point(log_ratio_sum: Tensor, count: float) -> Tensor:
     return (log_ratio_sum.detach() / count).clamp(min=0)
 
 
+@torch.no_grad()
+def tokens_per_expert(router_logits: Sequence[Tensor], tokens: Tensor, top_k: int) -> Tensor:
+    """How many tokens a router sends to each expert, summed over the layers.
+
+    Args:
+        router_logits: of each layer with experts, (tokens, experts).
+        tokens: (tokens,) bool; which count (padding does not).
+        top_k: experts of each token.
+
+    Returns:
+        (experts,) int64; counts of parts of a batch add up.
+    """
+    num_experts = router_logits[0].shape[-1]
+    chosen = [layer[tokens].float().softmax(-1).topk(top_k).indices for layer in router_logits]
+    return torch.bincount(torch.cat(chosen).flatten(), minlength=num_experts)
+
+
+def load_balancing_loss(
+    router_logits: Sequence[Tensor], tokens: Tensor, counts: Tensor, top_k: int
+) -> Tensor:
+    """A part's share of a router's loss (Fedus et al. 2022, eq. 4, with the top k experts as in
+    Mixtral): `E sum_e f_e P_e` over E experts, f_e the share of the tokens that go to expert e and
+    P_e the mean of its probability, both over the tokens of all layers. It is k where all experts
+    are equally busy.
+
+    Args:
+        router_logits, tokens, top_k: of the part, as in `tokens_per_expert`.
+        counts: (experts,) of the whole batch, without gradient. Shares of its parts add up.
+    """
+    total = counts.sum() / top_k  # tokens times layers
+    sums = [layer[tokens].float().softmax(-1).sum(0) for layer in router_logits]
+    return len(counts) * (counts / total @ torch.stack(sums).sum(0) / total)
+
+
+def reward_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor, *, center_rewards_coefficient: float = 0.0
+) -> Tensor:
+    """Bradley-Terry on rewards, with margins (Touvron et al. 2023, Llama 2, eq. 2) and centring
+    (Eisenstein et al. 2023, eq. 2): `-log sigmoid(c - r - m) + coefficient (c + r)^2`.
+
+    Args:
+        chosen, rejected, margin: (pairs,): rewards c and r, and by how much c is to exceed r.
+    """
+    losses = -F.logsigmoid(chosen - rejected - margin)
+    return losses + center_rewards_coefficient * (chosen + rejected).square()
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
     """What a training objective needs and computes.
 
-    `loss` gives one number per pair (`PairLogProbabilities`) or per response (`kto_loss`); None if
-    the objective is the likelihood alone. `likelihood` is the weight of the mean negative
+    `loss` gives one number per pair (`PairLogProbabilities`; of `ranked` rows the rewards, from a
+    model with one label) or per response (`kto_loss`); None if the objective is the likelihood
+    alone. `likelihood` is the weight of the mean negative
     log-likelihood per response token (for pairs, of the chosen response): a number, or the name of
     a parameter. `parameters` maps names to defaults.
     """
 
-    rows: Literal["pairs", "labelled", "texts"]
+    rows: Literal["pairs", "ranked", "labelled", "texts"]
     loss: Callable[..., Tensor] | None
     parameters: Mapping[str, float] = field(default_factory=dict)
     likelihood: float | str = 0.0
     uses_reference: bool = False
     mean_over_tokens: bool = False
+
+    @property
+    def on_rewards(self) -> bool:
+        """Whether the loss is of rewards, which a model with one label gives."""
+        return self.rows == "ranked"
 
     @property
     def can_be_added(self) -> bool:
@@ -222,6 +275,7 @@ OBJECTIVES: dict[str, Objective] = {
     "orpo": Objective(
         "pairs", odds_ratio_loss, {"beta": 0.1}, likelihood=1.0, mean_over_tokens=True
     ),
+    "reward": Objective("ranked", reward_loss, {"center_rewards_coefficient": 0.0}),
     "kto": Objective(
         "labelled",
         kto_loss,

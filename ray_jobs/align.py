@@ -40,7 +40,7 @@ def describe_plan(config: AlignConfig) -> str:
     planned = plan_alignment(config)
     config = planned.config
     counts = planned.table.counts
-    shape = shape_of(config.model)
+    shape = shape_of(config.model, config.head)
     memory = estimate_memory(shape, config, int(planned.table.lengths.max()))
     lines = {
         "objective": f"{config.objective.label}, optimizer {config.optimizer.name}",

@@ -36,14 +36,16 @@ def run_merge(
             merge_planned(planned, place, force=force, executor="ray")
     else:
         merge_planned(planned, place, force=force)
-    for name in planned.named:
-        _tell(output_place(str(config.merges[name].out), config.storage), f"{name}: ")
-    _tell(place, "")
+    for name, named in planned.named.items():
+        _tell(named, output_place(str(config.merges[name].out), config.storage), f"{name}: ")
+    _tell(planned, place, "")
     print(f"merged model: {place}", file=sys.stderr)
 
 
-def _tell(place: Path | str, prefix: str) -> None:
-    """Print what the dtype of a merge's output keeps of the change."""
+def _tell(plan: MergePlan, place: Path | str, prefix: str) -> None:
+    """Print what the dtype of a merge's output keeps of the change, if any number is rounded."""
+    if not plan.has_small_dtypes:
+        return
     for line in rounding_lines(record_of(place), "out_dtype: float32"):
         print(f"{prefix}{line}", file=sys.stderr)
 

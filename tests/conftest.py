@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from pipelines.checkpoints import remembered
 from pipelines.hub import client
 from pipelines.hub.offline import ASKED_OFFLINE
 from ray_jobs.session import quiet_environment, ray_session
@@ -14,6 +15,14 @@ from tests.hub_stub import Stub, running_hub
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the real hub
 quiet_environment()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_memory_of_answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What commands and workers of this run remember of architectures stays in its own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(remembered.VARIABLE, str(tmp_path_factory.mktemp("poise-cache")))
+        yield
 
 
 @pytest.fixture

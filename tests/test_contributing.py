@@ -50,6 +50,7 @@ NAMES_OF_OTHER_THINGS = {
         "sft",
         "task_arithmetic",
         "passthrough",
+        "reward",
     ),
 }
 

@@ -2,20 +2,23 @@
 turned, and which have a row for each token.
 
 All is read from the model that a config.json builds on the meta device, without memory. A class
-that transformers does not know says nothing.
+that transformers does not know says nothing. Answers are remembered, so that the same question
+needs neither the model nor transformers again: see `remembered`.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from pipelines.checkpoints.remembered import remembered
 from pipelines.checkpoints.source import TensorSpec
 from pipelines.errors import InputError
 
@@ -46,42 +49,68 @@ class LoadReport:
 
 
 class Architecture:
-    """The model of a config.json, without memory."""
+    """The model of a config.json, without memory; it is built when a question needs it."""
 
-    def __init__(self, config: Mapping[str, Any], model: "PreTrainedModel") -> None:
-        self.config, self.model = config, model
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self._answers: dict[tuple[str, ...], Any] = {}
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The model on the meta device."""
+        assert self._built is not None
+        return self._built
 
     @property
     def name(self) -> str:
-        """The class, such as LlamaForCausalLM."""
-        return type(self.model).__name__
+        """The class, such as LlamaForCausalLM; empty if transformers does not know it."""
+
+        def ask() -> str:
+            return "" if self._built is None else type(self._built).__name__
+
+        found: str = self._answer(ask, "name")
+        return found
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all tensors that a checkpoint has, by their names in the model."""
         return {name: tuple(each.shape) for name, each in self.model.state_dict().items()}
 
-    @cached_property
+    @property
     def tied_groups(self) -> list[list[str]]:
         """The names of each parameter that has several."""
-        names: dict[nn.Parameter, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(parameter, []).append(name)
-        return [group for group in names.values() if len(group) > 1]
 
-    @cached_property
-    def conv1d_weights(self) -> frozenset[str]:
+        def ask() -> list[list[str]]:
+            names: dict[nn.Parameter, list[str]] = {}
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):
+                names.setdefault(parameter, []).append(name)
+            return [group for group in names.values() if len(group) > 1]
+
+        found: list[list[str]] = self._answer(ask, "tied groups")
+        return found
+
+    @property
+    def conv1d_weights(self) -> list[str]:
         """The weights that are stored as (in, out), as transformers' Conv1D has them."""
-        from transformers.pytorch_utils import Conv1D
 
-        modules = self.model.named_modules()
-        return frozenset(f"{name}.weight" for name, each in modules if isinstance(each, Conv1D))
+        def ask() -> list[str]:
+            from transformers.pytorch_utils import Conv1D
 
-    @cached_property
+            modules = self.model.named_modules()
+            return [f"{name}.weight" for name, each in modules if isinstance(each, Conv1D)]
+
+        found: list[str] = self._answer(ask, "Conv1D")
+        return found
+
+    @property
     def token_dimensions(self) -> dict[str, int]:
         """The tensors that have an entry for each token, under any name, and the dimension of the
         tokens: embeddings, heads, heads' biases. They are those that grow with the vocabulary.
         """
+        found: dict[str, int] = self._answer(self._token_dimensions, "token dimensions")
+        return found
+
+    def _token_dimensions(self) -> dict[str, int]:
         size = vocabulary_size(self.config)
         if size is None:  # the class's own default
             size = getattr(self.model.config.get_text_config(), "vocab_size", None)
@@ -96,27 +125,55 @@ class Architecture:
             if larger is not None and larger.shapes[name][dimension] == rows + NUM_ADDED
         }
 
-    def name_in_model(self, stored: str) -> str | None:
-        """The model's name of a stored tensor that is one of its tensors under another name; None
-        if it is no tensor of the model, or only a part of one.
+    def names_in_model(self, stored: Iterable[str]) -> dict[str, str]:
+        """Stored tensors -> the model's names, of those that are one of its tensors, be it under
+        another name; without those that are only a part of one.
         """
-        name, converter = self._renamed(stored)
-        return name if converter is None and name in self.shapes else None
+        stored = tuple(stored)
+
+        def ask() -> dict[str, str]:
+            places = {name: self._renamed(name) for name in stored}
+            return {
+                name: own
+                for name, (own, converter) in places.items()
+                if converter is None and own in self.shapes
+            }
+
+        found: dict[str, str] = self._answer(ask, "names", *stored)
+        return found
 
     def stored_names(self, stored: Iterable[str]) -> dict[str, str]:
         """The model's names of stored tensors -> the stored ones, of those that it has whole."""
-        return {own: name for name in stored if (own := self.name_in_model(name)) is not None}
+        return {own: name for name, own in self.names_in_model(stored).items()}
 
-    def does_without(self, stored: str) -> bool:
-        """Whether the class knows a stored tensor that its model has no place for, such as a mask
-        that is not stored any more.
+    def unneeded(self, stored: Iterable[str]) -> list[str]:
+        """Stored tensors that the class knows and its model has no place for, such as masks that
+        are not stored any more.
         """
-        from transformers.utils.loading_report import LoadStateDictInfo
+        stored = tuple(stored)
 
-        name, _ = self._renamed(stored)
-        report = LoadStateDictInfo(set(), {name}, set(), [], {}, set())
-        self.model._adjust_missing_and_unexpected_keys(report)
-        return name not in self.shapes and not report.unexpected_keys
+        def ask() -> list[str]:
+            from transformers.utils.loading_report import LoadStateDictInfo
+
+            places = {name: self._renamed(name)[0] for name in stored}
+            report = LoadStateDictInfo(set(), {*places.values()}, set(), [], {}, set())
+            self.model._adjust_missing_and_unexpected_keys(report)
+            needed = {*self.shapes, *report.unexpected_keys}
+            return [name for name, own in places.items() if own not in needed]
+
+        found: list[str] = self._answer(ask, "unneeded", *stored)
+        return found
+
+    @cached_property
+    def _built(self) -> "PreTrainedModel | None":
+        return _build(self.config)
+
+    def _answer(self, ask: Callable[[], Any], *question: str) -> Any:
+        """The answer to a question about this config, as JSON gives it back."""
+        if question not in self._answers:
+            asked = [self.config, question]
+            self._answers[question] = remembered(Path(__file__), asked, ask)
+        return self._answers[question]
 
     def _renamed(self, stored: str) -> tuple[str, str | None]:
         """A stored tensor's place in the model, as loading finds it, and what converts it."""
@@ -142,6 +199,12 @@ class Architecture:
 
     def try_loading(self, tensors: Mapping[str, TensorSpec]) -> LoadReport:
         """What transformers would find if it loaded these tensors, without their values."""
+        specs = [f"{name} {each.dtype} {each.shape}" for name, each in tensors.items()]
+        report = self._answer(lambda: asdict(self._load(tensors)), "loading", *specs)
+        mismatched = [(name, found, needed) for name, found, needed in report["mismatched"]]
+        return LoadReport(**report | {"mismatched": mismatched})
+
+    def _load(self, tensors: Mapping[str, TensorSpec]) -> LoadReport:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
@@ -230,15 +293,14 @@ def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _architecture(text: str) -> Architecture | str | None:
     """The architecture of a config.json's text, or why it cannot be built."""
-    config = json.loads(text)
+    found = Architecture(json.loads(text))
     try:
-        model = _build(config)
+        return found if found.name else None
     except (ImportError, OSError):  # a library that is not installed: nothing is known
         return None
     except Exception as error:  # the classes' own errors have no common base class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"config.json: cannot build a {config['architectures'][0]}: {reason}"
-    return None if model is None else Architecture(config, model)
+        return f"config.json: cannot build a {found.config['architectures'][0]}: {reason}"
 
 
 def _build(config: Mapping[str, Any]) -> "PreTrainedModel | None":

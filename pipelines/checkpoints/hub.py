@@ -1,6 +1,7 @@
 """Models by their names on the hub: `ORG/NAME`, `ORG/NAME@REVISION` or `hf://...`, where no folder
 has such a name. Their files are looked for in the hub's cache and fetched into it; all else works
-with the folder there, and knows by its place what it is.
+with the folder there, and knows by its place what it is. The clients of the hub are imported when
+a name is the hub's: they take a tenth of a second.
 
 `pinned` gives a name that stays the same model, with the commit; `folder_of` gives its folder. A
 worker on another node calls `bring`, which fetches by commit what this node lacks.
@@ -15,7 +16,6 @@ from pipelines.checkpoints.companions import is_of_tokenizer, lists_of, needed_f
 from pipelines.checkpoints.reader import has_all_weights, refuse_pickles
 from pipelines.hub.cache import HubName, Listing, parse_name, snapshot_of
 from pipelines.hub.offline import is_offline
-from pipelines.hub.snapshots import fetched, repository_of, snapshot
 
 Want = Literal["model", "tokenizer"]
 _SETTINGS = ("config.json", "processor_config.json")
@@ -51,6 +51,8 @@ def folder_of(name: str | Path, want: Want = "model") -> Path:
     found = hub_name(name)
     if found is None:
         return Path(name)
+    from pipelines.hub.snapshots import fetched
+
     return fetched(found, _Files(want))
 
 
@@ -89,6 +91,8 @@ def here(name: str) -> Path | None:
     found = hub_name(name)
     if found is None or found.commit is None:
         return Path(name) if Path(name).is_dir() else None
+    from pipelines.hub.snapshots import repository_of
+
     folder = repository_of(found).snapshot(found.commit)
     return folder if folder.is_dir() else None
 
@@ -106,6 +110,8 @@ def bring(paths: Iterable[str | Path], *, offline: bool) -> None:
     for path in paths:
         found = snapshot_of(Path(path))
         if found is not None:
+            from pipelines.hub.snapshots import snapshot
+
             repository, commit = found
             name = HubName(repository.id, commit, repository.kind)
             snapshot(name, commit, repository, _Files("model"), offline=offline or is_offline())

@@ -99,9 +99,11 @@ def named_like(source: Source, other: Source) -> Source:
     """A source by the names of another one, where they are the same kind of model; else, and where
     it has these names already, the source as it is.
     """
-    known = architecture_of(other.config)
     own = set(source.names())
-    if known is None or all(source.find(name) is not None for name in other.names()):
+    if all(name in own or source.find(name) is not None for name in other.names()):
+        return source
+    known = architecture_of(other.config)
+    if known is None:
         return source
     try:
         return _renamed(source, ModuleView.of(other, known.model), known, own)

@@ -10,7 +10,14 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from operators.merging import METHODS, Method
-from pipelines.config import Config, apply_overrides, check, load_config, parse_documents
+from pipelines.config import (
+    Config,
+    apply_overrides,
+    check,
+    load_config,
+    parse_documents,
+    tell_once,
+)
 from pipelines.errors import InputError
 from pipelines.merge.forms import plain_forms
 from pipelines.merge.parameters import has_filters, resolve, value_for
@@ -236,11 +243,6 @@ class MergeConfig(Config):
                 lines.append(f"{name}: has no effect: {reason}")
         if any(self.is_base(entry) and entry.parameters for entry in entries):
             lines.append(f"parameters of {self.base_model}: have no effect: it is the base")
-        if self.base_model is not None and not self.uses_base:
-            lines.append(
-                f"base_model: {self.merge_method} does not merge it; the result's config and "
-                "tokenizer are from it"
-            )
         return lines
 
     def _is_base_alone(self, module: str, recipe: Recipe, group: list[ModelEntry]) -> bool:
@@ -319,7 +321,7 @@ def load_merge_config(path: str | Path, overrides: Iterable[str] = ()) -> MergeC
     """Read a merge's YAML.
 
     In a file with several documents, the last one is the merge, and the others, which need a
-    `name`, are its `merges`.
+    `name`, are its `merges`. The merge's own `name` has no effect; a line on stderr says so.
 
     Raises:
         InputError: the first mistake, with file and field.
@@ -331,10 +333,7 @@ def load_merge_config(path: str | Path, overrides: Iterable[str] = ()) -> MergeC
         documents = []  # load_config reports the error
     if len(documents) < 2:
         if documents and isinstance(documents[0], dict) and "name" in documents[0]:
-            raise InputError(
-                f"{path}: name: has no effect in a file with one merge; allowed: in each of "
-                "several documents, whose merges later ones use as models"
-            )
+            return check(_unnamed(documents[0], overrides), MergeConfig, str(path))
         return load_config(path, MergeConfig, overrides)
     *named, last = documents
     merges = {}
@@ -347,5 +346,13 @@ def load_merge_config(path: str | Path, overrides: Iterable[str] = ()) -> MergeC
         merges[name] = document
     if not isinstance(last, dict):
         raise InputError(f"{path}: the last document: expected a mapping of fields")
-    last.pop("name", None)
-    return check(apply_overrides(last | {"merges": merges}, overrides), MergeConfig, str(path))
+    fields = _unnamed(last | {"merges": merges}, overrides)
+    return check(fields, MergeConfig, str(path))
+
+
+def _unnamed(fields: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The fields of a file's last merge, with overrides and without its name."""
+    if "name" in fields:
+        tell_once("name: has no effect: no later merge of the file can use this one as a model")
+    own = {field: value for field, value in fields.items() if field != "name"}
+    return apply_overrides(own, overrides)

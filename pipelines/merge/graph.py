@@ -239,8 +239,9 @@ def _having(config: MergeConfig, each: LayerSlice, outline: Outline) -> Having:
         fnmatchcase(outline.name, pattern) for pattern in config.allow_missing
     ):
         return having
-    known = architecture_of(having[0][0].source.config)
-    if known is not None and known.does_without(outline.name):
+    first = having[0][1]
+    known = architecture_of(first.source.config)
+    if known is not None and first.name in known.unneeded(first.source.names()):
         return having
     for _, operand in operands:
         if operand.source.find(operand.name) is None:

@@ -1,16 +1,15 @@
 """The output's config.json."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from pipelines.checkpoints import Source, TensorSpec
+from pipelines.checkpoints import Source
 from pipelines.checkpoints.architecture import with_vocabulary
 from pipelines.merge.layers import Stacks
 from pipelines.merge.modules import TEXT, Part
 from pipelines.merge.recipe import Recipe
 from pipelines.merge.tensor import TensorMerge
-from pipelines.merge.vocabulary import token_dimension
+from pipelines.merge.vocabulary import token_dimensions
 
 PAIR = ("encoder", "decoder")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -27,11 +26,8 @@ def model_config(
     for part in parts:
         if part.recipe is not None and part.recipe.slices:
             result |= _stacked(part, part.recipe, reference, result)
-    places = {
-        name: token_dimension(reference.config, TensorSpec(name, each.dtype, each.shape, Path()))
-        for name, each in tensors.items()
-    }
-    rows = {tensors[name].shape[place] for name, place in places.items() if place is not None}
+    places = token_dimensions(reference.config, {n: each.shape for n, each in tensors.items()})
+    rows = {tensors[name].shape[place] for name, place in places.items()}
     return with_vocabulary(result, rows.pop()) if len(rows) == 1 else result
 
 

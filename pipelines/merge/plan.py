@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from operators.rounding import loses
 from pipelines.checkpoints import Checkpoint, OutputLayout, Source, open_model, plan_layout
 from pipelines.checkpoints.digests import (
     BLOCK_ELEMENTS,
@@ -67,6 +68,7 @@ class MergePlan:
     tokenizer: OutputTokenizer
     files: OutputFiles  # beside the weights
     kind: Source  # whose config.json the output has
+    lines: list[str]  # about the tensors, for the user; of named merges too
     named: Mapping[str, "MergePlan"] = field(default_factory=dict)  # named merges with an `out`
 
     @property
@@ -142,7 +144,14 @@ class MergePlan:
 
     def notices(self) -> list[str]:
         """A line for each thing in the config or the files that a user would not expect."""
-        return [*self.config.notices(), *self.files.notices]
+        return [*self.lines, *self.files.notices]
+
+    @property
+    def has_small_dtypes(self) -> bool:
+        """Whether a dtype of less bits than float32 is read or written."""
+        tensors = self.tensors.values()
+        read = {operand.spec.dtype for tensor in tensors for operand in tensor.operands}
+        return any(map(loses, read | {tensor.dtype for tensor in tensors}))
 
     def input_digests(self, known: KnownDigests, memory: DigestMemory) -> dict[str, ModelDigest]:
         """The digests of all inputs, by path; by id and commit for those of the hub.
@@ -169,13 +178,17 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     config = with_pins(config)
     sources: dict[str, Source] = {}
     written: dict[str, MergePlan] = {}
+    lines: list[str] = []
     for name, each in config.merges.items():
         planned = _plan(_alone(config, name), sources)
         _check_memory(planned)
         sources[name] = _as_source(name, planned)
         if each.out is not None:
             written[name] = planned
-    plan = replace(_plan(config, sources), named=written)
+        told = planned.lines if each.out is None else planned.notices()
+        lines += [f"{name}: {line}" for line in told]
+    plan = _plan(config, sources)
+    plan = replace(plan, named=written, lines=[*lines, *plan.lines])
     _check_memory(plan)
     return plan
 
@@ -208,14 +221,18 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
     tensors = output_tensors(config, parts, models, base)
     own = sources[reference]
     kind = own if config.has_slices else kind_of(tensors, own, models.values())
-    tensors, lines = _of_kind(tensors, own, kind)
+    tensors, of_kind = _of_kind(tensors, own, kind)
     templates = wanted_templates(config.chat_template, models, own)
     tensors, settings = settle_ties(tensors, model_config(parts, tensors, kind), kind)
     files = output_files(settings, kind, tokenizer, templates, is_file(config.chat_template))
-    lines += taken_line(parts, own)
-    lines += check_fitting(tensors, files.config, kind.home)
-    lines += integer_lines(tensors)
-    files = replace(files, notices=[*lines, *files.notices])
+    lines = [
+        *config.notices(),
+        *_base_line(config, own, kind, tokenizer),
+        *of_kind,
+        *taken_line(parts, own),
+        *check_fitting(tensors, files.config, kind.home),
+        *integer_lines(tensors),
+    ]
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     layout = plan_layout(described, config.max_shard_bytes)
     return MergePlan(
@@ -230,7 +247,23 @@ def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
         tokenizer=tokenizer,
         files=files,
         kind=kind,
+        lines=lines,
     )
+
+
+def _base_line(
+    config: MergeConfig, own: Source, kind: Source, tokenizer: OutputTokenizer
+) -> list[str]:
+    """A line about a base that the method does not merge: what of the output is from it."""
+    if config.base_model is None or config.uses_base:
+        return []
+    given = {"config": kind is own, "tokenizer": tokenizer.folder == own.path}
+    parts = [part for part, is_own in given.items() if is_own]
+    told = f"{' and '.join(parts)} {'is' if len(parts) == 1 else 'are'} from it"
+    return [
+        f"base_model: {config.merge_method} does not merge it; "
+        + (f"the result's {told}" if parts else "config and tokenizer are other models'")
+    ]
 
 
 def _of_kind(

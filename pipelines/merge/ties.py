@@ -59,8 +59,8 @@ def _copies(tensors: Tensors, settings: Mapping[str, Any]) -> list[list[str]]:
     if known is None or not known.tied_groups:
         return []
     names: dict[str, list[str]] = {}
-    for stored in tensors:
-        names.setdefault(known.name_in_model(stored) or "", []).append(stored)
+    for stored, own in known.names_in_model(tensors).items():
+        names.setdefault(own, []).append(stored)
     groups = [[n for name in group for n in names.get(name, [])] for group in known.tied_groups]
     return [group for group in groups if len(group) > 1]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipelines.checkpoints import Checkpoint, Source, StoredTensor, TensorSpec, unadapted
 from pipelines.checkpoints.architecture import architecture_of, with_vocabulary
+from pipelines.checkpoints.reader import HEAD
 from pipelines.errors import InputError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -44,6 +45,7 @@ class VocabularySource:
     rows: Rows
     donors: tuple[Rows, ...]  # a missing row is the mean of their rows
     first_donor: Rows | None  # the base, whose row is preferred to the mean
+    dimensions: Mapping[str, int]  # of the tokens, by the names of the model's tensors
     # For single rows of the output: the row of a model that replaces a missing one; None: zeros.
     chosen: Mapping[int, tuple[Source, int] | None]
 
@@ -99,7 +101,7 @@ class VocabularySource:
     def _dimension(self, name: str) -> int | None:
         """A tensor's dimension of the tokens, if it has one; a tied head's is the embedding's."""
         spec = self.rows.source.find(name)
-        return None if spec is None else token_dimension(self.rows.source.config, spec)
+        return None if spec is None else self.dimensions.get(spec.name)
 
     def _missing(self, name: str, row: int, width: int) -> Tensor:
         """The row of a token that the model lacks: (width,) float32."""
@@ -132,15 +134,30 @@ def _fill(values: Tensor, name: str, rows: Rows, first: int) -> None:
             values[begin:end] = read.view(-1, width)
 
 
-def token_dimension(config: Mapping[str, Any], spec: TensorSpec) -> int | None:
-    """The dimension of a tensor that has an entry for each token, in a model with this config.json;
-    None if it has none, or if there are several rows of such entries.
+def token_dimensions(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """The tensors that have an entry for each token, in a model with this config.json, and the
+    dimension of the tokens; without those that have several rows of such entries.
+
+    Args:
+        shapes: of the tensors to choose from.
     """
     known = architecture_of(config)
     if known is None:  # only its name can tell
-        return 0 if _BY_TOKEN.search(spec.name) is not None else None
-    found = known.token_dimensions.get(known.name_in_model(spec.name) or "")
-    return found if found is not None and prod(spec.shape[:found]) == 1 else None
+        return {name: 0 for name in shapes if _BY_TOKEN.search(name) is not None}
+    dimensions = known.token_dimensions
+    return {
+        name: place
+        for name, own in known.names_in_model(shapes).items()
+        if (place := dimensions.get(own)) is not None and prod(shapes[name][:place]) == 1
+    }
+
+
+def _dimensions_of(source: Source) -> dict[str, int]:
+    """The same of all tensors that a model has, by the names that are in their specs."""
+    specs = [source.find(name) for name in (*source.names(), HEAD)]
+    return token_dimensions(source.config, {each.name: each.shape for each in specs if each})
 
 
 def beneath(source: Source, name: str) -> Source | None:
@@ -169,11 +186,11 @@ def tokens_in(folder: Path) -> Tokens | None:
 
 def num_rows(source: Source) -> int:
     """Rows of a model's embedding."""
+    places = _dimensions_of(source)
     for name in source.names():
         spec = source.find(name)
-        place = None if spec is None else token_dimension(source.config, spec)
-        if spec is not None and place is not None:
-            return spec.shape[place]
+        if spec is not None and spec.name in places:
+            return spec.shape[places[spec.name]]
     return 0
 
 
@@ -193,7 +210,10 @@ def with_rows(
     rows = {key: Rows(source, torch.tensor(owns[key])) for key, source in sources.items()}
     first = None if base is None else rows[base]
     donors, chosen = tuple(rows.values()), chosen or {}
-    return {key: VocabularySource(each, donors, first, chosen) for key, each in rows.items()}
+    return {
+        key: VocabularySource(each, donors, first, _dimensions_of(each.source), chosen)
+        for key, each in rows.items()
+    }
 
 
 def describe_difference(path: Path, own: Tokens, other_path: Path, other: Tokens) -> str:

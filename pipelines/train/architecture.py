@@ -1,7 +1,10 @@
-"""What the config of a checkpoint builds: a causal language model without memory, and its parts."""
+"""What the config of a checkpoint builds: a causal language model, or a reward model, without
+memory, and its parts.
+"""
 
 import inspect
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,7 @@ from torch import nn
 from pipelines.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Classes whose own gradients fail, and why.
 _WITHOUT_GRADIENTS = {
@@ -20,34 +23,100 @@ _WITHOUT_GRADIENTS = {
 _RANDOM = re.compile("dropout|_pdrop$|layerdrop|jitter_noise")
 
 
-def meta_model(path: Path) -> "PreTrainedModel":
-    """A causal language model on the meta device, in float32, from its config alone; or a model of
-    images and text that is one where no image is given. It has no dropout: a step depends only on
-    the weights and its batch, and the policy is compared with a reference without dropout.
+def is_reward_model(architectures: list[str] | None) -> bool:
+    """Whether a config.json names a sequence classification model."""
+    return any(name.endswith("ForSequenceClassification") for name in architectures or [])
+
+
+@dataclass(frozen=True, slots=True)
+class RewardHead:
+    """The head of a reward model, with one label; `seed` draws it where a checkpoint has none."""
+
+    seed: int
+
+
+def config_at(path: Path) -> "PretrainedConfig":
+    """The config of a checkpoint as it is.
 
     Raises:
-        InputError: no config, or not the config of a causal language model.
+        ValueError, KeyError, OSError: no config that transformers knows.
     """
     from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, local_files_only=True)
+
+
+def meta_model(
+    path: Path, head: RewardHead | None = None, attention: str | None = None
+) -> "PreTrainedModel":
+    """A model on the meta device, in float32, from its config alone: a causal language model; a
+    model of images and text that is one where no image is given; or one with this head. It has no
+    dropout: a step depends only on the weights and its batch, and the policy is compared with a
+    reference without dropout.
+
+    Args:
+        attention: transformers' name of an implementation; its own choice unless given.
+
+    Raises:
+        InputError: no config, or not the config of such a model, or not of one with this attention.
+    """
+    from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    kind = "causal language model" if head is None else "model with a class for rewards"
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = config_at(path)
+        found = f"{', '.join(config.architectures or [])} with labels: {config.num_labels}"
+        is_wrong = is_reward_model(config.architectures) and (
+            head is None or config.num_labels != 1
+        )
+        if head is not None:
+            config.num_labels = 1
         with torch.device("meta"):
-            model: PreTrainedModel = _class_of(config).from_config(
-                _without_dropout(config), dtype=torch.float32
+            auto: Any = class_of(config) if head is None else AutoModelForSequenceClassification
+            model: PreTrainedModel = auto.from_config(
+                _without_dropout(config), dtype=torch.float32, attn_implementation=attention
             )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, ImportError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"model {path}: not a causal language model: {first}") from None
+        if attention is not None and _builds(path, head):
+            raise InputError(f"attention: found {attention} with model {path}: {first}") from None
+        raise InputError(f"model {path}: not a {kind}: {first}") from None
+    if is_wrong:
+        allowed = "a causal language model" if head is None else "such a model with one label"
+        raise InputError(f"model {path}: config.json: found {found}; allowed: {allowed}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
 
 
-def _class_of(config: "PretrainedConfig") -> type[Any]:
+def _builds(path: Path, head: RewardHead | None) -> bool:
+    """Whether a config builds a model with transformers' own choice of attention."""
+    try:
+        meta_model(path, head)
+    except InputError:
+        return False
+    return True
+
+
+def tokenizer_of(path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a model's folder.
+
+    Raises:
+        InputError: it does not load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model {path}: its tokenizer does not load: {first}") from None
+
+
+def class_of(config: "PretrainedConfig") -> type[Any]:
     """The automatic class: that of causal language models, unless the config is only of models of
     images and text, without an encoder of text.
     """
@@ -86,7 +155,7 @@ def language_part(model: nn.Module) -> nn.Module | None:
 
 def outside_language(model: "PreTrainedModel") -> list[str]:
     """The parameters that no text reaches: those of towers and projectors."""
-    part, head = language_part(model), model.get_output_embeddings()
+    part, head = language_part(model), head_of(model)
     if part is None:
         return []
     reached = {*part.parameters(), *([] if head is None else head.parameters())}
@@ -110,6 +179,12 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     part = language_part(model) or model
     lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=len, default=[]))
+
+
+def head_of(model: "PreTrainedModel") -> nn.Module | None:
+    """The layer that gives a model's output: logits, or scores."""
+    head = model.get_output_embeddings()
+    return getattr(model, "score", None) if head is None else head
 
 
 def fused_layers(model: nn.Module) -> list[str]:

@@ -4,15 +4,27 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from pipelines.config import Config, NamedIn
+from pipelines.train.architecture import RewardHead
 from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_sets, sets_of
 from pipelines.train.evaluation_config import EvaluationConfig
 from pipelines.train.objective_config import ObjectiveConfig
 from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
 from pipelines.train.schedules import ScheduleConfig, ScheduleName
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
+
+MIN_CHOSEN_LOG_RATIO = -5.0
+
+# transformers' implementations of attention: whether a GPU is needed, and which package.
+ATTENTION: dict[str, tuple[bool, str | None]] = {
+    "eager": (False, None),
+    "sdpa": (False, None),
+    "flex_attention": (True, None),
+    "flash_attention_2": (True, "flash_attn"),
+    "flash_attention_3": (True, "flash_attn_interface"),
+}
 
 SavedDtype = Literal["source", "float32", "bfloat16"]
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,6 +68,10 @@ class AlignConfig(ReadingConfig):
     """An alignment run."""
 
     model: Path = Field(description="checkpoint to start from: a folder, or a name on the hub")
+    init: Literal["checkpoint", "random"] = Field(
+        "checkpoint",
+        description="the model's weights, or new ones by its config.json and the seed (sft)",
+    )
     reference_model: Path | None = Field(
         None, description="checkpoint of the reference; the model itself unless given"
     )
@@ -76,6 +92,11 @@ class AlignConfig(ReadingConfig):
     )
     max_bad_share: float = Field(0.0, ge=0, lt=1, description="share of rows that may be unusable")
     objective: ObjectiveConfig = ObjectiveConfig()
+    router_loss: Literal["auto", "off"] | PositiveFloat = Field(
+        "auto",
+        description="weight of the router's loss of a mixture of experts; auto: "
+        "router_aux_loss_coef if the model's config has output_router_logits, else none",
+    )
     optimizer: OptimizerConfig
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     save: SaveSettings = SaveSettings()
@@ -96,6 +117,15 @@ class AlignConfig(ReadingConfig):
     num_workers: int = Field(2, ge=1)
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="of forward and backward passes; master weights are float32"
+    )
+    attention: Annotated[str, NamedIn(ATTENTION)] | None = Field(
+        None, description="transformers' name of the implementation; its own choice unless given"
+    )
+    logits_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="positions of a micro-batch whose logits exist at once, if it has more; unless "
+        "given as many as have 2^26 logits",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory")
     activation_offload: bool = Field(
@@ -123,7 +153,7 @@ class AlignConfig(ReadingConfig):
         "checkpoint unless given",
     )
     min_chosen_log_ratio: float | None = Field(
-        -5.0,
+        MIN_CHOSEN_LOG_RATIO,
         lt=0,
         description="stop when log pi - log ref of the chosen responses, per token and over ten "
         "steps, falls below this; without a reference, against the first ten steps",
@@ -170,6 +200,9 @@ class AlignConfig(ReadingConfig):
                 "optimizer.ema: found with lora, where an average of the factors is none of the "
                 "weights; allowed: without lora"
             )
+        if self.head is not None:
+            self._check_reward()
+        self._check_init()
         if self.save.dtype != "source" and self.lora is not None and self.lora.save == "adapter":
             raise ValueError("save.dtype: has no effect with lora.save: adapter")
         self._check_batch()
@@ -179,6 +212,11 @@ class AlignConfig(ReadingConfig):
     def traits(self) -> Traits:
         """The strategy's traits."""
         return STRATEGIES[self.strategy]
+
+    @property
+    def head(self) -> RewardHead | None:
+        """The head of a reward model, if one is trained."""
+        return RewardHead(self.seed) if self.objective.definition.on_rewards else None
 
     @property
     def sets(self) -> list[DataSet]:
@@ -213,6 +251,8 @@ class AlignConfig(ReadingConfig):
         if self.held_out_sets:
             check_sets(self.held_out_sets)
         both = [*self.sets, *self.held_out_sets]
+        if any("margin" in each.columns for each in both) and self.head is None:
+            raise ValueError(f"columns: margin has no effect with objective {self.objective.label}")
         readers = [each.reader for each in both if each.reader is not None]
         if readers and self.objective.definition.rows == "texts":
             raise ValueError(
@@ -221,6 +261,11 @@ class AlignConfig(ReadingConfig):
             )
 
     def _check_strategy(self) -> None:
+        if (self.attention or "").startswith("flash") and self.precision != "bf16":
+            raise ValueError(
+                f"attention: found {self.attention} with precision {self.precision}; allowed with "
+                "it: bf16"
+            )
         if self.lora is not None and not self.traits.takes_adapters:
             raise ValueError(
                 f"lora: found strategy {self.strategy}; allowed with lora: "
@@ -268,6 +313,34 @@ class AlignConfig(ReadingConfig):
                 f"evaluation.every: found {every} with optimizer.merge_every {merges}; allowed: "
                 "its multiples"
             )
+
+    def _check_reward(self) -> None:
+        for name in ("logits_chunk", "router_loss"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}: has no effect with objective {self.objective.label}, which has no "
+                    "logits of tokens"
+                )
+        if self.min_chosen_log_ratio not in (None, MIN_CHOSEN_LOG_RATIO):
+            raise ValueError(
+                f"min_chosen_log_ratio: has no effect with objective {self.objective.label}, which "
+                "has no log-probabilities"
+            )
+        if self.lora is not None and "score" in self.lora.target_modules:
+            raise ValueError(
+                f"lora.target_modules: found score, the head that objective {self.objective.label} "
+                "trains whole; allowed: other layers"
+            )
+        if self.lora is not None and self.lora.save != "merged":
+            raise ValueError(
+                f"lora.save: found {self.lora.save} with objective {self.objective.label}, whose "
+                "head is no adapter; allowed with it: merged"
+            )
+
+    def _check_init(self) -> None:
+        if self.init == "random" and (self.objective.definition.rows != "texts" or self.lora):
+            beside = "lora" if self.lora else f"objective {self.objective.label}"
+            raise ValueError(f"init: found random with {beside}; allowed with it: checkpoint")
 
     def _check_rows(self) -> None:
         """Raise ValueError if the sparsifier needs whole rows and workers have parts of rows."""

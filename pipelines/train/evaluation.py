@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from operators.losses import kto_reference_point
-from pipelines.train.data import PAD, collate_mismatched
+from pipelines.train.data import PAD, collate, collate_mismatched
 from pipelines.train.evaluation_config import PREFIX, EvaluationConfig
 from pipelines.train.files import METRICS_FILE
 from pipelines.train.metrics import add_up, earlier_records
@@ -23,18 +23,20 @@ from pipelines.train.objectives import (
     weighted_sum,
     weights_of,
 )
-from pipelines.train.reference import Rows, score
+from pipelines.train.reference import Rows
 from pipelines.train.reference_store import small_batches
-from pipelines.train.strategies import Strategy
+from pipelines.train.router import RouterLoss, real_tokens
+from pipelines.train.scoring import Scorer
 
 
 def measure(
-    strategy: Strategy,
+    scorer: Scorer,
     held_out: Rows,
     device: torch.device,
-    micro_loss: Callable[[Rows, list[int], Shares, Tensor | None], MicroLoss],
+    micro_loss: Callable[[Rows, list[int], Shares, Tensor | None, Tensor | None], MicroLoss],
     *,
     has_point: bool,
+    router: RouterLoss | None,
 ) -> dict[str, float]:
     """The objective's loss and metrics on all held-out rows, as if they were one global batch.
 
@@ -43,15 +45,17 @@ def measure(
     All ranks call together.
 
     Args:
-        micro_loss: the share of some rows, given the counts of all and KTO's reference point.
+        micro_loss: the share of some rows, given the counts of all, KTO's reference point and the
+            tokens of each expert.
         has_point: whether the objective has a reference point, which is that of all rows.
     """
     rows = list(range(held_out.table.num_rows))
     shares, sums = shares_of(held_out.table, rows), dict[str, Tensor]()
-    with strategy.evaluating():
-        point = _point(strategy, held_out, shares, device) if has_point else None
+    with scorer.strategy.evaluating():
+        point = _point(scorer, held_out, shares, device) if has_point else None
+        routed = None if router is None else _routed(scorer, held_out, router, device)
         for batch, counts in _turns(held_out, device):
-            result = micro_loss(held_out, batch, shares, point)
+            result = micro_loss(held_out, batch, shares, point, routed)
             for name, value in {"loss": result.loss, **result.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.double() * counts
     total = add_up(torch.stack(list(sums.values()))).tolist()
@@ -59,14 +63,24 @@ def measure(
     return found if point is None else found | {PREFIX + "kl": float(point)}
 
 
-def _point(strategy: Strategy, held_out: Rows, shares: Shares, device: torch.device) -> Tensor:
+def _routed(scorer: Scorer, held_out: Rows, router: RouterLoss, device: torch.device) -> Tensor:
+    """How many tokens of all held-out rows go to each expert."""
+    parts = []
+    for rows, counts in _turns(held_out, device):
+        batch = collate(held_out.table, rows, PAD, device)
+        tokens = real_tokens(held_out.table, rows, batch)
+        parts.append(router.counts(scorer.routing(batch), tokens) * counts)
+    return add_up(torch.stack(parts).sum(0))
+
+
+def _point(scorer: Scorer, held_out: Rows, shares: Shares, device: torch.device) -> Tensor:
     """KTO's z0 of all held-out rows."""
     assert held_out.reference is not None  # KTO has a reference
     total = torch.zeros((), dtype=torch.float64, device=device)
     for rows, counts in _turns(held_out, device):
         batch = collate_mismatched(held_out.table, rows, PAD, device)
         before = held_out.reference.mismatched(rows, batch)
-        ratios = (score(strategy, batch) - before).double()
+        ratios = (scorer.score(batch).responses.log_probability - before).double()
         total += weighted_sum(ratios, weights_of(held_out.table, rows, device)) * counts
     return kto_reference_point(add_up(total), shares.rows).float()
 

@@ -33,6 +33,7 @@ from pipelines.checkpoints.digests import (
 )
 from pipelines.checkpoints.hub import hub_ids, recorded
 from pipelines.checkpoints.module_view import copied_tensors
+from pipelines.checkpoints.reader import read_json
 from pipelines.commit import write_atomically
 from pipelines.errors import InputError
 from pipelines.hub.cache import snapshot_of
@@ -40,6 +41,7 @@ from pipelines.merge.output_files import GENERATION_FILE
 from pipelines.provenance import Provenance
 from pipelines.rounding import Row, rounding_record, rounding_text, row_of
 from pipelines.train.adapter_files import write_adapter
+from pipelines.train.architecture import RewardHead
 from pipelines.train.config import SAVED_DTYPES, AlignConfig, SavedDtype
 from pipelines.train.evaluation_config import evaluation_text
 from pipelines.train.files import ADAPTER_FOLDER
@@ -72,7 +74,11 @@ class Exported:
 
 
 def export_model(
-    owner: Owner, source: Path, folder: Path, dtype: SavedDtype = "source"
+    owner: Owner,
+    source: Path,
+    folder: Path,
+    dtype: SavedDtype = "source",
+    head: RewardHead | None = None,
 ) -> Exported | None:
     """Write the policy with the names, layout, dtypes and other files of `source`.
 
@@ -81,6 +87,7 @@ def export_model(
 
     Args:
         dtype: of all floating tensors; `source`: each has its own.
+        head: of a reward model.
 
     Returns:
         on the first rank; None on the others.
@@ -88,8 +95,9 @@ def export_model(
     Raises:
         InputError: a value that the written dtype cannot hold.
     """
-    _, weights = empty_model(source)
-    checkpoint = Checkpoint.open(source)
+    _, weights = empty_model(source, head)
+    checkpoint = weights.source
+    assert isinstance(checkpoint, Checkpoint)
     tensors = {n: (written_dtype(t.dtype, dtype), t.shape) for n, t in checkpoint.tensors.items()}
     kernels = merging_kernels(checkpoint.num_elements)
     layout = plan_layout(tensors, MAX_SHARD_BYTES)
@@ -138,8 +146,8 @@ def _begin(source: Checkpoint, folder: Path, layout: OutputLayout, dtype: SavedD
     others = companions_of(source.path)
     check_links(source.path, others.foreign)
     copy_files({k: f for k, f in others.files.items() if not _is_of_adapter(k)}, folder)
-    if dtype != "source":
-        config = with_dtype(source.config, dtype)
+    config = source.config if dtype == "source" else with_dtype(source.config, dtype)
+    if config != read_json(source.path / "config.json"):
         write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -168,7 +176,7 @@ def export_result(strategy: Strategy, config: AlignConfig, folder: Path) -> Expo
     save = "merged" if config.lora is None else config.lora.save
     if save == "adapter":
         return _export_adapter(strategy, config, folder)
-    saved = export_model(strategy, config.model, folder, config.save.dtype)
+    saved = export_model(strategy, config.model, folder, config.save.dtype, config.head)
     if save == "both":
         write_adapter(strategy, config, folder / ADAPTER_FOLDER)
     if saved is not None and save == "both":

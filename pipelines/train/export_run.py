@@ -15,6 +15,7 @@ from pipelines.train.checkpoints import saved_steps, step_folder
 from pipelines.train.config import AlignConfig, SavedDtype, SaveSettings
 from pipelines.train.export import export_result, provenance
 from pipelines.train.models import model_paths
+from pipelines.train.random_start import with_start
 from pipelines.train.strategies import Strategy, build_strategy
 from pipelines.train.strategies.zero_layout import Layouts
 from pipelines.train.strategies.zero_resume import SavedShards, load_shards
@@ -59,9 +60,10 @@ def export_checkpoint(
     step = steps[-1] if step is None else step
     if step not in steps:
         raise InputError(f"step: found {step}; allowed: {', '.join(map(str, steps))}")
-    strategy = _strategy(config, step_folder(folder, step))
+    started = with_start(config, folder)
+    strategy = _strategy(started, step_folder(folder, step))
     with staged_directory(out, force=force) as partial:
-        saved = export_result(strategy, config, partial)
+        saved = export_result(strategy, started, partial)
         assert saved is not None  # this process is alone
         provenance(
             config,

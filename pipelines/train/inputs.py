@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -16,14 +17,20 @@ from pipelines.train.architecture import (
     meta_model,
     outside_language,
 )
-from pipelines.train.config import AlignConfig
+from pipelines.train.config import ATTENTION, AlignConfig
 from pipelines.train.data import TokenTable, source_files
 from pipelines.train.models import with_folders
 from pipelines.train.optimizer import delta_of
 from pipelines.train.packing import check_packing
+from pipelines.train.random_start import planned_start
+from pipelines.train.reward_start import what_changes
+from pipelines.train.router import asks_for_router_loss, router_coefficient
 from pipelines.train.strategies.loading import check_tied, empty_model
 from pipelines.train.strategies.lora import add_adapters
 from pipelines.train.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_inputs(config: AlignConfig) -> Checkpoint:
@@ -36,13 +43,19 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
     _check_packages(config)
     check_trackers(config.trackers)
     config = with_folders(config)
-    checkpoint = Checkpoint.open(config.model)
+    is_random = config.init == "random"
+    checkpoint = planned_start(config.model) if is_random else Checkpoint.open(config.model)
     check_links(checkpoint.path, companions_of(checkpoint.path).foreign)
     for data in [*config.sets, *config.held_out_sets]:
         source_files(data.path, data.split)
-    model, weights = empty_model(config.model)
+    if is_random:
+        model = meta_model(config.model)
+    else:
+        model, weights = empty_model(config.model, config.head)
+        check_tied(model, weights)
     check_class(model, config.model)
-    check_tied(model, weights)
+    _check_attention(model, config)
+    router_coefficient(config)
     if config.traits.zero_stage and outside_language(model):
         raise InputError(
             f"strategy: found {config.strategy} with a {type(model).__name__}, whose parts beside "
@@ -61,12 +74,14 @@ def check_inputs(config: AlignConfig) -> Checkpoint:
 
 def remarks(config: AlignConfig) -> Iterator[str]:
     """A line for each thing that a user might not expect of a run on this model."""
-    if Checkpoint.open(config.model).config.get("output_router_logits"):
+    if config.head is not None and asks_for_router_loss(config.model):
         yield (
             f"{config.model}: its config asks for the router's loss (output_router_logits), which "
-            "is not in the loss here; routers are trained by the objective alone"
+            f"is not in the loss of objective {config.objective.label}"
         )
-    model = meta_model(config.model)
+    if config.head is not None:
+        yield from what_changes(config.model, config.head)
+    model = meta_model(config.model, config.head)
     outside = outside_language(model)
     if outside:
         yield (
@@ -97,6 +112,27 @@ def _check_packages(config: AlignConfig) -> None:
             raise InputError(
                 f"{found}, for which {package} is not installed: pip install 'poise[{extra}]'"
             )
+
+
+def _check_attention(model: "PreTrainedModel", config: AlignConfig) -> None:
+    """Raise InputError unless the model has this attention, and its package is installed. GPUs are
+    the workers' concern.
+    """
+    name = config.attention
+    if name is None:
+        return
+    found = f"attention: found {name} with model {config.model}"
+    if getattr(model.config.get_text_config(), "num_attention_heads", None) is None:
+        raise InputError(f"{found}, which has no attention")
+    needs_gpu, package = ATTENTION[name]
+    if not needs_gpu:
+        meta_model(config.model, config.head, name)
+        return
+    kind = "flex" if name.startswith("flex") else "flash"
+    if not getattr(model, f"_supports_{kind}_attn", False):
+        raise InputError(f"{found}, for which transformers has no {kind} attention")
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise InputError(f"attention: found {name}, for which {package} is not installed")
 
 
 def check_vocabulary(model: Checkpoint, table: TokenTable) -> None:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints.hub import bring
 from pipelines.commit import lock, write_atomically
+from pipelines.errors import InputError
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import (
     PAD,
+    Batch,
     TokenTable,
     collate,
     collate_mismatched,
@@ -32,7 +34,7 @@ from pipelines.train.data import (
 from pipelines.train.errors import DivergenceError, comes_again, has_failed, record_failure
 from pipelines.train.evaluation import Evaluations, measure
 from pipelines.train.export import export_result
-from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER, REFERENCE_FILE
+from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER, REFERENCE_FILE, REMARK_FILE
 from pipelines.train.metrics import (
     Clock,
     MetricsWriter,
@@ -46,16 +48,19 @@ from pipelines.train.models import model_paths
 from pipelines.train.objectives import (
     MicroLoss,
     Shares,
-    logits_of,
     mismatched_point,
-    responses_under,
+    rewards_of,
     shares_of,
     weights_of,
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
 from pipelines.train.packing import check_rows_apart
-from pipelines.train.reference import AskedRows, Rows, score, with_references
+from pipelines.train.reference import AskedRows, Rows, with_references
+from pipelines.train.reference_store import largest_batch, small_batches
+from pipelines.train.reward_start import pad_token
+from pipelines.train.router import real_tokens, router_loss
 from pipelines.train.row_kinds import MicroBatch
+from pipelines.train.scoring import Scorer
 from pipelines.train.strategies import build_strategy, first_rank
 
 
@@ -152,7 +157,12 @@ class Run:
         self.micro_batch = config.micro_batch_size or config.global_batch_size // self.world
         self.strategy = build_strategy(config, device)
         self.model = self.strategy.model
+        with self.strategy.evaluating():
+            self.router = router_loss(config, self.strategy, device)
+            self.scorer = self._scorer(settings)
+        self.pad = pad_token(self.strategy.weights.source.config) or PAD
         self.rows, self.held_out = self._rows(settings)
+        self._report_misfit()
         if config.packing:
             with self.strategy.evaluating(), self.strategy.forward_context():
                 check_rows_apart(self.model, self.table.largest_id() + 1, config.precision, device)
@@ -161,6 +171,32 @@ class Run:
         if config.evaluation is not None:
             self.evaluations = Evaluations(config.evaluation, self.folder, self.first_step)
         self.model.train()
+
+    def _scorer(self, settings: dict[str, Any]) -> Scorer:
+        """The policy's scorer, for the largest batch that there may be."""
+        rows = self.micro_batch * self.table.sequences_per_row
+        largest = rows * int(self.table.lengths.max())
+        if (held_out := settings.get("held_out")) is not None:
+            table = TokenTable(held_out["tokens"], self.kind.sequences_per_row)
+            largest = max(largest, largest_batch(table, small_batches(table, self.device)))
+        if self.config.head is not None:
+            largest = 0  # it has no logits of tokens
+        chunk, routers = self.config.logits_chunk, self.router is not None
+        return Scorer(self.strategy, chunk, largest, self.device, routers=routers)
+
+    def _report_misfit(self) -> None:
+        """Tell the driver if logits cannot be had by chunks.
+
+        Raises:
+            InputError: the config asks for chunks.
+        """
+        if not self.scorer.misfit:
+            return
+        line = f"{self.config.model}: logits of whole micro-batches, because {self.scorer.misfit}"
+        if self.config.logits_chunk is not None:
+            raise InputError(f"logits_chunk: has no effect on {line}")
+        if first_rank():
+            write_atomically(self.folder / REMARK_FILE, line)
 
     def _rows(self, settings: dict[str, Any]) -> tuple[Rows, Rows | None]:
         """The rows of training and those held out, if there are any, with their references."""
@@ -173,7 +209,7 @@ class Run:
         found = with_references(
             asked,
             self.config,
-            self.strategy,
+            self.scorer,
             self.device,
             cache=Path(settings["cache"]),
             model_key=settings["reference_key"],
@@ -253,11 +289,12 @@ class Run:
             return {}
         assert self.held_out is not None and self.evaluations is not None
         numbers = measure(
-            self.strategy,
+            self.scorer,
             self.held_out,
             self.device,
             self._micro_loss,
             has_point=self.kind.has_point,
+            router=self.router,
         )
         self.evaluations.add(step, numbers)
         return numbers
@@ -269,9 +306,11 @@ class Run:
         micro = [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
         metrics: dict[str, Tensor] = {}
         point = self._reference_point(micro, shares) if self.kind.has_point else None
+        # One micro-batch counts in its own pass.
+        counts = self._expert_counts(micro) if self.router and len(micro) > 1 else None
         for number, part in enumerate(micro):
             with self.strategy.accumulating(last=number == len(micro) - 1):
-                result = self._micro_loss(self.rows, part, shares, point)
+                result = self._micro_loss(self.rows, part, shares, point, counts)
                 # Gradients are averaged over workers, so each loss is multiplied by their number.
                 # The result is the mean over the global batch, for any split of it.
                 self.strategy.backward(result.loss * self.world)
@@ -282,25 +321,67 @@ class Run:
         return record if point is None else record | {"kl": float(point)}
 
     def _micro_loss(
-        self, source: Rows, rows: list[int], shares: Shares, point: Tensor | None
+        self,
+        source: Rows,
+        rows: list[int],
+        shares: Shares,
+        point: Tensor | None,
+        counts: Tensor | None,
     ) -> MicroLoss:
-        """The loss of some rows."""
-        if self.config.packing:
-            batch = pack(source.table, rows, PAD, self.config.max_length, self.device)
-        else:
-            batch = collate(source.table, rows, PAD, self.device)
+        """The loss of some rows.
+
+        Args:
+            counts: tokens of each expert; None where the rows are all of this worker.
+        """
+        if self.config.head is not None:
+            return self._reward_loss(source, rows, shares)
+        batch = self._batch(source, rows)
         before = source.reference
         reference = None if before is None else before.responses(rows, batch)
-        keeping = offload_activations() if self.config.activation_offload else nullcontext()
-        with self.strategy.forward_context(), keeping:
-            logits = logits_of(self.model, batch)
-            responses = responses_under(logits, batch)
+        look = None if reference is None else reference.look
+        with nullcontext() if reference is None else reference.beside():
+            scored = self.scorer.score(batch, look, self._keeping())
         values = None if reference is None else reference.log_probability
-        micro = MicroBatch(responses, values, shares, source.table, rows, point)
+        micro = MicroBatch(scored.responses, values, shares, source.table, rows, point)
         result = self.kind.loss(self.config.objective, micro)
         if reference is not None:
-            result.metrics["kl_per_token"] = reference.kl_sum(logits, responses) / shares.tokens
+            result.metrics["kl_per_token"] = reference.look.sum / shares.tokens
+        if self.router is not None:
+            tokens = real_tokens(source.table, rows, batch)
+            if counts is None:
+                counts = add_up(self.router.counts(scored.router_logits, tokens))
+            balance = self.router.share(scored.router_logits, tokens, counts)
+            loss = result.loss + self.router.coefficient * balance
+            result = MicroLoss(loss, result.metrics | {"router_loss": balance.detach()})
         return result
+
+    def _batch(self, source: Rows, rows: list[int]) -> Batch:
+        """Some rows as a batch."""
+        if self.config.packing:
+            return pack(source.table, rows, PAD, self.config.max_length, self.device)
+        return collate(source.table, rows, PAD, self.device)
+
+    def _expert_counts(self, micro: list[list[int]]) -> Tensor:
+        """How many tokens of the global batch go to each expert, before any of its gradients."""
+        assert self.router is not None
+        parts = []
+        for rows in micro:
+            batch = self._batch(self.rows, rows)
+            tokens = real_tokens(self.table, rows, batch)
+            parts.append(self.router.counts(self.scorer.routing(batch), tokens))
+        return add_up(torch.stack(parts).sum(0))
+
+    def _reward_loss(self, source: Rows, rows: list[int], shares: Shares) -> MicroLoss:
+        """The loss of some rows under a reward model."""
+        batch = collate(source.table, rows, self.pad, self.device)
+        with self.strategy.forward_context(), self._keeping():
+            rewards = rewards_of(self.model, batch)
+        micro = MicroBatch(None, None, shares, source.table, rows, None, rewards)
+        return self.kind.loss(self.config.objective, micro)
+
+    def _keeping(self) -> AbstractContextManager[object]:
+        """The context that keeps what the backward pass needs."""
+        return offload_activations() if self.config.activation_offload else nullcontext()
 
     @torch.no_grad()
     def _reference_point(self, micro: list[list[int]], shares: Shares) -> Tensor:
@@ -311,7 +392,8 @@ class Run:
         reference = torch.cat([before.mismatched(*batch) for batch in batches])
 
         def policy() -> Tensor:
-            return torch.cat([score(self.strategy, batch) for _, batch in batches])
+            found = [self.scorer.score(batch).responses for _, batch in batches]
+            return torch.cat([each.log_probability for each in found])
 
         weights = weights_of(self.table, [row for rows in micro for row in rows], self.device)
         return mismatched_point(policy, reference, add_up, shares.rows, weights)

@@ -17,10 +17,13 @@ tokens in a micro-batch, layers of width h and inner width i, and a vocabulary o
                   or N. zero*: b times the bucket of gradients, 5 * 10^7 elements or N
     activations   b T (15 h + 4 i) per layer; with gradient checkpointing b T h per layer and one
                   full layer; with activation offload one full layer (the rest in host memory)
-    logits        T v (b + 12), and 4 T v more in bf16 for their float32 copy
+    logits        T v (b + 12), and 4 T v more in bf16 for their float32 copy. By chunks of c
+                  positions (c = 2^26 / v unless given) c instead of T where that is less, and
+                  (b + 4) v h for a chunk's gradient of the head and their sum, if not frozen
     reference     on the fly: 4 N of its weights, divided by W unless the strategy is single or ddp,
                   which hold 2 N more in bf16 (0 if it is the base of adapters), and b T v of its
-                  logits
+                  logits; by chunks b c v, and b times everything outside the blocks if it is
+                  divided
     host          in host memory beside a GPU: state and gradients with CPU offload, tau if it is
                   kept there, activations with activation offload
 """
@@ -33,8 +36,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pipelines.train.architecture import blocks_of, meta_model
+from pipelines.train.architecture import RewardHead, blocks_of, head_of, meta_model
 from pipelines.train.config import AlignConfig, LoraSettings
+from pipelines.train.head import chunk_of
 from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
 
 if TYPE_CHECKING:
@@ -85,13 +89,16 @@ class Memory:
         return sum(getattr(self, each.name) for each in fields(self)) - self.host
 
 
-def shape_of(model: str | Path) -> ModelShape:
+def shape_of(model: str | Path, head: RewardHead | None = None) -> ModelShape:
     """A model's sizes from its config; the model is built without memory.
 
+    Args:
+        head: of a reward model, whose head is a vocabulary of one.
+
     Raises:
-        InputError: the config is not of a causal language model.
+        InputError: the config is not of such a model.
     """
-    empty = meta_model(Path(model))
+    empty = meta_model(Path(model), head)
     blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(empty)]
     total = sum(p.numel() for p in empty.parameters())
     config = empty.config.get_text_config()
@@ -102,7 +109,7 @@ def shape_of(model: str | Path) -> ModelShape:
         num_layers=len(blocks),
         hidden_size=config.hidden_size,
         inner_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        vocabulary=config.vocab_size,
+        vocabulary=config.vocab_size if head is None else 1,
         adapted=_adapted(empty),
         parameters={
             name: prod(parameter.shape[:-2]) * sum(parameter.shape[-2:])
@@ -116,7 +123,7 @@ def _adapted(model: "PreTrainedModel") -> dict[str, int]:
     """Inputs plus outputs of the linear layers except the head, summed by their last names."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+        if isinstance(module, nn.Linear) and module is not head_of(model):
             last = name.rpartition(".")[2]
             found[last] = found.get(last, 0) + module.in_features + module.out_features
     return found
@@ -155,12 +162,17 @@ def estimate_memory(shape: ModelShape, config: AlignConfig, length: int | None =
         activations = b * tokens * shape.hidden_size * shape.num_layers + layer
     if config.activation_offload:
         host, activations = host + activations, layer
-    logits = tokens * shape.vocabulary * (b + 12 + (4 if b == 2 else 0))
+    positions = min(tokens, config.logits_chunk or chunk_of(shape.vocabulary))
+    logits = positions * shape.vocabulary * (b + 12 + (4 if b == 2 else 0))
+    if positions < tokens and config.lora is None:
+        logits += (b + 4) * shape.vocabulary * shape.hidden_size
     reference = 0
     if config.reference_log_probabilities == "on_the_fly":
-        reference = b * tokens * shape.vocabulary
+        reference = b * positions * shape.vocabulary
         if config.lora is None or config.reference_model is not None:
             reference += 4 * n // workers if traits.is_sharded else (6 if b == 2 else 4) * n
+            if positions < tokens and traits.is_sharded:
+                reference += b * shape.outside_blocks
     return Memory(state, weights, gradients, gathered, activations, logits, reference, host)
 
 

@@ -142,7 +142,7 @@ class Watch:
                     f"step {step}: the {name} is {value}; try a lower optimizer.learning_rate, "
                     "a longer warmup_share or a smaller max_gradient_norm"
                 )
-        if self._limit is None:
+        if self._limit is None or self._objective.definition.on_rewards:
             return
         self._levels.append(chosen_level(record))
         if len(self._levels) < WINDOW:

@@ -29,6 +29,10 @@ class ObjectiveConfig(Config):
     desirable_weight: float | None = Field(None, gt=0, description="of desirable rows (kto)")
     undesirable_weight: float | None = Field(None, gt=0, description="of undesirable rows (kto)")
 
+    center_rewards_coefficient: float | None = Field(
+        None, ge=0, description="weight of the squared sum of a pair's rewards (reward)"
+    )
+
     @model_validator(mode="after")
     def _losses_that_add_up(self) -> "ObjectiveConfig":
         names, weights = self.names, self.loss_weights

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -78,18 +78,35 @@ def logits_of(model: nn.Module, batch: "Batch") -> Tensor:
     Positions before the first learned token of all sequences get no logits, because with large
     vocabularies logits take more memory than anything else.
     """
-    keep = batch.ids.shape[1] - batch.first_scored
+    return model(**model_inputs(model, batch)).logits[:, -batch.scored_ids.shape[1] :]
+
+
+def model_inputs(model: nn.Module, batch: "Batch") -> dict[str, Any]:
+    """The arguments of a model's forward pass on a batch."""
     bare = getattr(model, "module", model)  # without the wrapper of DDP or DeepSpeed
-    keeping = {"logits_to_keep": keep} if _can_keep(type(bare).forward) else {}
-    # Positions that begin again tell transformers which tokens see each other.
-    places = {} if batch.packed is None else {"position_ids": batch.packed.positions}
-    return model(input_ids=batch.ids, use_cache=False, **keeping, **places).logits[:, -keep:]
+    inputs = {"input_ids": batch.ids, "use_cache": False}
+    if _can_keep(type(bare).forward):
+        inputs["logits_to_keep"] = batch.scored_ids.shape[1]
+    if batch.packed is not None:
+        # Positions that begin again tell transformers which tokens see each other.
+        inputs["position_ids"] = batch.packed.positions
+    return inputs
 
 
 @cache
 def _can_keep(forward: Callable[..., object]) -> bool:
     """Whether an architecture can skip logits."""
     return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+def rewards_of(model: nn.Module, batch: "Batch") -> Tensor:
+    """Rewards of whole sequences by a model with one label: (sequences,) float32, read where its
+    class reads them: at the last token that is not the padding token, which the batch is padded
+    with.
+    """
+    # A response ends its sequence, so what comes after its last token is padding.
+    mask = batch.response.flip(-1).cummax(-1).values.flip(-1)
+    return model(input_ids=batch.ids, attention_mask=mask).logits[:, 0].float()
 
 
 def score_responses(model: nn.Module, batch: "Batch") -> Responses:
@@ -99,8 +116,12 @@ def score_responses(model: nn.Module, batch: "Batch") -> Responses:
 
 def responses_under(logits: Tensor, batch: "Batch") -> Responses:
     """Log-probabilities of learned tokens under a batch's logits."""
+    return responses_from(token_log_probabilities(logits, batch.scored_ids), batch)
+
+
+def responses_from(values: Tensor, batch: "Batch") -> Responses:
+    """Responses from the (sequences, scored length - 1) log-probabilities of their tokens."""
     marks = batch.scored_response[:, 1:]
-    values = token_log_probabilities(logits, batch.scored_ids)
     if batch.packed is None:
         return Responses((values * marks).sum(-1), marks.sum(-1), values)
     learned, before = values * marks, batch.first_scored + 1  # no row's first token is learned
@@ -234,6 +255,38 @@ def pair_loss(
             metrics["chosen_log_ratio_per_token"] = ratio
         metrics["likelihood_loss"] = -weighted_sum(sums[0], weights) / shares.likelihood_tokens
     return MicroLoss(loss, metrics)
+
+
+def ranked_loss(
+    config: "ObjectiveConfig",
+    rewards: Tensor,
+    margins: Tensor,
+    shares: Shares,
+    weights: Tensor | None = None,
+) -> MicroLoss:
+    """A reward model's loss on pairs.
+
+    Args:
+        rewards: (2n,): of all chosen responses, then of all rejected ones.
+        margins: (n,): by how much they are to differ.
+        shares: counts of the global batch.
+        weights: (n,) of the pairs; 1 each unless given.
+    """
+    chosen, rejected = rewards.view(2, -1)
+    loss = config.definition.loss
+    assert loss is not None  # only objectives on texts have none
+    losses = loss(chosen, rejected, margins, **config.parameters)
+    with torch.no_grad():
+        columns = {
+            "accuracy": (chosen > rejected).float(),
+            "margin": chosen - rejected,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+        }
+        metrics = {
+            name: weighted_sum(column, weights) / shares.rows for name, column in columns.items()
+        }
+    return MicroLoss(weighted_sum(losses, weights) / shares.rows, metrics)
 
 
 def labelled_loss(

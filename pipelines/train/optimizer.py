@@ -103,7 +103,7 @@ def delta_of(config: AlignConfig) -> CheckpointDelta:
     """tau by the names of the model's parameters, however its two checkpoints are stored."""
     tau = config.optimizer.tau
     assert tau is not None  # the config requires it
-    return CheckpointDelta(tau.base, tau.tuned, meta_model(config.model))
+    return CheckpointDelta(tau.base, tau.tuned, meta_model(config.model, config.head))
 
 
 def learning_rate(config: AlignConfig, step: int, num_steps: int) -> float:

@@ -2,8 +2,8 @@
 micro-batch.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,25 +12,30 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
+from operators.metrics import kl_divergences
 from pipelines.fingerprint import fingerprint
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import Batch, TokenTable
-from pipelines.train.objectives import (
-    Responses,
-    drawn_kl_sum,
-    kl_sum,
-    logits_of,
-    responses_under,
-    score_responses,
-)
+from pipelines.train.objectives import Responses, kl_sum, logits_of, responses_under
 from pipelines.train.reference_store import (
     ReferenceStore,
     compute_reference,
     reference_folder,
 )
-from pipelines.train.strategies import Strategy, build_reference
+from pipelines.train.scoring import DrawnKl, Look, Scorer
+from pipelines.train.strategies import build_reference
 from pipelines.train.strategies.lora import without_adapters
+
+
+class KlLook(Look, Protocol):
+    """Looks at the policy's logits for KL(policy || reference) of the next token."""
+
+    @property
+    def sum(self) -> Tensor:
+        """The KL, summed over the learned tokens."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +43,9 @@ class Scores:
     """The reference's scores of a batch's responses."""
 
     log_probability: Tensor  # (sequences,) float32, summed over tokens, in batch order
-    # (policy's logits, policy's responses) -> KL(policy || reference) of the next token, summed
-    # over the learned tokens.
-    kl_sum: Callable[[Tensor, Responses], Tensor]
+    look: KlLook  # for the policy's pass on this batch
+    # The context of that pass, which all ranks enter together.
+    beside: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Reference(Protocol):
@@ -74,7 +79,7 @@ class StoredReference:
         """Scores: all rows' first sequences, then all second ones; the KL is an estimate."""
         drawn = self._store.drawn(rows, self._device)
         values = self._values[rows, : self._store.table.sequences_per_row].T.reshape(-1)
-        return Scores(values, partial(drawn_kl_sum, batch=batch, drawn=drawn))
+        return Scores(values, DrawnKl(batch, drawn))
 
     def mismatched(self, rows: list[int], batch: Batch) -> Tensor:
         """The column after the rows' own."""
@@ -85,36 +90,99 @@ class LiveReference:
     """Runs the reference model on each batch; if it is sharded, all ranks must call together.
 
     Args:
-        strategy: holds the reference; it is the policy's strategy if the reference is the policy
-            without adapters.
+        scorer: of the reference; the policy's, if the reference is the policy without adapters.
         as_reference: a context for the passes, in which that model is the reference.
+        beside: a context for the policy's pass, in which the weights of the head are whole.
     """
 
     def __init__(
-        self, strategy: Strategy, as_reference: Callable[[], AbstractContextManager[None]]
+        self,
+        scorer: Scorer,
+        as_reference: Callable[[], AbstractContextManager[None]] = nullcontext,
+        beside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._strategy, self._as_reference = strategy, as_reference
+        self.scorer, self._as_reference, self._beside = scorer, as_reference, beside
 
     @torch.no_grad()
     def responses(self, rows: list[int], batch: Batch) -> Scores:
         """A pass without gradients; the KL is exact."""
-        with self._as_reference(), self._strategy.forward_context():
-            logits = logits_of(self._strategy.model, batch)
+        if self.scorer.takes_chunks(batch):
+            with self._as_reference():
+                found = self.scorer.by_chunks(batch)
+            assert found.hidden is not None
+            look = ExactKl(batch, part=partial(self._logits, found.hidden))
+            return Scores(found.responses.log_probability, look, self._beside)
+        strategy = self.scorer.strategy
+        with self._as_reference(), strategy.forward_context():
+            logits = logits_of(strategy.model, batch)
         values = responses_under(logits, batch).log_probability
-        return Scores(values, lambda policy, _: kl_sum(policy, logits, batch))
+        return Scores(values, ExactKl(batch, whole=logits), self._beside)
+
+    def _logits(self, hidden: Tensor, at: slice) -> Tensor:
+        """Logits of some positions, again."""
+        with self._as_reference():
+            return self.scorer.head.logits(hidden[at])
 
     @torch.no_grad()
     def mismatched(self, rows: list[int], batch: Batch) -> Tensor:
         """Another pass."""
         with self._as_reference():
-            return score(self._strategy, batch)
+            return self.scorer.score(batch).responses.log_probability
 
 
-def live_reference(config: AlignConfig, policy: Strategy, device: torch.device) -> LiveReference:
-    """The reference of a config for on-the-fly passes; with adapters it is the policy's base."""
+class ExactKl:
+    """KL(policy || reference) from both models' logits.
+
+    Args:
+        whole: the reference's logits of a batch; or
+        part: gives them for some positions.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        whole: Tensor | None = None,
+        part: Callable[[slice], Tensor] | None = None,
+    ) -> None:
+        self.sum = torch.zeros((), device=batch.ids.device)
+        self._batch, self._whole, self._part = batch, whole, part
+
+    def whole(self, logits: Tensor, responses: Responses) -> None:
+        """All positions."""
+        assert self._whole is not None
+        self.sum = kl_sum(logits, self._whole, self._batch)
+
+    @torch.no_grad()
+    def part(self, logits: Tensor, norms: Tensor, at: slice) -> None:
+        """Some positions."""
+        assert self._part is not None
+        self.sum += kl_divergences(logits, self._part(at)).sum()
+
+
+def live_reference(config: AlignConfig, policy: Scorer, device: torch.device) -> LiveReference:
+    """The reference of a config for on-the-fly passes; with adapters it is the policy's base.
+    Policy and reference take chunks for the same batches.
+    """
     if config.lora is not None and config.reference_model is None:
-        return LiveReference(policy, partial(without_adapters, policy.model))
-    return LiveReference(build_reference(config, device), nullcontext)
+        return LiveReference(policy, partial(without_adapters, policy.strategy.model))
+    largest = policy.chunk + 1 if policy.has_chunks else 0
+    scorer = Scorer(build_reference(config, device), policy.chunk, largest, device)
+    policy.has_chunks = scorer.has_chunks
+    policy.misfit = policy.misfit or scorer.misfit
+    model = scorer.strategy.model
+    if scorer.has_chunks and isinstance(model, FSDPModule):
+        return LiveReference(scorer, beside=partial(_gathered, model))
+    return LiveReference(scorer)
+
+
+@contextmanager
+def _gathered(model: FSDPModule) -> Iterator[None]:
+    """In the block, the weights outside the blocks of a model are whole on each rank."""
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +197,7 @@ class AskedRows:
 def with_references(
     asked: Sequence[AskedRows],
     config: AlignConfig,
-    policy: Strategy,
+    policy: Scorer,
     device: torch.device,
     *,
     cache: Path,
@@ -162,7 +230,7 @@ def with_references(
     ]
     if lacking:
         has_model = config.reference_model is not None
-        strategy = build_reference(config, device) if has_model else policy
+        strategy = build_reference(config, device) if has_model else policy.strategy
         strategy.model.eval()
         mismatched = config.objective.row_kind.has_point
         before = 0
@@ -183,9 +251,3 @@ def with_references(
 def _report_after(before: int, report: Callable[[int, int], None], done: int, total: int) -> None:
     """Report the rows of one table after those of others."""
     report(before + done, before + total)
-
-
-def score(strategy: Strategy, batch: Batch) -> Tensor:
-    """Log-probabilities of a batch's responses under the current model."""
-    with strategy.forward_context():
-        return score_responses(strategy.model, batch).log_probability

@@ -23,13 +23,8 @@ from torch import Tensor
 
 from pipelines.commit import write_atomically
 from pipelines.train.data import PAD, TokenTable, collate, collate_mismatched
-from pipelines.train.objectives import (
-    DrawnTokens,
-    draw_tokens,
-    logits_of,
-    responses_under,
-    score_responses,
-)
+from pipelines.train.objectives import DrawnTokens
+from pipelines.train.scoring import Draws, Scorer
 from pipelines.train.strategies import Strategy, first_rank
 
 # Files of earlier versions, with all rows at once.
@@ -237,6 +232,8 @@ def compute_reference(
     total = sum(map(len, needed))
     left = [batch for batch in needed if not store.has(np.array(batch)).all()]
     done = total - sum(map(len, left))
+    # Chunks of the usual size, whatever the config says, so that a row has the same draws always.
+    scorer = Scorer(strategy, None, largest_batch(table, needed), device)
     turns = 1  # passes of each worker in a part
     while left:
         report(done, total)
@@ -244,7 +241,7 @@ def compute_reference(
         unit, left = left[: turns * _world()], left[turns * _world() :]
         part = Part.empty(table, [row for batch in unit for row in batch], columns)
         for batch in _mine(unit):
-            _look_at(strategy, table, batch, part, device)
+            _look_at(scorer, table, batch, part, device)
         _join(part, device)
         if first_rank():
             append_part(store.folder, part)
@@ -277,15 +274,14 @@ def _mine(batches: list[list[int]]) -> list[list[int]]:
 
 
 def _look_at(
-    strategy: Strategy, table: TokenTable, rows: list[int], part: Part, device: torch.device
+    scorer: Scorer, table: TokenTable, rows: list[int], part: Part, device: torch.device
 ) -> None:
     """Run the model on some rows of a part."""
     count = table.sequences_per_row
     batch = collate(table, rows, PAD, device)
-    with strategy.forward_context():
-        logits = logits_of(strategy.model, batch)
-    responses = responses_under(logits, batch)
-    drawn = draw_tokens(logits, batch, table.numbers(rows))
+    draws = Draws(batch, table.numbers(rows))
+    responses = scorer.score(batch, draws).responses
+    drawn = draws.tokens
     places = np.flatnonzero(np.isin(part.rows, rows))  # in the same order
     part.values[places, :count] = responses.log_probability.view(count, -1).T.cpu()
     ranges = [part.tokens(table, place, i) for i in range(count) for place in places]
@@ -294,9 +290,8 @@ def _look_at(
     part.log_probability[tokens] = drawn.log_probability.cpu()
     if part.values.shape[1] > count:
         other = collate_mismatched(table, rows, PAD, device)
-        with strategy.forward_context():
-            scores = score_responses(strategy.model, other)
-        part.values[places, count] = scores.log_probability.cpu()
+        scores = scorer.score(other).responses.log_probability
+        part.values[places, count] = scores.cpu()
 
 
 def _join(part: Part, device: torch.device) -> None:
@@ -307,6 +302,12 @@ def _join(part: Part, device: torch.device) -> None:
         everyone = torch.from_numpy(values).to(device, copy=True)
         dist.all_reduce(everyone, dist.ReduceOp.MAX)
         values[...] = everyone.cpu()
+
+
+def largest_batch(table: TokenTable, batches: list[list[int]]) -> int:
+    """The positions of the largest of some batches, with padding."""
+    sizes = [len(rows) * int(table.lengths[rows].max()) for rows in batches]
+    return table.sequences_per_row * max(sizes, default=0)
 
 
 def _turns(before: int, seconds: float, device: torch.device) -> int:

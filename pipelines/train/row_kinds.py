@@ -5,6 +5,7 @@ A new kind is a class here. The shared code for tokens, batches and scores only 
 many sequences a row has.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from pipelines.train.objectives import (
     Shares,
     labelled_loss,
     pair_loss,
+    ranked_loss,
     text_loss,
     weights_of,
 )
@@ -45,17 +47,21 @@ if TYPE_CHECKING:
 class MicroBatch:
     """The inputs of a loss."""
 
-    responses: Responses  # of the policy: all rows' first sequences, then all their second ones
+    # Of the policy: all rows' first sequences, then all their second ones; None with rewards.
+    responses: Responses | None
     reference: Tensor | None  # (sequences,) the reference's log-probabilities, if there is one
     shares: Shares  # counts of the global batch
     table: "TokenTable"
     rows: list[int]  # indices in the table
     point: Tensor | None  # the reference point of the global batch, for kinds with `has_point`
+    rewards: Tensor | None = None  # (sequences,) in the same order, from a reward model
 
     @property
     def weights(self) -> Tensor | None:
         """(rows,) float32, if rows have weights."""
-        return weights_of(self.table, self.rows, self.responses.log_probability.device)
+        answers = self.rewards if self.responses is None else self.responses.log_probability
+        assert answers is not None  # a batch has one of them
+        return weights_of(self.table, self.rows, answers.device)
 
 
 class RowKind(ABC):
@@ -140,7 +146,30 @@ class Pairs(RowKind):
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """A preference objective."""
         reference = None if batch.reference is None else batch.reference.view(2, -1).T
+        assert batch.responses is not None
         return pair_loss(config, batch.responses, reference, batch.shares, batch.weights)
+
+
+class Ranked(Pairs):
+    """A pair, whose rewards are to differ by at least a margin."""
+
+    columns = "prompt, chosen, rejected, perhaps margin (or chosen, rejected that begin alike)"
+
+    def _read(self, row: Row) -> list[Example]:
+        """A pair with its margin; 0 where the row has none."""
+        margin = row.get("margin")
+        if margin is None:
+            return super()._read(row)
+        is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
+        if not is_number or not math.isfinite(margin):
+            raise InputError(f"margin: found {margin!r}; allowed: a finite number")
+        return [replace(pair, margin=float(margin)) for pair in super()._read(row)]
+
+    def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
+        """Bradley-Terry."""
+        assert batch.rewards is not None
+        margins = torch.from_numpy(batch.table.margins[batch.rows]).to(batch.rewards)
+        return ranked_loss(config, batch.rewards, margins, batch.shares, batch.weights)
 
 
 class Labelled(RowKind):
@@ -170,6 +199,7 @@ class Labelled(RowKind):
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """KTO."""
         responses = batch.responses
+        assert responses is not None
         labels = torch.from_numpy(batch.table.labels[batch.rows])
         desirable = labels.to(responses.log_probability.device)
         assert batch.reference is not None and batch.point is not None
@@ -203,6 +233,7 @@ class Texts(RowKind):
 
     def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
         """Supervised fine-tuning."""
+        assert batch.responses is not None
         return text_loss(config, batch.responses, batch.shares, batch.weights)
 
 
@@ -234,4 +265,9 @@ def _completion(row: Row, label: bool | None) -> Example:
 
 
 # By the names in `Objective.rows` (operators.losses).
-ROW_KINDS: dict[str, RowKind] = {"pairs": Pairs(), "labelled": Labelled(), "texts": Texts()}
+ROW_KINDS: dict[str, RowKind] = {
+    "pairs": Pairs(),
+    "ranked": Ranked(),
+    "labelled": Labelled(),
+    "texts": Texts(),
+}

@@ -57,6 +57,8 @@ from pipelines.train.files import (
 from pipelines.train.inputs import check_inputs, check_vocabulary, remarks
 from pipelines.train.models import model_paths, with_data, with_folders, with_models, with_names
 from pipelines.train.optimizer_config import OptimizerConfig
+from pipelines.train.random_start import with_start
+from pipelines.train.router import asks_for_router_loss
 from pipelines.train.workers import Job, check_cluster, run_workers
 
 CACHE_FOLDER = ".poise-cache"
@@ -74,6 +76,7 @@ IMMATERIAL = {
     "trackers",
     "num_workers",
     "micro_batch_size",
+    "logits_chunk",
     "packing",
     "gradient_checkpointing",
     "activation_offload",
@@ -115,8 +118,7 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """The fingerprint of everything that determines the run's result."""
-        config = with_names(self.config)
-        return fingerprint_work([material(config), self.inputs], "align")
+        return fingerprint_work([material_of(self), self.inputs], "align")
 
     def remarks(self) -> Iterator[str]:
         """A line if a step takes rows more than once, and one if held-out rows are no new ones."""
@@ -158,15 +160,34 @@ def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str,
     for name in NEWER:
         if getattr(config.optimizer, name) == OptimizerConfig.model_fields[name].default:
             del same["optimizer"][name]
+    if config.attention is None:
+        del same["attention"]
+    if config.router_loss == "auto":
+        del same["router_loss"]
     if config.warmup_steps is None:
         del same["warmup_steps"]
-    if config.objective.loss_weights is None:
-        del same["objective"]["loss_weights"]
+    if config.init == "checkpoint":
+        del same["init"]
+    for name in ("loss_weights", "center_rewards_coefficient"):
+        if getattr(config.objective, name) is None:
+            del same["objective"][name]
     if config.evaluation is None:
         del same["evaluation"]
     for place in (same, same.get("evaluation") or {}):
         if "data" in place:
             place["data"] = _material_data(place["data"], with_path=with_data_paths)
+    return same
+
+
+def material_of(plan: Plan, *, with_data_paths: bool = False) -> dict[str, Any]:
+    """The same of a plan, with a word where the model's config asks for its router's loss, which
+    earlier versions left out.
+    """
+    config = plan.config
+    same = material(with_names(config), with_data_paths=with_data_paths)
+    is_asked = config.router_loss == "auto" and config.head is None
+    if is_asked and asks_for_router_loss(config.model):
+        same["router_loss"] = "auto"
     return same
 
 
@@ -350,7 +371,8 @@ def with_absolute_paths(config: AlignConfig) -> AlignConfig:
 
 
 def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) -> dict[str, Any]:
-    """The settings of one run for `train_worker`."""
+    """The settings of one run for `train_worker`; a random start is made if it is not there."""
+    config = with_start(config, folder)
     return {
         "config": with_absolute_paths(config).model_dump_json(),
         "folder": str(folder),
@@ -388,7 +410,7 @@ def _is_of(record: dict[str, Any], plan: Plan) -> bool:
 
 def fingerprint_with_data_paths(plan: Plan) -> str:
     """The plan's fingerprint in versions where data in another place were others."""
-    same = material(with_names(plan.config), with_data_paths=True)
+    same = material_of(plan, with_data_paths=True)
     return fingerprint_work([same, plan.inputs], "align")
 
 

@@ -16,10 +16,10 @@ from typing import Any, Self
 from pipelines.errors import InputError
 from pipelines.progress import Progress
 from pipelines.train.checkpoints import saved_steps
-from pipelines.train.config import AlignConfig
+from pipelines.train.config import ATTENTION, AlignConfig
 from pipelines.train.errors import first_line, forget_failure, has_failed, raise_failure
 from pipelines.train.evaluation_config import PREFIX
-from pipelines.train.files import EXPORTED_FILE, METRICS_FILE, REFERENCE_FILE
+from pipelines.train.files import EXPORTED_FILE, METRICS_FILE, REFERENCE_FILE, REMARK_FILE
 
 POLL_S = 0.5
 
@@ -32,6 +32,7 @@ class Job:
     settings: dict[str, Any]
     commit: Callable[[], None]
     committed: bool = False
+    has_remarked: bool = False
 
     @property
     def folder(self) -> Path:
@@ -50,8 +51,16 @@ class Job:
         num_rows = 0 if reference is None else reference["done"]
         return exported, max(saved_steps(self.folder), default=0), num_rows
 
+    def remark(self) -> None:
+        """Print once what the first worker remarks."""
+        line = "" if self.committed or self.has_remarked else _text(self.folder / REMARK_FILE)
+        if line:
+            print(f"  {line}", file=sys.stderr)
+            self.has_remarked = True
+
     def finish(self) -> None:
         """Commit the model if it is exported and not yet committed."""
+        self.remark()
         if not self.committed and (self.folder / EXPORTED_FILE).is_file():
             self.commit()
             self.committed = True
@@ -70,6 +79,7 @@ def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
         forget_failure(job.folder)
         (job.folder / EXPORTED_FILE).unlink(missing_ok=True)
         (job.folder / REFERENCE_FILE).unlink(missing_ok=True)
+        (job.folder / REMARK_FILE).unlink(missing_ok=True)
     with _watched(jobs), _usual_interrupt():
         failure = with_restarts(partial(_attempt, config, jobs), jobs, config.max_failures)
     for job in jobs:
@@ -163,8 +173,12 @@ def check_cluster(config: AlignConfig) -> None:
     import ray
 
     on_gpu = _on_gpu()
+    where = "the cluster" if os.environ.get("RAY_ADDRESS") else "this machine"
+    if config.attention is not None and ATTENTION[config.attention][0] and not on_gpu:
+        raise InputError(
+            f"attention: found {config.attention}, which needs a GPU, and {where} has none"
+        )
     if config.activation_offload and not on_gpu:
-        where = "the cluster" if os.environ.get("RAY_ADDRESS") else "this machine"
         raise InputError(f"activation_offload: has no effect without a GPU, and {where} has none")
     ((kind, share),) = _resources(on_gpu).items()
     found = ray.cluster_resources().get(kind, 0.0)
@@ -212,6 +226,7 @@ def _watched(jobs: Sequence[Job]) -> Iterator[None]:
         for job in jobs:
             while not stop.wait(POLL_S) and not job.committed:
                 screen.show(job)
+                job.remark()
                 if job is not jobs[-1]:
                     job.finish()
             screen.num_steps_before += job.num_steps

@@ -18,9 +18,11 @@ from operators.losses import (
     apo_zero_loss,
     kto_loss,
     kto_reference_point,
+    load_balancing_loss,
     robust_loss,
     sigmoid_loss,
     token_log_probabilities,
+    tokens_per_expert,
 )
 
 PAIR_NAMES = [name for name, objective in OBJECTIVES.items() if objective.rows == "pairs"]
@@ -198,3 +200,35 @@ def test_parameters_are_split_between_loss_and_likelihood() -> None:
     assert dpo.loss_parameters(parameters) == {"beta": 0.1, "label_smoothing": 0.0}
     assert OBJECTIVES["orpo"].likelihood_weight({"beta": 0.1}) == 1.0
     assert OBJECTIVES["hinge"].likelihood_weight({"beta": 0.1}) == 0.0
+
+
+def test_equally_busy_experts_cost_the_number_of_each_token() -> None:
+    """Four tokens, each sure of another two of four experts: k, the least there is."""
+    logits = torch.tensor([[9.0, 9, 0, 0], [0, 9, 9, 0], [0, 0, 9, 9], [9, 0, 0, 9]])
+    tokens = torch.ones(4, dtype=torch.bool)
+    counts = tokens_per_expert([logits], tokens, 2)
+    assert counts.tolist() == [2, 2, 2, 2]
+    assert load_balancing_loss([logits], tokens, counts, 2).item() == pytest.approx(2)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 3), st.integers(1, 7))
+def test_router_loss_by_hand_and_in_parts(seed: int, top_k: int, cut: int) -> None:
+    """E sum f P of all layers without padding; counts and shares of parts add up."""
+    draw = torch.Generator().manual_seed(seed)
+    layers = [torch.randn(8, 4, generator=draw) for _ in range(3)]
+    tokens = torch.tensor([True] * 7 + [False])
+    shares, chances = [0.0] * 4, [0.0] * 4
+    for layer in layers:
+        for row in layer[:7].double().tolist():
+            weights = [math.exp(x) for x in row]
+            for expert in range(4):
+                chances[expert] += weights[expert] / sum(weights) / 21
+                shares[expert] += (sorted(row, reverse=True).index(row[expert]) < top_k) / 21
+    expected = 4 * sum(f * p for f, p in zip(shares, chances, strict=True))
+    parts = [slice(0, cut), slice(cut, None)]
+    cuts = [([layer[part] for layer in layers], tokens[part]) for part in parts]
+    counts = torch.stack([tokens_per_expert(*each, top_k) for each in cuts]).sum(0)
+    assert torch.equal(counts, tokens_per_expert(layers, tokens, top_k))
+    found = sum(load_balancing_loss(*each, counts, top_k).item() for each in cuts)
+    assert found == pytest.approx(expected, rel=1e-5)

@@ -145,7 +145,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         lambda folder: None,
         ["objective.name=ppo"],
         "{folder}/config.yaml: objective.name: found 'ppo'; allowed: 'sft', 'dpo', 'robust', "
-        "'hinge', 'ipo', 'apo_zero', 'apo_down', 'bco_pair', 'simpo', 'orpo' or 'kto'",
+        "'hinge', 'ipo', 'apo_zero', 'apo_down', 'bco_pair', 'simpo', 'orpo', "
+        "'reward' or 'kto'",
     ),
     "field": (
         lambda folder: None,

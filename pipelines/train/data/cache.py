@@ -37,7 +37,7 @@ from pipelines.train.row_kinds import ROW_KINDS
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "special_tokens*")
 # Raise it when the same rows are read in another way: earlier tokens are then not used.
-MEANING_OF_ROWS = {"pairs": 2, "labelled": 3, "texts": 2}
+MEANING_OF_ROWS = {"pairs": 3, "ranked": 3, "labelled": 4, "texts": 3}
 RAY_BYTES = 64_000_000  # for smaller data, starting workers takes longer than tokenising
 
 

@@ -22,6 +22,7 @@ SCHEMA = pa.schema(
         ("ids", pa.list_(pa.int32())),
         ("response", pa.list_(pa.uint8())),
         ("label", pa.bool_()),
+        ("margin", pa.float32()),
     ]
 )
 
@@ -103,8 +104,8 @@ COUNTED = ("rows", "bad", "dropped", "prompts_cut", "prompts_shortened", "prompt
 
 def record_batch(rows: Iterable[TokenRow]) -> pa.RecordBatch:
     """Rows as Arrow: one entry per sequence; a row's sequences follow each other."""
-    entries = [(s.ids, s.response, row.label) for row in rows for s in row.sequences]
-    columns = zip(*entries, strict=True) if entries else ((), (), ())
+    entries = [(s.ids, s.response, row.label, row.margin) for row in rows for s in row.sequences]
+    columns = zip(*entries, strict=True) if entries else ((), (), (), ())
     arrays = [pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
@@ -231,6 +232,12 @@ class TokenTable:
         """(rows,) float64: of the rows in the loss; None if all have 1."""
         path = self.folder / WEIGHTS_FILE
         return np.load(path) if path.is_file() else None
+
+    @cached_property
+    def margins(self) -> np.ndarray:
+        """(rows,) float32: by how much the rewards of a pair are to differ."""
+        margins = [batch.column("margin").to_numpy() for batch in self._batches]
+        return np.concatenate(margins)[:: self.sequences_per_row]
 
     def mismatched(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """A row's prompt with the response of a row that has another prompt (KTO's z0).

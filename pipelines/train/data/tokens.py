@@ -1,13 +1,13 @@
 """Examples as token ids, with marks on learned tokens."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.errors import InputError
 from pipelines.train.data.turns import find_turn
 from pipelines.train.rows.examples import Example
-from pipelines.train.rows.messages import Messages
+from pipelines.train.rows.messages import Messages, is_learned
 from pipelines.train.rows.prompts import common_length
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class TokenRow:
     sequences: tuple[Sequence, ...]
     label: bool | None
     prompt_shortened: bool = False  # the prompt alone renders differently than before a response
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def tokenize(example: Example, tokenizer: "PreTrainedTokenizerBase") -> TokenRow
         if first >= len(whole):
             raise InputError("a response is empty")
         sequences.append(Sequence(whole, [0] * first + [1] * (len(whole) - first)))
-    return TokenRow(tuple(sequences), example.label, prompt_shortened=cut < len(prompt))
+    return TokenRow(tuple(sequences), example.label, cut < len(prompt), example.margin)
 
 
 def _render(
@@ -126,12 +127,12 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) ->
 
 
 def _conversation(messages: Messages, template: "Template") -> Sequence:
-    """A whole conversation; every turn of the assistant is learned."""
+    """A whole conversation; every turn of the assistant is learned, but those whose row says no."""
     whole = template.text(messages)
     ids = template.encode(whole)
     response = [0] * len(ids)
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not is_learned(message):
             continue
         before = template.ids(messages[:turn], ask=True) if turn else []
         is_last = turn + 1 == len(messages)
@@ -165,7 +166,7 @@ def fit(row: TokenRow, max_length: int, too_long: TooLong) -> tuple[TokenRow | N
     prompt = min(sequence.response.index(1) for sequence in row.sequences)
     if too_long == "cut_prompt" and excess < prompt:
         cut = tuple(Sequence(s.ids[excess:], s.response[excess:]) for s in row.sequences)
-        return TokenRow(cut, row.label, row.prompt_shortened), True
+        return replace(row, sequences=cut), True
     if too_long == "drop":
         return None, False
     raise InputError(

@@ -19,7 +19,7 @@ from pipelines.train.rows.messages import ROLES, Messages, normal_messages, othe
 # What a column may mean, by TRL's names. `system` is mapped only by the user or a reader, `weight`
 # only by the user.
 MEANINGS = (
-    *("prompt", "chosen", "rejected", "completion", "label", "messages", "text"),
+    *("prompt", "chosen", "rejected", "margin", "completion", "label", "messages", "text"),
     *("system", "tools", "chat_template_kwargs", "weight"),
 )
 # Meanings of which a row has several, such as UltraFeedback's messages beside chosen and rejected.

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.errors import InputError
 from pipelines.train.rows.columns import Row
-from pipelines.train.rows.messages import Messages, is_blank, with_system
+from pipelines.train.rows.messages import Messages, is_blank, is_learned, with_system
 
 Content = str | Messages
 
@@ -37,7 +37,8 @@ class Example:
     Pairs have two responses, the chosen one first; `label` says whether a single response is
     desirable. A conversation or a plain text is one response to an empty prompt. `template` holds
     the row's tools and other arguments of the chat template; `repeats_prompt` says that a response
-    has, or had, the prompt in it once more; `weight` is the row's in the loss.
+    has, or had, the prompt in it once more; `weight` is the row's in the loss; `margin` says by how
+    much two rewards are to differ.
     """
 
     prompt: Content
@@ -46,14 +47,15 @@ class Example:
     template: Mapping[str, Any] | None = None
     repeats_prompt: bool = False
     weight: float = 1.0
+    margin: float = 0.0
 
 
 def example_of(row: Row, parts: Mapping[str, Any], label: bool | None = None) -> Example:
     """An example from a prompt and its responses (by column name), with the row's system text.
 
     Raises:
-        InputError: they are not all texts or all messages, a response is empty, or its last turn
-            is not the assistant's.
+        InputError: they are not all texts or all messages, a response is empty, its last turn is
+            not the assistant's, or one of its turns is not to be learned.
     """
     kinds = {str if isinstance(part, str) else type(part) for part in parts.values()}
     if kinds not in ({str}, {list}):
@@ -62,6 +64,10 @@ def example_of(row: Row, parts: Mapping[str, Any], label: bool | None = None) ->
     prompt, *responses = parts.values()
     for name, response in list(parts.items())[1:]:
         _check_response(response, name)
+        if name != "messages" and isinstance(response, list) and not all(map(is_learned, response)):
+            raise InputError(
+                f"{name}: a turn has weight 0 or train false; allowed in messages, which sft learns"
+            )
     if (system := row.system()) is not None:
         if isinstance(prompt, str):
             if "text" in parts:
@@ -90,10 +96,14 @@ def _check_response(response: Content, name: str) -> None:
 
 
 def check_conversation(messages: Messages, name: str) -> None:
-    """Raise InputError if a conversation has no turn of the assistant, or one that says nothing."""
+    """Raise InputError if a conversation has no turn of the assistant to learn, or one that says
+    nothing.
+    """
     spoken = [message for message in messages if message["role"] == "assistant"]
     if not spoken:
         raise InputError(f"{name}: holds no message of role 'assistant' to learn")
+    if not any(map(is_learned, spoken)):
+        raise InputError(f"{name}: all turns of the assistant have weight 0 or train false")
     if any(is_blank(message) for message in spoken):
         raise InputError(f"{name}: a turn of the assistant is empty")
 

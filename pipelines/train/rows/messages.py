@@ -29,7 +29,7 @@ USUAL = {"system", "developer", "user", "assistant", "tool"}
 # Keys of a message that say something without content.
 SPEAKING = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 # Keys that are read here, or that chat templates read by convention.
-READ = {"role", "content", "from", "value", "name", "tool_call_id", *SPEAKING}
+READ = {"role", "content", "from", "value", "name", "tool_call_id", "weight", "train", *SPEAKING}
 
 
 def normal_messages(messages: list[Any], roles: Mapping[str, str], name: str) -> Messages:
@@ -40,8 +40,8 @@ def normal_messages(messages: list[Any], roles: Mapping[str, str], name: str) ->
         name: the column, for messages to the user.
 
     Raises:
-        InputError: a message without role or content, an unknown role of ShareGPT's, or a part
-            that is no text.
+        InputError: a message without role or content, an unknown role of ShareGPT's, a part that
+            is no text, or one that says in a way of its own what is learned.
     """
     return [
         message if _is_usual(message, roles) else _normal(message, roles, name)
@@ -50,7 +50,7 @@ def normal_messages(messages: list[Any], roles: Mapping[str, str], name: str) ->
 
 
 def other_keys(messages: list[Any]) -> set[str]:
-    """The keys of messages that only an unusual chat template reads, such as `weight`."""
+    """The keys of messages that only an unusual chat template reads, such as `rating`."""
     return {
         key
         for message in messages
@@ -80,6 +80,7 @@ def _normal(message: Any, roles: Mapping[str, str], name: str) -> dict[str, Any]
     if not isinstance(role, str):
         raise InputError(f"{name}: a message has no role: {message!r}"[:160])
     kept["role"] = roles.get(role, role)
+    _check_learned(kept, name)
     calls = kept.pop("tool_calls", None)
     if calls:
         kept["tool_calls"] = _calls(calls, name)
@@ -145,6 +146,37 @@ def _joined(parts: list[Any], name: str) -> str:
             )
         texts.append(text)
     return "".join(texts)
+
+
+def _check_learned(message: dict[str, Any], name: str) -> None:
+    """Raise InputError unless `weight` (OpenAI's) and `train` (axolotl's) say plainly whether a
+    turn is learned.
+    """
+    for key, allowed in {"weight": (0, 1), "train": (False, True)}.items():
+        found = message.get(key)
+        is_switch = isinstance(found, bool)
+        if found is not None and (found not in allowed or is_switch != (key == "train")):
+            told = ", ".join(json.dumps(each) for each in allowed)
+            raise InputError(f"{name}: {key}: found {found!r} in a message; allowed: {told}")
+    if message.get("train") and message["role"] != "assistant":
+        raise InputError(
+            f"{name}: train: found true in a turn of role {message['role']!r}; allowed: turns of "
+            "the assistant, which alone are learned"
+        )
+    if message.get("train") and message.get("weight") == 0:
+        raise InputError(f"{name}: a message has weight 0 and train true")
+    if message.get("train_detail") is not None:
+        raise InputError(
+            f"{name}: train_detail: parts of a turn cannot be left out; allowed: train, for a "
+            "whole turn"
+        )
+
+
+def is_learned(message: dict[str, Any]) -> bool:
+    """Whether a turn of the assistant in a conversation is learned: not where the row says so, by
+    `weight` 0 or `train` false.
+    """
+    return message.get("weight") != 0 and message.get("train") is not False
 
 
 def is_blank(message: dict[str, Any]) -> bool:

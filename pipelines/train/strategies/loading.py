@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from operators.optim.layout import ShardLayout
 from pipelines.checkpoints import Checkpoint, ModuleView
 from pipelines.errors import InputError
-from pipelines.train.architecture import meta_model, outside_language, tied_names
+from pipelines.train.architecture import RewardHead, meta_model, outside_language, tied_names
+from pipelines.train.reward_start import pad_token, reward_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,16 +21,28 @@ PIECE = 1 << 24  # elements that are compared at once
 Owned = tuple[ShardLayout, Tensor]  # a flat range of a parameter, and its values
 
 
-def empty_model(path: Path) -> "tuple[PreTrainedModel, ModuleView]":
+def empty_model(
+    path: Path, head: RewardHead | None = None, attention: str | None = None
+) -> "tuple[PreTrainedModel, ModuleView]":
     """The model of a checkpoint on the meta device, in float32, for the master weights; and the
     checkpoint by the model's names, from which they are filled. Parts that text does not reach are
     not trained.
 
+    Args:
+        head: of a reward model, which may start from a causal language model's checkpoint.
+        attention: transformers' name of an implementation; its own choice unless given.
+
     Raises:
         InputError: the checkpoint's tensors do not match the architecture.
     """
-    model = meta_model(path)
-    weights = ModuleView.of(Checkpoint.open(path), model)
+    model = meta_model(path, head, attention)
+    source = Checkpoint.open(path)
+    if head is not None:
+        source = reward_start(source, model, head)
+        settings = model.config.get_text_config()
+        settings.pad_token_id = pad_token(source.config)  # where its class reads rewards
+        settings.use_cache = False
+    weights = ModuleView.of(source, model)
     check_names(weights)
     for name in outside_language(model):
         model.get_parameter(name).requires_grad_(False)

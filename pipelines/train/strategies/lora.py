@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from operators.counter_random import counter_key, counter_words
 from operators.optim.layout import ShardLayout, layout_of, local
 from pipelines.errors import InputError
-from pipelines.train.architecture import fused_layers, tied_names
+from pipelines.train.architecture import fused_layers, head_of, is_reward_model, tied_names
 from pipelines.train.config import LoraSettings
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ INIT_STREAM = 2  # of the counter hash; 0 and 1 are the masks of online merging
 
 def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
     """Add adapters to the linear layers and parameters that the settings name; all other parameters
-    are frozen.
+    are frozen, but for the head of a reward model, which may be new.
 
     Raises:
         InputError: peft is not installed, no layer or parameter has such a name, or one that has is
@@ -56,13 +56,17 @@ def add_adapters(model: "PreTrainedModel", settings: LoraSettings) -> None:
         raise InputError(f"{field}: {str(error).splitlines()[0]}") from None
     _check_layers(model)
     _check_parameters(model, settings, weights, own)
+    if is_reward_model([type(model).__name__]):
+        head = head_of(model)
+        assert head is not None
+        head.requires_grad_(True)
 
 
 def _linear_layers(model: "PreTrainedModel") -> tuple[list[str], list[str]]:
     """The trained linear layers but the head, and of layers that peft would take for experts, the
     names of their weights. What peft itself takes for linear layers has fused experts, too.
     """
-    head, frozen = model.get_output_embeddings(), set(_frozen(model))
+    head, frozen = head_of(model), set(_frozen(model))
     linear = (nn.Linear, conv1d())
     found = [
         name

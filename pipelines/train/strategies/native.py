@@ -58,7 +58,7 @@ class SingleStrategy(StagingStrategy):
         build_optimizer: Callable[[nn.Module], Optimizer],
     ) -> None:
         self.config, self.device = config, device
-        model, self.weights = empty_model(config.model)
+        model, self.weights = empty_model(config.model, config.head, config.attention)
         self.tied_names = tied_names(model)
         if config.lora is not None:
             add_adapters(model, config.lora)

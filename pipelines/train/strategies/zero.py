@@ -43,7 +43,7 @@ class ZeroStrategy(Strategy):
 
         self.config = config
         join_deepspeed(device)
-        model, self.weights = empty_model(config.model)
+        model, self.weights = empty_model(config.model, config.head, config.attention)
         self.tied_names = tied_names(model)
         settings = engine_settings(config, sum(p.numel() for p in model.parameters()))
         if config.gradient_checkpointing:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
+from pipelines.config import tell_once
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, load_merge_config, merge
 from tests.pipelines.merge.conftest import Family, weights_of
@@ -222,6 +223,12 @@ def test_single_tokens(own_family: Family, tmp_path: Path) -> None:
         merge(loaded(tmp_path, **wrong), tmp_path / "other")
 
 
-def test_a_name_of_the_only_merge(family: Family, tmp_path: Path) -> None:
-    message = refused(tmp_path, **family.config("linear"), name="my-merge")
-    assert message.startswith("name: has no effect in a file with one merge; allowed: in each of ")
+def test_a_name_of_the_only_merge(
+    family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tell_once.cache_clear()
+    config = loaded(tmp_path, **family.config("linear"), name="my-merge")
+    assert config == loaded(tmp_path, **family.config("linear"))
+    assert capfd.readouterr().err.strip() == (
+        "name: has no effect: no later merge of the file can use this one as a model"
+    )

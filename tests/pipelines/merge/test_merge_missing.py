@@ -95,6 +95,9 @@ def test_reward_models_on_a_language_model(method: str, tmp_path: Path) -> None:
     plan = plan_merge(MergeConfig.model_validate(values))
     left_out = f"left out, as {models[0]} does not have them: lm_head.weight"
     assert (left_out in plan.notices()) == (method != "linear")  # which does not merge the base
+    told = [line for line in plan.notices() if line.startswith("base_model: ")]
+    given = "linear does not merge it; the result's tokenizer is from it"
+    assert told == ([f"base_model: {given}"] if method == "linear" else [])
     # Results of versions that copied the head do not pass for finished.
     assert plan.settings_key != fingerprint_work(plan.settings, "merge")
 

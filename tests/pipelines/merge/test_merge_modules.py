@@ -129,6 +129,12 @@ def test_a_stacked_decoder_and_the_tower_of_one_model(make: Callable, tmp_path: 
     config = MergeConfig.model_validate({"merge_method": "passthrough", "modules": modules})
     notice = f"modules: taken from {a} as they are, as no recipe names them: multi_modal_projector"
     assert notice in plan_merge(config).notices()
+    named = {
+        "merge_method": "passthrough",
+        "models": [{"model": "inner"}],
+        "merges": {"inner": config.model_dump(exclude_unset=True)},
+    }
+    assert plan_merge(MergeConfig.model_validate(named)).notices() == [f"inner: {notice}"]
     out = merge(config, tmp_path / "out", executor="local")
     first, second, found = files(a, b, out)
     owners, stacks = Modules.of(first).owners, Modules.of(first).stacks

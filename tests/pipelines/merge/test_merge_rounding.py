@@ -127,6 +127,22 @@ def test_a_small_change_warns_and_names_the_field(
     assert not any("warning" in line for line in lines)
 
 
+def test_nothing_is_said_of_rounding_where_nothing_is_rounded(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From float32 to float32; record and card say it."""
+    family = make_family(tmp_path / "models", torch.float32)
+    file, out = tmp_path / "merge.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(family.config("linear", parameters={"weight": 1})))
+    run_merge(file, str(out), ["executor=local"], plan=False, force=False)
+    assert "rounding" not in capfd.readouterr().err
+    record = read_record(out)
+    assert record is not None
+    [line] = rounding_lines(record, "")
+    assert "float32 keeps all of the change from" in line
+    assert line in (out / "README.md").read_text()
+
+
 def test_copies_count_nothing(near: Family, tmp_path: Path) -> None:
     config = {"merge_method": "passthrough", "models": [{"model": str(near.models[0])}]}
     record = merged(config, tmp_path / "copy")

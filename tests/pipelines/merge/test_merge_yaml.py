@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipelines.errors import InputError
-from pipelines.merge import MergeConfig, load_merge_config, merge
+from pipelines.merge import MergeConfig, load_merge_config, merge, plan_merge
 from tests.pipelines.merge.conftest import Family, weights_of
 
 
@@ -191,8 +191,9 @@ def test_layers_that_are_not_there(family: Family, tmp_path: Path) -> None:
 
 def test_a_base_of_linear_gives_config_and_tokenizer(family: Family, tmp_path: Path) -> None:
     config = MergeConfig.model_validate(family.config("linear", base_model=str(family.base)))
-    [notice] = config.notices()
-    assert notice.startswith("base_model: linear does not merge it; ")
+    assert plan_merge(config).notices() == [
+        "base_model: linear does not merge it; the result's config and tokenizer are from it"
+    ]
     plain = merge(MergeConfig.model_validate(family.config("linear")), tmp_path / "plain")
     out = merge(config, tmp_path / "out")
     assert all(torch.equal(v, weights_of(plain)[k]) for k, v in weights_of(out).items())

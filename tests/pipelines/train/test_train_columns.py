@@ -229,14 +229,13 @@ def test_settings_that_cannot_act(
     assert [each.title for each in load_config(path, AlignConfig).sets] == ["a", "b"]
 
 
-KEYED = {"role": "assistant", "content": "yes c", "weight": 0, "train": False, "id": "m1"}
+KEYED = {"role": "assistant", "content": "yes c", "mood": 0, "style": False, "id": "m1"}
 
 
 @pytest.mark.parametrize("kind", ["texts", "pairs", "reader"])
 def test_keys_of_messages_that_are_not_used_are_named(
     kind: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """Every turn of the assistant is learned whatever its weight says: the run says so."""
     fields: dict[str, Any] = {"objective": {"name": "sft"}} if kind == "texts" else {}
     row: dict[str, Any] = {"messages": [USER, KEYED]}
     column = "messages"
@@ -245,7 +244,7 @@ def test_keys_of_messages_that_are_not_used_are_named(
     if kind == "reader":
         fields, row = {"reader": "ultrafeedback"}, row | {"prompt": "a b"}
     counts = plan_of([row], tiny_llama, tmp_path, **fields).table.counts
-    named = [f"train in {column}", f"weight in {column}"]
+    named = [f"mood in {column}", f"style in {column}"]
     assert counts.unused_columns() == (named, [f"id in {column}"])
     assert f"columns not used: {', '.join(named)}" in counts.remarks()
 
@@ -254,8 +253,8 @@ def test_a_key_that_the_chat_template_reads_is_used(tiny_llama: Path, tmp_path: 
     """Tools' and thoughts' keys always are, and null ones say nothing."""
     model = shutil.copytree(tiny_llama, tmp_path / "model")
     path = model / "chat_template.jinja"
-    path.write_text(path.read_text().replace("{{ m.content }}", "{{ m.weight }}{{ m.content }}"))
+    path.write_text(path.read_text().replace("{{ m.content }}", "{{ m.mood }}{{ m.content }}"))
     thought = {"reasoning": "a", "tool_call_id": "1", "name": "b", "rank": None}
-    rows = [{"messages": [USER, KEYED | thought | {"train": None, "id": None}]}]
+    rows = [{"messages": [USER, KEYED | thought | {"style": None, "id": None}]}]
     counts = plan_of(rows, model, tmp_path, objective={"name": "sft"}).table.counts
     assert counts.unused == []

@@ -162,6 +162,12 @@ def test_memory_formula_by_hand(tiny_llama: Path, preferences: Path) -> None:
     assert (memory.state, memory.weights, memory.gradients) == (12 * n // 4, 2 * n // 4, 4 * n // 4)
     live = config.model_copy(update={"reference_log_probabilities": "on_the_fly"})
     assert estimate_memory(shape, live).reference == 4 * n + 4 * tokens * shape.vocabulary
+    v, outside = shape.vocabulary, shape.outside_blocks
+    chunked = live.model_copy(update={"logits_chunk": 8})
+    memory = estimate_memory(shape, chunked)
+    assert (memory.logits, memory.reference) == (8 * v * 16 + 8 * v * 32, 4 * n + 4 * 8 * v)
+    divided = chunked.model_copy(update={"strategy": "fsdp2", "num_workers": 2})
+    assert estimate_memory(shape, divided).reference == 2 * n + 4 * 8 * v + 4 * outside
     offloaded = config.model_copy(update={"activation_offload": True})
     assert estimate_memory(shape, offloaded).activations == 4 * tokens * width
     assert estimate_memory(shape, offloaded).host == 4 * tokens * width * 2

@@ -169,12 +169,15 @@ def test_an_unfinished_run_of_another_config(
 
 
 @pytest.mark.ray
-def test_activation_offload_without_a_gpu(
+def test_what_needs_a_gpu(
     ray_cluster: None, tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
-    """They are in CPU memory already; nothing is written."""
+    """Activations are in CPU memory already; nothing is written."""
     config = align_config(tiny_llama, preferences, activation_offload=True)
     with pytest.raises(InputError, match="activation_offload: has no effect without a GPU"):
+        align(config, tmp_path / "out")
+    config = align_config(tiny_llama, preferences, attention="flex_attention")
+    with pytest.raises(InputError, match="attention: found flex_attention, which needs a GPU"):
         align(config, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
