@@ -23,6 +23,7 @@ from pipelines.train.objectives import (
     labelled_loss,
     mismatched_point,
     pair_loss,
+    ranked_loss,
     text_loss,
 )
 from pipelines.train.run import material
@@ -40,7 +41,7 @@ def loss_of(name: str | list[str], rows: list[int], weights: list[int] | None) -
     config = ObjectiveConfig(name=name)
     kind = config.definition.rows
     draw = torch.Generator().manual_seed(0)
-    columns = 2 if kind == "pairs" else 1
+    columns = 2 if kind in ("pairs", "ranked") else 1
     values, before = (-4 * torch.rand(columns, 8, generator=draw) for _ in range(2))
     lengths = torch.randint(1, 9, (columns, 8), generator=draw)
     desirable = torch.tensor([True, False, True, True, False, False, True, False])[rows]
@@ -59,6 +60,8 @@ def loss_of(name: str | list[str], rows: list[int], weights: list[int] | None) -
     if kind == "pairs":
         uses = config.definition.uses_reference
         return pair_loss(config, responses, reference.T if uses else None, shares, given)
+    if kind == "ranked":
+        return ranked_loss(config, responses.log_probability, before[0, rows], shares, given)
     if kind == "texts":
         return text_loss(config, responses, shares, given)
     point = mismatched_point(
@@ -82,7 +85,7 @@ def test_a_weight_is_a_number_of_rows(name: str | list[str], weights: list[int])
         torch.testing.assert_close(value, expected.metrics[key], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dpo", "sft"])
+@pytest.mark.parametrize("name", ["dpo", "sft", "reward"])
 def test_a_run_with_weights(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     """Steps on the whole data: with a column of weights, and with the rows repeated."""
     rows, copies = ROWS, REPEATED
