@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.evaluate.generate import Generator
 from ray_jobs.chat import run_chat
+from tests.generator import Generator
 from tests.hub_stub import Stub
 from tests.tiny_models import save_tiny_llama
 

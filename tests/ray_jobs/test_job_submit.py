@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.evaluate.generate import Generator
+from tests.generator import Generator
 from tests.tiny_models import save_tiny_llama
 
 pytestmark = pytest.mark.slow

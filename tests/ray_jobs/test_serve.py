@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import InputError
-from pipelines.evaluate.generate import Generator
 from ray_jobs.serve import run_serve
+from tests.generator import Generator
 from tests.tiny_models import save_tiny_llama
 
 MARK = "POISE_TEST_SERVER"
