@@ -101,6 +101,7 @@ def test_the_numbers_are_those_of_one_batch(
         "gradient_norm",
         "learning_rate",
         "delta_norm",
+        "update_norm",
         "tokens_per_s",
         "seconds",
         "memory_bytes",
