@@ -67,7 +67,7 @@ class Scorer:
     ) -> None:
         self.strategy = strategy
         self._more = {"output_router_logits": True} if routers else {}
-        bare = getattr(strategy.model, "module", strategy.model)
+        bare: Any = getattr(strategy.model, "module", strategy.model)
         self.chunk = chunk or chunk_of(bare.config.get_text_config().vocab_size)
         self.head, self.misfit = Head(bare), ""
         if largest > self.chunk:
