@@ -19,7 +19,9 @@ def test_runs_with_each(tiny_llama: Path, preferences: Path, tmp_path: Path) -> 
     for name in (None, "sdpa", "eager"):
         config = align_config(tiny_llama, preferences, attention=name, num_steps=2)
         runs[name] = metrics(run_here(config, tmp_path / str(name)))
-        assert meta_model(tiny_llama, name).config._attn_implementation == (name or "sdpa")
+        assert meta_model(tiny_llama, attention=name).config._attn_implementation == (
+            name or "sdpa"
+        )
     losses = {name: [line["loss"] for line in lines] for name, lines in runs.items()}
     assert losses[None] == losses["sdpa"]
     assert losses["eager"] == pytest.approx(losses["sdpa"], rel=1e-4)
