@@ -101,10 +101,10 @@ class _Filling:
     def run(self) -> list[Failure]:
         while True:
             self._hand_out()
+            self._tell()
             if self._at:
                 worker, outcome = self._pool.finished()
                 self._take_in(self._at.pop(worker), outcome)
-                self._tell()
             elif self._held:
                 time.sleep(POLL_S)
                 self._queue.add(self._held)
