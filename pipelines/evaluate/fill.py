@@ -101,7 +101,8 @@ class _Filling:
     def run(self) -> list[Failure]:
         while True:
             self._hand_out()
-            self._tell()
+            if self._done:  # so that the pace is that of blocks, without the engines' start
+                self._tell()
             if self._at:
                 worker, outcome = self._pool.finished()
                 self._take_in(self._at.pop(worker), outcome)
