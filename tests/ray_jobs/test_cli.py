@@ -28,7 +28,7 @@ BAD_INPUT = [
     (["report", "none"], "none"),
     (["serve", "none"], "none"),
     (["chat", "none"], "none"),
-    (["evaluate", "typo.yaml"], "typo.yaml: modles: unknown field; allowed: batch_size"),
+    (["evaluate", "typo.yaml"], "typo.yaml: modles: unknown field; allowed: allow_code"),
     (["merge", "typo.yaml"], "OUT: give it once"),
     (["merge", "broken.yaml", "out"], "broken.yaml: line 2: not valid YAML"),
     (["demo", "--out", "."], "exists and is no run of this command"),

@@ -37,7 +37,7 @@ from pipelines.train.row_kinds import ROW_KINDS
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "special_tokens*")
 # Raise it when the same rows are read in another way: earlier tokens are then not used.
-MEANING_OF_ROWS = {"pairs": 3, "ranked": 3, "labelled": 4, "texts": 3}
+MEANING_OF_ROWS = 4
 RAY_BYTES = 64_000_000  # for smaller data, starting workers takes longer than tokenising
 
 
@@ -61,7 +61,7 @@ def token_table(
     files = source_files(data, split)
     values = asdict(settings) | {
         "tokenizer": fingerprint_directory(settings.tokenizer, TOKENIZER_FILES),
-        "meaning": MEANING_OF_ROWS.get(settings.kind, 1),
+        "meaning": MEANING_OF_ROWS,
     }
     key = fingerprint([values, [fingerprint_file(file) for file in files]])
     final = cache / f"tokens-{key}"

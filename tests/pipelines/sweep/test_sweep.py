@@ -88,7 +88,7 @@ def test_every_value_is_tried_and_measured_as_by_hand(
             tmp_path / f"evaluation-{value}",
             executor="local",
         )
-        assert trial["value"] == measured["models"]["m"]["average"]["value"]
+        assert trial["value"] == measured["models"]["m"]["groups"]["average"]["value"]
     best = max(result["trials"], key=lambda trial: trial["value"])
     assert result["best"] == best
     chosen = load_yaml(tmp_path / "out" / "merge.yaml")
