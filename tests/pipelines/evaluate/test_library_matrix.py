@@ -152,6 +152,7 @@ def test_mistakes(world: Path, tmp_path: Path, changes: dict[str, Any], message:
         plan_evaluation(config_of(world, **changes), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_from_the_command_line(
     world: Path,
     tmp_path: Path,
