@@ -33,7 +33,7 @@ from pipelines.fingerprint import (
 )
 from pipelines.hub.offline import is_offline
 from pipelines.provenance import read_record
-from pipelines.train.config import AlignConfig, SaveSettings
+from pipelines.train.config import AlignConfig
 from pipelines.train.data import (
     DataSet,
     SetTable,
@@ -45,7 +45,6 @@ from pipelines.train.data import (
     split_table,
     token_table,
 )
-from pipelines.train.data.sets import ReadingConfig
 from pipelines.train.evaluation_config import evaluation_text
 from pipelines.train.export import provenance
 from pipelines.train.files import (
@@ -55,42 +54,13 @@ from pipelines.train.files import (
     TENSORBOARD_FOLDER,
 )
 from pipelines.train.inputs import check_inputs, check_vocabulary, remarks
-from pipelines.train.models import model_paths, with_data, with_folders, with_models, with_names
-from pipelines.train.optimizer_config import OptimizerConfig
+from pipelines.train.material import material, material_of
+from pipelines.train.models import model_paths, with_data, with_folders, with_models
 from pipelines.train.random_start import with_start
-from pipelines.train.router import asks_for_router_loss
 from pipelines.train.workers import Job, check_cluster, run_workers
 
 CACHE_FOLDER = ".poise-cache"
 CHECKPOINT_FILES = ("*.safetensors", "*.json")
-# Settings that may change while a run stays the same run.
-IMMATERIAL = {
-    "storage",
-    "cache",
-    "max_failures",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "norms_every",
-    "asynchronous_checkpoints",
-    "tensorboard",
-    "trackers",
-    "num_workers",
-    "micro_batch_size",
-    "logits_chunk",
-    "packing",
-    "gradient_checkpointing",
-    "activation_offload",
-    "cpu_offload",
-}
-# Fields of the optimizer that earlier versions did not have: left out where they are not set.
-NEWER = (
-    "weight_decay_on",
-    "rescale",
-    "rounding",
-    "gradient_density",
-    "gradient_rescale",
-    "ema",
-)
 
 
 @dataclass(frozen=True)
@@ -118,7 +88,7 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """The fingerprint of everything that determines the run's result."""
-        return fingerprint_work([material_of(self), self.inputs], "align")
+        return fingerprint_work([material_of(self.config), self.inputs], "align")
 
     def remarks(self) -> Iterator[str]:
         """A line if a step takes rows more than once, and one if held-out rows are no new ones."""
@@ -135,70 +105,6 @@ class Plan:
                     f"evaluation.data: {trained.sum()} of {len(trained)} held-out rows have a "
                     "prompt of the training rows"
                 )
-
-
-def material(config: AlignConfig, *, with_data_paths: bool = False) -> dict[str, Any]:
-    """What of a config determines the result; how data are read only where it is set, so that
-    configs without these fields stay the same.
-
-    Args:
-        with_data_paths: as in earlier versions; the fingerprint of the data says what is in them.
-    """
-    reading = {
-        name
-        for name, about in ReadingConfig.model_fields.items()
-        if name != "split" and getattr(config, name) == about.default
-    }
-    same = config.model_dump(mode="json", exclude=IMMATERIAL | reading)
-    same["strategy"] = config.traits.family
-    if config.lora is not None and config.lora.save == "merged":
-        del same["lora"]["save"]  # which earlier versions did not have, and always did
-    if config.lora is not None and not config.lora.target_parameters:
-        del same["lora"]["target_parameters"]
-    if config.save == SaveSettings():
-        del same["save"]
-    for name in NEWER:
-        if getattr(config.optimizer, name) == OptimizerConfig.model_fields[name].default:
-            del same["optimizer"][name]
-    if config.attention is None:
-        del same["attention"]
-    if config.router_loss == "auto":
-        del same["router_loss"]
-    if config.warmup_steps is None:
-        del same["warmup_steps"]
-    if config.init == "checkpoint":
-        del same["init"]
-    for name in ("loss_weights", "center_rewards_coefficient"):
-        if getattr(config.objective, name) is None:
-            del same["objective"][name]
-    if config.evaluation is None:
-        del same["evaluation"]
-    for place in (same, same.get("evaluation") or {}):
-        if "data" in place:
-            place["data"] = _material_data(place["data"], with_path=with_data_paths)
-    return same
-
-
-def material_of(plan: Plan, *, with_data_paths: bool = False) -> dict[str, Any]:
-    """The same of a plan, with a word where the model's config asks for its router's loss, which
-    earlier versions left out.
-    """
-    config = plan.config
-    same = material(with_names(config), with_data_paths=with_data_paths)
-    is_asked = config.router_loss == "auto" and config.head is None
-    if is_asked and asks_for_router_loss(config.model):
-        same["router_loss"] = "auto"
-    return same
-
-
-def _material_data(data: Any, *, with_path: bool) -> Any:
-    """A dumped `data` with or without the places of files, and without a weight that is 1."""
-    if isinstance(data, list):
-        return [_material_data(each, with_path=with_path) for each in data]
-    if not isinstance(data, dict):
-        return data if with_path else None
-    same = {name: v for name, v in data.items() if (name, v) != ("row_weight", 1)}
-    return same if with_path else same | {"path": None}
 
 
 def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
@@ -410,7 +316,7 @@ def _is_of(record: dict[str, Any], plan: Plan) -> bool:
 
 def fingerprint_with_data_paths(plan: Plan) -> str:
     """The plan's fingerprint in versions where data in another place were others."""
-    same = material_of(plan, with_data_paths=True)
+    same = material_of(plan.config, with_data_paths=True)
     return fingerprint_work([same, plan.inputs], "align")
 
 

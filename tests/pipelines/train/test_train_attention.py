@@ -9,7 +9,7 @@ from training_files import align_config, metrics, run_here
 from pipelines.errors import InputError
 from pipelines.train.architecture import meta_model
 from pipelines.train.inputs import check_inputs
-from pipelines.train.run import material
+from pipelines.train.material import material
 from tests.hub_models import save_as_on_hub
 
 

@@ -25,8 +25,8 @@ from training_files import (
 from pipelines.train import AlignConfig
 from pipelines.train.checkpoints import saved_steps, step_folder
 from pipelines.train.export_run import export_checkpoint
+from pipelines.train.material import material
 from pipelines.train.optimizer import build_optimizer
-from pipelines.train.run import material
 from pipelines.train.strategies import build_strategy
 from pipelines.train.strategy_table import STRATEGIES
 from tests.tiny_models import save_tiny_llama

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 from pipelines.errors import InputError
 from pipelines.train.data.batches import pad_together
 from pipelines.train.head import Head, log_probabilities
+from pipelines.train.material import material
 from pipelines.train.metrics import MEASURED
 from pipelines.train.objectives import DrawnTokens, draw_tokens
-from pipelines.train.run import material
 from pipelines.train.scoring import Draws
 from pipelines.train.strategy_table import STRATEGIES
 from tests.hub_models import ARCHITECTURES, LLAMA_LIKE, random_model

@@ -29,7 +29,8 @@ from pipelines.train import plan_alignment, workers
 from pipelines.train.checkpoints import saved_steps
 from pipelines.train.data import TokenTable, prompts_of
 from pipelines.train.data.held_out import drawn_rows
-from pipelines.train.run import _commit, material
+from pipelines.train.material import material
+from pipelines.train.run import _commit
 from ray_jobs.align import describe_plan
 from tests.tiny_models import save_tiny_llama
 

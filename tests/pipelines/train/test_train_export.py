@@ -21,7 +21,8 @@ from pipelines.rounding import rounding_lines
 from pipelines.train import AlignConfig, plan_alignment
 from pipelines.train.export_run import export_checkpoint
 from pipelines.train.files import EXPORTED_FILE
-from pipelines.train.run import _unfinished_run, material
+from pipelines.train.material import material
+from pipelines.train.run import _unfinished_run
 from tests.tiny_models import save_tiny_llama
 
 

@@ -34,7 +34,8 @@ from pipelines.merge.verify import verify
 from pipelines.train import plan_alignment
 from pipelines.train.config import LoraSettings
 from pipelines.train.export_run import export_checkpoint
-from pipelines.train.run import _unfinished_run, material
+from pipelines.train.material import material
+from pipelines.train.run import _unfinished_run
 from pipelines.train.strategies.loading import empty_model, materialize
 from pipelines.train.strategies.lora import A, add_adapters, begin_adapters, merged_parameters
 from tests.hub_models import save_as_on_hub

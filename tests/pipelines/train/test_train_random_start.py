@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipelines.errors import InputError
 from pipelines.train import AlignConfig, plan_alignment
 from pipelines.train.export_run import export_checkpoint
-from pipelines.train.run import _unfinished_run, material
+from pipelines.train.material import material
+from pipelines.train.run import _unfinished_run
 
 RANDOM: dict[str, Any] = {"init": "random", "objective": {"name": "sft"}}
 

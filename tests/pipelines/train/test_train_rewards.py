@@ -35,9 +35,10 @@ from pipelines.errors import InputError
 from pipelines.train import plan_alignment, remarks
 from pipelines.train.data import collate, global_batch
 from pipelines.train.export_run import export_checkpoint
+from pipelines.train.material import material
 from pipelines.train.objective_config import ObjectiveConfig
 from pipelines.train.objectives import ranked_loss, rewards_of, shares_of
-from pipelines.train.run import _unfinished_run, material
+from pipelines.train.run import _unfinished_run
 from pipelines.train.strategies.loading import empty_model
 from pipelines.train.strategy_table import STRATEGIES
 from tests.tiny_models import save_tiny, save_tiny_gpt2, save_tiny_llama

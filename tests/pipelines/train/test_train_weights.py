@@ -15,6 +15,7 @@ from operators.losses import OBJECTIVES
 from pipelines.errors import InputError
 from pipelines.train import plan_alignment
 from pipelines.train.data import num_steps_of
+from pipelines.train.material import material
 from pipelines.train.objective_config import ObjectiveConfig
 from pipelines.train.objectives import (
     MicroLoss,
@@ -26,7 +27,6 @@ from pipelines.train.objectives import (
     ranked_loss,
     text_loss,
 )
-from pipelines.train.run import material
 from ray_jobs.align import describe_plan
 from tests.tiny_models import save_tiny_llama
 
