@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from operators.kernels.choice import merging_kernels
+from operators.kernels.merging import MergingKernels
 from operators.optim import ShardLayout
-from operators.rounding import loses, round_to
+from operators.rounding import Rounded, loses, round_to
 from pipelines.checkpoints import Checkpoint, OutputLayout, plan_layout
 from pipelines.checkpoints.adapter import ADAPTER_CONFIG
 from pipelines.checkpoints.companions import (
@@ -32,7 +33,7 @@ from pipelines.checkpoints.digests import (
     model_digest,
 )
 from pipelines.checkpoints.hub import hub_ids, recorded
-from pipelines.checkpoints.module_view import copied_tensors
+from pipelines.checkpoints.module_view import Part, copied_tensors
 from pipelines.checkpoints.reader import read_json
 from pipelines.commit import write_atomically
 from pipelines.errors import InputError
@@ -109,16 +110,13 @@ def export_model(
     for part, values in owner.owned():
         for name in (part.name, *owner.tied_names.get(part.name, ())):
             for place in weights.parts(name, part.start, values.detach()):
-                exact, kind = place.values.float().reshape(-1), tensors[place.name][0]
-                base = None
-                if loses(kind):
-                    base = checkpoint.read(place.name, place.start, place.start + exact.numel())
-                rounded = round_to(kind, exact, base, kernels)
+                kind = tensors[place.name][0]
+                rounded = _rounded(checkpoint, place, kind, kernels)
                 if not rounded.is_finite:
                     raise InputError(
                         f"model: {name}: a trained value does not fit into {kind}, or is NaN"
                     )
-                if base is not None:
+                if loses(kind):
                     rows.append(row_of(place.name, place.start, rounded.kept))
                 layout.write(folder, place.name, place.start, rounded.values)
                 seen[place.name].update(place.start, rounded.values)
@@ -136,6 +134,17 @@ def export_model(
     written = Checkpoint(folder, checkpoint.config, layout.stored(folder))
     found = rounding_record(rows, [each for each, _ in tensors.values()], str(source))
     return Exported(model_digest(written, known), found)
+
+
+def _rounded(
+    source: Checkpoint, place: Part, dtype: torch.dtype, kernels: MergingKernels | None
+) -> Rounded:
+    """Trained values in the written dtype, beside those of the source where it may lose some."""
+    exact = place.values.float().reshape(-1)
+    base = None
+    if loses(dtype):
+        base = source.read(place.name, place.start, place.start + exact.numel())
+    return round_to(dtype, exact, base, kernels)
 
 
 def _begin(source: Checkpoint, folder: Path, layout: OutputLayout, dtype: SavedDtype) -> None:

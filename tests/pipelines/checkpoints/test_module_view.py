@@ -195,7 +195,7 @@ def made(composition: Composition, stored: dict[str, Tensor]) -> Tensor:
     return result
 
 
-def compare(change: Callable[..., object], *shapes: tuple[int, ...]) -> None:
+def assert_same(change: Callable[..., object], *shapes: tuple[int, ...]) -> None:
     """A function of tensors gives the same on their compositions."""
     stored, first = {}, 0
     for number, shape in enumerate(shapes):
@@ -212,18 +212,18 @@ def compare(change: Callable[..., object], *shapes: tuple[int, ...]) -> None:
 
 def test_the_operations_of_torch() -> None:
     """Alone and after one another, so that pieces are cut at places that are not theirs."""
-    compare(lambda a, b: torch.cat([a, b], dim=1), (2, 3, 4), (2, 5, 4))
-    compare(lambda a, b: torch.stack([a, b], dim=-1), (2, 3), (2, 3))
-    compare(lambda a: torch.chunk(a, 3, dim=1), (2, 7))
-    compare(lambda a: torch.unbind(a, dim=1), (2, 3, 4))
-    compare(lambda a: torch.transpose(a, dim0=0, dim1=-1).contiguous(), (2, 3, 4))
-    compare(lambda a: a.reshape(4, 3, -1).transpose(0, 1).reshape(12, 2), (24,))
-    compare(lambda a: a.view(3, 1, 4).squeeze().unsqueeze(0), (12,))
-    compare(lambda a: a.transpose(0, 1).reshape(-1), (3, 4))
-    compare(lambda a, b: torch.cat([a, b]).view(2, 5).transpose(0, 1).reshape(10), (3,), (7,))
-    compare(lambda a, b: torch.cat([a, b], 1).reshape(2, 5, 2).chunk(5, 1)[2], (2, 3), (2, 7))
-    compare(lambda a: a.view(2, 3, 2, 2).transpose(1, 2).reshape(12, 2), (12, 2))
-    compare(lambda a: a.reshape(1).unsqueeze(0), ())
+    assert_same(lambda a, b: torch.cat([a, b], dim=1), (2, 3, 4), (2, 5, 4))
+    assert_same(lambda a, b: torch.stack([a, b], dim=-1), (2, 3), (2, 3))
+    assert_same(lambda a: torch.chunk(a, 3, dim=1), (2, 7))
+    assert_same(lambda a: torch.unbind(a, dim=1), (2, 3, 4))
+    assert_same(lambda a: torch.transpose(a, dim0=0, dim1=-1).contiguous(), (2, 3, 4))
+    assert_same(lambda a: a.reshape(4, 3, -1).transpose(0, 1).reshape(12, 2), (24,))
+    assert_same(lambda a: a.view(3, 1, 4).squeeze().unsqueeze(0), (12,))
+    assert_same(lambda a: a.transpose(0, 1).reshape(-1), (3, 4))
+    assert_same(lambda a, b: torch.cat([a, b]).view(2, 5).transpose(0, 1).reshape(10), (3,), (7,))
+    assert_same(lambda a, b: torch.cat([a, b], 1).reshape(2, 5, 2).chunk(5, 1)[2], (2, 3), (2, 7))
+    assert_same(lambda a: a.view(2, 3, 2, 2).transpose(1, 2).reshape(12, 2), (12, 2))
+    assert_same(lambda a: a.reshape(1).unsqueeze(0), ())
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_the_operations_of_transformers(operation: ConversionOps, shape: tuple[i
         made = operation.convert({"q": [tensor]}, ["q"], ["q"], config=config)
         return made["q"][0] if isinstance(made["q"], list) else made["q"]
 
-    compare(change, shape)
+    assert_same(change, shape)
 
 
 def test_shapes_that_do_not_fit() -> None:

@@ -211,10 +211,10 @@ def test_after_a_swap_as_freshly_started_and_no_answer_of_two_models(
 ) -> None:
     answers(engine)
     engine.swap(models["b"])
-    asyncio.run(swaps_under_load(models, answers(engine)))
+    asyncio.run(assert_whole_under_load(models, answers(engine)))
 
 
-async def swaps_under_load(models: dict[str, Path], swapped: list) -> None:
+async def assert_whole_under_load(models: dict[str, Path], swapped: list) -> None:
     """A new engine with model b gives what one gave into which b was swapped. Then requests run all
     the time; each answer must be that of the weights it names.
     """

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.engines import Engine, EngineConfig, open_engine
+from pipelines.engines.transformers_engine import TransformersEngine
 from tests.pipelines.engines.references import save_chatty
 from tests.pipelines.evaluate.made_up_tasks import save_tasks
 
@@ -39,3 +41,17 @@ def engine(chatty_model: Path) -> Iterator[Engine]:
     engine = open_engine(chatty_model, EngineConfig(batch_size=16))
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of prompts that engines are asked."""
+    counts: list[int] = []
+    plain = TransformersEngine.generate
+
+    def counting(self: TransformersEngine, prompts: Any, *rest: Any) -> Any:
+        counts.append(len(prompts))
+        return plain(self, prompts, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "generate", counting)
+    return counts

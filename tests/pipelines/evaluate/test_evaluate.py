@@ -115,20 +115,6 @@ def test_ray_gives_what_one_process_gives(world: Path, tmp_path: Path, ray_clust
     assert evaluate(config_of(world), tmp_path / "ray") == local
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of prompts that engines are asked."""
-    counts: list[int] = []
-    plain = TransformersEngine.generate
-
-    def counting(self: TransformersEngine, prompts: Any, *rest: Any) -> Any:
-        counts.append(len(prompts))
-        return plain(self, prompts, *rest)
-
-    monkeypatch.setattr(TransformersEngine, "generate", counting)
-    return counts
-
-
 def test_a_grown_matrix_measures_what_is_new(world: Path, tmp_path: Path, asked: list[int]) -> None:
     """By model and by task; fewer models or tasks measure nothing, and a limit is another cell."""
     out = tmp_path / "out"

@@ -54,20 +54,6 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts each cell that is measured has."""
-    counts: list[int] = []
-    plain = TransformersEngine.generate
-
-    def counting(self: TransformersEngine, prompts: Any, *rest: Any) -> Any:
-        counts.append(len(prompts))
-        return plain(self, prompts, *rest)
-
-    monkeypatch.setattr(TransformersEngine, "generate", counting)
-    return counts
-
-
 def config_of(world: Path, **changes: Any) -> EvaluateConfig:
     models = {"first": world / "model-0", "second": world / "model-1"}
     values = {"models": models, "tasks": world / "tasks.yaml", "max_new_tokens": 2}
@@ -132,17 +118,17 @@ def test_files_of_others_tell_nothing(world: Path, read: list[str], text: str) -
 
 
 def test_touched_files_are_read_and_changed_ones_measured(
-    world: Path, read: list[str], measured: list[int]
+    world: Path, read: list[str], asked: list[int]
 ) -> None:
     config, out, file = config_of(world), world / "out", world / "model-1" / WEIGHTS
     summary = evaluate(config, out, executor="local")
     tensors = load_file(file)
-    measured.clear()
+    asked.clear()
     os.utime(file, ns=(1, 1))
     read.clear()
     assert evaluate(config, out, executor="local") == summary
     assert {name.split("/")[0] for name in read} == {"model-1"}
-    assert measured == []
+    assert asked == []
     size = file.stat().st_size
     tensors["model.norm.weight"][3] += 1
     save_file(tensors, file, {"format": "pt"})
@@ -150,13 +136,13 @@ def test_touched_files_are_read_and_changed_ones_measured(
     changed = evaluate(config, out, executor="local")
     assert changed["models"]["first"] == summary["models"]["first"]
     assert changed["models"]["second"]["digest"] != summary["models"]["second"]["digest"]
-    assert measured == [2]
+    assert asked == [2]
 
 
-def test_a_copy_in_other_shards_keeps_its_numbers(world: Path, measured: list[int]) -> None:
+def test_a_copy_in_other_shards_keeps_its_numbers(world: Path, asked: list[int]) -> None:
     config, out, model = config_of(world), world / "out", world / "model-1"
     summary = evaluate(config, out, executor="local")
-    measured.clear()
+    asked.clear()
     tensors = dict(reversed(load_file(model / WEIGHTS).items()))
     layout = plan_layout({k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}, 20_000)
     (model / WEIGHTS).unlink()
@@ -166,22 +152,22 @@ def test_a_copy_in_other_shards_keeps_its_numbers(world: Path, measured: list[in
     (model / "README.md").write_text("in shards")
     assert len(list(model.glob("*.safetensors"))) > 1
     assert evaluate(config, out, executor="local") == summary
-    assert measured == []
+    assert asked == []
     (model / "chat_template.jinja").write_text("{{ messages }}")
     evaluate(config, out, executor="local")
-    assert measured == [2]
+    assert asked == [2]
 
 
 def test_a_raised_meaning_measures_again(
-    world: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+    world: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of evaluations; a sweep's key follows those of merges and evaluations, too."""
     config, out = config_of(world), world / "out"
     evaluate(config, out, executor="local")
     monkeypatch.setitem(MEANING, "evaluate", MEANING["evaluate"] + 1)
-    measured.clear()
+    asked.clear()
     evaluate(config, out, executor="local")
-    assert measured == [2, 2]
+    assert asked == [2, 2]
     swept = sweep_of(world)
     keys = [plan_sweep(swept).fingerprint]
     for kind in ("evaluate", "merge", "sweep"):
