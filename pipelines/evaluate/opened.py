@@ -13,14 +13,10 @@ from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.tasks import DIMENSIONS, Task, load_tasks
 
 
-def open_tasks(config: EvaluateConfig, names: Sequence[str] | None = None) -> list[EvaluationTask]:
-    """As `open_all`, but the tasks alone.
-
-    Args:
-        names: give only these, which the config asks for.
-    """
+def open_tasks(config: EvaluateConfig) -> list[EvaluationTask]:
+    """As `open_all`, but the tasks alone."""
     tasks, _ = open_all(config)
-    return [task for task in tasks if names is None or task.name in names]
+    return tasks
 
 
 def open_all(config: EvaluateConfig) -> tuple[list[EvaluationTask], dict[str, Group]]:

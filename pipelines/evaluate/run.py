@@ -4,6 +4,7 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,11 +127,13 @@ class _Open:
                 missing.append(number)
                 continue
             try:
-                samples += self._store.read(cell, number)[0]
+                found, _ = self._store.read(cell, number)
             except DamagedBlockError as damage:
                 print(f"  damaged, measured again: {damage}", file=sys.stderr)
                 self._store.discard(cell, number)
                 missing.append(number)
+            else:  # without prompts, which numbers do not need and which may be long
+                samples += [replace(sample, requests=[]) for sample in found]
         return samples, missing
 
 

@@ -32,10 +32,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One evaluation: its store's folder, and what opens its tasks, by their names."""
+    """One evaluation: its store's folder, and what opens its tasks, which takes a while."""
 
     folder: str
-    open_tasks: Callable[[Sequence[str]], Sequence[EvaluationTask]]
+    open_tasks: Callable[[], Sequence[EvaluationTask]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Worker:
         self._runs, self._stores = runs, [Store(run.folder) for run in runs]
         self._asked = self._config = engine
         self._offline = offline
-        self._tasks: dict[tuple[int, str], EvaluationTask] = {}
+        self._tasks: dict[int, dict[str, EvaluationTask]] = {}  # by run, then name
         self._engine: Engine | None = None
         self._model: Model | None = None
 
@@ -140,10 +140,10 @@ class Worker:
             return samples, {"batch_size": found} if found < self._asked.batch_size else None
 
     def _task(self, block: Block) -> EvaluationTask:
-        key = (block.run, block.cell.task)
-        if key not in self._tasks:
-            [self._tasks[key]] = self._runs[block.run].open_tasks([block.cell.task])
-        return self._tasks[key]
+        if block.run not in self._tasks:
+            tasks = self._runs[block.run].open_tasks()
+            self._tasks[block.run] = {task.name: task for task in tasks}
+        return self._tasks[block.run][block.cell.task]
 
     def _engine_with(self, model: Model) -> "Engine":
         """The engine with a model's weights: as it is, after a swap, or newly started."""

@@ -17,10 +17,13 @@ import yaml
 from pipelines.engines import open_engine
 from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate, plan_evaluation
+from pipelines.evaluate import run as running
 from pipelines.evaluate import store as storing
 from pipelines.evaluate.estimate import estimates
 from pipelines.evaluate.harness import evaluate as evaluate_here
 from pipelines.evaluate.harness import load_tasks
+from pipelines.evaluate.interface import EvaluationTask
+from pipelines.evaluate.opened import open_tasks
 from pipelines.evaluate.results import GROUP, Evaluation, as_csv, as_latex
 from tests.pipelines.engines.references import save_chatty
 from tests.pipelines.evaluate.made_up_tasks import save_tasks
@@ -56,10 +59,18 @@ def config_of(world: Path, **changes: Any) -> EvaluateConfig:
 
 @pytest.fixture(scope="module")
 def measured(world: Path) -> Evaluation:
-    """Measured in blocks of five documents."""
+    """Measured in blocks of five documents, with tasks that are loaded once for all blocks."""
+    opened: list[EvaluateConfig] = []
+
+    def counting(config: EvaluateConfig) -> list[EvaluationTask]:
+        opened.append(config)
+        return open_tasks(config)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storing, "BLOCK_DOCUMENTS", 5)
+        patch.setattr(running, "open_tasks", counting)
         evaluate(config_of(world), world / "out", executor="local")
+    assert len(opened) == 1
     return Evaluation(world / "out")
 
 
