@@ -114,13 +114,17 @@ def head(task: str, metric: str, columns: Sequence[tuple[str, str]]) -> str:
     return task if alone or metric == GROUP else f"{task} {metric}"
 
 
+def _known(error: float) -> float | None:
+    """A standard error; JSON has no NaN."""
+    return None if math.isnan(error) else error
+
+
 def shown(value: float | None, stderr: float | None) -> str:
     """A value with its standard error: three digits of shares, one of percentages."""
     if value is None:
         return "-"
     digits = 3 if abs(value) <= 1 else 1
-    known = stderr is not None and not math.isnan(stderr)
-    return f"{value:.{digits}f}" + (f" ±{stderr:.{digits}f}" if known else "")
+    return f"{value:.{digits}f}" + ("" if stderr is None else f" ±{stderr:.{digits}f}")
 
 
 def _print_differences(
@@ -137,7 +141,7 @@ def _print_differences(
     first, second = names
     found = evaluations[0].differences(first, second)
     rows = [
-        Row(f"{first} - {second}", task, metric, each.value, each.stderr, None)
+        Row(f"{first} - {second}", task, metric, each.value, _known(each.stderr), None)
         for (task, metric), each in found.items()
     ]
     rows = _selected(rows, (), tasks)

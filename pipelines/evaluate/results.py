@@ -1,15 +1,14 @@
 """Finished evaluations, read again: their numbers, differences by document, and other forms."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow.parquet as parquet
 
 from pipelines.errors import InputError
@@ -119,7 +118,7 @@ class Evaluation:
             InputError: they are damaged or gone.
         """
         store, key = Store(self.folder), self._keys[model, task]
-        cell = Cell(task, key, self._num_documents(task, key), {})
+        cell = Cell(task, key, self._described(task, key)["documents"], {})
         try:
             return [
                 sample for block in range(cell.num_blocks) for sample in store.read(cell, block)[0]
@@ -140,20 +139,30 @@ class Evaluation:
             raise InputError(f"{self.folder}: tasks of a tasks.yaml have no form of the library's")
         found = []
         for model, entry in self.summary["models"].items():
-            results = {
-                task.name: task.result(self.samples(model, task.name))
-                for task in tasks
-                if task.name in entry["tasks"]
-            }
+            own = [task for task in tasks if task.name in entry["tasks"]]
+            for task in own:
+                self._check_unchanged(model, task)
+            results = {task.name: task.result(self.samples(model, task.name)) for task in own}
             found.append(write_harness_json(results, folder, model, entry["digest"]))
         return found
 
-    def _num_documents(self, task: str, key: str) -> int:
+    def _check_unchanged(self, model: str, task: LibraryTask) -> None:
+        """Raise InputError if a task is not the one whose samples are stored."""
+        measured = self._described(task.name, self._keys[model, task.name])
+        if measured["task_fingerprint"] != task.fingerprint:
+            raise InputError(
+                f"{self.folder}: task {task.name} has changed since it was measured; run the "
+                "evaluation again"
+            )
+
+    def _described(self, task: str, key: str) -> dict[str, Any]:
+        """What a cell is of."""
         path = Store.path_in(self.folder, Cell(task, key, 1, {}), 0).with_name("cell.json")
         try:
-            return int(json.loads(path.read_text())["documents"])
-        except (OSError, ValueError, KeyError) as error:
+            found: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
             raise InputError(f"{path}: does not read: {error}") from None
+        return found
 
     @cached_property
     def _keys(self) -> dict[tuple[str, str], str]:
@@ -172,12 +181,8 @@ class Evaluation:
 
 def as_csv(rows: Iterable[Row]) -> str:
     """Rows as CSV with full precision; what is unknown is empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "task", "metric", "value", "stderr", "n"])
-    for row in rows:
-        writer.writerow([row.model, row.task, row.metric, row.value, row.stderr, row.n])
-    return text.getvalue()
+    frame = pandas.DataFrame([asdict(row) for row in rows], columns=[f.name for f in fields(Row)])
+    return frame.astype({"n": "Int64"}).to_csv(index=False)
 
 
 def as_latex(models: Sequence[str], heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -186,23 +191,7 @@ def as_latex(models: Sequence[str], heads: Sequence[str], cells: Sequence[Sequen
     Args:
         cells: by model, then by column; ± becomes a sign of LaTeX.
     """
-    lines = [rf"\begin{{tabular}}{{l{'r' * len(heads)}}}", r"\toprule"]
-    lines.append(" & ".join(["model", *map(_escaped, heads)]) + r" \\")
-    lines.append(r"\midrule")
-    for model, own in zip(models, cells, strict=True):
-        lines.append(" & ".join([_escaped(model), *map(_escaped, own)]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def _escaped(text: str) -> str:
-    """A text for LaTeX."""
-    for sign in "\\{}":
-        text = text.replace(sign, {"\\": "\0", "{": r"\{", "}": r"\}"}[sign])
-    text = text.replace("\0", r"\textbackslash{}")
-    for sign in "&%$#_":
-        text = text.replace(sign, f"\\{sign}")
-    return (
-        text.replace("~", r"\textasciitilde{}")
-        .replace("^", r"\textasciicircum{}")
-        .replace("±", r"$\pm$")
-    )
+    rows = [[model, *own] for model, own in zip(models, cells, strict=True)]
+    frame = pandas.DataFrame(rows, columns=["model", *heads])
+    text = frame.to_latex(index=False, escape=True, column_format="l" + "r" * len(heads))
+    return text.replace("±", r"$\pm$")

@@ -129,6 +129,22 @@ def test_the_librarys_files_are_those_of_one_process(
     assert len(samples.read_text().splitlines()) == rolled["word_perplexity"]["n"]
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_a_changed_task_is_not_taken_for_the_measured_one(
+    world: Path, measured: Evaluation, tmp_path: Path
+) -> None:
+    """Its samples would be given other documents."""
+    file = world / "tasks" / "test.jsonl"
+    before = file.read_text()
+    file.write_text("".join(reversed(before.splitlines(keepends=True))))
+    try:
+        with pytest.raises(InputError, match="has changed since it was measured; run the eval"):
+            measured.write_harness_json(tmp_path)
+    finally:
+        file.write_text(before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_forms(measured: Evaluation) -> None:
     rows = measured.rows()
     table = list(csv.DictReader(io.StringIO(as_csv(rows))))
