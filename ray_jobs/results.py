@@ -92,9 +92,15 @@ def _print_table(rows: list[Row], form: str) -> None:
     """A row for each model, a column for each group and each metric of a task."""
     models = list(dict.fromkeys(row.model for row in rows))
     columns = list(dict.fromkeys((row.task, row.metric) for row in rows))
-    heads = [head(task, metric, columns) for task, metric in columns]
+    heads = [_head(task, metric, columns) for task, metric in columns]
     numbers = {(row.model, row.task, row.metric): row for row in rows}
-    cells = [[_cell(numbers.get((model, *column))) for column in columns] for model in models]
+    digits = {
+        column: _digits([r for r in rows if (r.task, r.metric) == column]) for column in columns
+    }
+    cells = [
+        [_cell(numbers.get((model, *column)), digits[column]) for column in columns]
+        for model in models
+    ]
     if form == "latex":
         print(as_latex(models, heads, cells), end="")
         return
@@ -104,11 +110,20 @@ def _print_table(rows: list[Row], form: str) -> None:
     print_table(table)
 
 
-def _cell(row: Row | None) -> str:
-    return "-" if row is None else shown(row.value, row.stderr)
+def _digits(rows: Sequence[Row]) -> int:
+    """Digits of a column's numbers: three for shares, one for percentages."""
+    return 3 if all(abs(row.value) <= 1 for row in rows if row.value is not None) else 1
 
 
-def head(task: str, metric: str, columns: Sequence[tuple[str, str]]) -> str:
+def _cell(row: Row | None, digits: int) -> str:
+    """A value with its standard error."""
+    if row is None or row.value is None:
+        return "-"
+    error = "" if row.stderr is None else f" ±{row.stderr:.{digits}f}"
+    return f"{row.value:.{digits}f}{error}"
+
+
+def _head(task: str, metric: str, columns: Sequence[tuple[str, str]]) -> str:
     """A column's name; a group, or a task with one metric, has its own."""
     alone = sum(of == task for of, _ in columns) == 1
     return task if alone or metric == GROUP else f"{task} {metric}"
@@ -117,14 +132,6 @@ def head(task: str, metric: str, columns: Sequence[tuple[str, str]]) -> str:
 def _known(error: float) -> float | None:
     """A standard error; JSON has no NaN."""
     return None if math.isnan(error) else error
-
-
-def shown(value: float | None, stderr: float | None) -> str:
-    """A value with its standard error: three digits of shares, one of percentages."""
-    if value is None:
-        return "-"
-    digits = 3 if abs(value) <= 1 else 1
-    return f"{value:.{digits}f}" + ("" if stderr is None else f" ±{stderr:.{digits}f}")
 
 
 def _print_differences(
@@ -153,5 +160,5 @@ def _print_differences(
     for row in rows:
         contrast = found[row.task, row.metric]
         clear = "yes" if contrast.is_clear else "no"
-        table.add_row(row.task, row.metric, shown(row.value, row.stderr), clear)
+        table.add_row(row.task, row.metric, _cell(row, _digits([row])), clear)
     print_table(table)

@@ -43,6 +43,11 @@ def test_from_three_checkpoints_to_the_matrix(
         assert program == "poise"
         assert poise(monkeypatch, *arguments) == 0, capsys.readouterr().err
         assert capsys.readouterr().out
+    assert poise(monkeypatch, "results", "runs/matrix", "--task", "all") == 0
+    shown = re.findall(r"[\d.]+ ±[\d.]+", capsys.readouterr().out)
+    assert (
+        len(shown) == 3 and len({len(each.split(" ")[0].partition(".")[2]) for each in shown}) == 1
+    )
     summary = json.loads(Path("runs/matrix/evaluation.json").read_text())
     assert list(summary["models"]) == ["sft", "dpo", "merged"]
     assert summary["models"]["sft"]["tasks"]["letters"]["contains"]["n"] == 4
