@@ -363,18 +363,3 @@ def test_a_failure_under_ray_is_one_line(
     too_many = align_config(tiny_llama, preferences, strategy="ddp", num_workers=8)
     with pytest.raises(InputError, match=r"num_workers: found 8; allowed: up to \d"):
         align(too_many, tmp_path / "wide")
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_tensorboard_files_are_in_the_output(
-    ray_cluster: None, tiny_llama: Path, preferences: Path, tmp_path: Path
-) -> None:
-    """Every number of metrics.jsonl, for each step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    out = align(align_config(tiny_llama, preferences, tensorboard=True), tmp_path / "out")
-    events = EventAccumulator(str(out / "tensorboard"))
-    events.Reload()
-    values = [event.value for event in events.Scalars("loss")]
-    assert values == pytest.approx([line["loss"] for line in metrics(out)], rel=1e-6)
