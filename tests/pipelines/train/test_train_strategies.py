@@ -6,7 +6,6 @@ Oracle: a run in this process, without any sharding; and the bytes of a run that
 import functools
 import itertools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +22,11 @@ from processes import (
 )
 from safetensors.torch import load_file
 from torch import Tensor
-from training_files import align_config, metrics, run_here, seeded_metrics
+from training_files import align_config, broken_off, metrics, run_here, seeded_metrics
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipelines.train import AlignConfig
-from pipelines.train.checkpoints import saved_steps, step_folder
+from pipelines.train.checkpoints import saved_steps
 from pipelines.train.optimizer import build_optimizer
 from pipelines.train.strategies.zero import ZeroStrategy
 from pipelines.train.strategy_table import STRATEGIES
@@ -214,14 +213,6 @@ def test_no_worker_of_zero3_ever_holds_a_whole_model(
     run = align_config(tmp_path / "model", preferences, strategy="zero3", num_workers=4)
     held = memory_of_loading(run, tmp_path / "run")
     assert 0.2 * size < max(held) < 0.5 * size
-
-
-def broken_off(run: Path, place: Path, *, checkpoint: int, lines: int) -> Path:
-    """A finished run as it was some steps after one of its checkpoints; returns `place`."""
-    shutil.copytree(step_folder(run, checkpoint), step_folder(place, checkpoint))
-    text = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (place / "metrics.jsonl").write_text("".join(text[:lines]))
-    return place
 
 
 HANDED_OVER = [
