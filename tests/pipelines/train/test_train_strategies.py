@@ -84,6 +84,21 @@ def run_alone(
     return run
 
 
+EVALUATED = {"evaluation": {"share": 0.25, "every": 3}}
+
+
+@pytest.fixture(scope="module")
+def whole_runs(
+    models: tuple[Path, Path], preferences: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """A run of each strategy, in turn on the same two workers."""
+    folder = tmp_path_factory.mktemp("whole")
+    names = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+    runs = {folder / name: config_of(name, models, preferences, **EVALUATED) for name in names}
+    run_workers_in_turn(runs)
+    return {run.name: run for run in runs}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_strategy(
@@ -91,13 +106,12 @@ def test_strategy(
     models: tuple[Path, Path],
     preferences: Path,
     run_alone: Callable[..., Path],
+    whole_runs: dict[str, Path],
     tmp_path: Path,
 ) -> None:
     """Losses and norms of each step, the exported weights, and both again after a kill."""
-    fields = {"evaluation": {"share": 0.25, "every": 3}}
-    alone = run_alone(**fields)
-    config = config_of(strategy, models, preferences, **fields)
-    whole = run_workers(config, tmp_path / "whole")
+    alone, whole = run_alone(**EVALUATED), whole_runs[strategy]
+    config = config_of(strategy, models, preferences, **EVALUATED)
     assert [line["step"] for line in metrics(whole) if "eval_loss" in line] == [3, 6, 8]
     for one, other in zip(metrics(alone), metrics(whole), strict=True):
         for name in {"loss", "gradient_norm", "margin", "eval_loss", "eval_margin"} & one.keys():
