@@ -52,6 +52,7 @@ class Started:
     """A command that is under way, in a session of its own, to be killed in parts or whole."""
 
     def __init__(self, command: list[str], project_root: Path, **environment: str) -> None:
+        self.said, self.raylet = "", 0  # the last words, and a pid, of what was killed
         self.process = subprocess.Popen(
             command,
             cwd=project_root,
@@ -80,23 +81,26 @@ class Started:
             time.sleep(0.05)
         raise AssertionError(f"no process {name}")
 
+    def end(self) -> None:
+        """Wait until it leaves by itself, or after a kill, and keep what it has said."""
+        _, self.said = self.process.communicate(timeout=240)
+
     def kill_worker(self) -> None:
         """One of those that train; Ray replaces all."""
         os.kill(self.pid_of("RayTrainWorker"), signal.SIGKILL)
 
-    def end(self) -> str:
-        """What it says on leaving by itself, or after a kill."""
-        _, error = self.process.communicate(timeout=240)
-        return error
-
-    def kill_driver(self) -> None:
-        """The driver alone, whose workers may outlive it."""
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.end()
-
-    def kill_everything(self) -> None:
-        """Driver, Ray and workers at once."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+    def kill(self, what: str) -> None:
+        """Kill what ends the command: the `driver` alone, whose workers may outlive it; Ray's own
+        process of the `node`; or `everything` at once.
+        """
+        if what == "everything":
+            os.killpg(self.process.pid, signal.SIGKILL)
+        elif what == "driver":
+            os.kill(self.process.pid, signal.SIGKILL)
+        else:
+            assert what == "node"
+            self.raylet = self.pid_of("raylet/raylet")
+            os.kill(self.raylet, signal.SIGKILL)
         self.end()
 
 

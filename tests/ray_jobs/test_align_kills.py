@@ -46,6 +46,14 @@ OBJECTIVES = {
     "zero2": "simpo",
     "zero3": "orpo",
 }
+DEATHS = {
+    "single": "driver",  # alone, whose workers may outlive it
+    "ddp": "worker",  # one, which Ray replaces
+    "fsdp2": "driver",
+    "zero1": "worker",
+    "zero2": "everything",
+    "zero3": "node",
+}
 
 
 @pytest.fixture
@@ -82,43 +90,28 @@ def rows_for(objective: str) -> list[dict[str, object]]:
 
 @dataclass(frozen=True)
 class KilledRuns:
-    """The config of each strategy's run that was killed and then finished, and what the driver said
-    of the death of its node.
+    """The config of each strategy's run that was killed and then finished, and the process that had
+    lost its node.
     """
 
     configs: dict[str, Path]
-    raylet: int
-    status: int
-    said: str
+    last: Started
 
 
-def kill_single(config: Path, project_root: Path, draw: random.Random) -> None:
-    """A worker of the command, which Ray replaces; then the driver."""
-    run = Started(command(config), project_root)
-    run.wait_for_step(config, draw.randrange(1, 20))
-    run.kill_worker()
-    run.wait_for_step(config, draw.randrange(35, 60))
-    run.kill_driver()
-
-
-def kill_pairs(configs: dict[str, Path], project_root: Path, draw: random.Random) -> Started:
-    """Of runs that take turns on two workers, a worker in each; the driver in the second run,
-    everything in the fourth, and the node in the last. Each start goes on where the one before was
-    killed. Returns the process that has lost its node.
+def kill(command: list[str], configs: dict[str, Path], project_root: Path) -> Started:
+    """Let each run die its death in its middle, where the command is the one to start and to start
+    again. Returns the last process that was killed.
     """
-    turns = command_in_turn(list(configs.values()))
-    run = Started(turns, project_root)
-    for strategy, config in configs.items():
-        run.wait_for_step(config, draw.randrange(1, 20))
-        run.kill_worker()
-        run.wait_for_step(config, draw.randrange(35, 60))
-        if strategy == "fsdp2":
-            run.kill_driver()
-        if strategy == "zero2":
-            run.kill_everything()
-        if strategy in ("fsdp2", "zero2"):
-            assert not (config.parent / "out").exists()
-            run = Started(turns, project_root)
+    run, draw = Started(command, project_root), random.Random(0)
+    for number, (strategy, config) in enumerate(configs.items(), 1):
+        run.wait_for_step(config, draw.randrange(11, 60))
+        if DEATHS[strategy] == "worker":
+            run.kill_worker()
+            continue
+        run.kill(DEATHS[strategy])
+        assert not (config.parent / "out").exists()
+        if number < len(configs):
+            run = Started(command, project_root)
     return run
 
 
@@ -138,16 +131,12 @@ def killed_runs(
             num_steps=400 if strategy == "zero3" else 100,  # a node's death takes a while
             checkpoint_every=10,
         )
-    draw = random.Random(0)
     pairs = {name: path for name, path in configs.items() if name != "single"}
-    kill_single(configs["single"], project_root, draw)
-    run = kill_pairs(pairs, project_root, draw)
-    raylet = run.pid_of("raylet/raylet")
-    os.kill(raylet, signal.SIGKILL)
-    said = run.end()
+    kill(command(configs["single"]), {"single": configs["single"]}, project_root)
+    run = kill(command_in_turn(list(pairs.values())), pairs, project_root)
     align_together([configs["single"]])
     align_together(list(pairs.values()))
-    return KilledRuns(configs, raylet, run.process.returncode, said)
+    return KilledRuns(configs, run)
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +180,9 @@ def test_the_death_of_the_node_is_told_in_one_line(killed_runs: KilledRuns) -> N
     """Ray's own process of the machine was killed: the driver says so, and does not wait for ever.
     That the next start ends as a run that nobody touched is in the tests above.
     """
-    assert killed_runs.status == 1
-    told = f"poise: Ray's own process raylet (pid {killed_runs.raylet}) has died"
-    assert told in killed_runs.said
+    last = killed_runs.last
+    assert last.process.returncode == 1
+    assert f"poise: Ray's own process raylet (pid {last.raylet}) has died" in last.said
 
 
 def test_a_lost_node_of_a_cluster_is_replaced(config: Path, project_root: Path) -> None:
@@ -215,10 +204,10 @@ def test_a_lost_node_of_a_cluster_is_replaced(config: Path, project_root: Path) 
             run.wait_for_step(config, 30)
             cluster.remove_node(node, allow_graceful=False)
             cluster.add_node(num_cpus=1)
-            said = run.end()
+            run.end()
         finally:
             cluster.shutdown()
-    assert run.process.returncode == 0, said
+    assert run.process.returncode == 0, run.said
     assert_out_is(undisturbed(config), config)
 
 
