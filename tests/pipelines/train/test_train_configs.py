@@ -219,8 +219,8 @@ def measured_ratios(project_root: Path) -> dict[str, float]:
     """The most a worker holds, beyond its start, as a part of the formula's number."""
     command = [sys.executable, "benchmarks/memory.py", "--only", *MEASURED]
     output = subprocess.run(command, cwd=project_root, capture_output=True, text=True, check=True)
-    rows = [line.strip("| ").split(" | ") for line in output.stdout.splitlines()[2:]]
-    return {row[0]: float(row[-1]) for row in rows}
+    rows = [line.strip("| ").split(" | ") for line in output.stdout.splitlines()]
+    return {row[0]: float(row[-1]) for row in rows if row[0] in MEASURED}
 
 
 @pytest.mark.slow
