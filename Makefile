@@ -1,11 +1,14 @@
 # Everything here sets itself up: `make demo` and `make test` work on a fresh clone.
 # TORCH=cpu|cuda overrides which lock is used; PYTHON chooses the interpreter (3.11 or newer).
+# WORKERS is how many processes share the tests' files (0: this one alone).
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= auto
+WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-slow test-long test-all lint bench golden clean
 
@@ -18,17 +21,17 @@ setup: ## create .venv and install the locked packages (does nothing when nothin
 demo: setup ## the whole story on the tiny world
 	@$(BIN)/poise demo $(ARGS)
 
-test: setup ## the tests, without the slow ones (four to twelve minutes)
-	@$(PYTEST) -m "not slow and not long" --timeout 240 $(ARGS)
+test: setup ## the tests, without the slow ones (about eight minutes)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not slow and not long" --timeout 240 $(ARGS)
 
 test-slow: setup ## the slow tests alone
-	@$(PYTEST) -m "slow and not long" $(ARGS) || [ $$? -eq 5 ]
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "slow and not long" $(ARGS) || [ $$? -eq 5 ]
 
 test-long: setup ## the tests with real weights or data, which skip where these are missing
 	@$(PYTEST) -m long $(ARGS)
 
 test-all: setup ## all tests but the long ones, with the slow ones
-	@$(PYTEST) -m "not long" $(ARGS)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not long" $(ARGS)
 
 lint: setup ## ruff, the import floors and the types
 	@$(BIN)/ruff check .

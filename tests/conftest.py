@@ -13,8 +13,17 @@ from pipelines.hub.offline import ASKED_OFFLINE
 from ray_jobs.session import quiet_environment, ray_session
 from tests.hub_stub import Stub, running_hub
 
+# Files that take minutes begin first, so that no worker waits for one at the end.
+LONGEST = ("test_demo.py", "test_align_kills.py")
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the real hub
 quiet_environment()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests by file: those of the longest files first, the others as they were found."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def entry(place: str, content: bytes) -> dict[str, Any]:
 def running_hub() -> Iterator[Stub]:
     """A stub that answers during the block."""
     stub = Stub()
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(stub)) for _ in range(2)]
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, stub)) for _ in range(2)]
     stub.endpoint, stub.storage = (f"http://127.0.0.1:{s.server_address[1]}" for s in servers)
     threads = [threading.Thread(target=s.serve_forever, args=(0.02,)) for s in servers]
     for thread in threads:
@@ -112,125 +113,141 @@ def running_hub() -> Iterator[Stub]:
             server.server_close()
 
 
-def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    """Answers one request as the stub has it."""
 
-        def log_message(self, *_: Any) -> None:
-            pass
+    protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self) -> None:
-            self.answer()
+    def __init__(self, stub: Stub, *connection: Any) -> None:
+        self.stub = stub
+        super().__init__(*connection)  # handles it
 
-        def do_GET(self) -> None:
-            self.answer()
+    def log_message(self, *_: Any) -> None:
+        pass
 
-        def answer(self) -> None:
-            path = urlsplit(self.path)
-            headers = self.headers
-            authorization = headers.get("Authorization", "")
-            where = f"{self.server.server_address[1]}"
-            own = "" if stub.endpoint.endswith(where) else "storage:"
-            stub.asked.append(
-                (self.command, own + self.path, headers.get("Range", ""), authorization)
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        """What is asked of a model or a data set, or of the storage of large files."""
+        self.remember()
+        if self.stub.status is not None:
+            return self.error(self.stub.status, "")
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        if parts[0] == "stored":
+            return self.send_bytes(*parts[1:4], "/".join(parts[4:]))
+        is_api = parts[0] == "api"
+        kind = parts[1] if is_api else "datasets" if parts[0] == "datasets" else "models"
+        rest = parts[2:] if is_api else parts[1:] if kind == "datasets" else parts
+        if is_api and len(rest) == 2:
+            rest = [*rest, "revision", "main"]
+        if len(rest) < 4:
+            return self.error(404, "")
+        return self.answer_about("/".join(rest[:2]), kind, *rest[2:4], "/".join(rest[4:]))
+
+    def remember(self) -> None:
+        """Note the request, with the server that was asked."""
+        where = f"{self.server.server_address[1]}"
+        own = "" if self.stub.endpoint.endswith(where) else "storage:"
+        asked_range = self.headers.get("Range", "")
+        self.stub.asked.append((self.command, own + self.path, asked_range, self.authorization))
+
+    def answer_about(self, name: str, kind: str, verb: str, revision: str, place: str) -> None:
+        """A revision's commit, its listing or one of its files."""
+        stub = self.stub
+        if name in stub.renamed:
+            return self.redirect(self.path.replace(name, stub.renamed[name], 1), 307)
+        known = name in stub.models and stub.kinds.get(name, "models") == kind
+        if not known or (name in stub.private and not self.may_read()):
+            return self.error(404 if self.may_read() else 401, "RepoNotFound")
+        try:
+            files = dict(stub.files(name, revision))
+        except KeyError:
+            return self.error(404, "RevisionNotFound")
+        if verb == "revision":
+            return self.send_json({"id": name, "sha": stub.commit(name, revision)})
+        if verb == "tree":
+            cursor = parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0]
+            return self.send_tree(files, int(cursor))
+        if name in stub.gated and not self.may_read():
+            return self.error(403 if self.authorization else 401, "GatedRepo")
+        if place not in files:
+            return self.error(404, "EntryNotFound")
+        return self.send_file(name, revision, place, files[place])
+
+    @property
+    def authorization(self) -> str:
+        """As it was sent; empty without."""
+        return self.headers.get("Authorization", "")
+
+    def may_read(self) -> bool:
+        return self.authorization == f"Bearer {self.stub.token}"
+
+    def send_tree(self, files: dict[str, bytes], first: int) -> None:
+        entries = [entry(place, content) for place, content in files.items()]
+        folders = {place.rpartition("/")[0] for place in files} - {""}
+        entries += [{"type": "directory", "path": f, "oid": "0", "size": 0} for f in folders]
+        more = {}
+        if first + PAGE < len(entries):
+            address = f"{self.stub.endpoint}{urlsplit(self.path).path}"
+            more["Link"] = f'<{address}?recursive=true&cursor={first + PAGE}>; rel="next"'
+        self.send_json(entries[first : first + PAGE], more)
+
+    def send_file(self, name: str, revision: str, place: str, content: bytes) -> None:
+        common = {"X-Repo-Commit": self.stub.commit(name, revision)}
+        if is_large(place):
+            digest = hashlib.sha256(content).hexdigest()
+            common |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{digest}"'}
+            kind = self.stub.kinds.get(name, "models")
+            where = (
+                f"{self.stub.storage}/stored/{kind}/{name.replace('/', '--')}/{revision}/{place}"
             )
-            if stub.status is not None:
-                return self.error(stub.status, "")
-            parts = [unquote(part) for part in path.path.strip("/").split("/")]
-            if parts[0] == "stored":
-                return self.send_bytes(*parts[1:4], "/".join(parts[4:]))
-            is_api = parts[0] == "api"
-            kind = parts[1] if is_api else "datasets" if parts[0] == "datasets" else "models"
-            rest = parts[2:] if is_api else parts[1:] if kind == "datasets" else parts
-            if is_api and len(rest) == 2:
-                rest = [*rest, "revision", "main"]
-            if len(rest) < 4:
-                return self.error(404, "")
-            name, verb, revision, place = "/".join(rest[:2]), rest[2], rest[3], "/".join(rest[4:])
-            if name in stub.renamed:
-                return self.redirect(self.path.replace(name, stub.renamed[name], 1), 307)
-            known = name in stub.models and stub.kinds.get(name, "models") == kind
-            if not known or (name in stub.private and not self.may_read()):
-                return self.error(404 if self.may_read() else 401, "RepoNotFound")
-            try:
-                files = dict(stub.files(name, revision))
-            except KeyError:
-                return self.error(404, "RevisionNotFound")
-            if verb == "revision":
-                return self.send_json({"id": name, "sha": stub.commit(name, revision)})
-            if verb == "tree":
-                return self.send_tree(files, int(parse_qs(path.query).get("cursor", ["0"])[0]))
-            if name in stub.gated and not self.may_read():
-                return self.error(403 if authorization else 401, "GatedRepo")
-            if place not in files:
-                return self.error(404, "EntryNotFound")
-            return self.send_file(name, revision, place, files[place])
+            return self.redirect(where, 302, common)
+        return self.send_range(place, content, common | {"ETag": f'"{git_hash(content)}"'})
 
-        def may_read(self) -> bool:
-            return self.headers.get("Authorization") == f"Bearer {stub.token}"
+    def send_bytes(self, kind: str, name: str, revision: str, place: str) -> None:
+        content = dict(self.stub.files(name.replace("--", "/"), revision))[place]
+        self.send_range(place, content, {})
 
-        def send_tree(self, files: dict[str, bytes], first: int) -> None:
-            entries = [entry(place, content) for place, content in files.items()]
-            folders = {place.rpartition("/")[0] for place in files} - {""}
-            entries += [{"type": "directory", "path": f, "oid": "0", "size": 0} for f in folders]
-            more = {}
-            if first + PAGE < len(entries):
-                address = f"{stub.endpoint}{urlsplit(self.path).path}"
-                more["Link"] = f'<{address}?recursive=true&cursor={first + PAGE}>; rel="next"'
-            self.send_json(entries[first : first + PAGE], more)
+    def send_range(self, place: str, content: bytes, headers: dict[str, str]) -> None:
+        if place in self.stub.corrupt:
+            content = bytes([content[0] ^ 1]) + content[1:]
+        begin = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
+        body = content[begin:]
+        self.send_response(206 if "Range" in self.headers else 200)
+        if "Range" in self.headers:
+            place_of = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+            self.send_header("Content-Range", place_of)
+        self.send_header("Content-Length", str(len(body)))
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if self.stub.cut.get(place, 0) > 0:
+            self.stub.cut[place] -= 1
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+            return
+        self.wfile.write(body)
 
-        def send_file(self, name: str, revision: str, place: str, content: bytes) -> None:
-            common = {"X-Repo-Commit": stub.commit(name, revision)}
-            if is_large(place):
-                digest = hashlib.sha256(content).hexdigest()
-                common |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{digest}"'}
-                kind = stub.kinds.get(name, "models")
-                where = f"{stub.storage}/stored/{kind}/{name.replace('/', '--')}/{revision}/{place}"
-                return self.redirect(where, 302, common)
-            return self.send_range(place, content, common | {"ETag": f'"{git_hash(content)}"'})
+    def send_json(self, value: Any, headers: dict[str, str] | None = None) -> None:
+        self.finish_with(200, json.dumps(value).encode(), headers or {})
 
-        def send_bytes(self, kind: str, name: str, revision: str, place: str) -> None:
-            content = dict(stub.files(name.replace("--", "/"), revision))[place]
-            self.send_range(place, content, {})
+    def redirect(self, where: str, status: int, headers: dict[str, str] | None = None) -> None:
+        self.finish_with(status, b"", {"Location": where, **(headers or {})})
 
-        def send_range(self, place: str, content: bytes, headers: dict[str, str]) -> None:
-            if place in stub.corrupt:
-                content = bytes([content[0] ^ 1]) + content[1:]
-            begin = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
-            body = content[begin:]
-            self.send_response(206 if "Range" in self.headers else 200)
-            if "Range" in self.headers:
-                place_of = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-                self.send_header("Content-Range", place_of)
-            self.send_header("Content-Length", str(len(body)))
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "HEAD":
-                return
-            if stub.cut.get(place, 0) > 0:
-                stub.cut[place] -= 1
-                self.wfile.write(body[: len(body) // 2])
-                self.close_connection = True
-                return
+    def error(self, status: int, code: str) -> None:
+        self.finish_with(status, b"{}", {"X-Error-Code": code} if code else {})
+
+    def finish_with(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
             self.wfile.write(body)
-
-        def send_json(self, value: Any, headers: dict[str, str] | None = None) -> None:
-            self.finish_with(200, json.dumps(value).encode(), headers or {})
-
-        def redirect(self, where: str, status: int, headers: dict[str, str] | None = None) -> None:
-            self.finish_with(status, b"", {"Location": where, **(headers or {})})
-
-        def error(self, status: int, code: str) -> None:
-            self.finish_with(status, b"{}", {"X-Error-Code": code} if code else {})
-
-        def finish_with(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-    return Handler

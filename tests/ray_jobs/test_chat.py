@@ -1,4 +1,4 @@
-"""`poise chat` as a user runs it: lines in, answers out.
+"""`poise chat`: lines in, answers out; as a process where its streams and variables are tested.
 
 Oracle: the greedy answers of one batch without the command.
 """
@@ -13,6 +13,7 @@ import pytest
 from ray_jobs.chat import run_chat
 from tests.generator import Generator
 from tests.hub_stub import Stub
+from tests.ray_jobs.command_line import poise
 from tests.tiny_models import save_tiny_llama
 
 
@@ -44,9 +45,13 @@ def test_answers_and_nothing_else_on_stdout(tmp_path: Path, project_root: Path) 
     assert "> " not in done.stderr
 
 
-def test_a_line_does_not_depend_on_the_lines_before(tmp_path: Path, project_root: Path) -> None:
+def test_a_line_does_not_depend_on_the_lines_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_tiny_llama(tmp_path / "model")
-    repeated = chat(model, "hello\na\nhello", project_root).stdout.splitlines()
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\na\nhello"))
+    assert poise(monkeypatch, "chat", model) == 0
+    repeated = capsys.readouterr().out.splitlines()
     assert len(repeated) == 3
     assert repeated[0] == repeated[2]
 
@@ -62,20 +67,23 @@ def test_a_question_longer_than_the_model_reads(
     assert "too long" in shown.err and "128" in shown.err
 
 
-def test_a_folder_without_a_model(tmp_path: Path, project_root: Path) -> None:
-    done = chat(tmp_path / "absent", "hello\n", project_root)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert "absent: no such directory" in done.stderr
+def test_a_folder_without_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert poise(monkeypatch, "chat", tmp_path / "absent") == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert "absent: no such directory" in shown.err
 
 
-def test_a_tokenizer_without_a_chat_template(tmp_path: Path, project_root: Path) -> None:
+def test_a_tokenizer_without_a_chat_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_tiny_llama(tmp_path / "model")
     (model / "chat_template.jinja").unlink()
-    done = chat(model, "", project_root)
-    assert done.returncode == 2
-    assert "chat template" in done.stderr
+    assert poise(monkeypatch, "chat", model) == 2
+    assert "chat template" in capsys.readouterr().err
 
 
 def test_a_model_of_the_hub_in_a_process_of_its_own(

@@ -23,6 +23,7 @@ import pytest
 from ray_jobs.cli import main
 from ray_jobs.demo import ALIGNED, MERGES, MIXTURES, SINGLE
 from ray_jobs.session import ray_session
+from tests.ray_jobs.command_line import poise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
@@ -31,11 +32,11 @@ STRENGTHS = {"helpful": "helpfulness", "honest": "honesty", "harmless": "harmles
 DIMENSIONS = tuple(STRENGTHS.values())
 
 
-def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(out: Path) -> subprocess.Popen[str]:
     """Start the demo on the smoke size in a process group of its own."""
     command = [sys.executable, "-m", "ray_jobs.cli", "demo", "--smoke", "--out", str(out)]
     return subprocess.Popen(
-        [*command, "--seed", str(SEED), *arguments],
+        [*command, "--seed", str(SEED)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -138,21 +139,22 @@ def test_optimizers_are_matched_by_the_length_of_their_deltas(
     assert demo[1].count("- Optimizers: on average, ") == len(MIXTURES) - 1
 
 
-def test_a_second_run_only_prints(demo: tuple[Path, str]) -> None:
+def test_a_second_run_only_prints(
+    demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, printed = demo
     before = {path: path.stat().st_mtime_ns for path in (out / "models").rglob("*.safetensors")}
-    process = start(out)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert output == printed
+    monkeypatch.setenv("COLUMNS", "120")
+    assert poise(monkeypatch, "demo", "--smoke", "--out", out, "--seed", SEED) == 0
+    assert capsys.readouterr().out == printed
     assert before == {p: p.stat().st_mtime_ns for p in (out / "models").rglob("*.safetensors")}
 
 
-def test_another_seed_does_not_overwrite(demo: tuple[Path, str]) -> None:
-    process = start(demo[0], "--seed", "1")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 2
-    assert "holds a run with seed=0" in errors
+def test_another_seed_does_not_overwrite(
+    demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert poise(monkeypatch, "demo", "--smoke", "--out", demo[0], "--seed", SEED + 1) == 2
+    assert "holds a run with seed=0" in capsys.readouterr().err
 
 
 def readme_commands() -> list[str]:

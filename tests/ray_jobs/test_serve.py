@@ -22,6 +22,7 @@ import pytest
 from pipelines.errors import InputError
 from ray_jobs.serve import run_serve
 from tests.generator import Generator
+from tests.ray_jobs.command_line import poise
 from tests.tiny_models import save_tiny_llama
 
 MARK = "POISE_TEST_SERVER"
@@ -155,20 +156,22 @@ def test_sigterm_while_loading_leaves_nothing(tmp_path: Path, project_root: Path
     assert_nothing_remains(mark)
 
 
-def test_a_taken_port_is_an_error_before_ray_starts(tmp_path: Path, project_root: Path) -> None:
+def test_a_taken_port_is_an_error_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("vllm")
     model = save_tiny_llama(tmp_path / "model")
-    mark = uuid.uuid4().hex
+    started: list[int] = []
+    monkeypatch.setattr("ray_jobs.serve.ray_session", lambda **_: started.append(1))
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        with server([model], port, project_root, mark) as process:
-            out, err = process.communicate(timeout=300)
-    assert process.returncode == 2
-    assert out == ""
-    assert err == f"poise: --port {port}: taken on 127.0.0.1; choose another\n"
-    assert processes_with(mark) == []
+        assert poise(monkeypatch, "serve", model, "--port", port) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == f"poise: --port {port}: taken on 127.0.0.1; choose another\n"
+    assert not started
 
 
 def test_a_missing_model_is_an_error(tmp_path: Path) -> None:

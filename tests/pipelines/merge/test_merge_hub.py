@@ -168,7 +168,7 @@ def test_the_command_merges_a_recipe_and_diffs(
 ) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(config_of().model_dump(mode="json", exclude_unset=True)))
-    assert poise(monkeypatch, "merge", file, tmp_path / "out") == 0
+    assert poise(monkeypatch, "merge", file, tmp_path / "out", "executor=local") == 0
     assert "org/one@" in capsys.readouterr().err
     assert poise(monkeypatch, "diff", "org/one", "org/two", "--base", "org/base", "--json") == 0
     assert json.loads(capsys.readouterr().out)[-1]["name"] == "all"

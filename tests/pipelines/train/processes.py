@@ -111,18 +111,31 @@ def _worker(
     dist.destroy_process_group()
 
 
-def run_on_given_gradients(config: AlignConfig, folder: Path, num_steps: int) -> dict[str, Tensor]:
-    """Step the config's strategy on `given_gradient`s, put in after the reduction; returns the
-    masters of all workers together, by name.
+def run_on_given_gradients(
+    configs: dict[Path, AlignConfig], num_steps: int
+) -> dict[Path, dict[str, Tensor]]:
+    """Step each config's strategy on `given_gradient`s, put in after the reduction, in turn on the
+    same workers; returns by folder the masters of all workers together, by name.
     """
-    folder.mkdir(parents=True)
-    arguments = (config.num_workers, _free_port(), config.model_dump_json(), folder, num_steps)
+    for folder in configs:
+        folder.mkdir(parents=True)
+    (num_workers,) = {config.num_workers for config in configs.values()}
+    texts = {folder: config.model_dump_json() for folder, config in configs.items()}
     multiprocessing.set_forkserver_preload(PRELOADED)
     mp.start_processes(
-        _given_worker, arguments, config.num_workers, join=True, start_method="forkserver"
+        _given_worker,
+        (num_workers, _free_port(), texts, num_steps),
+        num_workers,
+        join=True,
+        start_method="forkserver",
     )
+    return {folder: _joined(folder, num_workers) for folder in configs}
+
+
+def _joined(folder: Path, num_workers: int) -> dict[str, Tensor]:
+    """The parts that the workers have written, by name, in their order."""
     parts: dict[str, list[tuple[int, Tensor]]] = {}
-    for rank in range(config.num_workers):
+    for rank in range(num_workers):
         for name, start, values in torch.load(folder / f"{rank}.pt", weights_only=True):
             parts.setdefault(name, []).append((start, values))
     ordered = {name: sorted(found, key=lambda part: part[0]) for name, found in parts.items()}
@@ -167,13 +180,18 @@ def given_gradient(step: int, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _given_worker(
-    rank: int, world: int, port: int, config_text: str, folder: Path, num_steps: int
+    rank: int, world: int, port: int, config_texts: dict[Path, str], num_steps: int
 ) -> None:
     _begin(rank, world, port)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    for folder, text in config_texts.items():
+        _step_on_given_gradients(AlignConfig.model_validate_json(text), rank, folder, num_steps)
+    dist.destroy_process_group()
+
+
+def _step_on_given_gradients(config: AlignConfig, rank: int, folder: Path, num_steps: int) -> None:
     from pipelines.train.strategies import build_strategy
 
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    config = AlignConfig.model_validate_json(config_text)
     strategy = build_strategy(config, torch.device("cpu"))
     reduced_step, step = strategy.optimizer.step, 0
 
@@ -194,4 +212,3 @@ def _given_worker(
         strategy.update(lambda norm: None)
     found = [(part.name, part.start, values.clone()) for part, values in strategy.owned()]
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_workers
+from processes import run_workers_in_turn
 from torch import nn
 from training_files import align_config, run_here, seeded_metrics
 
@@ -51,13 +51,21 @@ def test_a_run_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_sharded_runs_end_with_the_same_bytes(
-    strategy: str, tiny_llama: Path, preferences: Path, tmp_path: Path
+    tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
     """Weights that are gathered for a pass are not held by what the pass keeps."""
-    fields = {"strategy": strategy, "num_workers": 2, "micro_batch_size": 2, "precision": "bf16"}
-    plain = run_workers(align_config(tiny_llama, preferences, **fields), tmp_path / "plain")
-    config = align_config(tiny_llama, preferences, **fields, activation_offload=True)
-    run = run_workers(config, tmp_path / "run")
-    assert (run / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
+    fields = {"num_workers": 2, "micro_batch_size": 2, "precision": "bf16"}
+    strategies = ("ddp", "fsdp2", "zero2", "zero3")
+    run_workers_in_turn(
+        {
+            tmp_path / strategy / name: align_config(
+                tiny_llama, preferences, **fields, strategy=strategy, activation_offload=offload
+            )
+            for strategy in strategies
+            for name, offload in (("plain", False), ("run", True))
+        }
+    )
+    for strategy in strategies:
+        plain, run = (tmp_path / strategy / name / WEIGHTS for name in ("plain", "run"))
+        assert run.read_bytes() == plain.read_bytes(), strategy

@@ -41,8 +41,8 @@ def fsdp2_config(model: Path, data: Path) -> AlignConfig:
 def fsdp2_run(
     ray_cluster: None, tiny_llama: Path, preferences: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """An undisturbed run under Ray Train."""
-    config = fsdp2_config(tiny_llama, preferences)
+    """An undisturbed run under Ray Train, which writes TensorBoard's files too."""
+    config = fsdp2_config(tiny_llama, preferences).model_copy(update={"tensorboard": True})
     return align(config, tmp_path_factory.mktemp("runs") / "fsdp2")
 
 
@@ -81,6 +81,19 @@ def test_output_is_an_ordinary_checkpoint(fsdp2_run: Path, tiny_llama: Path) -> 
     assert not (fsdp2_run.parent / ".fsdp2.partial").exists()
     for name, tensor in model.state_dict().items():
         assert not torch.equal(before[name], tensor), name
+
+
+@pytest.mark.ray
+def test_tensorboard_files_are_in_the_output(fsdp2_run: Path) -> None:
+    """Every number of metrics.jsonl, for each step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(fsdp2_run / "tensorboard"))
+    events.Reload()
+    lines = metrics(fsdp2_run)
+    for name in ("loss", "gradient_norm", "tokens_per_s"):
+        values = [event.value for event in events.Scalars(name)]
+        assert values == pytest.approx([line[name] for line in lines], rel=1e-6), name
 
 
 @pytest.mark.ray

@@ -7,15 +7,23 @@ import errno
 import json
 import re
 import resource
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import run_workers
+from processes import run_workers, run_workers_in_turn
 from pydantic import ValidationError
 from torch.multiprocessing import ProcessRaisedException
-from training_files import align_config, metrics, preference_rows, run_here, write_rows
+from training_files import (
+    align_config,
+    broken_off,
+    metrics,
+    preference_rows,
+    run_here,
+    write_rows,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipelines.errors import InputError
@@ -289,34 +297,67 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert len(metrics(run_here(config, tmp_path / "run"))) == 6
 
 
+@dataclass(frozen=True)
+class FullDisk:
+    """A run that had room all along, and one that had none for a while: what was said then, and the
+    checkpoints that stood.
+    """
+
+    whole: Path
+    run: Path
+    said: str
+    saved: list[int]
+
+
+@pytest.fixture(scope="module")
+def full_disks(
+    tiny_llama: Path, preferences: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, FullDisk]:
+    """By strategy. For real: the system refuses to write on in a run that goes on after step 2.
+    What has room takes turns on the same workers.
+    """
+    folder, found = tmp_path_factory.mktemp("full"), {}
+    configs = {
+        strategy: align_config(
+            tiny_llama,
+            preferences,
+            strategy=strategy,
+            num_workers=2,
+            micro_batch_size=2,
+            keep_checkpoints=3,
+        )
+        for strategy in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+    }
+    wholes = {name: folder / name / "whole" for name in configs}
+    run_workers_in_turn({wholes[name]: config for name, config in configs.items()})
+    for name, config in configs.items():
+        run = broken_off(wholes[name], folder / name / "run", checkpoint=2, lines=3)
+        with pytest.raises(ProcessRaisedException):
+            run_workers(config, run, max_file_bytes=20_000)
+        with pytest.raises(InputError) as error:
+            raise_failure(run)
+        found[name] = FullDisk(wholes[name], run, str(error.value), saved_steps(run))
+        (run / "failure.json").unlink()
+    run_workers_in_turn({found[name].run: config for name, config in configs.items()})
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_a_full_disk_under_every_strategy(
-    strategy: str, tiny_llama: Path, preferences: Path, tmp_path: Path
-) -> None:
-    """For real: the system refuses to write on. One line says so, the checkpoint before stays, and
-    with room again the run ends with the bytes of one that had it all along.
+def test_a_full_disk_under_every_strategy(strategy: str, full_disks: dict[str, FullDisk]) -> None:
+    """One line says so, the checkpoint before stays, and with room again the run ends with the
+    bytes of one that had it all along.
     """
-    fields = {"strategy": strategy, "num_workers": 2, "num_steps": 6, "micro_batch_size": 2}
-    config = align_config(tiny_llama, preferences, **fields)
-    whole = run_workers(config, tmp_path / "whole")
-    folder = run_workers(config, tmp_path / "run", kill_after=3)
-    (last,) = saved_steps(folder)
-    with pytest.raises(ProcessRaisedException):
-        run_workers(config, folder, max_file_bytes=20_000)
-    with pytest.raises(InputError) as error:
-        raise_failure(folder)
-    place = folder / "checkpoints" / f"step-{last + 2}"
+    found = full_disks[strategy]
+    place = found.run / "checkpoints" / "step-4"
     said = re.escape(f"{place}: no room for this checkpoint (") + r"[^\n]*"
     ending = re.escape(
-        f"); step {last} is the last good one; make room and run the same command again to go on"
+        "); step 2 is the last good one; make room and run the same command again to go on"
     )
-    assert re.fullmatch(said + ending, str(error.value))
-    assert saved_steps(folder) == [last]
-    (folder / "failure.json").unlink()
-    run_workers(config, folder)
+    assert re.fullmatch(said + ending, found.said)
+    assert found.saved == [2]
     weights = "model/model.safetensors"
-    assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
+    assert (found.run / weights).read_bytes() == (found.whole / weights).read_bytes()
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_os_error(
@@ -363,18 +404,3 @@ def test_a_failure_under_ray_is_one_line(
     too_many = align_config(tiny_llama, preferences, strategy="ddp", num_workers=8)
     with pytest.raises(InputError, match=r"num_workers: found 8; allowed: up to \d"):
         align(too_many, tmp_path / "wide")
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_tensorboard_files_are_in_the_output(
-    ray_cluster: None, tiny_llama: Path, preferences: Path, tmp_path: Path
-) -> None:
-    """Every number of metrics.jsonl, for each step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    out = align(align_config(tiny_llama, preferences, tensorboard=True), tmp_path / "out")
-    events = EventAccumulator(str(out / "tensorboard"))
-    events.Reload()
-    values = [event.value for event in events.Scalars("loss")]
-    assert values == pytest.approx([line["loss"] for line in metrics(out)], rel=1e-6)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from processes import run_workers
+from processes import run_workers, run_workers_in_turn
 from safetensors.torch import load_file
 from training_files import (
     align_config,
@@ -340,27 +340,25 @@ def test_workers_add_the_same_rows(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("way", "strategies"),
+    [("weights", ["ddp", "fsdp2", "zero2", "zero3"]), ("adapters", ["ddp", "fsdp2"])],
+)
 def test_on_the_fly_under_each_sharding(
-    strategy: str, tiny_llama: Path, preferences: Path, tmp_path: Path
+    way: str, strategies: list[str], tiny_llama: Path, preferences: Path, tmp_path: Path
 ) -> None:
-    """Two workers, with a frozen copy each or in shares, make the steps of one."""
-    alone = run_here(align_config(tiny_llama, preferences, **LIVE), tmp_path / "alone")
-    config = align_config(
-        tiny_llama, preferences, **LIVE, strategy=strategy, num_workers=2, micro_batch_size=2
-    )
-    assert_same(run_workers(config, tmp_path / "run"), alone)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_adapters_off_under_each_sharding(
-    strategy: str, tiny_llama: Path, preferences: Path, tmp_path: Path
-) -> None:
-    """The base of sharded adapters is the reference, between two passes that learn."""
-    fields = WAYS["adapters"] | LIVE
+    """Two workers, with a frozen copy each or in shares, make the steps of one; so they do where
+    the base of sharded adapters is the reference, between two passes that learn.
+    """
+    fields = LIVE | (WAYS["adapters"] if way == "adapters" else {})
     alone = run_here(align_config(tiny_llama, preferences, **fields), tmp_path / "alone")
-    config = align_config(
-        tiny_llama, preferences, **fields, strategy=strategy, num_workers=2, micro_batch_size=2
-    )
-    assert_same(run_workers(config, tmp_path / "run"), alone)
+    two = {"num_workers": 2, "micro_batch_size": 2}
+    configs = {
+        tmp_path / strategy: align_config(
+            tiny_llama, preferences, **fields, strategy=strategy, **two
+        )
+        for strategy in strategies
+    }
+    run_workers_in_turn(configs)
+    for run in configs:
+        assert_same(run, alone)

@@ -3,8 +3,9 @@
 Oracle: a run in this process, without any sharding; and the bytes of a run that nobody disturbed.
 """
 
+import functools
+import itertools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from processes import given_gradient, memory_of_loading, run_on_given_gradients, run_workers
+from processes import (
+    given_gradient,
+    memory_of_loading,
+    run_on_given_gradients,
+    run_workers,
+    run_workers_in_turn,
+)
 from safetensors.torch import load_file
-from training_files import align_config, metrics, run_here, seeded_metrics
+from torch import Tensor
+from training_files import align_config, broken_off, metrics, run_here, seeded_metrics
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipelines.train import AlignConfig
-from pipelines.train.checkpoints import saved_steps, step_folder
+from pipelines.train.checkpoints import saved_steps
 from pipelines.train.optimizer import build_optimizer
 from pipelines.train.strategies.zero import ZeroStrategy
 from pipelines.train.strategy_table import STRATEGIES
@@ -76,6 +84,21 @@ def run_alone(
     return run
 
 
+EVALUATED = {"evaluation": {"share": 0.25, "every": 3}}
+
+
+@pytest.fixture(scope="module")
+def whole_runs(
+    models: tuple[Path, Path], preferences: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """A run of each strategy, in turn on the same two workers."""
+    folder = tmp_path_factory.mktemp("whole")
+    names = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+    runs = {folder / name: config_of(name, models, preferences, **EVALUATED) for name in names}
+    run_workers_in_turn(runs)
+    return {run.name: run for run in runs}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_strategy(
@@ -83,13 +106,12 @@ def test_strategy(
     models: tuple[Path, Path],
     preferences: Path,
     run_alone: Callable[..., Path],
+    whole_runs: dict[str, Path],
     tmp_path: Path,
 ) -> None:
     """Losses and norms of each step, the exported weights, and both again after a kill."""
-    fields = {"evaluation": {"share": 0.25, "every": 3}}
-    alone = run_alone(**fields)
-    config = config_of(strategy, models, preferences, **fields)
-    whole = run_workers(config, tmp_path / "whole")
+    alone, whole = run_alone(**EVALUATED), whole_runs[strategy]
+    config = config_of(strategy, models, preferences, **EVALUATED)
     assert [line["step"] for line in metrics(whole) if "eval_loss" in line] == [3, 6, 8]
     for one, other in zip(metrics(alone), metrics(whole), strict=True):
         for name in {"loss", "gradient_norm", "margin", "eval_loss", "eval_margin"} & one.keys():
@@ -141,19 +163,37 @@ def test_a_killed_worker_changes_nothing(
         assert torch.allclose(load_file(whole / WEIGHTS)[name], tensor, atol=5e-6), name
 
 
+KTO = {"objective": {"name": "kto"}, "optimizer": {"learning_rate": 1e-3}, "num_steps": 6}
+PLAIN = {"optimizer": {"learning_rate": 1e-3}, "num_steps": 6}
+OPTIONS = {"precision": "bf16", "gradient_checkpointing": True, "cpu_offload": True}
+IN_TURN = [
+    *(("kto", strategy) for strategy in ("ddp", "fsdp2", "zero2", "zero3")),
+    *(("options", strategy) for strategy in ("fsdp2", "zero1", "zero2", "zero3")),
+]
+
+
+@pytest.fixture(scope="module")
+def runs_in_turn(
+    models: tuple[Path, Path], preferences: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Path]:
+    """Runs of two workers, which take turns on the same two."""
+    folder = tmp_path_factory.mktemp("in-turn")
+    fields = {"kto": KTO, "options": PLAIN | OPTIONS}
+    runs = {
+        folder / f"{what}-{strategy}": config_of(strategy, models, preferences, **fields[what])
+        for what, strategy in IN_TURN
+    }
+    run_workers_in_turn(runs)
+    return dict(zip(IN_TURN, runs, strict=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", [strategy for what, strategy in IN_TURN if what == "kto"])
 def test_kto_on_two_workers(
-    strategy: str,
-    models: tuple[Path, Path],
-    preferences: Path,
-    run_alone: Callable[..., Path],
-    tmp_path: Path,
+    strategy: str, run_alone: Callable[..., Path], runs_in_turn: dict[tuple[str, str], Path]
 ) -> None:
     """Its reference point is that of the global batch, whoever has which rows."""
-    fields = {"objective": {"name": "kto"}, "optimizer": {"learning_rate": 1e-3}, "num_steps": 6}
-    alone = run_alone(**fields)
-    run = run_workers(config_of(strategy, models, preferences, **fields), tmp_path / "run")
+    alone, run = run_alone(**KTO), runs_in_turn["kto", strategy]
     for one, other in zip(metrics(alone), metrics(run), strict=True):
         for name in ("loss", "kl", "gradient_norm", "margin", "kl_per_token"):
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
@@ -161,27 +201,12 @@ def test_kto_on_two_workers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", [strategy for what, strategy in IN_TURN if what == "options"])
 def test_options_of_sharding(
-    strategy: str,
-    models: tuple[Path, Path],
-    preferences: Path,
-    run_alone: Callable[..., Path],
-    tmp_path: Path,
+    strategy: str, run_alone: Callable[..., Path], runs_in_turn: dict[tuple[str, str], Path]
 ) -> None:
     """bf16, gradient checkpointing and CPU offload together stay near the float32 run."""
-    plain = {"optimizer": {"learning_rate": 1e-3}, "num_steps": 6}
-    alone = run_alone(**plain)
-    config = config_of(
-        strategy,
-        models,
-        preferences,
-        **plain,
-        precision="bf16",
-        gradient_checkpointing=True,
-        cpu_offload=True,
-    )
-    run = run_workers(config, tmp_path / "run")
+    alone, run = run_alone(**PLAIN), runs_in_turn["options", strategy]
     for one, other in zip(metrics(alone), metrics(run), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=0.03)
     assert load_file(run / WEIGHTS)["model.norm.weight"].dtype == torch.float32
@@ -204,33 +229,57 @@ def test_no_worker_of_zero3_ever_holds_a_whole_model(
     assert 0.2 * size < max(held) < 0.5 * size
 
 
-def broken_off(run: Path, place: Path, *, checkpoint: int, lines: int) -> Path:
-    """A finished run as it was some steps after one of its checkpoints; returns `place`."""
-    shutil.copytree(step_folder(run, checkpoint), step_folder(place, checkpoint))
-    text = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (place / "metrics.jsonl").write_text("".join(text[:lines]))
-    return place
+HANDED_OVER = [
+    (strategy, precision, workers)
+    for strategy in ("zero1", "zero2", "zero3")
+    for precision in ("float32", "bf16")
+    for workers in ((2, 1), (1, 2))
+]
+
+
+@pytest.fixture(scope="module")
+def handed_over(
+    models: tuple[Path, Path], preferences: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str, tuple[int, int]], tuple[Path, Path]]:
+    """Runs of so many workers, and the same that others, more or fewer, took up from step 4. All
+    runs of as many workers take turns on them.
+    """
+    folder = tmp_path_factory.mktemp("handed-over")
+    places = {case: folder / str(number) for number, case in enumerate(HANDED_OVER)}
+
+    def configs(name: str, place: int, num_workers: int) -> dict[Path, AlignConfig]:
+        return {
+            places[case] / name: config_of(
+                case[0],
+                models,
+                preferences,
+                precision=case[1],
+                checkpoint_every=4,
+                num_workers=num_workers,
+            )
+            for case in HANDED_OVER
+            if case[2][place] == num_workers
+        }
+
+    for num_workers in (1, 2):
+        run_workers_in_turn(configs("whole", 0, num_workers))
+    for place in places.values():
+        broken = broken_off(place / "whole", place / "broken", checkpoint=4, lines=6)
+        assert saved_steps(broken) == [4]
+    for num_workers in (1, 2):
+        run_workers_in_turn(configs("broken", 1, num_workers))
+    return {case: (place / "whole", place / "broken") for case, place in places.items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [(2, 1), (1, 2)])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("case", HANDED_OVER)
 def test_zero_goes_on_with_another_number_of_workers(
-    strategy: str,
-    precision: str,
-    workers: tuple[int, int],
+    case: tuple[str, str, tuple[int, int]],
     models: tuple[Path, Path],
-    preferences: Path,
-    tmp_path: Path,
+    handed_over: dict[tuple[str, str, tuple[int, int]], tuple[Path, Path]],
 ) -> None:
     """Checkpoints, with moments and the anchor of step-K, are taken up by more ranks or fewer."""
-    fields = {"precision": precision, "checkpoint_every": 4}
-    config = config_of(strategy, models, preferences, **fields, num_workers=workers[0])
-    whole = run_workers(config, tmp_path / "whole")
-    broken = broken_off(whole, tmp_path / "broken", checkpoint=4, lines=6)
-    assert saved_steps(broken) == [4]
-    run_workers(config_of(strategy, models, preferences, **fields, num_workers=workers[1]), broken)
+    precision, (whole, broken) = case[1], handed_over[case]
     near = 1e-4 if precision == "float32" else 0.03
     for one, other in zip(metrics(broken), metrics(whole), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=near)
@@ -260,6 +309,41 @@ def test_another_number_of_workers_goes_on(
         assert different.float().mean() < 0.02, name
 
 
+@pytest.fixture(scope="module")
+def on_given_gradients(
+    models: tuple[Path, Path], preferences: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], dict[tuple[str, str], tuple[AlignConfig, dict[str, Tensor]]]]:
+    """For a number of workers, once: config and masters of each strategy with each optimizer."""
+    base, tuned = models
+
+    @functools.cache
+    def run(num_workers: int) -> dict[tuple[str, str], tuple[AlignConfig, dict[str, Tensor]]]:
+        folder, configs = tmp_path_factory.mktemp("given"), {}
+        for strategy, name in itertools.product(("zero1", "zero2", "zero3"), ("ondare", "onties")):
+            optimizer = {
+                "name": name,
+                "learning_rate": 1e-3,
+                "weight_decay": 0.01,
+                "eps": 0.5,  # first updates differ in size
+                "density": 0.4,
+                "alpha": 1e-2,
+                "tau": {"base": base, "tuned": tuned},
+            }
+            configs[strategy, name] = config_of(
+                strategy,
+                models,
+                preferences,
+                optimizer=optimizer,
+                num_workers=num_workers,
+                global_batch_size=2 * num_workers,
+            )
+        places = {case: folder / "-".join(case) for case in configs}
+        found = run_on_given_gradients({places[c]: configs[c] for c in configs}, num_steps=3)
+        return {case: (configs[case], found[places[case]]) for case in configs}
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ondare", "onties"])
 @pytest.mark.parametrize("num_workers", [2, 3])
@@ -269,30 +353,13 @@ def test_zero_moves_weights_on_given_gradients_as_one_process(
     num_workers: int,
     name: str,
     models: tuple[Path, Path],
-    preferences: Path,
-    tmp_path: Path,
+    on_given_gradients: Callable[
+        [int], dict[tuple[str, str], tuple[AlignConfig, dict[str, Tensor]]]
+    ],
 ) -> None:
     """DeepSpeed's own engines, to a unit in the last place: the same masks, cuts and signs."""
-    base, tuned = models
-    optimizer = {
-        "name": name,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.01,
-        "eps": 0.5,  # first updates differ in size
-        "density": 0.4,
-        "alpha": 1e-2,
-        "tau": {"base": base, "tuned": tuned},
-    }
-    config = config_of(
-        strategy,
-        models,
-        preferences,
-        optimizer=optimizer,
-        num_workers=num_workers,
-        global_batch_size=2 * num_workers,
-    )
-    found = run_on_given_gradients(config, tmp_path / "run", num_steps=3)
-    model = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    config, found = on_given_gradients(num_workers)[strategy, name]
+    model = AutoModelForCausalLM.from_pretrained(models[1], dtype=torch.float32)
     alone = build_optimizer(config, model)
     for step in range(3):
         for parameter_name, parameter in model.named_parameters():

@@ -2,12 +2,14 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.train import AlignConfig, loop, plan_alignment
+from pipelines.train.checkpoints import step_folder
 from pipelines.train.loop import train_worker
 from pipelines.train.metrics import MEASURED
 from pipelines.train.run import worker_settings
@@ -90,3 +92,11 @@ def stop_at_the_fourth_step(
     with pytest.raises(KeyboardInterrupt):
         run_here(config, folder)
     monkeypatch.setattr(loop, "global_batch", real)
+
+
+def broken_off(run: Path, place: Path, *, checkpoint: int, lines: int) -> Path:
+    """A finished run as it was some steps after one of its checkpoints; returns `place`."""
+    shutil.copytree(step_folder(run, checkpoint), step_folder(place, checkpoint))
+    text = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (place / "metrics.jsonl").write_text("".join(text[:lines]))
+    return place
