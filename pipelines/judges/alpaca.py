@@ -28,6 +28,7 @@ WEIGHT_OF_GAMED = 0.2 / 2  # two versions of the baseline
 FOLDS = 5
 BOOTSTRAPS = 100
 _CS = np.logspace(-4, 4, 10)
+_CERTAIN = 30.0
 _SEED = 123  # of liblinear's order of coordinates, as the package has it
 _COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
 
@@ -183,15 +184,15 @@ def fit(X: Array, y: Array, weight: Array, C: float) -> Array:
     the weights y and 1 - y.
 
     Args:
-        X: (n, d). y: (n,) in [0, 1]. weight: (n,). C: inverse strength of the L1 penalty.
+        X: (n, d), the last column 1 in rows of the model. y: (n,) in [0, 1], n > 0. weight: (n,). C: inverse strength of the L1 penalty.
 
     Returns:
         (d,) the weights.
     """
     from sklearn.linear_model import LogisticRegression
 
-    if len(y) == 0:
-        return np.zeros(X.shape[1])
+    if np.ptp(y) == 0 and y[0] in (0.0, 1.0):  # no maximum: the constant stands for infinity
+        return np.append(np.zeros(X.shape[1] - 1), _CERTAIN if y[0] else -_CERTAIN)
     model = LogisticRegression(
         C=C, l1_ratio=1.0, solver="liblinear", fit_intercept=False, random_state=_SEED
     )
