@@ -184,7 +184,10 @@ def fit(X: Array, y: Array, weight: Array, C: float) -> Array:
     the weights y and 1 - y.
 
     Args:
-        X: (n, d), the last column 1 in rows of the model. y: (n,) in [0, 1], n > 0. weight: (n,). C: inverse strength of the L1 penalty.
+        X: (n, d), the last column 1 in rows of the model.
+        y: (n,) in [0, 1], n > 0.
+        weight: (n,) of the rows.
+        C: inverse strength of the L1 penalty.
 
     Returns:
         (d,) the weights.
