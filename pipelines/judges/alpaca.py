@@ -9,7 +9,8 @@ which the published file `df_gamed.csv` has. The rate is the mean of the predict
 file also has the preferences between the baseline and versions of itself that were told to be short
 or long; there w_3's feature is 0, and they weigh 0.2 together, which keeps w_1 and w_2 near what
 they are for the baseline. The penalty is L1, its strength C chosen by 5-fold cross-validation.
-Without the file, the second term and these rows are left out: `length_controlled_minimal`.
+Without the file, the second term and these rows are left out: `length_controlled_minimal`. Where all
+answers are as long as the baseline's, nothing is to be controlled: the rate is the win rate.
 """
 
 import csv
@@ -124,6 +125,9 @@ def length_controlled(
     require_sklearn()
     delta = (length_baseline - length_model).astype(np.float64)
     spread = delta.std(ddof=1) if len(delta) > 1 else 0.0
+    name = "length_controlled" if gamed is not None else "length_controlled_minimal"
+    if not delta.any():
+        return LengthControlled(name, *win_rate(preferences[~np.isnan(preferences)]), {})
     features = [np.tanh(delta / spread) if spread > 0 else np.zeros_like(delta)]
     names = ["length"]
     if gamed is not None:
@@ -142,7 +146,6 @@ def length_controlled(
     w = fit(X, y, weight, C)
     rates = 100 * _sigmoid(at_zero @ w)
     error = _bootstrap_error(own[known], at_zero[known], preferences[known], gamed, C)
-    name = "length_controlled" if gamed is not None else "length_controlled_minimal"
     weights = dict(zip([*names, "constant"], map(float, w), strict=True))
     return LengthControlled(name, float(rates.mean()), error, weights)
 

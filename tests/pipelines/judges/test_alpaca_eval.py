@@ -75,9 +75,20 @@ def test_equal_lengths_give_the_win_rate() -> None:
     length = np.full(60, 900)
     found = length_controlled(preferences, length, length, np.arange(60), None)
     assert found.name == "length_controlled_minimal"
-    assert found.value == pytest.approx(100 * preferences.mean(), abs=0.05)
-    _, error = win_rate(preferences)
-    assert found.stderr == pytest.approx(error, rel=0.3)
+    assert (found.value, found.stderr) == win_rate(preferences)
+    known = preferences.copy()
+    known[3] = np.nan  # an unreadable verdict
+    found = length_controlled(known, length, length, np.arange(60), None)
+    assert found.value == pytest.approx(100 * np.delete(preferences, 3).mean())
+
+
+def test_the_error_is_that_of_the_win_rate_where_length_plays_no_part() -> None:
+    generator = np.random.default_rng(7)
+    preferences, baseline = generator.uniform(0.3, 1, size=200), generator.integers(9, 99, 200)
+    found = length_controlled(preferences, baseline, baseline[::-1], np.arange(200), None)
+    value, error = win_rate(preferences)
+    assert found.value == pytest.approx(value, abs=2)
+    assert found.stderr == pytest.approx(error, rel=0.4)
 
 
 @pytest.mark.parametrize("always", [0.0, 1.0])
