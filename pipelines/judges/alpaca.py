@@ -9,8 +9,8 @@ which the published file `df_gamed.csv` has. The rate is the mean of the predict
 file also has the preferences between the baseline and versions of itself that were told to be short
 or long; there w_3's feature is 0, and they weigh 0.2 together, which keeps w_1 and w_2 near what
 they are for the baseline. The penalty is L1, its strength C chosen by 5-fold cross-validation.
-Without the file, the second term and these rows are left out: `length_controlled_minimal`. Where all
-answers are as long as the baseline's, nothing is to be controlled: the rate is the win rate.
+Without the file, the second term and these rows are left out: `length_controlled_minimal`. Where
+all answers are as long as the baseline's, nothing is to be controlled: the rate is the win rate.
 """
 
 import csv

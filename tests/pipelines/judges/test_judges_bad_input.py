@@ -30,7 +30,7 @@ def failure(summary: dict[str, Any]) -> str:
     [
         (Said(status=500), "status 500 (3 tries)"),
         (Said(status=429, headers={"retry-after": "0"}), "status 429 (3 tries)"),
-        (Said(YES, wait_s=1.5), "no reply in time (3 tries)"),
+        (Said(YES, wait_s=0.8), "no reply in time (3 tries)"),
         (Said(body=b""), "the reply is no chat completion (3 tries)"),
         (Said(body=b'{"choices": [{"mess'), "the reply is no chat completion (3 tries)"),
         (Said(body=b'{"choices": []}'), "the reply is no chat completion (3 tries)"),
@@ -42,7 +42,7 @@ def test_a_call_that_fails_for_good_fails_the_cell(
     said: Said, reason: str, tmp_path: Path, judged: Judged
 ) -> None:
     with stub_endpoint(lambda body: said) as stub:
-        judge = {"retries": 2, "timeout_s": 0.5, "concurrency": 1}
+        judge = {"retries": 2, "timeout_s": 0.3, "concurrency": 1}
         config = judged("refusal", REQUESTS, stub.url, judge, max_new_tokens=1)
         summary = evaluate(config, tmp_path / "out", executor="local")
         assert failure(summary) == f"judge stub at {stub.url}: {reason}"
