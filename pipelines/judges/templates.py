@@ -20,7 +20,7 @@ from pipelines.errors import InputError
 from pipelines.judges.parsers import Parser, parser_of
 
 PACKAGE = "alpaca-eval:"
-_FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")
+_FIELD = re.compile(r"(?<!\{)\{([A-Za-z_]\w*)\}(?!\})")
 _CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
 # FastChat's names of MT-Bench's four ways to ask.
 _FASTCHAT = {
@@ -160,4 +160,6 @@ def _fastchat(text: str, path: Path, ways: Mapping[str, set[str]]) -> dict[str, 
         }
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not FastChat's templates: {error}") from None
+    if any("{{" in each.system + each.prompt for each in found.values()):
+        raise InputError(f"{path}: holds doubled braces; allowed: fields alone")
     return found

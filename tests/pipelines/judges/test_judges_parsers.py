@@ -97,7 +97,7 @@ def test_fastchats_and_chatml_files(tmp_path: Path) -> None:
     names = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
     path = tmp_path / "judge_prompts.jsonl"
     rows = [
-        {"name": name, "system_prompt": f"S {name}", "prompt_template": "{answer_2} {{x}}"}
+        {"name": name, "system_prompt": f"S {name}", "prompt_template": "{answer_2}"}
         for name in names
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -117,5 +117,5 @@ def test_fastchats_and_chatml_files(tmp_path: Path) -> None:
     ]
     with pytest.raises(InputError, match="No such file"):
         load_templates(str(tmp_path / "none.txt"), "x", {"prompt": {"a"}}, RATING)
-    with pytest.raises(InputError, match="the package alpaca-eval is not installed|No such file"):
+    with pytest.raises(InputError, match=r"is not installed|No such file"):
         load_templates("alpaca-eval:none.txt", "x", {"prompt": {"a"}}, RATING)
