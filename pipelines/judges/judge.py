@@ -53,7 +53,7 @@ class Judge(Protocol):
 class EndpointJudge:
     """A judge behind an endpoint. Where it is asked is no part of its identity."""
 
-    engine = None
+    engine: EngineConfig | None = None
 
     def __init__(self, config: JudgeConfig, max_calls: int | None) -> None:
         self.identity: dict[str, Any] = {"model": config.model, "version": config.version}

@@ -7,6 +7,7 @@ SALAD-Bench: Li et al. 2024. OR-Bench: Cui et al. 2024.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -272,7 +273,7 @@ class ByCategory(Protocol):
             found[f"{metric}_by_category"] = Number(value, error, sum(each.n for each in means))
         return found
 
-    @property
+    @cached_property
     def _weights(self) -> dict[str, float]:
         """By category: documents of a mean category, for each of its own."""
         counts: dict[str, int] = {}
