@@ -69,7 +69,8 @@ class Verdicts:
         for line in path.read_bytes().splitlines():
             try:
                 found = json.loads(line)
-                self._known[found.pop("key")] = Reply(**found)
+                key = found.pop("key")
+                self._known[key] = Reply(**found)
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # cut by a kill: it is asked for again
 

@@ -263,6 +263,7 @@ def test_data_that_do_not_fit(tmp_path: Path, judged: Judged) -> None:
         evaluate(config, tmp_path / "out", executor="local")
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_verdict(tmp_path: Path, judged: Judged) -> None:
     rows = [{"prompt": f"request number {i}"} for i in range(40)]
     with stub_endpoint(lambda body: Said(YES, wait_s=0.05)) as stub:
