@@ -1,13 +1,11 @@
-"""The bias and noise of judges. Oracle: stub judges with a known bias; scikit-learn's kappa."""
+"""The bias and noise of judges. Oracle: stub judges with a known bias."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from operators.statistics import cohen_kappa
 from pipelines.errors import InputError
 from pipelines.evaluate import evaluate
 from pipelines.evaluate.results import Evaluation
@@ -17,19 +15,6 @@ from tests.pipelines.judges.stub_endpoint import stub_endpoint
 from tests.ray_jobs.command_line import poise
 
 CHOICE = {"kind": "choice"}
-
-
-def test_kappa_in_closed_form_and_beside_another_library() -> None:
-    first = ["y"] * 25 + ["n"] * 25
-    second = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
-    assert cohen_kappa(first, second) == pytest.approx(0.4)  # p_o 0.7, p_e 0.5
-    assert cohen_kappa(first, first) == 1.0
-    assert cohen_kappa("aa", "aa") != cohen_kappa("aa", "aa")  # NaN
-    metrics = pytest.importorskip("sklearn.metrics")
-    one, other = (random.Random(seed).choices("abc", k=200) for seed in (1, 2))
-    assert cohen_kappa(one, other) == pytest.approx(metrics.cohen_kappa_score(one, other))
-    with pytest.raises(ValueError, match="found 2 and 1 categories"):
-        cohen_kappa("ab", "a")
 
 
 def test_a_judge_that_prefers_what_comes_first(tmp_path: Path, judged: Judged) -> None:
