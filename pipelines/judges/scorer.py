@@ -120,11 +120,11 @@ class JudgeScorer:
         """As `Scorer.numbers`."""
         verdicts = [each for sample in samples for each in sample.answers]
         invalid = sum(each["value"] is None for each in verdicts)
-        if invalid > self._asking.max_invalid * len(verdicts):
+        if invalid > self._asking.max_invalid * len(verdicts) or invalid == len(verdicts):
             example = next(each["text"] for each in verdicts if each["value"] is None)
             raise UnreadableScoresError(
-                f"{self._told(samples)}; more than max_invalid ({self._asking.max_invalid}), such "
-                f"as {_short(example)!r}"
+                f"{self._told(samples)}; max_invalid is {self._asking.max_invalid}; such as "
+                f"{_short(example)!r}"
             )
         return self._protocol.numbers(samples)
 

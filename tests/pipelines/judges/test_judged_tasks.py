@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.engines import Sampling, open_engine
 from pipelines.evaluate import evaluate
 from pipelines.evaluate.results import Evaluation
 from pipelines.judges.config import ProtocolName
@@ -184,7 +185,12 @@ def test_any_prompts_with_a_template_of_ones_own(tmp_path: Path, judged: Judged)
 def test_a_checkpoint_judges_in_an_engine_here(
     tmp_path: Path, judged: Judged, judged_model: Path
 ) -> None:
-    parser = {"kind": "probabilities", "tokens": ["a", "b"]}
+    engine = open_engine(judged_model)
+    letters = Sampling(max_tokens=1, top_logprobs=20)
+    [completion] = engine.generate([[{"role": "user", "content": "Verdict"}]], letters)
+    best = [engine.text.decode([token]).strip() for token in completion.logprobs[0]]
+    engine.close()
+    parser = {"kind": "probabilities", "tokens": list(dict.fromkeys(filter(None, best)))[:2]}
     config = judged("refusal", REQUESTS, parser=parser)
     judge = {"model": str(judged_model), "engine": {"batch_size": 4}}
     entry = config.tasks[0].model_dump(exclude_unset=True) | {"judge": judge, "max_invalid": 1.0}
@@ -193,9 +199,8 @@ def test_a_checkpoint_judges_in_an_engine_here(
     scores = summary["models"]["m"]["scores"]["refusal"]
     samples = Evaluation(tmp_path / "out").samples("m", "refusal")
     assert scores["verdicts"] == 6
-    for sample in samples:
-        [verdict] = sample.answers
-        assert verdict["value"] is None or 0 <= verdict["value"] <= 1
+    values = [verdict["value"] for sample in samples for verdict in sample.answers]
+    assert all(each is None or 0 <= each <= 1 for each in values) and any(values)
     [cell] = (tmp_path / "out/samples/refusal").iterdir()
     described = json.loads((cell / "cell.json").read_text())
     assert described["scorer"]["judge"]["weights"] == described["digest"]["weights"]

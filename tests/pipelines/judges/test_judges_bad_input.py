@@ -77,7 +77,7 @@ def test_words_that_cannot_be_read_are_invalid_and_never_guessed(
         config = judged("refusal", REQUESTS, stub.url, max_new_tokens=1, max_invalid=0.2)
         reason = failure(evaluate(config, tmp_path / "out", executor="local"))
         assert reason.startswith(
-            "1 of 4 verdicts are unreadable: refusal 0.75 to 1; more than max_invalid (0.2), such"
+            "1 of 4 verdicts are unreadable: refusal 0.75 to 1; max_invalid is 0.2; such as "
         )
         assert len(stub.calls) == 4  # the threshold asks nobody again
 
