@@ -1,6 +1,7 @@
 """Judged tasks on a tiny model. Oracle: a stub endpoint whose verdicts are known."""
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -8,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.engines import Sampling, open_engine
-from pipelines.evaluate import evaluate
+from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.evaluate.results import Evaluation
 from pipelines.judges.config import ProtocolName
 from tests.pipelines.engines.references import save_chatty
@@ -183,24 +183,26 @@ def test_any_prompts_with_a_template_of_ones_own(tmp_path: Path, judged: Judged)
 
 
 def test_a_checkpoint_judges_in_an_engine_here(
-    tmp_path: Path, judged: Judged, judged_model: Path
+    tmp_path: Path, judged: Judged, judged_model: Path, asked_models: list[int]
 ) -> None:
-    engine = open_engine(judged_model)
-    letters = Sampling(max_tokens=1, top_logprobs=20)
-    [completion] = engine.generate([[{"role": "user", "content": "Verdict"}]], letters)
-    best = [engine.text.decode([token]).strip() for token in completion.logprobs[0]]
-    engine.close()
-    parser = {"kind": "probabilities", "tokens": list(dict.fromkeys(filter(None, best)))[:2]}
-    config = judged("refusal", REQUESTS, parser=parser)
+    out, tokens = tmp_path / "out", ["no such token", "nor this"]
     judge = {"model": str(judged_model), "engine": {"batch_size": 4}}
-    entry = config.tasks[0].model_dump(exclude_unset=True) | {"judge": judge, "max_invalid": 1.0}
-    config = config.model_validate({**config.model_dump(exclude_unset=True), "tasks": [entry]})
-    summary = evaluate(config, tmp_path / "out", executor="local")
-    scores = summary["models"]["m"]["scores"]["refusal"]
-    samples = Evaluation(tmp_path / "out").samples("m", "refusal")
-    assert scores["verdicts"] == 6
-    values = [verdict["value"] for sample in samples for verdict in sample.answers]
-    assert all(each is None or 0 <= each <= 1 for each in values) and any(values)
-    [cell] = (tmp_path / "out/samples/refusal").iterdir()
-    described = json.loads((cell / "cell.json").read_text())
-    assert described["scorer"]["judge"]["weights"] == described["digest"]["weights"]
+    for readable in (False, True):
+        parser = {"kind": "probabilities", "tokens": tokens}
+        config = judged("refusal", REQUESTS, parser=parser)
+        entry = config.tasks[0].model_dump(exclude_unset=True)
+        entry |= {"judge": judge, "max_invalid": 1.0}
+        config = EvaluateConfig(models=config.models, tasks=[entry])
+        summary = evaluate(config, out, executor="local")
+        assert bool(summary["failed"]) != readable
+        [file] = (out / "verdicts").rglob("*.jsonl")
+        replies = [json.loads(line)["logprobs"] for line in file.read_text().splitlines()]
+        assert len(replies) == 6 and all(len(each) <= 20 for each in replies)
+        tokens = [token for token in replies[0] if token][:2]
+    assert asked_models == [6, 6]  # answers, verdicts; other tokens are read from the same replies
+    first, *_ = Evaluation(out).samples("m", "refusal")
+    one, two = (math.exp(replies[0][token]) for token in tokens)
+    assert first.answers[0]["value"] == pytest.approx(one / (one + two))
+    for cell in (out / "samples/refusal").iterdir():
+        described = json.loads((cell / "cell.json").read_text())
+        assert described["scorer"]["judge"]["weights"] == described["digest"]["weights"]
