@@ -103,7 +103,7 @@ def test_the_judge_is_part_of_the_key_and_the_endpoint_is_not(
 ) -> None:
     out = tmp_path / "out"
     template = tmp_path / "other.yaml"
-    label = "labels: {yes: direct_answer, no: direct_refusal}"
+    label = 'labels: {"yes": direct_answer, "no": direct_refusal}'
     template.write_text(
         f"prompt: 'Does {{answer}} answer {{question}}?'\nparser: {{kind: label, {label}}}"
     )
