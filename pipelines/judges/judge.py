@@ -56,7 +56,11 @@ class EndpointJudge:
     engine: EngineConfig | None = None
 
     def __init__(self, config: JudgeConfig, max_calls: int | None) -> None:
-        self.identity: dict[str, Any] = {"model": config.model, "version": config.version}
+        self.identity: dict[str, Any] = {
+            "model": config.model,
+            "version": config.version,
+            "parameters": config.parameters,
+        }
         self._further, self._endpoint = config.parameters, Endpoint(config, max_calls)
 
     def parameters(self, parser: Parser) -> dict[str, Any]:
