@@ -57,6 +57,8 @@ def _tell(out: Path, summary: dict[str, Any], *, as_json: bool) -> None:
     for model, entry in summary["models"].items():
         for task, number in entry.get("prompts_cut", {}).items():
             print(f"{model} on {task}: {number} prompts were cut", file=sys.stderr)
+        for task, notes in entry.get("scores", {}).items():
+            print(f"{model} on {task}: {notes.get('line', notes)}", file=sys.stderr)
     print(f"evaluation: {out / 'evaluation.json'}", file=sys.stderr)
 
 
@@ -69,16 +71,20 @@ def _in_words(plan: EvaluationPlan, found: list[Estimate]) -> str:
     if not missing:
         return size
     seconds = sum(each.flops for each in found) / measured_flops()
-    tokens = sum(each.tokens for each in found)
-    return f"{size}, about {tokens:,} tokens, {seconds:,.0f} s or more on one engine here"
+    tokens, calls = sum(each.tokens for each in found), sum(each.calls for each in found)
+    asked = f", up to {calls:,} calls of judges" if calls else ""
+    return f"{size}, about {tokens:,} tokens, {seconds:,.0f} s or more on one engine here{asked}"
 
 
 def _print_plan(plan: EvaluationPlan, found: list[Estimate]) -> None:
     """Print the work by task."""
     remarks = {task.name: task.remark for task in plan.tasks}
-    table = Table("task", "documents", "blocks", "to do", "tokens", "split")
+    judged = any(each.calls for each in found)
+    heads = ("documents", "blocks", "to do", "tokens", *(("calls",) if judged else ()))
+    table = Table("task", *heads, "split")
     for each in found:
-        numbers = (each.documents, each.blocks, each.missing, each.tokens)
+        numbers = [each.documents, each.blocks, each.missing, each.tokens]
+        numbers += [each.calls] if judged else []
         split = remarks[each.task] or plan.config.split
         table.add_row(each.task, *(f"{number:,}" for number in numbers), split)
     print_table(table)

@@ -2,15 +2,37 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipelines.config import Config, tell_once
 from pipelines.engines import EngineConfig
 from pipelines.evaluate.groups import GroupsField
 from pipelines.evaluate.harness import LIBRARY_SEED, LongPrompts, TaskSet
 from pipelines.evaluate.tasks import Split
+from pipelines.judges.config import JudgedSet
+
+# Entries whose answers a scorer values, by the field that no other entry has (`scoring.py`).
+SCORED_ENTRIES: dict[str, type[Config]] = {"judged": JudgedSet}
+
+
+def _form(entry: Any) -> str:
+    """Which form an entry of `tasks:` has: the name of its type."""
+    if isinstance(entry, str):
+        return "str"
+    for field, form in SCORED_ENTRIES.items():
+        if isinstance(entry, form) or (isinstance(entry, Mapping) and field in entry):
+            return form.__name__
+    return "TaskSet"
+
+
+TaskEntry = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[TaskSet, Tag("TaskSet")]
+    | Annotated[JudgedSet, Tag("JudgedSet")],
+    Discriminator(_form),
+]
 
 
 class EvaluateConfig(Config):
@@ -19,8 +41,9 @@ class EvaluateConfig(Config):
     models: dict[str, Path] = Field(
         min_length=1, description="name -> checkpoint, or name on the hub"
     )
-    tasks: Path | list[str | TaskSet] = Field(
-        description="tasks of lm-evaluation-harness by name or from folders; or a tasks.yaml"
+    tasks: Path | list[TaskEntry] = Field(
+        description="tasks of lm-evaluation-harness by name or from folders, and judged ones; or "
+        "a tasks.yaml"
     )
     only: list[str] | None = Field(
         None, description="names of the tasks of a tasks.yaml to run; default all"

@@ -10,7 +10,8 @@ from pipelines.engines.text import Text
 from pipelines.engines.weights import Weights
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.plan import EvaluationPlan
-from pipelines.evaluate.store import Store
+from pipelines.evaluate.scoring import ScoredTask
+from pipelines.evaluate.store import Cell, Store
 
 LOOKED_AT = 32  # documents of a task whose tokens are counted
 _MATRIX = 1024  # rows and columns of the product that is timed
@@ -24,6 +25,7 @@ class Estimate:
         documents: of the task.
         blocks: of all models.
         missing: the blocks that are not in the store.
+        calls: at most, of a scorer for the missing blocks.
         tokens: read and at most written in the missing blocks, about.
         flops: of the missing blocks, about: two for each parameter and token.
     """
@@ -34,6 +36,7 @@ class Estimate:
     missing: int
     tokens: int
     flops: float
+    calls: int = 0
 
 
 def estimates(plan: EvaluationPlan) -> list[Estimate]:
@@ -45,15 +48,17 @@ def estimates(plan: EvaluationPlan) -> list[Estimate]:
     found = []
     for task in plan.tasks:
         per_document = _tokens_of_a_document(task, text)
-        documents = {name: missing[name, task.name][1] for name in plan.models}
+        documents = {name: missing[name, task.name].unanswered for name in plan.models}
+        unfinished = sum(missing[name, task.name].documents for name in plan.models)
         found.append(
             Estimate(
                 task=task.name,
                 documents=task.num_documents,
                 blocks=sum(plan.cells[name, task.name].num_blocks for name in plan.models),
-                missing=sum(missing[name, task.name][0] for name in plan.models),
+                missing=sum(missing[name, task.name].blocks for name in plan.models),
                 tokens=round(per_document * sum(documents.values())),
                 flops=sum(2 * parameters[n] * per_document * documents[n] for n in plan.models),
+                calls=task.scorer.num_calls(unfinished) if isinstance(task, ScoredTask) else 0,
             )
         )
     return found
@@ -79,15 +84,28 @@ def measured_flops() -> float:
     return 2 * _MATRIX**3 / min(times)
 
 
-def _missing(plan: EvaluationPlan) -> dict[tuple[str, str], tuple[int, int]]:
-    """The missing blocks of each cell, and their documents; nothing is written."""
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    """What a cell lacks: blocks, their documents, and those of them that have no answers yet."""
+
+    blocks: int
+    documents: int
+    unanswered: int
+
+
+def _missing(plan: EvaluationPlan) -> dict[tuple[str, str], _Missing]:
+    """What each cell lacks; nothing is written."""
     found = {}
     for place, cell in plan.cells.items():
-        blocks = [
-            n for n in range(cell.num_blocks) if not Store.path_in(plan.out, cell, n).is_file()
-        ]
-        ranges = [cell.documents(block) for block in blocks]
-        found[place] = (len(blocks), sum(last - first for first, last in ranges))
+
+        def lacks(of: Cell, block: int) -> bool:
+            return not Store.path_in(plan.out, of, block).is_file()
+
+        blocks = [block for block in range(cell.num_blocks) if lacks(cell, block)]
+        answers = plan.answers.get(place, cell)
+        sizes = {block: last - first for block in blocks for first, last in [cell.documents(block)]}
+        unanswered = sum(size for block, size in sizes.items() if lacks(answers, block))
+        found[place] = _Missing(len(blocks), sum(sizes.values()), unanswered)
     return found
 
 

@@ -1,16 +1,21 @@
 """The tasks and groups that a config names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from pipelines.config import Config
 from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.graded import GradedTask
 from pipelines.evaluate.groups import Group
+from pipelines.evaluate.harness import TaskSet
 from pipelines.evaluate.harness import load_tasks as load_library_tasks
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.library_task import LibraryTask
+from pipelines.evaluate.scoring import ScoredTask
 from pipelines.evaluate.tasks import DIMENSIONS, Task, load_tasks
+from pipelines.judges.config import JudgedSet
 
 
 def open_tasks(config: EvaluateConfig) -> list[EvaluationTask]:
@@ -33,14 +38,38 @@ def open_all(config: EvaluateConfig) -> tuple[list[EvaluationTask], dict[str, Gr
             for task in chosen
         ]
         return graded, _dimensions(chosen) if config.groups is None else config.groups
+    tasks = [*_library_tasks(config, config.tasks), *_scored_tasks(config, config.tasks)]
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"tasks: {name} is there twice; names must differ (name: sets one)")
+    return tasks, config.groups or {}
+
+
+def _library_tasks(config: EvaluateConfig, entries: Sequence[Any]) -> list[EvaluationTask]:
+    """The tasks of lm-evaluation-harness among the entries of `tasks:`."""
+    named = [each for each in entries if isinstance(each, str | TaskSet)]
+    if not named:
+        return []
     tasks = load_library_tasks(
-        config.tasks,
-        config.split,
-        limit=config.limit,
-        seed=config.seed,
-        allow_code=config.allow_code,
+        named, config.split, limit=config.limit, seed=config.seed, allow_code=config.allow_code
     )
-    return [LibraryTask(task, config.long_prompts) for task in tasks], config.groups or {}
+    return [LibraryTask(task, config.long_prompts) for task in tasks]
+
+
+def _judged_task(entry: Any, config: EvaluateConfig) -> ScoredTask:
+    from pipelines.judges.tasks import judged_task
+
+    return judged_task(entry, config.split, limit=config.limit, seed=config.seed)
+
+
+# By the classes of `SCORED_ENTRIES`.
+OPENERS: dict[type[Config], Callable[[Any, EvaluateConfig], ScoredTask]] = {JudgedSet: _judged_task}
+
+
+def _scored_tasks(config: EvaluateConfig, entries: Sequence[Any]) -> list[ScoredTask]:
+    """The tasks among the entries whose answers a scorer values."""
+    return [OPENERS[type(each)](each, config) for each in entries if type(each) in OPENERS]
 
 
 def _dimensions(tasks: Sequence[Task]) -> dict[str, Group]:

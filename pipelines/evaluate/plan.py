@@ -1,5 +1,6 @@
 """An evaluation as planned: every input is checked before an engine starts."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.groups import Group, resolve_groups
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.opened import open_all
+from pipelines.evaluate.scoring import ScoredTask
 from pipelines.evaluate.store import Cell
 from pipelines.evaluate.workers import Model
 from pipelines.fingerprint import fingerprint, fingerprint_work
@@ -36,6 +38,7 @@ class EvaluationPlan:
         headers: of the models' files.
         groups: averages by name.
         cells: by names of model and task.
+        answers: of tasks with a scorer, the cells of the answers, by the same names.
         memory: holds the digests together with the identity of the models' files.
     """
 
@@ -46,6 +49,7 @@ class EvaluationPlan:
     headers: dict[str, CheckpointWeights]
     groups: dict[str, Group]
     cells: dict[tuple[str, str], Cell]
+    answers: dict[tuple[str, str], Cell]
     memory: DigestMemory
 
     @property
@@ -78,12 +82,15 @@ def plan_evaluation(
         name: Model(name, str(path.absolute()), digests[name].weights)
         for name, path in folders.items()
     }
-    cells = {
-        (name, task.name): _cell(config, name, digests[name], task)
-        for name in models
-        for task in tasks
-    }
-    return EvaluationPlan(config, out, tasks, models, headers, groups, cells, memory)
+    cells: dict[tuple[str, str], Cell] = {}
+    answers: dict[tuple[str, str], Cell] = {}
+    for name, task in itertools.product(models, tasks):
+        if isinstance(task, ScoredTask):
+            answers[name, task.name] = _cell(config, name, digests[name], task.answered)
+            cells[name, task.name] = _scored_cell(answers[name, task.name], task)
+        else:
+            cells[name, task.name] = _cell(config, name, digests[name], task)
+    return EvaluationPlan(config, out, tasks, models, headers, groups, cells, answers, memory)
 
 
 def _check_groups(groups: Mapping[str, Group], tasks: Sequence[str]) -> None:
@@ -122,6 +129,18 @@ def _cell(config: EvaluateConfig, name: str, digest: ModelDigest, task: Evaluati
         "versions": versions(),
     }
     return Cell(task.name, key, task.num_documents, described)
+
+
+def _scored_cell(answers: Cell, task: ScoredTask) -> Cell:
+    """The cell of the scores of a cell of answers."""
+    key = fingerprint([answers.key, task.scorer.fingerprint])
+    described = answers.described | {
+        "task": task.name,
+        "task_fingerprint": task.fingerprint,
+        "answers": [answers.task, answers.key],
+        "scorer": task.scorer.described,
+    }
+    return Cell(task.name, key, answers.num_documents, described)
 
 
 def _opened(name: str, path: Path, engine: EngineConfig) -> CheckpointWeights:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any
 
@@ -30,6 +31,35 @@ class LocalPool:
 
     def close(self) -> None:
         """Free the engine."""
+        self._worker.close()
+
+
+class ThreadPool:
+    """Blocks in threads of this process, for work that waits for others.
+
+    Args:
+        worker: measures several blocks at once.
+        size: how many.
+    """
+
+    def __init__(self, worker: Worker, size: int) -> None:
+        self.size, self._worker = size, worker
+        self._threads = ThreadPoolExecutor(size)
+        self._running: dict[Future[Outcome], int] = {}
+
+    def start(self, worker: int, block: Block) -> None:
+        """As `Pool.start`."""
+        self._running[self._threads.submit(self._worker.measure, block)] = worker
+
+    def finished(self) -> tuple[int, Outcome]:
+        """As `Pool.finished`."""
+        done, _ = wait(self._running, return_when=FIRST_COMPLETED)
+        first = done.pop()
+        return self._running.pop(first), first.result()
+
+    def close(self) -> None:
+        """End the threads and free what the worker opened."""
+        self._threads.shutdown(cancel_futures=True)
         self._worker.close()
 
 

@@ -173,7 +173,11 @@ class Evaluation:
     def _is_mean(self, model: str, task: str, metric: str, values: dict[str, Any]) -> bool:
         """Whether a model's metric is the mean of its documents' values."""
         number = self.summary["models"][model]["tasks"][task].get(metric)
-        if number is None or not all(isinstance(each, int | float) for each in values.values()):
+        if (
+            number is None
+            or not values
+            or not all(isinstance(each, int | float) for each in values.values())
+        ):
             return False
         mean = sum(values.values()) / len(values)
         return math.isclose(mean, number["value"], rel_tol=1e-9, abs_tol=1e-12)

@@ -2,26 +2,29 @@
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.checkpoints.digests import DigestMemory
+from pipelines.engines import EngineConfig
 from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.fill import Failure, Pool, fill
 from pipelines.evaluate.interface import Sample
 from pipelines.evaluate.opened import open_tasks
 from pipelines.evaluate.plan import MODELS_FILE, EvaluationPlan, plan_evaluation
-from pipelines.evaluate.pools import LocalPool, RayPool
+from pipelines.evaluate.pools import LocalPool, RayPool, ThreadPool
+from pipelines.evaluate.scoring import ScoredTask
 from pipelines.evaluate.store import Cell, DamagedBlockError, Store
 from pipelines.evaluate.summary import Samples, write_summary
 from pipelines.evaluate.workers import Block, Run, Worker
 from pipelines.hub.offline import is_offline
 
 ExecutorName = Literal["ray", "local"]
+BLOCKS_AT_ONCE = 8  # of scorers that wait for others
 
 
 def evaluate(
@@ -70,10 +73,11 @@ def evaluate_planned(
     """As `evaluate_together`, for plans.
 
     Raises:
-        InputError: the engines' configs differ.
+        InputError: the engines' configs differ, or a scorer that cannot do its work.
     """
     if any(plan.config.engine != plans[0].config.engine for plan in plans):
         raise InputError("engine: differs between evaluations; allowed together: one engine")
+    _check_scorers(plans)
     runs = [_Open(number, plan, force) for number, plan in enumerate(plans)]
     failures: list[Failure] = []
     while True:
@@ -81,12 +85,51 @@ def evaluate_planned(
         missing = [block for _, blocks in read for block in blocks]
         if not missing:
             break
-        with _pool(plans, executor, len(missing)) as pool:
-            failures += fill(missing, pool)
+        for blocks, engine in _apart(missing, plans):
+            with _pool(plans, executor, len(blocks), engine) as pool:
+                failures += fill(blocks, pool)
     return [
-        write_summary(run.plan, samples, [each for each in failures if each.run == run.number])
+        write_summary(run.plan, samples, run.named(failures))
         for run, (samples, _) in zip(runs, read, strict=True)
     ]
+
+
+def _check_scorers(plans: Sequence[EvaluationPlan]) -> None:
+    """Raise InputError for a scorer that cannot do what is missing, before anything is written."""
+    for plan in plans:
+        for task in _scored(plan):
+            cells = [plan.cells[model, task.name] for model in plan.models]
+            ranges = [
+                cell.documents(block)
+                for cell in cells
+                for block in range(cell.num_blocks)
+                if not Store.path_in(plan.out, cell, block).is_file()
+            ]
+            if ranges:
+                task.scorer.check(sum(last - first for first, last in ranges))
+
+
+def _apart(
+    missing: Sequence[Block], plans: Sequence[EvaluationPlan]
+) -> list[tuple[list[Block], EngineConfig | None]]:
+    """Blocks in the order in which they are done, with the engine that their workers need: answers
+    before all scores, and the scores of each scorer, which may hold a model, by themselves.
+    """
+    answers = [block for block in missing if block.answers is None]
+    if answers:
+        return [(answers, plans[0].config.engine)]
+    scorers = {(p, t.name): t.scorer for p, plan in enumerate(plans) for t in _scored(plan)}
+    found: dict[str, tuple[list[Block], EngineConfig | None]] = {}
+    for block in missing:
+        scorer = scorers[block.run, block.cell.task]
+        own = found.setdefault(scorer.fingerprint if scorer.engine else "", ([], scorer.engine))
+        own[0].append(block)
+    return list(found.values())
+
+
+def _scored(plan: EvaluationPlan) -> list[ScoredTask]:
+    """The tasks of a plan that have a scorer."""
+    return [task for task in plan.tasks if isinstance(task, ScoredTask)]
 
 
 class _Open:
@@ -99,7 +142,7 @@ class _Open:
     def __init__(self, number: int, plan: EvaluationPlan, force: bool) -> None:
         self.number, self.plan, self._store = number, plan, Store(plan.out)
         plan.memory.save(plan.out / MODELS_FILE, plan.config.models.values())
-        for cell in plan.cells.values() if force else ():
+        for cell in (*plan.cells.values(), *plan.answers.values()) if force else ():
             for block in range(cell.num_blocks):
                 self._store.discard(cell, block)
 
@@ -109,20 +152,40 @@ class _Open:
         """
         failed = {(each.model, each.task) for each in failures if each.run == self.number}
         samples: Samples = {}
-        missing: list[Block] = []
+        missing: dict[Block, None] = {}  # each once: tasks may share answers
         for (model, task), cell in self.plan.cells.items():
-            if (model, task) in failed:
+            answers = self.plan.answers.get((model, task))
+            if (model, task) in failed or (answers and (model, answers.task) in failed):
                 continue
-            samples[model, task], lacking = self._read_cell(cell)
+            samples[model, task], lacking = self._read_cell(cell, range(cell.num_blocks))
             of = self.plan.models[model]
-            missing += [Block(self.number, of, cell, number) for number in lacking]
-        return samples, missing
+            if answers:
+                _, unanswered = self._read_cell(answers, lacking)
+                missing |= {Block(self.number, of, answers, each): None for each in unanswered}
+                lacking = [each for each in lacking if each not in unanswered]
+            missing |= {Block(self.number, of, cell, each, answers): None for each in lacking}
+        return samples, list(missing)
 
-    def _read_cell(self, cell: Cell) -> tuple[list[Sample], list[int]]:
-        """The samples of a cell, and the numbers of its missing blocks; damaged ones go."""
+    def named(self, failures: Sequence[Failure]) -> list[Failure]:
+        """This evaluation's failures, those of answers under the names of the tasks they are of."""
+        found = []
+        for each in failures:
+            tasks = [
+                task
+                for (model, task), answers in self.plan.answers.items()
+                if (model, answers.task) == (each.model, each.task)
+            ]
+            if each.run == self.number:
+                found += [replace(each, task=task) for task in tasks or [each.task]]
+        return found
+
+    def _read_cell(self, cell: Cell, numbers: Iterable[int]) -> tuple[list[Sample], list[int]]:
+        """The samples of a cell's blocks, and the numbers of those that are missing; damaged ones
+        go.
+        """
         samples: list[Sample] = []
         missing = []
-        for number in range(cell.num_blocks):
+        for number in numbers:
             if not self._store.path(cell, number).is_file():
                 missing.append(number)
                 continue
@@ -139,20 +202,29 @@ class _Open:
 
 @contextmanager
 def _pool(
-    plans: Sequence[EvaluationPlan], executor: ExecutorName, num_blocks: int
+    plans: Sequence[EvaluationPlan],
+    executor: ExecutorName,
+    num_blocks: int,
+    engine: EngineConfig | None,
 ) -> Iterator[Pool]:
-    """Workers for the blocks of plans."""
+    """Workers for the blocks of plans, in this process where they need no engine."""
     config = plans[0].config
     runs = [
         Run(str(plan.out.absolute()), functools.partial(open_tasks, plan.config)) for plan in plans
     ]
-    pool: LocalPool | RayPool
-    if executor == "local":
+    pool: LocalPool | RayPool | ThreadPool
+    if engine is None:
+        here = [
+            Run(run.folder, functools.partial(list, plan.tasks))
+            for run, plan in zip(runs, plans, strict=True)
+        ]
+        pool = ThreadPool(Worker(here, config.engine), min(BLOCKS_AT_ONCE, num_blocks))
+    elif executor == "local":
         pool = LocalPool(functools.partial(Worker, runs, config.engine))
     else:
         arguments = {"num_threads": 1, "directory": str(Path.cwd()), "offline": is_offline()}
         size = min(config.num_workers, num_blocks)
-        pool = RayPool((runs, config.engine), arguments, config.engine, size)
+        pool = RayPool((runs, config.engine), arguments, engine, size)
     try:
         yield pool
     finally:

@@ -13,8 +13,9 @@ from pipelines.checkpoints.hub import recorded
 from pipelines.commit import write_atomically
 from pipelines.evaluate.fill import Failure
 from pipelines.evaluate.groups import Measure, resolve_groups
-from pipelines.evaluate.interface import Number, Sample
+from pipelines.evaluate.interface import EvaluationTask, Number, Sample
 from pipelines.evaluate.plan import EvaluationPlan
+from pipelines.evaluate.scoring import ScoredTask, UnreadableScoresError
 from pipelines.evaluate.store import RESULT_FILE
 
 NUMBERS_FILE = "numbers.parquet"
@@ -46,7 +47,10 @@ def write_summary(
     numbers: dict[str, Numbers] = {name: {} for name in plan.models}
     cut: dict[str, dict[str, int]] = {name: {} for name in plan.models}
     for (model, task), found in samples.items():
-        numbers[model][task] = tasks[task].numbers(found)
+        try:
+            numbers[model][task] = tasks[task].numbers(found)
+        except UnreadableScoresError as error:
+            failures = [*failures, Failure(0, model, task, str(error))]
         if number := tasks[task].num_cut(found):
             cut[model][task] = number
     groups = group_numbers(plan, numbers)
@@ -68,6 +72,7 @@ def write_summary(
                     for task, found in numbers[name].items()
                 },
                 **({"prompts_cut": cut[name]} if cut[name] else {}),
+                **({"scores": notes} if (notes := _notes(tasks, name, samples)) else {}),
             }
             for name, model in plan.models.items()
         },
@@ -78,6 +83,18 @@ def write_summary(
     }
     write_atomically(plan.out / RESULT_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _notes(
+    tasks: Mapping[str, EvaluationTask], model: str, samples: Samples
+) -> dict[str, dict[str, Any]]:
+    """What scorers say of a model beside its numbers, by task."""
+    found = {
+        name: task.scorer.notes(samples[model, name])
+        for name, task in tasks.items()
+        if isinstance(task, ScoredTask) and (model, name) in samples
+    }
+    return {name: notes for name, notes in found.items() if notes}
 
 
 def _hub(plan: EvaluationPlan) -> dict[str, Any]:

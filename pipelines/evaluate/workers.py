@@ -10,6 +10,7 @@ from pipelines.checkpoints.hub import bring
 from pipelines.engines import EngineConfig, open_engine
 from pipelines.errors import InputError
 from pipelines.evaluate.interface import EvaluationTask, Sample
+from pipelines.evaluate.scoring import ScoredTask
 from pipelines.evaluate.store import Cell, Store
 
 if TYPE_CHECKING:
@@ -40,12 +41,17 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The unit of work: a block of a cell, of the evaluation with the number `run`."""
+    """The unit of work: a block of a cell, of the evaluation with the number `run`.
+
+    Attributes:
+        answers: of a cell of scores: the cell of the answers that are scored.
+    """
 
     run: int
     model: Model
     cell: Cell
     number: int
+    answers: Cell | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ class Worker:
         self._runs, self._stores = runs, [Store(run.folder) for run in runs]
         self._asked = self._config = engine
         self._offline = offline
-        self._tasks: dict[int, dict[str, EvaluationTask]] = {}  # by run, then name
+        self._tasks: dict[int, dict[tuple[str, str], EvaluationTask]] = {}  # by name, fingerprint
         self._engine: Engine | None = None
         self._model: Model | None = None
 
@@ -103,20 +109,39 @@ class Worker:
                     there = store.path(block.cell, block.number).is_file()
                     return Outcome("done" if there else "held")
                 store.describe(block.cell)
-                samples, notes = self._samples(block)
+                samples, notes = self._scored(block) if block.answers else self._samples(block)
                 store.write(block.cell, block.number, samples, notes)
         except InputError as error:
             return Outcome("refused", reason=str(error))
         except Exception as error:  # whatever a library raises: the rest of the matrix goes on
-            self.close()
+            self._free(block)
             return Outcome("failed", reason=_first_line(error))
         return Outcome("done", len(samples))
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the engine, and what scorers hold."""
         if self._engine is not None:
             self._engine.close()
         self._engine = self._model = None
+        for tasks in self._tasks.values():
+            for task in tasks.values():
+                if isinstance(task, ScoredTask):
+                    task.scorer.close()
+
+    def _free(self, block: Block) -> None:
+        """Free what a block that failed may have spoiled; a scorer without an engine is at work
+        for other blocks too.
+        """
+        task = self._task(block) if block.answers else None
+        if not isinstance(task, ScoredTask) or task.scorer.engine is not None:
+            self.close()
+
+    def _scored(self, block: Block) -> tuple[list[Sample], Any]:
+        """A block of answers with a scorer's values, and no notes."""
+        task, store = self._task(block), self._stores[block.run]
+        assert isinstance(task, ScoredTask) and block.answers is not None
+        answers, _ = store.read(block.answers, block.number)
+        return task.scorer.score(answers, str(store.folder)), None
 
     def _samples(self, block: Block) -> tuple[list[Sample], Any]:
         """A block's samples, and notes. Where memory runs out, the block is measured again whole
@@ -142,8 +167,9 @@ class Worker:
     def _task(self, block: Block) -> EvaluationTask:
         if block.run not in self._tasks:
             tasks = self._runs[block.run].open_tasks()
-            self._tasks[block.run] = {task.name: task for task in tasks}
-        return self._tasks[block.run][block.cell.task]
+            answered = [task.answered for task in tasks if isinstance(task, ScoredTask)]
+            self._tasks[block.run] = {(t.name, t.fingerprint): t for t in (*tasks, *answered)}
+        return self._tasks[block.run][block.cell.task, block.cell.described["task_fingerprint"]]
 
     def _engine_with(self, model: Model) -> "Engine":
         """The engine with a model's weights: as it is, after a swap, or newly started."""
