@@ -67,7 +67,7 @@ def _size(plan: ScorePlan) -> str:
     )
     if not plan.missing:
         return size
-    seconds = 2 * plan.parameters * plan.tokens_left / measured_flops()
+    seconds = 2 * plan.model.parameters * plan.tokens_left / measured_flops()
     return f"{size}, {seconds:,.0f} s or more here"
 
 

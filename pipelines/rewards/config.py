@@ -36,18 +36,12 @@ class ScoreConfig(ReadingConfig):
     max_bad_share: float = Field(0.0, ge=0, le=1, description="of rows that may be bad")
     limit: int | None = Field(None, ge=1, description="only so many rows, from the first on")
     seed: int = Field(0, ge=0, description="of readers that draw")
-    engine: EngineConfig = Field(default_factory=lambda: _engine({}))
+    engine: EngineConfig = Field(default_factory=lambda: reward_engine({}))
 
     @field_validator("engine", mode="before")
     @classmethod
     def _for_rewards(cls, engine: Any) -> Any:
-        if not isinstance(engine, Mapping):
-            return engine
-        if "head" in engine:
-            raise ValueError("head: is a field of its own: head, not engine.head")
-        if engine.get("kind", "reward") != "reward":
-            raise ValueError(f"kind: found {engine['kind']}; allowed: reward")
-        return _engine(engine)
+        return reward_engine(engine) if isinstance(engine, Mapping) else engine
 
     @model_validator(mode="after")
     def _draws(self) -> "ScoreConfig":
@@ -56,7 +50,15 @@ class ScoreConfig(ReadingConfig):
         return self
 
 
-def _engine(given: Mapping[str, Any]) -> EngineConfig:
-    """An engine for rewards."""
+def reward_engine(given: Mapping[str, Any]) -> EngineConfig:
+    """The config of an engine for rewards, from the fields that a user gives.
+
+    Raises:
+        ValueError: fields that say something else.
+    """
+    if "head" in given:
+        raise ValueError("head: is a field of its own: head, not engine.head")
+    if given.get("kind", "reward") != "reward":
+        raise ValueError(f"kind: found {given['kind']}; allowed: reward")
     small = {} if given.get("name") == "vllm" else {"batch_size": BATCH_SIZE}
     return EngineConfig.model_validate({**small, **given, "kind": "reward"})

@@ -6,18 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.checkpoints.digests import ModelDigest, model_digest
-from pipelines.checkpoints.hub import described, folder_of, recorded
+from pipelines.checkpoints.hub import recorded
 from pipelines.commit import lock, make_folder, refuse_existing
-from pipelines.engines import EngineConfig, open_engine
-from pipelines.engines.models import check_kind, context_of, head_of, label_names
-from pipelines.engines.text import Text
-from pipelines.engines.weights import CheckpointWeights
 from pipelines.errors import InputError
-from pipelines.fingerprint import fingerprint, fingerprint_file, fingerprint_work
+from pipelines.fingerprint import fingerprint_file, fingerprint_work
 from pipelines.progress import Progress
 from pipelines.rewards.config import ScoreConfig
 from pipelines.rewards.files import Blocks, check_name, finished, frame, write_scores
+from pipelines.rewards.model import RewardModel
 from pipelines.rewards.rows import ReadRows, Scorable, read_rows
 from pipelines.rewards.summary import summary
 from pipelines.train.data.hub import data_folder
@@ -28,29 +24,6 @@ if TYPE_CHECKING:
     from pipelines.engines import Engine
 
 BLOCK_ROWS = 128
-ONLY_SPEED = {"device", "batch_size", "tensor_parallel", "gpu_memory", "cache_gib"}
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What a reward model is: of two equal ones, equal conversations have equal rewards.
-
-    Attributes:
-        digest: of its weights and of the files beside them.
-        head: the number of the label.
-        label: its name.
-        template: the fingerprint of the chat template; of None where it has none.
-    """
-
-    digest: ModelDigest
-    head: int
-    label: str
-    template: str
-
-    @property
-    def key(self) -> str:
-        """32 hex digits."""
-        return fingerprint([self.digest.weights, self.digest.companions, self.head, self.template])
 
 
 @dataclass(frozen=True)
@@ -58,20 +31,15 @@ class ScorePlan:
     """A file of scores, ready to be made.
 
     Attributes:
+        model: the reward model.
         rows: the data, cut into tokens.
-        identity: the reward model's.
-        engine: its config, with the head.
-        parameters: of the model.
         done: the record of the file where it is complete.
     """
 
     config: ScoreConfig
     out: Path
-    folder: Path
+    model: RewardModel
     rows: ReadRows
-    identity: Identity
-    engine: EngineConfig
-    parameters: int
     key: str
     done: dict[str, Any] | None
 
@@ -107,36 +75,16 @@ def plan_scores(config: ScoreConfig, out: Path, *, force: bool = False) -> Score
         InputError: no reward model, no such head, data that cannot be read, a file that is there.
     """
     check_name(out)
-    folder = folder_of(config.model)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model {config.model}: no Hugging Face checkpoint there")
-    engine = config.engine.model_copy(update={"head": config.head})
-    weights = CheckpointWeights.open(folder)
-    check_kind(weights, engine)
+    model = RewardModel.open(config.model, config.head, config.engine)
     files = source_files(data_folder(config.data, config.split), config.split)
-    text = Text(weights, context_of(weights.config, engine))
-    identity = identity_of(weights, text, engine)
-    rows = read_rows(config, files, text)
+    rows = read_rows(config, files, model.text)
     said = config.model_dump(mode="json", exclude={"model", "data", "engine", "head", "split"})
-    computed = config.engine.model_dump(mode="json", exclude=ONLY_SPEED)
     data = [[file.name, fingerprint_file(file)] for file in files]
-    key = fingerprint_work([identity.key, data, said, computed, text.context], "score")
+    key = fingerprint_work([model.key, data, said, model.text.context], "score")
     done = None if force else finished(out, key)
     if done is None:
         refuse_existing(out, force=force)
-    parameters = sum(math.prod(shape) for _, shape in weights.tensors.values())
-    return ScorePlan(config, out, folder, rows, identity, engine, parameters, key, done)
-
-
-def identity_of(weights: CheckpointWeights, text: Text, engine: EngineConfig) -> Identity:
-    """The identity of a reward model; its weights are read for it."""
-    head = head_of(weights.config, engine.head)
-    return Identity(
-        model_digest(weights.checkpoint),
-        head,
-        label_names(weights.config)[head],
-        fingerprint(text.tokenizer.chat_template),
-    )
+    return ScorePlan(config, out, model, rows, key, done)
 
 
 def score(plan: ScorePlan) -> dict[str, Any]:
@@ -161,10 +109,8 @@ def score(plan: ScorePlan) -> dict[str, Any]:
 
 def _fill(plan: ScorePlan, blocks: Blocks, missing: Sequence[int]) -> None:
     """Score the missing blocks."""
-    engine = open_engine(plan.folder, plan.engine)
+    engine = plan.model.start()
     try:
-        if engine.weights != plan.identity.digest.weights:
-            raise InputError(f"model {plan.config.model}: has changed since the start")
         longest = max(len(each) for row in plan.rows.rows for each in row.tokens)
         if longest > engine.context:
             raise InputError(
@@ -227,16 +173,10 @@ def _record(plan: ScorePlan) -> dict[str, Any]:
     return {
         "schema": 1,
         "key": plan.key,
-        "model": {
-            "path": described(plan.folder),
-            "digest": asdict(plan.identity.digest),
-            "head": plan.identity.head,
-            "label": plan.identity.label,
-            "template": plan.identity.template,
-        },
+        "model": plan.model.described,
         "reader": rows.reader,
         "counts": {name: counts[name] for name in names} | {"plain_texts": rows.plain},
         "config": plan.config.model_dump(mode="json", exclude_unset=True),
         "versions": versions(),
-        **recorded([plan.folder]),
+        **recorded([plan.model.folder]),
     }
