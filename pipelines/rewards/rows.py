@@ -168,9 +168,10 @@ class _Reading:
             raise WrongColumnsError(
                 f"holds messages, but model {self._text.name} has no chat template"
             )
-        tokens = tokenize(example, self._text.tokenizer)
+        if not example.prompt and len(example.responses) > 1:
+            raise InputError("prompt: is empty")
+        fitted, was_cut = self._fitted(tokenize(example, self._text.tokenizer), place)
         self.found.counts.rows += 1
-        fitted, was_cut = self._fitted(tokens, place)
         if fitted is None:
             self.found.counts.dropped += 1
             return
@@ -203,9 +204,8 @@ class _Reading:
     def _value(found: Any, column: str) -> str | None:
         """What a column of the file says of a row, or of all rows of a group alike."""
         rows = found if isinstance(found, Group) else [found]
-        values = {row.get(column) for row in rows}
-        value = values.pop() if len(values) == 1 else None
-        return None if value is None else str(value)
+        values = {None if (value := row.get(column)) is None else str(value) for row in rows}
+        return values.pop() if len(values) == 1 else None
 
     def finished(self) -> ReadRows:
         """All rows, checked."""

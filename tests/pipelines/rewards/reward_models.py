@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForSequenceClassification,
+    LlamaConfig,
     LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
 )
 
 from pipelines.rewards.rewardbench import SECTIONS
-from tests.tiny_models import save_tiny
+from tests.tiny_models import SPECIAL, save_tiny
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -28,10 +31,19 @@ SIZES: dict[str, Any] = {
 HEADS = ("helpfulness", "honesty", "harmlessness")
 
 
-def save_reward_model(path: Path, seed: int = 5, **fields: Any) -> Path:
-    """A Llama with one label, or with other fields."""
+def save_reward_model(
+    path: Path, seed: int = 5, tokenizer: PreTrainedTokenizerFast | None = None, **fields: Any
+) -> Path:
+    """A Llama with one label, or with other fields, and with the tests' tokenizer or another."""
     fields = {"num_labels": 1, "num_key_value_heads": 2} | SIZES | fields
-    return save_tiny(LlamaForSequenceClassification, path, seed, dtype=torch.float32, **fields)
+    if tokenizer is None:
+        return save_tiny(LlamaForSequenceClassification, path, seed, dtype=torch.float32, **fields)
+    torch.manual_seed(seed)
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), **ends, **fields)
+    LlamaForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 def save_reward_models(root: Path) -> dict[str, Path]:
@@ -48,6 +60,23 @@ def save_reward_models(root: Path) -> dict[str, Path]:
             BertForSequenceClassification, root / "bert", 7, dtype=torch.float32, **bert
         ),
     }
+
+
+def bpe_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of 2,000 pieces of words, made from texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=SPECIAL[:3],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    pad, first, last = SPECIAL[:3]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=first, eos_token=last
+    )
 
 
 class Rewards:

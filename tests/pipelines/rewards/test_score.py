@@ -20,9 +20,11 @@ from pipelines.engines.transformers_engine import TransformersEngine
 from pipelines.errors import InputError
 from pipelines.rewards import ScoreConfig, plan_scores, score
 from pipelines.rewards import score as score_module
+from pipelines.train.data.rows import parts_of, read_part
 from tests.pipelines.rewards.reward_models import (
     Rewards,
     bench_rows,
+    bpe_tokenizer,
     said,
     save_reward_model,
     write_rows,
@@ -291,6 +293,16 @@ BAD: dict[str, tuple[list[Any], dict[str, Any], str]] = {
         "reader helpsteer expects the columns .*; missing: response",
     ),
     "no such column": ([PAIR], {"subset": "kind"}, "no row has the column 'kind'; found: chosen"),
+    "an empty prompt": (
+        [{"prompt": [], "chosen": said("a", "b")[1:], "rejected": said("a", "c")[1:]}],
+        {},
+        "row 1: prompt: is empty",
+    ),
+    "a response that is too long": (
+        [PAIR, PAIR | {"chosen": "a b c d e"}],
+        {"engine": {"max_length": 4}, "too_long": "cut_prompt"},
+        r"row 2: found \d tokens; allowed: max_length 4 .* \(1 of 2 rows are bad",
+    ),
     "responses": ([{"prompt": "a", "responses": "b"}], {}, "found 'b'; allowed: a list of texts"),
     "no rows": ([], {}, "rows.jsonl: holds no rows"),
     "no template": (
@@ -356,22 +368,28 @@ def test_rewards_that_are_no_numbers(
         scored(tmp_path / "scores.csv", model=reward_models["one"], data=data)
 
 
+def answer_of(dialogue: str) -> str:
+    """The last answer of a dialogue as a text."""
+    return dialogue.rpartition("\n\nAssistant:")[2].strip()
+
+
 @pytest.mark.long
 def test_real_pairs(reward_models: dict[str, Path], tmp_path: Path) -> None:
     """POISE_PAIRS names JSON lines whose `chosen` and `rejected` are dialogues, as in HH-RLHF."""
     file = os.environ.get("POISE_PAIRS")
     if not file:
         pytest.skip("POISE_PAIRS names no file of pairs")
-    model = save_reward_model(tmp_path / "model", max_position_embeddings=4096)
-    found = scored(tmp_path / "scores.parquet", model=model, data=file, max_bad_share=0.02)
-    from pipelines.train.data.rows import parts_of, read_part
-
     rows = [row for part in parts_of([Path(file)]) for _, row in read_part(part)]
+    tokenizer = bpe_tokenizer(row["chosen"] for row in rows)
+    model = save_reward_model(tmp_path / "model", tokenizer=tokenizer, max_position_embeddings=4096)
+    found = scored(tmp_path / "scores.parquet", model=model, data=file, max_bad_share=0.01)
     oracle = Rewards(model)
-    assert len(found) > 1.9 * len(rows)
     for each in found:
         expected = oracle.of(rows[each["number"]][each["role"]])
         assert each["reward"] == pytest.approx(expected, abs=1e-4)
     record = json.loads((tmp_path / "scores.parquet.json").read_text())
     print(record["counts"], record["summary"]["pairs"], record["summary"]["length"])
-    assert record["counts"]["rows"] == len(rows)
+    assert record["counts"]["rows"] == len(rows) > 100
+    empty = sum(not answer_of(row[role]) for row in rows for role in ("chosen", "rejected"))
+    assert record["counts"]["bad"] <= empty
+    assert len(found) == 2 * (len(rows) - record["counts"]["bad"])
