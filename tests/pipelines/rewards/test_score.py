@@ -18,8 +18,7 @@ from pipelines.commit import partial_path
 from pipelines.config import check
 from pipelines.engines.transformers_engine import TransformersEngine
 from pipelines.errors import InputError
-from pipelines.rewards import ScoreConfig, plan_scores, score
-from pipelines.rewards import score as score_module
+from pipelines.rewards import ScoreConfig, plan_scores, score, scoring
 from pipelines.train.data.rows import parts_of, read_part
 from tests.pipelines.rewards.reward_models import (
     Rewards,
@@ -117,7 +116,7 @@ def test_heads_and_encoders(
 def test_a_run_that_ends_goes_on_and_a_finished_one_is_left(
     reward_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_module, "BLOCK_ROWS", 10)
+    monkeypatch.setattr(scoring, "BLOCK_ROWS", 10)
     data = write_rows(tmp_path / "bench.jsonl", bench_rows())
     values = {"model": reward_models["one"], "data": data}
     whole = scored(tmp_path / "whole.jsonl", **values)
@@ -157,8 +156,8 @@ from pathlib import Path
 from pipelines.config import check
 from pipelines.engines.transformers_engine import TransformersEngine
 from pipelines.rewards import ScoreConfig, plan_scores, score
-from pipelines.rewards import score as module
-module.BLOCK_ROWS, calls, rewards = 10, [], TransformersEngine.rewards
+from pipelines.rewards import scoring
+scoring.BLOCK_ROWS, calls, rewards = 10, [], TransformersEngine.rewards
 def last(engine, conversations):
     calls.append(1)
     if len(calls) == 4:
@@ -174,7 +173,7 @@ score(plan_scores(check({"model": model, "data": data}, ScoreConfig, "score"), P
 def test_a_kill_loses_one_block(
     reward_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_module, "BLOCK_ROWS", 10)
+    monkeypatch.setattr(scoring, "BLOCK_ROWS", 10)
     data, out = write_rows(tmp_path / "bench.jsonl", bench_rows()), tmp_path / "scores.parquet"
     arguments = [sys.executable, "-c", KILLED, reward_models["one"], data, out]
     ended = subprocess.run(arguments, env=os.environ, check=False)
@@ -201,7 +200,7 @@ def test_rows_that_are_too_long(reward_models: dict[str, Path], tmp_path: Path) 
     assert (record["counts"]["dropped"], record["summary"]["responses"]) == (1, 2)
     cut = scored(tmp_path / "b.jsonl", **values, too_long="cut_prompt")
     assert [each["prompt_cut"] for each in cut] == [False, False, True, True]
-    assert [each["tokens"] for each in cut] == [5, 5, 7, 8]  # both lose as much
+    assert [each["tokens"] for each in cut] == [4, 4, 7, 8]  # both lose as much
     oracle = Rewards(model)
     beginning = oracle.tokenizer.bos_token
     for each, text in zip(cut[2:], ("d e f g h i", "d e f g h j a"), strict=True):
