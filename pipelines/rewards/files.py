@@ -7,6 +7,8 @@ where `KEY` is the fingerprint of everything that scores depend on. The file of 
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,15 @@ class Blocks:
     def table(self, count: int) -> pa.Table:
         """All blocks, which must be there."""
         return pa.concat_tables([parquet.read_table(self._path(n)) for n in range(count)])
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """In the block of code they are made; nothing is left where none was."""
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it holds blocks, or is gone
+                self.partial.rmdir()
 
     def remove(self) -> None:
         """Remove them, and those of other keys."""

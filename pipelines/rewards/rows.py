@@ -39,6 +39,8 @@ class Scored(RowReader):
         if _is_pair(row):
             return ROW_KINDS["pairs"]._read(row)
         if row.values.get("responses") is None:
+            if not _has(row, ("messages", "text")):
+                self._require(row, ("prompt", "completion"))
             return ROW_KINDS["texts"]._read(row)
         self._require(row, ("prompt",))
         responses = row.get("responses")
@@ -51,7 +53,12 @@ class Scored(RowReader):
 
 
 def _is_pair(row: Row) -> bool:
-    return any(row.values.get(name) is not None for role in ROLES for name in row.names(role))
+    return _has(row, ROLES)
+
+
+def _has(row: Row, meanings: Iterable[str]) -> bool:
+    """Whether a row has one of them."""
+    return any(row.values.get(name) is not None for each in meanings for name in row.names(each))
 
 
 def _after(prompt: Any, names: list[str], responses: list[str]) -> dict[str, Content]:

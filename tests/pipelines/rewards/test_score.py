@@ -346,8 +346,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     with pytest.raises(InputError, match=message) as error:
         scored(tmp_path / "scores.parquet", **values)
     assert "\n" not in str(error.value)
-    left = [path for path in tmp_path.iterdir() if path.is_file()]
-    assert left == [tmp_path / "rows.jsonl"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "rows.jsonl"]
 
 
 def test_rewards_that_are_no_numbers(
