@@ -1,7 +1,7 @@
 """Rewards as a task's metric: stored answers are scored by a reward model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from pipelines.train.data.hub import data_folder
 from pipelines.train.data.rows import parts_of, read_part, source_files
 from pipelines.train.data.tokens import TooLong, fit, tokenize
 from pipelines.train.rows.examples import Example
-from pipelines.train.rows.messages import ROLES, normal_messages
+from pipelines.train.rows.messages import ROLES, Messages, normal_messages
 
 if TYPE_CHECKING:
     from pipelines.engines import Engine
@@ -86,8 +86,8 @@ class RewardScorer:
 
     def _tokens(self, messages: Sequence[Message], document: str) -> tuple[list[int], int, bool]:
         """A conversation's tokens, those of its last answer alone, and whether it was cut."""
-        *prompt, answer = map(dict, messages)
-        example = Example(prompt, ([answer],))
+        turns: Messages = [dict(each) for each in messages]
+        example = Example(turns[:-1], (turns[-1:],))
         try:
             row, was_cut = fit(
                 tokenize(example, self._model.text.tokenizer),
@@ -170,7 +170,8 @@ def _prompts(entry: RewardedSet, name: str, config: "EvaluateConfig") -> Convers
     file = entry.file(config.split)
     if file is None:
         raise InputError(f"tasks: data: {entry.data}: has no {config.split} split")
-    names = {each: entry.columns.get(each, each) for each in ("prompt", "id", "cluster")}
+    given: Mapping[Any, str] = entry.columns
+    names = {each: given.get(each, each) for each in ("prompt", "id", "cluster")}
     sampling = Sampling(max_tokens=entry.max_new_tokens)
     rows: list[Conversation] = []
     for part in parts_of(source_files(data_folder(file, None))):
@@ -185,7 +186,7 @@ def _prompts(entry: RewardedSet, name: str, config: "EvaluateConfig") -> Convers
 
 
 def _conversation(
-    row: Any, names: dict[Any, str], sampling: Sampling, place: str, number: str
+    row: Any, names: Mapping[str, str], sampling: Sampling, place: str, number: str
 ) -> Conversation:
     """A row's prompt. Rows with the same prompt are one cluster unless a column says otherwise."""
     if isinstance(row, InputError):
