@@ -104,7 +104,7 @@ def test_heads_and_encoders(
     assert [each["response_tokens"] for each in found] == answers
     others = scored(tmp_path / "b.jsonl", **values, engine={"batch_size": 3})
     for one, other in zip(found, others, strict=True):
-        assert one.pop("reward") == pytest.approx(other.pop("reward"), abs=1e-5)
+        assert one.pop("reward") == pytest.approx(other.pop("reward"), abs=1e-4)
         assert one == other
     record = json.loads((tmp_path / "a.parquet.json").read_text())
     assert record["reader"] == "rewardbench"
