@@ -1,5 +1,6 @@
 """Means of graded prompts and their standard errors."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,3 +49,29 @@ def mean_of_means(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
         raise ValueError("found no means; expected one or more")
     means, errors = np.asarray(parts, dtype=np.float64).T
     return float(means.mean()), float(np.sqrt(np.square(errors).sum()) / len(parts))
+
+
+def cohen_kappa(first: Sequence[object], second: Sequence[object]) -> float:
+    """Agreement of two raters beyond chance: `(p_o - p_e) / (1 - p_e)` with p_o the share of items
+    on which they agree and p_e the share expected of independent raters with the same shares of
+    categories (Cohen 1960, eq. 1). 1: they always agree; 0: as by chance.
+
+    Args:
+        first: n categories; `second`: those of the other rater on the same items.
+
+    Returns:
+        at most 1; NaN where both give one and the same category to all, for p_e is 1 there.
+
+    Raises:
+        ValueError: no items, or another number of one rater's than of the other's.
+    """
+    if len(first) == 0 or len(first) != len(second):
+        raise ValueError(
+            f"found {len(first)} and {len(second)} categories; expected one or more of each, in "
+            "equal number"
+        )
+    n = len(first)
+    observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
+    counts, others = Counter(first), Counter(second)
+    expected = sum(count * others[category] for category, count in counts.items()) / n**2
+    return (observed - expected) / (1 - expected) if expected < 1 else float("nan")

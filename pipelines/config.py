@@ -82,7 +82,9 @@ class NamedIn:
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
-_TYPE_NAME = re.compile(r"[A-Z]\w*|str|int|float|bool|none|(list|dict|tuple|literal|function)\W.*")
+_TYPE_NAME = re.compile(
+    r"[A-Z]\w*|str|int|float|bool|none|(list|dict|tuple|literal|function|lax-or-strict)\W.*"
+)
 
 
 class _Loader(yaml.SafeLoader):

@@ -281,6 +281,20 @@ def score(
     run_score(values, out, overrides or [], only_plan=plan, force=force, as_json=as_json)
 
 
+@app.command(epilog="Example: `poise judges runs/judged --labels labels.jsonl`")
+def judges(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="folder of `poise evaluate`")],
+    labels: Annotated[
+        Path | None, typer.Option(help="JSONL of id and label, to compare verdicts with")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How judges judged: effect of order and repeats, agreement with each other and with labels."""
+    from ray_jobs.judges import run_judges
+
+    run_judges(folder, labels, as_json=as_json)
+
+
 @app.command(epilog="Example: `poise sweep configs/demo/sweep/expo.yaml --out runs/sweep`")
 def sweep(
     config: ConfigPath,

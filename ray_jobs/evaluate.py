@@ -58,7 +58,8 @@ def _tell(out: Path, summary: dict[str, Any], *, as_json: bool) -> None:
         for task, number in entry.get("prompts_cut", {}).items():
             print(f"{model} on {task}: {number} prompts were cut", file=sys.stderr)
         for task, notes in entry.get("scores", {}).items():
-            print(f"{model} on {task}: {notes.get('line', notes)}", file=sys.stderr)
+            if line := notes.get("line"):
+                print(f"{model} on {task}: {line}", file=sys.stderr)
     print(f"evaluation: {out / 'evaluation.json'}", file=sys.stderr)
 
 

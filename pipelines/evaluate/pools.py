@@ -58,9 +58,9 @@ class ThreadPool:
         return self._running.pop(first), first.result()
 
     def close(self) -> None:
-        """End the threads and free what the worker opened."""
-        self._threads.shutdown(cancel_futures=True)
+        """Free what the worker opened, which ends what still runs, and the threads."""
         self._worker.close()
+        self._threads.shutdown(cancel_futures=True)
 
 
 class RayPool:

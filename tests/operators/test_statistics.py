@@ -4,13 +4,14 @@ Oracle: numpy's usual formulas, and closed forms.
 """
 
 import math
+import random
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from operators.statistics import clustered_mean, mean_of_means
+from operators.statistics import clustered_mean, cohen_kappa, mean_of_means
 
 
 def test_every_value_its_own_cluster_is_the_usual_standard_error() -> None:
@@ -47,3 +48,16 @@ def test_one_cluster_has_no_error_and_nothing_is_refused() -> None:
 
 def test_mean_of_independent_means() -> None:
     assert mean_of_means([(10.0, 3.0), (20.0, 4.0)]) == pytest.approx((15.0, 2.5))
+
+
+def test_kappa_in_closed_form_and_beside_another_library() -> None:
+    first = ["y"] * 25 + ["n"] * 25
+    second = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
+    assert cohen_kappa(first, second) == pytest.approx(0.4)  # p_o 0.7, p_e 0.5
+    assert cohen_kappa(first, first) == 1.0
+    assert cohen_kappa("aa", "aa") != cohen_kappa("aa", "aa")  # NaN
+    metrics = pytest.importorskip("sklearn.metrics")
+    one, other = (random.Random(seed).choices("abc", k=200) for seed in (1, 2))
+    assert cohen_kappa(one, other) == pytest.approx(metrics.cohen_kappa_score(one, other))
+    with pytest.raises(ValueError, match="found 2 and 1 categories"):
+        cohen_kappa("ab", "a")
