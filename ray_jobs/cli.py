@@ -277,7 +277,7 @@ def score(
     """Score responses or pairs by a reward model: raw rewards, accuracy by subset, length."""
     from ray_jobs.score import run_score
 
-    values = {"model": str(model), "data": str(data)} | ({"head": head} if head else {})
+    values = {"model": str(model), "data": str(data)} | ({} if head is None else {"head": head})
     run_score(values, out, overrides or [], only_plan=plan, force=force, as_json=as_json)
 
 
