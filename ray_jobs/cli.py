@@ -243,6 +243,44 @@ def results(
     )
 
 
+@app.command(epilog="Example: `poise score runs/reward pairs.jsonl --out runs/scores.parquet`")
+def score(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="a sequence classification model, also on the hub"),
+    ],
+    data: Annotated[
+        Path,
+        typer.Argument(metavar="DATA", help="pairs, responses or conversations, also on the hub"),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="how both are read: reader, split, columns, subset, cluster, too_long, "
+            "max_bad_share, limit, engine.name, engine.dtype, ... (docs/rewards.md)",
+        ),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", callback=_no_address, help="a file of its end's form: .parquet, .jsonl"
+        ),
+    ] = Path("runs/scores.parquet"),
+    head: Annotated[
+        str | None, typer.Option(help="name or number of the label that is the reward")
+    ] = None,
+    plan: Plan = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score responses or pairs by a reward model: raw rewards, accuracy by subset, length."""
+    from ray_jobs.score import run_score
+
+    values = {"model": str(model), "data": str(data)} | ({} if head is None else {"head": head})
+    run_score(values, out, overrides or [], only_plan=plan, force=force, as_json=as_json)
+
+
 @app.command(epilog="Example: `poise judges runs/judged --labels labels.jsonl`")
 def judges(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="folder of `poise evaluate`")],

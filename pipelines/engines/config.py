@@ -48,7 +48,12 @@ class EngineConfig(Config):
 
     name: Literal["transformers", "vllm"] = "transformers"
     kind: Literal["generate", "reward"] = Field(
-        "generate", description="a causal language model, or a reward model with one label"
+        "generate", description="a causal language model, or a reward model"
+    )
+    head: str | int | None = Field(
+        None,
+        description="of a reward model with several labels: the one that is the reward",
+        exclude_if=lambda head: head is None,  # so that keys of evaluations stay as they were
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU where there is one (vLLM: as its build has it)"
@@ -65,6 +70,8 @@ class EngineConfig(Config):
     @model_validator(mode="after")
     def _has_effect(self) -> "EngineConfig":
         given = self.model_fields_set
+        if self.head is not None and self.kind != "reward":
+            raise ValueError("engine.head: has no effect with kind generate")
         without = ("tensor_parallel", "gpu_memory", "cache_gib")
         for field in without if self.name == "transformers" else ("batch_size",):
             if field in given and getattr(self, field) != type(self).model_fields[field].default:

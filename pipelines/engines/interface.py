@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]  # role and content
 Prompt = str | Sequence[Message] | Sequence[int]  # a text, messages for the chat template, tokens
+Conversation = Prompt  # the same, with the answer in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +161,9 @@ class Engine(Protocol):
             InputError: a pair that does not fit into the context, an empty continuation.
         """
 
-    def rewards(self, conversations: Sequence[str | Sequence[Message]]) -> list[float]:
-        """Raw scores of whole conversations by a sequence classification model of one label.
+    def rewards(self, conversations: Sequence[Conversation]) -> list[float]:
+        """Raw scores of whole conversations by a sequence classification model: those of its one
+        label, or of the config's `head`. Tokens are scored as they are.
 
         Raises:
             InputError: conversations that do not fit into the context, or no chat template.

@@ -1,5 +1,6 @@
 """Which checkpoints an engine can run, checked before anything is loaded."""
 
+from difflib import get_close_matches
 from typing import Any
 
 from pipelines.engines.config import EngineConfig
@@ -8,6 +9,7 @@ from pipelines.errors import InputError
 
 UNBOUNDED = 1 << 30
 REWARD_SUFFIX = "ForSequenceClassification"
+_LISTED = 20  # labels in a message
 
 
 def check_kind(weights: Weights, config: EngineConfig) -> None:
@@ -23,11 +25,50 @@ def check_kind(weights: Weights, config: EngineConfig) -> None:
     if not str(name).endswith(REWARD_SUFFIX):
         raise InputError(
             f"{place}architectures: found {name or 'none'}; allowed: a sequence classification "
-            "model of one label"
+            "model"
         )
-    count = num_labels(weights.config)
-    if count != 1:
-        raise InputError(f"{place}found {count} labels; allowed: 1 in a reward model")
+    head_of(weights.config, config.head, place)
+
+
+def head_of(config: dict[str, Any], wanted: str | int | None, place: str = "") -> int:
+    """The number of the label whose scores are the rewards.
+
+    Args:
+        config: a sequence classification model's config.json.
+        wanted: a label's name or number; None where the model has one label.
+        place: the beginning of the message.
+
+    Raises:
+        InputError: several labels and none chosen, or one that the model does not have.
+    """
+    names = label_names(config)
+    listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    if wanted is None:
+        if len(names) != 1:
+            raise InputError(
+                f"{place}found {len(names)} labels ({listed}); allowed: 1 in a reward model, or "
+                "head: a label's name or number"
+            )
+        return 0
+    if isinstance(wanted, str) and wanted in names:
+        return names.index(wanted)
+    is_number = isinstance(wanted, int) or wanted.isdecimal()
+    if is_number and 0 <= int(wanted) < len(names):
+        return int(wanted)
+    near = get_close_matches(str(wanted), names, 3, 0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise InputError(
+        f"{place}head: found {wanted!r}; allowed: 0 to {len(names) - 1}, or {listed}{hint}"
+    )
+
+
+def label_names(config: dict[str, Any]) -> list[str]:
+    """The labels of a sequence classification model by their numbers."""
+    labels = config.get("id2label") or {}
+    return [
+        str(labels.get(str(number), labels.get(number, f"LABEL_{number}")))
+        for number in range(num_labels(config))
+    ]
 
 
 def num_labels(config: dict[str, Any]) -> int:

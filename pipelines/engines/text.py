@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pipelines.engines.interface import Message, Prompt
+from pipelines.engines.interface import Conversation, Prompt
 from pipelines.engines.weights import Weights
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint, fingerprint_file
@@ -55,17 +55,11 @@ class Text:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """As `Engine.encode`."""
-        if isinstance(prompt, str):
-            return self._plain(prompt)
-        if not prompt or isinstance(prompt[0], int):
-            return [token for token in prompt if isinstance(token, int)]
-        return self._templated(prompt, begin_answer=True)
+        return self._tokens(prompt, begin_answer=True)
 
-    def conversation(self, messages: str | Sequence[Message]) -> list[int]:
+    def conversation(self, conversation: Conversation) -> list[int]:
         """The tokens of a whole conversation, or of a text, for a reward model."""
-        if isinstance(messages, str):
-            return self._plain(messages)
-        return self._templated(messages, begin_answer=False)
+        return self._tokens(conversation, begin_answer=False)
 
     def pair(
         self, context: str | Sequence[int], continuation: str | Sequence[int]
@@ -115,6 +109,14 @@ class Text:
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens as a text, without special ones."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def _tokens(self, prompt: Prompt, begin_answer: bool) -> list[int]:
+        """The tokens of a text, of messages in the chat template, or tokens as they are."""
+        if isinstance(prompt, str):
+            return self._plain(prompt)
+        if not prompt or isinstance(prompt[0], int):
+            return [token for token in prompt if isinstance(token, int)]
+        return self._templated(prompt, begin_answer)
 
     def _plain(self, text: str) -> list[int]:
         """A text's tokens; what begins texts is not added where it is there."""

@@ -12,13 +12,13 @@ from torch import Tensor
 from pipelines.engines.config import EngineConfig, computing_dtype, torch_device
 from pipelines.engines.interface import (
     Completion,
+    Conversation,
     LogLikelihood,
-    Message,
     Prompt,
     Sampling,
     check_seeds,
 )
-from pipelines.engines.models import check_kind, context_of
+from pipelines.engines.models import check_kind, context_of, head_of
 from pipelines.engines.sampling import Sampler, StopTexts
 from pipelines.engines.state import EngineState
 from pipelines.engines.text import Text
@@ -122,12 +122,12 @@ class TransformersEngine:
         return [found[place] for place in range(len(pairs))]
 
     @torch.inference_mode()
-    def rewards(self, conversations: Sequence[str | Sequence[Message]]) -> list[float]:
+    def rewards(self, conversations: Sequence[Conversation]) -> list[float]:
         """As `Engine.rewards`. transformers' classes look for the last token that is no padding, so
         without a padding token in config.json conversations are scored one by one.
         """
         self._state.check("reward")
-        model = self._running
+        model, head = self._running, head_of(self._running.config.to_dict(), self.config.head)
         pad = model.config.get_text_config().pad_token_id
         encoded = [self._text.conversation(each) for each in conversations]
         self._text.check_room([len(each) for each in encoded], self.context, "conversations")
@@ -138,7 +138,7 @@ class TransformersEngine:
             batch = order[first : first + size]
             ids, mask = self._padded([encoded[place] for place in batch], pad or 0)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            found.update(zip(batch, logits[:, 0].to(torch.float32).tolist(), strict=True))
+            found.update(zip(batch, logits[:, head].to(torch.float32).tolist(), strict=True))
         return [found[place] for place in range(len(encoded))]
 
     def swap(self, source: "str | Path | MergePlan | Weights") -> str:

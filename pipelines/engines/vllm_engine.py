@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.engines.config import EngineConfig
-from pipelines.engines.interface import Completion, LogLikelihood, Message, Prompt, Sampling
+from pipelines.engines.interface import (
+    Completion,
+    Conversation,
+    LogLikelihood,
+    Prompt,
+    Sampling,
+)
 from pipelines.engines.text import Text
 from pipelines.engines.vllm_requests import VllmModel, scored, starting
 from pipelines.engines.weights import CheckpointWeights, weights_of
@@ -101,7 +107,7 @@ class VllmEngine(_Known):
         )
         return [scored(output, *pair) for output, pair in zip(outputs, pairs, strict=True)]
 
-    def rewards(self, conversations: Sequence[str | Sequence[Message]]) -> list[float]:
+    def rewards(self, conversations: Sequence[Conversation]) -> list[float]:
         """As `Engine.rewards`."""
         encoded = self._model.conversations(conversations)
         if not encoded:
@@ -112,7 +118,7 @@ class VllmEngine(_Known):
             pooling_task="classify",
             use_tqdm=False,
         )
-        return [float(output.outputs.data[0]) for output in outputs]
+        return [float(output.outputs.data[self._model.head]) for output in outputs]
 
     def swap(self, source: "str | Path | MergePlan | Weights") -> str:
         """As `Engine.swap`."""
@@ -170,12 +176,12 @@ class AsyncVllmEngine(_Known):
             outputs = await _all(self._answer(first + last, params) for first, last in pairs)
             return [scored(output, *pair) for output, pair in zip(outputs, pairs, strict=True)]
 
-    async def rewards(self, conversations: Sequence[str | Sequence[Message]]) -> list[float]:
+    async def rewards(self, conversations: Sequence[Conversation]) -> list[float]:
         """As `Engine.rewards`."""
         async with self._under_way():
             encoded = self._model.conversations(conversations)
             outputs = await _all(self._scores(tokens) for tokens in encoded)
-            return [float(output.outputs.data[0]) for output in outputs]
+            return [float(output.outputs.data[self._model.head]) for output in outputs]
 
     async def swap(self, source: "str | Path | MergePlan | Weights") -> str:
         """As `Engine.swap`, when the requests under way are answered."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from pipelines.engines.config import EngineConfig, computing_dtype
 from pipelines.engines.interface import (
     Completion,
+    Conversation,
     LogLikelihood,
-    Message,
     Prompt,
     Sampling,
     check_seeds,
 )
-from pipelines.engines.models import check_kind, context_of
+from pipelines.engines.models import check_kind, context_of, head_of
 from pipelines.engines.state import EngineState
 from pipelines.engines.text import Text
 from pipelines.engines.weights import Weights, inspect
@@ -143,7 +143,7 @@ class VllmModel:
             temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False, ignore_eos=True
         )
 
-    def conversations(self, conversations: Sequence[str | Sequence[Message]]) -> list[Tokens]:
+    def conversations(self, conversations: Sequence[Conversation]) -> list[Tokens]:
         """The tokens of conversations. transformers' reward models look at the last token that is
         no padding; a padding token at a conversation's end is left out here, so vLLM does, too.
         """
@@ -155,6 +155,11 @@ class VllmModel:
                 tokens.pop()
         self.text.check_room([len(each) for each in encoded], self.text.context, "conversations")
         return encoded
+
+    @property
+    def head(self) -> int:
+        """The label whose scores are the rewards."""
+        return head_of(self.weights.config, self.config.head)
 
     def reward_params(self) -> "PoolingParams":
         """Raw scores."""

@@ -12,9 +12,10 @@ from pipelines.evaluate.groups import GroupsField
 from pipelines.evaluate.harness import LIBRARY_SEED, LongPrompts, TaskSet
 from pipelines.evaluate.tasks import Split
 from pipelines.judges.config import JudgedSet
+from pipelines.rewards.rewarded import RewardedSet
 
 # Entries whose answers a scorer values, by the field that no other entry has (`scoring.py`).
-SCORED_ENTRIES: dict[str, type[Config]] = {"judged": JudgedSet}
+SCORED_ENTRIES: dict[str, type[Config]] = {"judged": JudgedSet, "reward": RewardedSet}
 
 
 def _form(entry: Any) -> str:
@@ -30,7 +31,8 @@ def _form(entry: Any) -> str:
 TaskEntry = Annotated[
     Annotated[str, Tag("str")]
     | Annotated[TaskSet, Tag("TaskSet")]
-    | Annotated[JudgedSet, Tag("JudgedSet")],
+    | Annotated[JudgedSet, Tag("JudgedSet")]
+    | Annotated[RewardedSet, Tag("RewardedSet")],
     Discriminator(_form),
 ]
 

@@ -16,6 +16,7 @@ from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.scoring import ScoredTask
 from pipelines.evaluate.tasks import DIMENSIONS, Task, load_tasks
 from pipelines.judges.config import JudgedSet
+from pipelines.rewards.rewarded import RewardedSet
 
 
 def open_tasks(config: EvaluateConfig) -> list[EvaluationTask]:
@@ -63,8 +64,17 @@ def _judged_task(entry: Any, config: EvaluateConfig) -> ScoredTask:
     return judged_task(entry, config.split, limit=config.limit, seed=config.seed)
 
 
+def _rewarded_task(entry: Any, config: EvaluateConfig) -> ScoredTask:
+    from pipelines.rewards.metric import rewarded_task
+
+    return rewarded_task(entry, config)
+
+
 # By the classes of `SCORED_ENTRIES`.
-OPENERS: dict[type[Config], Callable[[Any, EvaluateConfig], ScoredTask]] = {JudgedSet: _judged_task}
+OPENERS: dict[type[Config], Callable[[Any, EvaluateConfig], ScoredTask]] = {
+    JudgedSet: _judged_task,
+    RewardedSet: _rewarded_task,
+}
 
 
 def _scored_tasks(config: EvaluateConfig, entries: Sequence[Any]) -> list[ScoredTask]:

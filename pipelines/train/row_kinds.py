@@ -64,13 +64,11 @@ class MicroBatch:
         return weights_of(self.table, self.rows, answers.device)
 
 
-class RowKind(ABC):
-    """How rows of one kind are read and scored."""
+class RowReader(ABC):
+    """How rows of one kind are read."""
 
     columns: ClassVar[str]  # the columns that a row needs, in words
-    sequences_per_row: ClassVar[int] = 1
     rows_per_pair: ClassVar[int] = 1  # what a preference pair counts for
-    has_point: ClassVar[bool] = False  # whether prompts also come with other rows' responses
 
     def examples(self, row: Row) -> list[Example]:
         """A row as examples: one, or two if a pair is read as two labelled responses.
@@ -92,10 +90,6 @@ class RowKind(ABC):
     @abstractmethod
     def _read(self, row: Row) -> list[Example]: ...
 
-    @abstractmethod
-    def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
-        """A micro-batch's share of the global batch's loss."""
-
     def _require(self, row: Row, meanings: Iterable[str]) -> None:
         for meaning in meanings:
             names = row.names(meaning)
@@ -105,6 +99,17 @@ class RowKind(ABC):
                 found, name = ", ".join(row.values) or "none", "/".join(names)
                 lacks = MissingPromptError if meaning == "prompt" else InputError
                 raise lacks(f"has no column {name!r}; found: {found}; needed: {self.columns}")
+
+
+class RowKind(RowReader):
+    """How rows of one kind are read, and their loss."""
+
+    sequences_per_row: ClassVar[int] = 1
+    has_point: ClassVar[bool] = False  # whether prompts also come with other rows' responses
+
+    @abstractmethod
+    def loss(self, config: "ObjectiveConfig", batch: MicroBatch) -> MicroLoss:
+        """A micro-batch's share of the global batch's loss."""
 
 
 class Pairs(RowKind):

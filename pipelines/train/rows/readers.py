@@ -196,11 +196,15 @@ def _message(role: str, content: Any) -> Fields:
 
 
 PAIR = ("prompt", "chosen", "rejected")
-# By name; the sets are nvidia/HelpSteer, jondurbin/py-dpo-v0.1, argilla/distilabel-intel-orca-dpo-
-# pairs, argilla/distilabel-capybara-dpo-7k-binarized, openbmb/UltraSafety, jondurbin/truthy-dpo-
-# v0.1, HuggingFaceH4/ultrafeedback_binarized, PKU-Alignment/PKU-SafeRLHF, berkeley-nest/Nectar.
+# By name; the sets are allenai/reward-bench, nvidia/HelpSteer, jondurbin/py-dpo-v0.1,
+# argilla/distilabel-intel-orca-dpo-pairs, argilla/distilabel-capybara-dpo-7k-binarized,
+# openbmb/UltraSafety, jondurbin/truthy-dpo-v0.1, HuggingFaceH4/ultrafeedback_binarized,
+# PKU-Alignment/PKU-SafeRLHF, berkeley-nest/Nectar.
 READERS: dict[str, Reader] = {
     "text_pairs": Reader(text_pairs, PAIR, "", ("system",), from_memory=False),
+    "rewardbench": Reader(
+        text_pairs, (*PAIR, "subset"), "", ("id", "chosen_model", "rejected_model")
+    ),
     "helpsteer": Reader(
         helpsteer,
         ("prompt", "response", "helpfulness", "correctness", "coherence"),

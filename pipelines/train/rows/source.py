@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pipelines.errors import InputError
-from pipelines.train.row_kinds import RowKind
+from pipelines.train.row_kinds import RowReader
 from pipelines.train.rows.columns import MissingPromptError, Reading, Row, check_unused
 from pipelines.train.rows.examples import Example, LeftOutError
 from pipelines.train.rows.messages import ROLES
@@ -20,7 +20,7 @@ class RowSource:
             columns.
     """
 
-    def __init__(self, kind: RowKind, reading: Reading, *, keep_equal: bool = False) -> None:
+    def __init__(self, kind: RowReader, reading: Reading, *, keep_equal: bool = False) -> None:
         self._kind, self._reading, self._keep_equal = kind, reading, keep_equal
         self._columns, self._roles = dict(reading.columns), ROLES | dict(reading.roles)
         self._ignored = frozenset(reading.ignored)

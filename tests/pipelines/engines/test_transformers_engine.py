@@ -212,7 +212,7 @@ def test_models_of_another_kind(models: dict[str, Path], tmp_path: Path) -> None
         open_engine(models["reward"])
     with pytest.raises(InputError, match="found LlamaForCausalLM; allowed: a sequence class"):
         open_engine(models["a"], reward)
-    with pytest.raises(InputError, match="found 2 labels; allowed: 1"):
+    with pytest.raises(InputError, match=r"found 2 labels \(LABEL_0, LABEL_1\); allowed: 1"):
         open_engine(two, reward)
     with pytest.raises(InputError, match="found reward; allowed here: generate"):
         open_engine(models["reward"], reward).generate(["a"], Sampling())

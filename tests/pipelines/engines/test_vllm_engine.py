@@ -15,8 +15,12 @@ from transformers import LlamaForSequenceClassification
 from pipelines.engines import EngineConfig, Sampling, answer_seed, open_engine
 from pipelines.errors import InputError
 from pipelines.merge import load_merge_config, plan_merge
+from pipelines.rewards import ScoreConfig
+from pipelines.rewards.rows import read_rows
+from pipelines.rewards.scoring import scored as scored_rows
 from tests.pipelines.checkpoints.digest_definition import weights_digest
 from tests.pipelines.engines.references import Reference, damage, long_prompts, save_chatty
+from tests.pipelines.rewards.reward_models import bench_rows, write_rows
 from tests.tiny_models import save_tiny, save_tiny_llama
 
 pytest.importorskip("vllm")
@@ -31,9 +35,11 @@ TIE = 1e-4
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models of the same shapes, tied, so that the head is the embedding; reward models."""
+    """Models of the same shapes, tied, so that the head is the embedding; reward models with three
+    labels.
+    """
     root = tmp_path_factory.mktemp("vllm")
-    reward = {"num_labels": 1, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    reward = {"num_labels": 3, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.2}
     causal = {name: save_chatty(root / name, n, tied=True) for n, name in enumerate("abc")}
     bad = save_chatty(root / "bad", 5, tied=True)
@@ -188,7 +194,7 @@ def test_inputs_that_vllm_cannot_take(engine, models: dict[str, Path], tmp_path:
 
 
 def test_rewards_and_their_swap(models: dict[str, Path], tmp_path: Path) -> None:
-    config = EngineConfig(name="vllm", kind="reward", cache_gib=0.25)
+    config = EngineConfig(name="vllm", kind="reward", head=1, cache_gib=0.25)
     words = [" ".join("abcdefghij"[:n] * (20 if n > 5 else 1)) for n in range(1, 9)]
     chats = [
         [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
@@ -198,10 +204,18 @@ def test_rewards_and_their_swap(models: dict[str, Path], tmp_path: Path) -> None
     try:
         for name in ("reward", "reward2", "reward"):
             assert engine.swap(models[name]) == weights_digest(models[name])
-            other = open_engine(models[name], EngineConfig(kind="reward", batch_size=3))
+            other = open_engine(
+                models[name], EngineConfig(kind="reward", head="LABEL_1", batch_size=3)
+            )
             expected = other.rewards(chats)
             assert engine.rewards(chats) == pytest.approx(expected, abs=1e-4)
             assert max(expected) - min(expected) > 0.1
+        data = write_rows(tmp_path / "rows.jsonl", bench_rows(per_subset=1))
+        score_config = ScoreConfig(model=models[name], data=data, head=1)
+        rows = read_rows(score_config, [data], engine.text).rows
+        for one, two in zip(scored_rows(rows, engine), scored_rows(rows, other), strict=True):
+            assert one.pop("reward") == pytest.approx(two.pop("reward"), abs=1e-4)
+            assert one == two
     finally:
         engine.close()
 

@@ -96,6 +96,12 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], list[Pair | st
         {},
         [("", "q", "c", "r")],
     ),
+    "rewardbench": (
+        "rewardbench",
+        [{"prompt": "q", "chosen": "c", "rejected": "r", "subset": "hep-go", "id": 3}],
+        {},
+        [("", "q", "c", "r")],
+    ),
     "orca": (
         "orca",
         [ORCA, ORCA | {"status": "tie"}, ORCA | {"chosen_score": 5.0, "system": ""}],

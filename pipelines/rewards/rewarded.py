@@ -1,0 +1,61 @@
+"""The config of rewarded tasks: entries of an evaluation's `tasks:` with the field `reward`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipelines.config import Config
+from pipelines.engines import EngineConfig
+from pipelines.rewards.config import reward_engine
+
+
+class RewardedSet(Config):
+    """A task whose metric is the reward of its answers."""
+
+    section = "tasks."
+
+    reward: Path = Field(description="a sequence classification model, also by name on the hub")
+    head: str | int | None = Field(
+        None, description="name or number of the label that is the reward, if there are several"
+    )
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_.-]+$", description="the column's; default reward, or OF_reward"
+    )
+    of: str | dict[str, Any] | None = Field(
+        None, description="a task that is answered in words, by name or as in tasks; or data"
+    )
+    data: Path | dict[Literal["development", "test"], Path] | None = Field(
+        None, description="rows with a prompt, answered in a chat; one path is the test split"
+    )
+    columns: dict[Literal["prompt", "id", "cluster"], str] = Field(
+        {}, description="what the data calls them"
+    )
+    max_new_tokens: int = Field(256, ge=1, description="of an answer to the data's prompts")
+    too_long: Literal["error", "cut_prompt"] = Field(
+        "error", description="conversations that the reward model cannot read"
+    )
+    engine: EngineConfig = Field(default_factory=lambda: reward_engine({}))
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _for_rewards(cls, engine: Any) -> Any:
+        return reward_engine(engine) if isinstance(engine, Mapping) else engine
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "RewardedSet":
+        if (self.of is None) == (self.data is None):
+            raise ValueError("of, data: allowed: one of them")
+        for field in ("columns", "max_new_tokens"):
+            default = type(self).model_fields[field].default
+            if self.of is not None and getattr(self, field) != default:
+                raise ValueError(f"{field}: has no effect with of")
+        return self
+
+    def file(self, split: str) -> Path | None:
+        """The data of a split."""
+        if isinstance(self.data, Mapping):
+            found: Mapping[str, Path] = {str(key): value for key, value in self.data.items()}
+            return found.get(split)
+        return self.data if split == "test" else None
