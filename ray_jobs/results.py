@@ -60,11 +60,11 @@ def run_results(
 def _named(evaluations: Sequence[Evaluation]) -> list[Row]:
     """The rows of all evaluations; the models of several have their folder's name before theirs."""
     if len(evaluations) == 1:
-        return evaluations[0].rows()
+        return evaluations[0].rows() + evaluations[0].drops()
     return [
         Row(f"{each.folder.name}/{row.model}", row.task, row.metric, row.value, row.stderr, row.n)
         for each in evaluations
-        for row in each.rows()
+        for row in each.rows() + each.drops()
     ]
 
 

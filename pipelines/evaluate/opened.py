@@ -11,6 +11,7 @@ from pipelines.evaluate.harness import load_tasks as load_library_tasks
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.tasks import DIMENSIONS, Task, load_tasks
+from pipelines.robustness.task import attacked_tasks
 
 
 def open_tasks(config: EvaluateConfig) -> list[EvaluationTask]:
@@ -40,7 +41,8 @@ def open_all(config: EvaluateConfig) -> tuple[list[EvaluationTask], dict[str, Gr
         seed=config.seed,
         allow_code=config.allow_code,
     )
-    return [LibraryTask(task, config.long_prompts) for task in tasks], config.groups or {}
+    plain = [LibraryTask(task, config.long_prompts) for task in tasks]
+    return [*plain, *attacked_tasks(config.attacks, plain)], config.groups or {}
 
 
 def _dimensions(tasks: Sequence[Task]) -> dict[str, Group]:

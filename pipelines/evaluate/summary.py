@@ -16,6 +16,7 @@ from pipelines.evaluate.groups import Measure, resolve_groups
 from pipelines.evaluate.interface import Number, Sample
 from pipelines.evaluate.plan import EvaluationPlan
 from pipelines.evaluate.store import RESULT_FILE
+from pipelines.robustness.report import attacks_on
 
 NUMBERS_FILE = "numbers.parquet"
 Samples = dict[tuple[str, str], list[Sample]]  # by names of model and task
@@ -68,6 +69,7 @@ def write_summary(
                     for task, found in numbers[name].items()
                 },
                 **({"prompts_cut": cut[name]} if cut[name] else {}),
+                **({"attacks": found} if (found := attacks_on(plan, name, samples)) else {}),
             }
             for name, model in plan.models.items()
         },
