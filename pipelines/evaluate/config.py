@@ -71,9 +71,7 @@ class EvaluateConfig(Config):
                 form = "a list of tasks" if named else "a tasks.yaml"
                 raise ValueError(f"{field}: has no effect with {form}")
         if self.attacks and not named:
-            raise ValueError(
-                "attacks: a tasks.yaml holds finished prompts; allowed: a list of tasks"
-            )
+            raise ValueError("attacks: a tasks.yaml has no templates; allowed: a list of tasks")
         return self
 
     @field_validator("models")

@@ -69,7 +69,7 @@ def write_summary(
                     for task, found in numbers[name].items()
                 },
                 **({"prompts_cut": cut[name]} if cut[name] else {}),
-                **({"attacks": found} if (found := attacks_on(plan, name, samples)) else {}),
+                **({"attacks": of} if (of := attacks_on(plan, name, samples)) else {}),
             }
             for name, model in plan.models.items()
         },

@@ -65,7 +65,7 @@ class Attack:
                 config.model and checkpoint_digest("model", config.model),
                 config.encoder and checkpoint_digest("encoder", config.encoder),
             ],
-            "kept": sorted(set(word for label in labels for word in [label.casefold()])),
+            "kept": sorted({label.casefold() for label in labels}),
             "stop_words": fingerprint(sorted(STOP_WORDS)),
         }
 

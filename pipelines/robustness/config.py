@@ -70,10 +70,9 @@ class AttackConfig(Config):
     @model_validator(mode="after")
     def _has_effect(self) -> "AttackConfig":
         for field in self.model_fields_set:
-            default = type(self).model_fields[field].default
-            if self.attack not in _READ_BY.get(field, (self.attack,)):
-                if getattr(self, field) != default:
-                    raise ValueError(f"attacks.{field}: has no effect with {self.attack}")
+            is_read = self.attack in _READ_BY.get(field, (self.attack,))
+            if not is_read and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"attacks.{field}: has no effect with {self.attack}")
         for field, needing in (("source", "substitution"), ("model", "bertattack")):
             if self.attack == needing and getattr(self, field) is None:
                 raise ValueError(f"attacks.{field}: required by {needing}")

@@ -1,5 +1,5 @@
-"""The drop rate (PDR of PromptBench, Zhu et al. 2023): what share of its score a model loses under an
-attack, with an error that is paired by document.
+"""The drop rate (PDR of PromptBench, Zhu et al. 2023): what share of its score a model loses under
+an attack, with an error that is paired by document.
 """
 
 import math

@@ -149,7 +149,7 @@ def _whole_words(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
     found = {}
     for token, number in tokens.items():
         text = token.removeprefix(mark)
-        if token.startswith(mark) and is_word(text) and len(text) > 1:
-            if text.casefold() not in STOP_WORDS:
-                found[number] = text
+        is_whole = token.startswith(mark) and is_word(text) and len(text) > 1
+        if is_whole and text.casefold() not in STOP_WORDS:
+            found[number] = text
     return found

@@ -121,8 +121,9 @@ def ranked(
 
     A word's importance is what the metric loses without it: `replace` puts an unknown word in its
     place, `delete` leaves it out; `head` leaves out all words from it on, against all after it,
-    `tail` all up to it, against all before it, and `combined` is the sum of these two: the scores
-    of DeepWordBug (replace-1, temporal head, temporal tail, combined). Words that may not be changed stay in every such prompt.
+    `tail` all up to it, against all before it, and `combined` is the sum of these two. They are
+    DeepWordBug's scores (replace-1, temporal head and tail, combined) with the metric for the
+    classifier's probability. Words that may not be changed stay in every such prompt.
 
     Args:
         words: places of the words that may be changed, in their order.

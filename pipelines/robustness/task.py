@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import InputError
 from pipelines.evaluate.harness import Task
 from pipelines.evaluate.harness.library import FAILURES, first_line
-from pipelines.evaluate.interface import Number, Sample
+from pipelines.evaluate.interface import EvaluationTask, Number, Sample
 from pipelines.evaluate.library_task import LibraryTask
 from pipelines.fingerprint import fingerprint
 from pipelines.robustness.attacks import Attack
@@ -114,7 +114,7 @@ class _Direct:
     def __init__(self, engine: "Engine") -> None:
         self._engine, self.key = engine, engine.weights
 
-    def samples(self, task: LibraryTask, first: int, last: int) -> Iterator[Sample]:
+    def samples(self, task: EvaluationTask, first: int, last: int) -> Iterator[Sample]:
         """As `Queries.samples`."""
         return iter(task.measure(self._engine, first, last))
 

@@ -95,7 +95,7 @@ class PromptTemplate:
         return replace(self, pieces=(*self.pieces, text))
 
     def around(self, place: int) -> tuple[str, str]:
-        """What stands before and after a piece, as a text with `{content}` for what is filled in."""
+        """What stands before and after a piece, with `{content}` for what is filled in."""
         shown = self._shown()
         return "".join(shown[:place]), "".join(shown[place + 1 :])
 
