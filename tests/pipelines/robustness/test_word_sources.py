@@ -83,7 +83,7 @@ def _with(other: str) -> set[str]:
         (
             "none.json",
             None,
-            "No such file or directory; allowed: a file, a folder, nlpaug:keyboard",
+            "No such file or directory; allowed: a file, a folder, nlpaug",
         ),
         ("bad.json", "[", "bad.json: not JSON"),
         ("list.json", "[]", "list.json: allowed: lists of texts by character or by word"),
@@ -158,9 +158,7 @@ def test_the_model_reads_the_word_or_a_mask_in_its_place(tmp_path: Path) -> None
     for mask, middle in ((False, "quick"), (True, "[MASK]")):
         inputs = tokenizer(f"the {middle} brown fox", return_tensors="pt")
         logits = plain(inputs["input_ids"]).logits[0, 1]
-        words = [
-            tokenizer.convert_ids_to_tokens(n) for n in logits.argsort(descending=True).tolist()
-        ]
+        words = tokenizer.convert_ids_to_tokens(logits.argsort(descending=True).tolist())
         whole = [w for w in words if w in WORDS and w not in ("the", "##ly", "quick")]
         assert model.words("the ", "quick", " brown fox", 3, mask=mask) == whole[:3]
 
@@ -201,7 +199,7 @@ def _words(folder: Path) -> Path:
 
 
 def test_checkpoints_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="model: .*: no Hugging Face checkpoint there"):
+    with pytest.raises(InputError, match=r"model: .*: no Hugging Face checkpoint there"):
         checkpoint_digest("model", tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
