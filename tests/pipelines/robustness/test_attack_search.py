@@ -185,7 +185,7 @@ def test_bounds_hold(
 def test_words_of_a_table(tmp_path: Path) -> None:
     file = tmp_path / "words.txt"
     file.write_text("classify sort\nclassify order label\nkeep sort2\nanswers responses\n")
-    found = attack("substitution", source=str(file), words=9).run(lambda t: -len(t.text))
+    found = attack("substitution", source=str(file), words=10).run(lambda t: -len(t.text))
     changed = {b for a, b in zip(PLAIN.pieces, found.template.pieces, strict=True) if a != b}
     assert changed == {"responses"}
     tried = {word for t, _ in found.asked for word in t.pieces}

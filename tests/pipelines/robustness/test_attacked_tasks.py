@@ -36,6 +36,7 @@ TASK = {
     "dataset_path": "json",
     "dataset_kwargs": {"data_files": {"train": "train.jsonl", "test": "test.jsonl"}},
     "training_split": "train",
+    "validation_split": "train",
     "test_split": "test",
     "output_type": "generate_until",
     "description": "hello hello ",

@@ -24,11 +24,10 @@ def test_the_documented_attacks(
     monkeypatch.chdir(tmp_path)
     text = (project_root / "docs" / "robustness.md").read_text()
     blocks = re.findall(r"```(yaml|bash)\n(.*?)```", text, re.DOTALL)
-    attacked, sentiment, ood, typos = (each for kind, each in blocks if kind == "yaml")
+    matrix, sentiment, typos = (each for kind, each in blocks if kind == "yaml")
     folder = Path("my_tasks")
     folder.mkdir()
-    Path("attacked.yaml").write_text(attacked)
-    Path("ood.yaml").write_text(ood)
+    Path("robustness.yaml").write_text(matrix)
     (folder / "sentiment.yaml").write_text(sentiment)
     (folder / "typos.yaml").write_text(typos)
     (folder / "misspellings.txt").write_text("review reveiw\nfilm flim\ndecide deside\n")
@@ -47,9 +46,9 @@ def test_the_documented_attacks(
     assert "12 attacked prompts at most" in shown[0]
     assert re.search(r"merged,sentiment\+deepwordbug,acc drop_rate,", shown[3])
     assert "out_of_distribution" in shown[-1]
-    found = json.loads(Path("runs/attacked/evaluation.json").read_text())["models"]["sft"]
+    found = json.loads(Path("runs/robustness/evaluation.json").read_text())["models"]["sft"]
     assert list(found["tasks"]) == [
-        "sentiment", "sentiment+deepwordbug", "sentiment+stresstest", "misspelled"
+        "sentiment", "typos", "sentiment+deepwordbug", "sentiment+stresstest", "misspelled"
     ]  # fmt: skip
     for name, attack in found["attacks"].items():
         line = attack["drops"]["acc"]
