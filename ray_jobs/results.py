@@ -92,6 +92,8 @@ def _print_table(rows: list[Row], form: str) -> None:
     """A row for each model, a column for each group and each metric of a task."""
     models = list(dict.fromkeys(row.model for row in rows))
     columns = list(dict.fromkeys((row.task, row.metric) for row in rows))
+    order = list(dict.fromkeys(task for task, _ in columns))
+    columns.sort(key=lambda column: order.index(column[0]))  # drop rates beside their tasks
     heads = [_head(task, metric, columns) for task, metric in columns]
     numbers = {(row.model, row.task, row.metric): row for row in rows}
     digits = {

@@ -42,7 +42,9 @@ def open_all(config: EvaluateConfig) -> tuple[list[EvaluationTask], dict[str, Gr
         allow_code=config.allow_code,
     )
     plain = [LibraryTask(task, config.long_prompts) for task in tasks]
-    return [*plain, *attacked_tasks(config.attacks, plain)], config.groups or {}
+    attacked = attacked_tasks(config.attacks, plain)
+    beside = [[task, *(each for each in attacked if each.of is task)] for task in plain]
+    return [each for tasks in beside for each in tasks], config.groups or {}
 
 
 def _dimensions(tasks: Sequence[Task]) -> dict[str, Group]:

@@ -48,7 +48,7 @@ def test_the_documented_attacks(
     assert "out_of_distribution" in shown[-1]
     found = json.loads(Path("runs/robustness/evaluation.json").read_text())["models"]["sft"]
     assert list(found["tasks"]) == [
-        "sentiment", "typos", "sentiment+deepwordbug", "sentiment+stresstest", "misspelled"
+        "sentiment", "sentiment+deepwordbug", "sentiment+stresstest", "misspelled", "typos"
     ]  # fmt: skip
     for name, attack in found["attacks"].items():
         line = attack["drops"]["acc"]
