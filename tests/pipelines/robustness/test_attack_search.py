@@ -26,7 +26,7 @@ WORDS = PLAIN.changeable(LABELS)
 
 
 def attack(name: str = "deepwordbug", start: PromptTemplate = PLAIN, **fields: Any) -> Attack:
-    return Attack(AttackConfig(attack=name, task="t", **fields), start, LABELS)  # type: ignore
+    return Attack(AttackConfig(attack=name, task="t", **fields), start, LABELS)
 
 
 def noise(template: PromptTemplate) -> float:
@@ -159,7 +159,12 @@ def test_words_are_ranked_by_what_is_lost_without_them(ranking: Any) -> None:
 def test_bounds_hold(
     seed: int, words: int, max_edits: int, protect: list[str], most: int | None
 ) -> None:
-    fields = {"words": words, "max_edits": max_edits, "protect": protect, "max_queries": most}
+    fields: dict[str, Any] = {
+        "words": words,
+        "max_edits": max_edits,
+        "protect": protect,
+        "max_queries": most,
+    }
     ready = attack(seed=seed, **fields)
     asked: list[PromptTemplate] = []
 

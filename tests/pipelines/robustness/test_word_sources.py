@@ -4,6 +4,7 @@ WordNet (wndb(5)) and nlpaug; a masked model whose weights say which word it lik
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def save_bert(kind: type, folder: Path, **likes: float) -> Path:
         tokenizer_object=tokenizer, **{f"{name}_token": text for name, text in names.items()}
     )
     torch.manual_seed(1)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     config = BertConfig(
         vocab_size=len(fast), num_attention_heads=2, max_position_embeddings=16, **sizes
     )
