@@ -43,8 +43,10 @@ def open_all(config: EvaluateConfig) -> tuple[list[EvaluationTask], dict[str, Gr
     )
     plain = [LibraryTask(task, config.long_prompts) for task in tasks]
     attacked = attacked_tasks(config.attacks, plain)
-    beside = [[task, *(each for each in attacked if each.of is task)] for task in plain]
-    return [each for tasks in beside for each in tasks], config.groups or {}
+    found: list[EvaluationTask] = []
+    for each in plain:
+        found += [each, *(one for one in attacked if one.of is each)]
+    return found, config.groups or {}
 
 
 def _dimensions(tasks: Sequence[Task]) -> dict[str, Group]:

@@ -148,7 +148,7 @@ def test_words_are_ranked_by_what_is_lost_without_them(ranking: Any) -> None:
     }
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(0, 999),
     st.integers(1, 10),
