@@ -60,11 +60,11 @@ def run_results(
 def _named(evaluations: Sequence[Evaluation]) -> list[Row]:
     """The rows of all evaluations; the models of several have their folder's name before theirs."""
     if len(evaluations) == 1:
-        return evaluations[0].rows()
+        return evaluations[0].rows() + evaluations[0].drops()
     return [
         Row(f"{each.folder.name}/{row.model}", row.task, row.metric, row.value, row.stderr, row.n)
         for each in evaluations
-        for row in each.rows()
+        for row in each.rows() + each.drops()
     ]
 
 
@@ -92,6 +92,8 @@ def _print_table(rows: list[Row], form: str) -> None:
     """A row for each model, a column for each group and each metric of a task."""
     models = list(dict.fromkeys(row.model for row in rows))
     columns = list(dict.fromkeys((row.task, row.metric) for row in rows))
+    order = list(dict.fromkeys(task for task, _ in columns))
+    columns.sort(key=lambda column: order.index(column[0]))  # drop rates beside their tasks
     heads = [_head(task, metric, columns) for task, metric in columns]
     numbers = {(row.model, row.task, row.metric): row for row in rows}
     digits = {

@@ -13,6 +13,7 @@ from pipelines.evaluate.harness import LIBRARY_SEED, LongPrompts, TaskSet
 from pipelines.evaluate.tasks import Split
 from pipelines.judges.config import JudgedSet
 from pipelines.rewards.rewarded import RewardedSet
+from pipelines.robustness.config import AttackConfig
 
 # Entries whose answers a scorer values, by the field that no other entry has (`scoring.py`).
 SCORED_ENTRIES: dict[str, type[Config]] = {"judged": JudgedSet, "reward": RewardedSet}
@@ -49,6 +50,9 @@ class EvaluateConfig(Config):
     )
     only: list[str] | None = Field(
         None, description="names of the tasks of a tasks.yaml to run; default all"
+    )
+    attacks: list[AttackConfig] = Field(
+        [], description="attacks on prompts of tasks in the list, each a column of its own"
     )
     groups: GroupsField | None = Field(
         None, description="averages by name, or a file of them; of a tasks.yaml: the three H's"
@@ -91,6 +95,8 @@ class EvaluateConfig(Config):
             if getattr(self, field) != type(self).model_fields[field].default:
                 form = "a list of tasks" if named else "a tasks.yaml"
                 raise ValueError(f"{field}: has no effect with {form}")
+        if self.attacks and not named:
+            raise ValueError("attacks: a tasks.yaml has no templates; allowed: a list of tasks")
         return self
 
     @field_validator("models")

@@ -17,7 +17,7 @@ from pipelines.evaluate.harness import (
     check_chat,
 )
 from pipelines.evaluate.interface import Number, Sample
-from pipelines.evaluate.statistics import aggregates, make_sheet, means
+from pipelines.evaluate.statistics import Estimates, aggregates, make_sheet, means
 from pipelines.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class LibraryTask:
     """
 
     def __init__(self, task: Task, long_prompts: LongPrompts) -> None:
-        self.task, self._long_prompts = task, long_prompts
+        self.task, self.long_prompts = task, long_prompts
         self.name, self.num_documents = task.name, len(task)
         self.remark = task.remark if task.documents.is_halved else ""
         self.fingerprint = fingerprint([task.fingerprint, long_prompts])
@@ -44,7 +44,7 @@ class LibraryTask:
     def measure(self, engine: "Engine", first: int, last: int) -> list[Sample]:
         """As `EvaluationTask.measure`."""
         requests = self._requests(engine.text, first, last)
-        answers = answered(engine, requests, self.name, self._long_prompts)
+        answers = answered(engine, requests, self.name, self.long_prompts)
         scores = self.task.score(first, last, answers)
         return [
             Sample(
@@ -67,8 +67,28 @@ class LibraryTask:
         """As `EvaluationTask.numbers`: by the task's own aggregation. Errors are by clusters: of a
         mean in closed form, of another metric from bootstrap samples.
         """
-        found = self._metrics(samples)
-        return {name: self._number(name, metric, samples) for name, metric in found.items()}
+        errors = self.estimates({"": samples})
+        return {
+            name: Number(metric.value, float(errors[name].stderrs[0]), metric.n)
+            for name, metric in self.values(samples).items()
+        }
+
+    def estimates(self, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Estimates]:
+        """The joint estimates of several rows of samples of the same documents, by metric; errors
+        as in `numbers`.
+        """
+        first = next(iter(samples.values()))
+        return {
+            name: self._estimates(name, metric, samples)
+            for name, metric in self.values(first).items()
+        }
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The names of its metrics of which more is better; functions may give others."""
+        filters = [each.name for each in self.task.library._filters]
+        names = [name for name in self.task.metrics if self.task.higher_is_better(name)]
+        return [_named(name, filtered) for filtered in filters for name in names]
 
     def num_cut(self, samples: Sequence[Sample]) -> int:
         """As `EvaluationTask.num_cut`."""
@@ -96,8 +116,8 @@ class LibraryTask:
         scores = self.task.score(0, len(samples), answers)
         return TaskResult(self.task, requests, answers, scores, self.task.aggregate(scores))
 
-    def _metrics(self, samples: Sequence[Sample]) -> dict[str, Metric]:
-        """The metrics of samples, which may be any."""
+    def values(self, samples: Sequence[Sample]) -> dict[str, Metric]:
+        """The metrics of samples, which may be any, without errors."""
         scores = [
             Score(sample.document, filtered, metrics)
             for sample in samples
@@ -106,23 +126,32 @@ class LibraryTask:
         found = self.task.aggregate(scores)
         return {_named(*key.split(",", 1)): metric for key, metric in found.items()}
 
-    def _number(self, name: str, metric: Metric, samples: Sequence[Sample]) -> Number:
-        """One metric with its error."""
-        own = [sample for sample in samples if name in sample.values]
+    def _estimates(
+        self, name: str, metric: Metric, samples: Mapping[str, Sequence[Sample]]
+    ) -> Estimates:
+        """One metric of all rows."""
+        own = {
+            row: [sample for sample in each if name in sample.values]
+            for row, each in samples.items()
+        }
+        first = next(iter(own.values()))
         if metric.is_mean:
-            values = {"": {sample.id: float(sample.values[name]) for sample in own}}
-            sheet = make_sheet(self.name, values, {sample.id: sample.cluster for sample in own})
-            return Number(metric.value, float(means(sheet).stderrs[0]), metric.n)
+            values = {
+                row: {sample.id: float(sample.values[name]) for sample in each}
+                for row, each in own.items()
+            }
+            return means(
+                make_sheet(self.name, values, {sample.id: sample.cluster for sample in first})
+            )
 
         def aggregate(items: Sequence[Any]) -> float:
             drawn = [Sample(0, "", "", [], [], {name: item}) for item in items]
-            return self._metrics(drawn)[name].value
+            return self.values(drawn)[name].value
 
-        items = {"": [sample.values[name] for sample in own]}
-        clusters = [sample.cluster for sample in own]
+        items = {row: [sample.values[name] for sample in each] for row, each in own.items()}
+        clusters = [sample.cluster for sample in first]
         seed = self.task.seed
-        estimates, _ = aggregates(self.name, aggregate, items, clusters, BOOTSTRAPS, seed)
-        return Number(metric.value, float(estimates.stderrs[0]), metric.n)
+        return aggregates(self.name, aggregate, items, clusters, BOOTSTRAPS, seed)[0]
 
 
 def _named(metric: str, filtered: str) -> str:

@@ -17,6 +17,7 @@ from pipelines.evaluate.scoring import ScoredTask
 from pipelines.evaluate.tasks import DIMENSIONS, Task, load_tasks
 from pipelines.judges.config import JudgedSet
 from pipelines.rewards.rewarded import RewardedSet
+from pipelines.robustness.task import attacked_tasks
 
 
 def open_tasks(config: EvaluateConfig) -> list[EvaluationTask]:
@@ -48,14 +49,19 @@ def open_all(config: EvaluateConfig) -> tuple[list[EvaluationTask], dict[str, Gr
 
 
 def _library_tasks(config: EvaluateConfig, entries: Sequence[Any]) -> list[EvaluationTask]:
-    """The tasks of lm-evaluation-harness among the entries of `tasks:`."""
+    """The tasks of lm-evaluation-harness among the entries of `tasks:`, each before its attacks."""
     named = [each for each in entries if isinstance(each, str | TaskSet)]
-    if not named:
-        return []
-    tasks = load_library_tasks(
-        named, config.split, limit=config.limit, seed=config.seed, allow_code=config.allow_code
-    )
-    return [LibraryTask(task, config.long_prompts) for task in tasks]
+    plain: list[LibraryTask] = []
+    if named:
+        tasks = load_library_tasks(
+            named, config.split, limit=config.limit, seed=config.seed, allow_code=config.allow_code
+        )
+        plain = [LibraryTask(task, config.long_prompts) for task in tasks]
+    attacked = attacked_tasks(config.attacks, plain)
+    found: list[EvaluationTask] = []
+    for each in plain:
+        found += [each, *(one for one in attacked if one.of is each)]
+    return found
 
 
 def _judged_task(entry: Any, config: EvaluateConfig) -> ScoredTask:

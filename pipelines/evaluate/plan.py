@@ -19,9 +19,10 @@ from pipelines.evaluate.groups import Group, resolve_groups
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.opened import open_all
 from pipelines.evaluate.scoring import ScoredTask
-from pipelines.evaluate.store import Cell
+from pipelines.evaluate.store import Cell, cell_key
 from pipelines.evaluate.workers import Model
-from pipelines.fingerprint import fingerprint, fingerprint_work
+from pipelines.fingerprint import fingerprint
+from pipelines.robustness.task import AttackedTask
 from pipelines.versions import versions
 
 MODELS_FILE = "models.json"  # in the output: the models' files and digests
@@ -116,7 +117,7 @@ def _check_groups(groups: Mapping[str, Group], tasks: Sequence[str]) -> None:
 def _cell(config: EvaluateConfig, name: str, digest: ModelDigest, task: EvaluationTask) -> Cell:
     """The cell of a model and a task."""
     engine = config.engine.model_dump(mode="json", exclude=_ONLY_SPEED)
-    key = fingerprint_work([asdict(digest), task.fingerprint, engine], "evaluate")
+    key = cell_key(asdict(digest), task.fingerprint, engine)
     described: dict[str, Any] = {
         "model": name,
         "digest": asdict(digest),
@@ -128,6 +129,8 @@ def _cell(config: EvaluateConfig, name: str, digest: ModelDigest, task: Evaluati
         "engine": engine,
         "versions": versions(),
     }
+    if isinstance(task, AttackedTask):
+        described["attack"] = task.described
     return Cell(task.name, key, task.num_documents, described)
 
 

@@ -22,6 +22,7 @@ from pipelines.evaluate.store import RESULT_FILE, Cell, DamagedBlockError, Store
 from pipelines.evaluate.summary import NUMBERS_FILE
 
 GROUP = "group"  # stands for the metric of a group's number
+DROP_RATE = "drop_rate"  # after a metric's name: what an attack takes of it, in percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,15 @@ class Evaluation:
             for task, metrics in entry["tasks"].items():
                 found += [Row(model, task, metric, **number) for metric, number in metrics.items()]
         return found
+
+    def drops(self) -> list[Row]:
+        """The drop rates of attacked tasks in percent, model by model."""
+        return [
+            Row(model, task, f"{metric} {DROP_RATE}", drop["drop_rate"], drop["stderr"], drop["n"])
+            for model, entry in self.summary["models"].items()
+            for task, found in entry.get("attacks", {}).items()
+            for metric, drop in found["drops"].items()
+        ]
 
     def estimates(self, models: Sequence[str]) -> dict[Leaf, Estimates]:
         """The joint estimates of models on each (task, metric) that is a mean over documents.

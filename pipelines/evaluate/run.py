@@ -22,6 +22,7 @@ from pipelines.evaluate.store import Cell, DamagedBlockError, Store
 from pipelines.evaluate.summary import Samples, write_summary
 from pipelines.evaluate.workers import Block, Run, Worker
 from pipelines.hub.offline import is_offline
+from pipelines.robustness.queries import forget
 
 ExecutorName = Literal["ray", "local"]
 BLOCKS_AT_ONCE = 8  # of scorers that wait for others
@@ -145,6 +146,8 @@ class _Open:
         for cell in (*plan.cells.values(), *plan.answers.values()) if force else ():
             for block in range(cell.num_blocks):
                 self._store.discard(cell, block)
+            if "attack" in cell.described:
+                forget(self._store, cell)
 
     def read(self, failures: Sequence[Failure]) -> tuple[Samples, list[Block]]:
         """The samples of the cells that are whole, and the blocks that are missing or damaged, but

@@ -27,7 +27,7 @@ import pyarrow.parquet as parquet
 from pipelines.commit import make_folder, write_atomically
 from pipelines.errors import InputError
 from pipelines.evaluate.interface import Sample
-from pipelines.fingerprint import fingerprint
+from pipelines.fingerprint import fingerprint, fingerprint_work
 
 BLOCK_DOCUMENTS = 256
 STORE_FILE = "store.json"
@@ -74,6 +74,11 @@ class Cell:
         """The first document of a block, and the one after its last."""
         first = block * BLOCK_DOCUMENTS
         return first, min(first + BLOCK_DOCUMENTS, self.num_documents)
+
+
+def cell_key(digest: dict[str, Any], task_fingerprint: str, engine: dict[str, Any]) -> str:
+    """The key of the cell of a model, a task and an engine."""
+    return fingerprint_work([digest, task_fingerprint, engine], "evaluate")
 
 
 class Store:

@@ -17,6 +17,7 @@ from pipelines.evaluate.interface import EvaluationTask, Number, Sample
 from pipelines.evaluate.plan import EvaluationPlan
 from pipelines.evaluate.scoring import ScoredTask, UnreadableScoresError
 from pipelines.evaluate.store import RESULT_FILE
+from pipelines.robustness.report import attacks_on
 
 NUMBERS_FILE = "numbers.parquet"
 Samples = dict[tuple[str, str], list[Sample]]  # by names of model and task
@@ -73,6 +74,7 @@ def write_summary(
                 },
                 **({"prompts_cut": cut[name]} if cut[name] else {}),
                 **({"scores": notes} if (notes := _notes(tasks, name, samples)) else {}),
+                **({"attacks": of} if (of := attacks_on(plan, name, samples)) else {}),
             }
             for name, model in plan.models.items()
         },

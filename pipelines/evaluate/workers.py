@@ -12,6 +12,8 @@ from pipelines.errors import InputError
 from pipelines.evaluate.interface import EvaluationTask, Sample
 from pipelines.evaluate.scoring import ScoredTask
 from pipelines.evaluate.store import Cell, Store
+from pipelines.robustness.queries import StoredQueries
+from pipelines.robustness.task import AttackedTask
 
 if TYPE_CHECKING:
     from pipelines.engines.interface import Engine
@@ -152,7 +154,7 @@ class Worker:
         while True:
             engine = self._engine_with(block.model)
             try:
-                samples = task.measure(engine, first, last)
+                samples, found = self._measured(task, engine, block, first, last)
             except Exception as error:
                 size = self._config.batch_size
                 fixed = self._config.name != "transformers" or size == 1
@@ -161,8 +163,22 @@ class Worker:
                 self._config = self._config.model_copy(update={"batch_size": size // 2})
                 self.close()
                 continue
-            found = self._config.batch_size
-            return samples, {"batch_size": found} if found < self._asked.batch_size else None
+            return samples, {**(self._notes() or {}), **found} or None
+
+    def _measured(
+        self, task: EvaluationTask, engine: "Engine", block: Block, first: int, last: int
+    ) -> tuple[list[Sample], dict[str, Any]]:
+        """A block's samples, and what an attack found."""
+        if not isinstance(task, AttackedTask):
+            return task.measure(engine, first, last), {}
+        queries = StoredQueries(self._stores[block.run], block.cell, engine, self._notes())
+        samples, found = task.measure_through(queries, first, last)
+        return samples, {"attack": found}
+
+    def _notes(self) -> dict[str, Any] | None:
+        """What a reader of a block should know of how it was measured."""
+        found = self._config.batch_size
+        return {"batch_size": found} if found < self._asked.batch_size else None
 
     def _task(self, block: Block) -> EvaluationTask:
         if block.run not in self._tasks:

@@ -152,6 +152,13 @@ class Task:
         own = [] if self.grading and self.grading.alone else list(self.library.aggregation())
         return own + ([self.grading.name] if self.grading else [])
 
+    def higher_is_better(self, metric: str) -> bool | None:
+        """Whether more of a metric is better; None where the task does not say."""
+        if self.grading is not None and metric == self.grading.name:
+            return True
+        known: bool | None = self.library.higher_is_better().get(metric)
+        return known
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The task's config, as plain values; functions are their source."""
@@ -382,7 +389,7 @@ class Task:
             value = float(function(items))
         except FAILURES as error:
             raise InputError(f"task {self.name}: metric {metric}: {first_line(error)}") from None
-        better = True if graded else self.library.higher_is_better().get(metric)
+        better = self.higher_is_better(metric)
         return Metric(value, len(items), function is mean, better)
 
     def _failed(self, place: int, error: BaseException) -> InputError:
