@@ -187,9 +187,7 @@ class _Part:
     draws: Array
 
 
-def _of_frame(
-    found: Set, frame: Frame, rows: tuple[str, ...], lower: set[str], seed: int
-) -> _Part:
+def _of_frame(found: Set, frame: Frame, rows: tuple[str, ...], lower: set[str], seed: int) -> _Part:
     metrics = found.metrics(frame)
     groups = resolve_groups(found.groups[frame], metrics)
     leaves = _read_leaves(found, frame, metrics, seed)

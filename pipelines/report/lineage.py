@@ -140,7 +140,9 @@ def _data(config: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
     if data is None:
         return []
     entries = data if isinstance(data, list) else [data]
-    names = [each if isinstance(each, str) else json.dumps(_without_empty(each)) for each in entries]
+    names = [
+        each if isinstance(each, str) else json.dumps(_without_empty(each)) for each in entries
+    ]
     digest = inputs.get("data")
     return [*names, f"fingerprint {digest}"] if isinstance(digest, str) else names
 
@@ -148,7 +150,9 @@ def _data(config: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
 def _by_end(path: str, paths: Mapping[str, str]) -> str | None:
     """The row whose path ends as this one does: a run that was moved has other beginnings."""
     own = Path(path).parts[-2:]
-    same = {name for other, name in paths.items() if len(own) == 2 and Path(other).parts[-2:] == own}
+    same = {
+        name for other, name in paths.items() if len(own) == 2 and Path(other).parts[-2:] == own
+    }
     return same.pop() if len(same) == 1 else None
 
 
