@@ -23,7 +23,7 @@ function radarEnds(c) {
 }
 
 function radarOf(row, axes, ends, size) {
-  const middle = size / 2, radius = size / 2 - 26;
+  const middle = size / 2, radius = size / 2 - 22;
   const spot = (i, share) => {
     const angle = (2 * Math.PI * i) / axes.length;
     return [middle + radius * share * Math.sin(angle), middle - radius * share * Math.cos(angle)];
@@ -35,15 +35,15 @@ function radarOf(row, axes, ends, size) {
     return Number.isFinite(share) ? 0.06 + 0.94 * Math.min(1, Math.max(0, share)) : 0; // a missing number lies in the middle
   });
   const words = axes.map((c) => `${COLUMNS[c].name} ${number(value(row, c), c) || "not measured"}`).join(", ");
-  const drawn = svg("svg", { viewBox: `0 0 ${size} ${size}`, role: "img", "aria-label": `${ROWS[row].name}: ${words}` });
+  const corners = axes.map((_, i) => spot(i, 1)[1]), top = Math.min(...corners) - 18, bottom = Math.max(...corners) + 20;
+  const drawn = svg("svg", { viewBox: `0 ${top} ${size} ${bottom - top}`, role: "img", "aria-label": `${ROWS[row].name}: ${words}` });
   for (const ring of [0.53, 1]) drawn.append(svg("path", { d: `M${outline(axes.map(() => ring))}Z`, class: "gridline" }));
   for (const [i, c] of axes.entries()) {
-    const [x, y] = spot(i, 1), [tx, ty] = spot(i, 1 + 11 / radius);
-    const anchor = Math.abs(tx - middle) < 4 ? "middle" : tx > middle ? "start" : "end";
+    const [x, y] = spot(i, 1), beside = Math.abs(y - middle) < radius * 0.45;
     drawn.append(svg("line", { x1: middle, y1: middle, x2: x, y2: y, class: "gridline" }));
-    // A name may go as far as the picture's edge.
-    const room = anchor === "middle" ? size : anchor === "start" ? size - tx : tx;
-    drawn.append(svg("text", { x: tx, y: ty + 3.5, "text-anchor": anchor }, shortened(COLUMNS[c].name, Math.max(4, Math.floor(room / 5.6)))));
+    const name = shortened(COLUMNS[c].name, beside ? 9 : 15), half = 2.9 * [...name].length;
+    const across = Math.min(size - half, Math.max(half, beside ? x + Math.sign(x - middle) * (half + 4) : x));
+    drawn.append(svg("text", { x: across, y: beside ? y + 3.5 : y < middle ? y - 7 : y + 14, "text-anchor": "middle" }, name));
   }
   if (row !== STATE.reference) drawn.append(svg("path", { d: `M${outline(shares(STATE.reference))}Z`, class: "other" }));
   drawn.append(svg("path", { d: `M${outline(shares(row))}Z`, class: "own" }));

@@ -1,7 +1,7 @@
 // The trade-off of two columns: all models with errors, the front, and how often bootstrap draws
 // have a model on it.
 
-const TRADE = { x: P.axes[0], y: P.axes[1], errors: true, front: [] };
+const TRADE = { x: P.axes[0], y: P.axes[1], errors: true, far: false, front: [] };
 const KINDS = [...new Set(ROWS.map((row) => row.kind))];
 const SHAPES = ["circle", "square", "diamond", "triangle", "down"];
 const WIDE = 620; // pixels, below which a plot is a phone's
@@ -20,6 +20,9 @@ function frontOf(x, y) {
   return rows.filter((row) => !rows.some((other) => beats(other, row))).sort((a, b) => value(a, x) - value(b, x) || a - b);
 }
 const measuredRows = (x, y) => [...ROWS.keys()].filter((row) => value(row, x) === value(row, x) && value(row, y) === value(row, y));
+
+/** Whether a row lies where most do in both columns. */
+const isNear = (row) => [TRADE.x, TRADE.y].every((c) => value(row, c) >= FENCES[c][0] && value(row, c) <= FENCES[c][1]);
 
 /** Round numbers between two ends, about `count` of them. */
 function ticks(low, high, count) {
@@ -70,15 +73,17 @@ function aboutPoint(row) {
 
 /** Draw the plot into its place, as wide as the place is. */
 function drawTrade(place) {
-  const width = Math.max(280, Math.min(980, place.clientWidth)), phone = width < WIDE;
-  const height = phone ? Math.round(width * 1.05) : Math.round(Math.min(620, width * 0.62));
-  const rows = measuredRows(TRADE.x, TRADE.y);
+  const width = Math.max(280, Math.min(1160, place.clientWidth)), phone = width < WIDE;
+  const height = phone ? Math.round(width * 1.05) : Math.round(Math.min(600, width * 0.6));
+  const measured = measuredRows(TRADE.x, TRADE.y);
+  TRADE.front = frontOf(TRADE.x, TRADE.y);
+  // What is on the front is always drawn.
+  const rows = measured.filter((row) => TRADE.far || isNear(row) || TRADE.front.includes(row));
   if (!rows.length) return place.replaceChildren(el("p", { class: "faint" }, "No model has both columns."));
   const edge = { left: phone ? 44 : 60, right: 14, top: 14, bottom: 48 };
   const [x0, x1] = domain(rows, TRADE.x), [y0, y1] = domain(rows, TRADE.y);
   const sx = (v) => edge.left + ((v - x0) / (x1 - x0)) * (width - edge.left - edge.right);
   const sy = (v) => height - edge.bottom - ((v - y0) / (y1 - y0)) * (height - edge.top - edge.bottom);
-  TRADE.front = frontOf(TRADE.x, TRADE.y);
   const plot = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${COLUMNS[TRADE.x].name} against ${COLUMNS[TRADE.y].name}` });
   plot.append(...axes(width, height, edge, sx, sy, [x0, x1], [y0, y1], phone), frontLine(sx, sy, [x0, x1], [y0, y1]));
   const groups = rows.map((row) => point(row, sx, sy, rows.length));
@@ -123,7 +128,7 @@ function frontLine(sx, sy, xs, ys) {
 function point(row, sx, sy, count) {
   const { shape, tone } = lookOf(row), x = sx(value(row, TRADE.x)), y = sy(value(row, TRADE.y));
   const onFront = TRADE.front.includes(row), share = support(row, TRADE.x, TRADE.y);
-  const group = svg("g", { transform: `translate(${x} ${y})`, class: `point ${tone}${onFront ? " on-front" : ""}`, tabindex: "-1", role: "img", "data-row": row,
+  const group = svg("g", { transform: `translate(${x} ${y})`, class: `point ${tone}${onFront ? " on-front" : ""}${isFound(row) ? "" : " lost"}`, tabindex: "-1", role: "img", "data-row": row,
     "aria-label": `${ROWS[row].name}: ${number(value(row, TRADE.x), TRADE.x)}, ${number(value(row, TRADE.y), TRADE.y)}${onFront ? ", on the front" : ""}${share === null ? "" : `, in ${percent(share)} of draws`}` });
   const across = stderr(row, TRADE.x), up = stderr(row, TRADE.y);
   if (TRADE.errors && across > 0) group.append(svg("line", { x1: sx(value(row, TRADE.x) - across) - x, x2: sx(value(row, TRADE.x) + across) - x, class: "error" }));
@@ -195,7 +200,8 @@ function frontWords() {
   const near = measuredRows(TRADE.x, TRADE.y).filter((row) => !TRADE.front.includes(row) && (support(row, TRADE.x, TRADE.y) || 0) >= 0.05);
   near.sort((a, b) => support(b, TRADE.x, TRADE.y) - support(a, TRADE.x, TRADE.y));
   const list = (title, rows) => (rows.length ? el("div", {}, el("b", {}, title), el("ul", { class: "inline" }, rows.map(entry))) : "");
-  return [list("On the front: ", TRADE.front), list("In at least 5 percent of draws: ", near.slice(0, 12)),
+  const away = TRADE.far ? [] : measuredRows(TRADE.x, TRADE.y).filter((row) => !isNear(row) && !TRADE.front.includes(row));
+  return [list("On the front: ", TRADE.front), list("Outside the plot, far from the others: ", away), list("In at least 5 percent of draws: ", near.slice(0, 12)),
     TRADE.front.length && support(TRADE.front[0], TRADE.x, TRADE.y) === null ? el("p", { class: "faint" }, "Without samples, or for a metric that is no mean, the front's support is not known.") : ""];
 }
 
@@ -214,6 +220,7 @@ function tradeSection() {
     draw();
   } }, "exchange");
   const errors = el("input", { type: "checkbox", checked: true, onchange: () => { TRADE.errors = errors.checked; draw(); } });
+  const far = el("input", { type: "checkbox", onchange: () => { TRADE.far = far.checked; draw(); } });
   const kinds = KINDS.filter(Boolean).map((kind) => {
     const row = ROWS.findIndex((each) => each.kind === kind), { shape, tone } = lookOf(row);
     return el("span", { class: "key" }, svg("svg", { width: 16, height: 16, viewBox: "-8 -8 16 16", class: `point ${tone}`, "aria-hidden": "true" }, marker(shape, 5, { class: "dot" })), kind);
@@ -221,6 +228,6 @@ function tradeSection() {
   const ring = el("span", { class: "key" }, svg("svg", { width: 24, height: 24, viewBox: "-12 -12 24 24", class: "point tone0", "aria-hidden": "true" }, arc(0.7, RING), marker("circle", 5, { class: "dot" })), "ring: share of bootstrap draws on the front");
   new ResizeObserver(draw).observe(place);
   onState(draw);
-  return section("tradeoff", "Trade-off", "", el("div", { class: "controls" }, x, y, swap, el("label", { class: "tick" }, errors, "errors")),
+  return section("tradeoff", "Trade-off", "", el("div", { class: "controls" }, x, y, swap, el("label", { class: "tick" }, errors, "errors"), el("label", { class: "tick" }, far, "outliers too")),
     el("div", { class: "paper" }, place, el("p", { class: "legend faint" }, kinds, SUPPORT ? ring : "", el("span", { class: "key" }, svg("svg", { width: 28, height: 10, viewBox: "0 0 28 10", "aria-hidden": "true" }, svg("line", { x1: 0, x2: 28, y1: 5, y2: 5, class: "front" })), "front: no model is better in both")), words));
 }

@@ -3,21 +3,16 @@
 const SCORES = { mode: "values", sort: null, down: true, errors: true, columns: new Set(COLUMNS.keys()) };
 const TABLE = { body: null, rows: [], heads: [] };
 
-/** Lowest and highest value of each column, and the largest difference to the chosen row. */
+/** The ends of each column's colours, and the difference to the chosen row that has full colour. */
 function extents() {
   return COLUMNS.map((_, c) => {
-    let low = Infinity, high = -Infinity, far = 0;
-    for (let row = 0; row < R; row++) {
-      const x = value(row, c);
-      if (x !== x) continue;
-      low = Math.min(low, x);
-      high = Math.max(high, x);
-      const away = Math.abs(x - value(STATE.reference, c));
-      if (away > far) far = away;
-    }
-    return { low, high, far };
+    const [low, high] = FENCES[c], own = value(STATE.reference, c);
+    return { low, high, far: Math.max(Math.abs(low - own), Math.abs(high - own)) };
   });
 }
+
+/** A share that stays on the scale. */
+const clipped = (share) => Math.min(1, Math.max(0, share));
 
 /** The best row of each column; those that do not differ from it clearly are as good. */
 function leaders() {
@@ -36,7 +31,7 @@ function cellOf(row, c, extent) {
   if (x !== x) return { look: "none", main: "–", small: "" };
   const top = P.levels - 1;
   if (SCORES.mode === "values") {
-    const share = extent.high > extent.low ? (x - extent.low) / (extent.high - extent.low) : 0.5;
+    const share = extent.high > extent.low ? clipped((x - extent.low) / (extent.high - extent.low)) : 0.5;
     const level = Math.round(top * (COLUMNS[c].lower ? 1 - share : share));
     const best = LEADERS[c] === row || value(LEADERS[c], c) === x;
     const tied = !best && !difference(row, LEADERS[c], c).clear;
@@ -46,7 +41,7 @@ function cellOf(row, c, extent) {
   const { delta, error, clear } = difference(row, STATE.reference, c);
   if (delta !== delta) return { look: "none", main: "–", small: "" };
   const better = COLUMNS[c].lower ? -delta : delta;
-  const strength = extent.far > 0 ? (better / extent.far) * (clear ? 1 : 0.25) : 0;
+  const strength = extent.far > 0 ? Math.max(-1, Math.min(1, better / extent.far)) * (clear ? 1 : 0.25) : 0;
   return {
     look: `d${Math.round(top * (0.5 + strength / 2))}${clear ? " clear" : ""}`,
     main: number(delta, c, true), small: plusMinus(error, c),
@@ -148,8 +143,8 @@ function rowOf(row) {
 function legend() {
   const bar = (letter) => el("span", { class: "bar", "aria-hidden": "true" }, Array.from({ length: P.levels }, (_, i) => el("i", { class: `${letter}${i}` })));
   return el("p", { class: "legend faint" },
-    el("span", { class: "of-values" }, "worst of the column ", bar("q"), " best. ", el("span", { class: "best sample" }, "outlined"), " the best, ",
-      el("span", { class: "tied sample" }, "underlined"), " not clearly below it (two standard errors of the difference)."),
+    el("span", { class: "of-values" }, "worst of the column ", bar("q"), " best. ", el("span", { class: "best example" }, "outlined"), " the best, ",
+      el("span", { class: "tied example" }, "underlined"), " not clearly below it (two standard errors of the difference); far outliers have the colour of the end."),
     el("span", { class: "of-differences" }, "worse ", bar("d"), " better than the chosen model. ", el("b", {}, "Bold"),
       " and in full colour where the difference is more than two of its standard errors, pale where it is not."),
     " ", COLUMNS.some((column, c) => PAIRS[c]) ? "Errors of differences are paired by document" : "Errors of differences are those of independent measurements; models answer the same prompts, so the true ones are mostly smaller",
