@@ -93,15 +93,16 @@ class Browser:
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key,
-                      windowsVirtualKeyCode=codes.get(key, 0), **(text if kind == "keyDown" else {}),
-                      **more)  # fmt: skip
+                      windowsVirtualKeyCode=codes.get(key, 0), **more,
+                      **(text if kind == "keyDown" else {}))  # fmt: skip
 
     def hover(self, selector: str) -> None:
         """Move the pointer over the middle of an element."""
         box = self.run(
             f"(() => {{ const node = document.querySelector({json.dumps(selector)});"
             "node.scrollIntoView({block: 'center', behavior: 'instant'});"
-            "const b = node.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()"
+            "const b = node.getBoundingClientRect();"
+            "return [b.x + b.width / 2, b.y + b.height / 2] })()"
         )
         self.settle()
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
