@@ -41,6 +41,10 @@ class Frame:
         return self.split if self.limit is None else f"{self.split}, first {self.limit}"
 
 
+# Row -> metric -> document -> number, and each document's cluster.
+Documents = tuple[dict[str, dict[str, dict[str, float]]], dict[str, str]]
+
+
 @dataclass(slots=True)
 class Set:
     """A set of evaluations.
@@ -50,6 +54,7 @@ class Set:
         places: row -> frame -> task -> the evaluation that has it, and the model's name there.
         numbers: row -> frame -> task -> metric -> its number.
         groups: by frame.
+        documents: (frame, task) -> what `numeric_values` has found, read once.
     """
 
     evaluations: Sequence[Evaluation]
@@ -57,6 +62,7 @@ class Set:
     places: dict[str, dict[Frame, dict[str, tuple[Evaluation, str]]]] = field(default_factory=dict)
     numbers: dict[str, dict[Frame, dict[str, dict[str, Measure]]]] = field(default_factory=dict)
     groups: dict[Frame, dict[str, Group]] = field(default_factory=dict)
+    documents: dict[tuple[Frame, str], "Documents"] = field(default_factory=dict)
 
     @property
     def frames(self) -> list[Frame]:
@@ -251,7 +257,7 @@ def _read_leaves(
     leaves = _Leaves()
     for task, names in metrics.items():
         rows = found.with_task(frame, task)
-        values, clusters = _numeric_values(found, frame, task, rows)
+        values, clusters = numeric_values(found, frame, task)
         for metric in names:
             own = {row: values[row][metric] for row in rows if metric in values[row]}
             leaf = task, metric
@@ -265,14 +271,15 @@ def _read_leaves(
     return leaves
 
 
-def _numeric_values(
-    found: Set, frame: Frame, task: str, rows: Sequence[str]
-) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, str]]:
-    """Row -> metric -> document -> number, and each document's cluster.
+def numeric_values(found: Set, frame: Frame, task: str) -> Documents:
+    """The numbers in a task's samples, of every row that has the task.
 
     Raises:
         InputError: two models were measured on different documents.
     """
+    if (frame, task) in found.documents:
+        return found.documents[frame, task]
+    rows = found.with_task(frame, task)
     values: dict[str, dict[str, dict[str, float]]] = {}
     clusters: dict[str, str] = {}
     for row in rows:
@@ -289,6 +296,7 @@ def _numeric_values(
                 f"{rows[0]}; report them one by one"
             )
         clusters, values[row] = documents, own
+    found.documents[frame, task] = values, clusters
     return values, clusters
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.evaluate.interface import Sample
-from pipelines.report.evaluations import Frame, Set, numeric
+from pipelines.report.evaluations import Frame, Set, numeric_values
 
 MOST_ANSWERS = 20_000  # on one page
 LONGEST = 2_000  # characters of a text
@@ -59,7 +59,7 @@ def _of_task(
 ) -> dict[str, Any]:
     metrics = found.metrics(frame)[task]
     own = found.with_task(frame, task)
-    spreads, total = _spreads(found, frame, task, own, metrics)
+    spreads = _spreads(found, frame, task, metrics)
     differing = sum(spread > 0 for spread in spreads.values())
     order = sorted(spreads, key=lambda name: (-spreads[name], _hash(seed, task, name)))
     wanted = {name: place for place, name in enumerate(order[:count])}
@@ -74,25 +74,23 @@ def _of_task(
     return {
         "task": found.named(task, frame),
         "metrics": names,
-        "total": total,
+        "total": len(spreads),
         "differing": differing,
         "documents": documents,
     }
 
 
-def _spreads(
-    found: Set, frame: Frame, task: str, own: Sequence[str], metrics: Sequence[str]
-) -> tuple[dict[str, float], int]:
-    """How much the models differ on each document in the first metric that has numbers."""
-    values: dict[str, list[float]] = {}
-    for row in own:
-        evaluation, model = found.places[row][frame][task]
-        for sample in evaluation.samples(model, task):
-            numbers = dict(numeric(sample.values))
-            first = next((numbers[m] for m in (*metrics, *numbers) if m in numbers), None)
-            values.setdefault(sample.id, []).extend([] if first is None else [first])
-    spreads = {name: statistics.pstdev(each) if each else 0.0 for name, each in values.items()}
-    return spreads, len(values)
+def _spreads(found: Set, frame: Frame, task: str, metrics: Sequence[str]) -> dict[str, float]:
+    """How much the models differ on each document, in the first metric that has numbers."""
+    values, clusters = numeric_values(found, frame, task)
+    known = {metric for own in values.values() for metric in own}
+    first = next((metric for metric in (*metrics, *sorted(known)) if metric in known), "")
+    columns = [own.get(first, {}) for own in values.values()]
+    spreads = {}
+    for name in clusters:
+        numbers = [column[name] for column in columns if name in column]
+        spreads[name] = statistics.pstdev(numbers) if numbers else 0.0
+    return spreads
 
 
 def _hash(seed: int, task: str, name: str) -> bytes:

@@ -123,7 +123,7 @@ function aboutCell(row, c) {
 }
 
 function headOf(key, content, title) {
-  const head = el("th", { scope: "col", "aria-sort": "none", class: key === "name" ? "corner" : COLUMNS[key].kind },
+  const head = el("th", { scope: "col", role: "columnheader", "aria-sort": "none", class: key === "name" ? "corner" : COLUMNS[key].kind },
     el("button", { type: "button", title, tabindex: "-1", onclick: () => sortBy(key) }, content));
   TABLE.heads.push([key, head]);
   return head;
@@ -131,10 +131,10 @@ function headOf(key, content, title) {
 
 function rowOf(row) {
   const { name, kind, notes, mark } = ROWS[row];
-  const cells = COLUMNS.map(() => el("td", { tabindex: "-1" }, document.createTextNode("–"), el("small")));
+  const cells = COLUMNS.map(() => el("td", { role: "gridcell", tabindex: "-1" }, document.createTextNode("–"), el("small")));
   const button = el("button", { type: "button", tabindex: "-1", title: `${name}: compare all others with it`,
     onclick: () => setState({ reference: row }) }, nameOf(name), mark ? el("span", { class: "mark", title: mark }, " ◆") : "");
-  const tr = el("tr", {}, el("th", { scope: "row" }, button,
+  const tr = el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }, button,
     kind || notes.length ? el("small", {}, [kind, ...notes].filter(Boolean).join(" · ")) : ""), cells);
   TABLE.rows.push({ tr, cells });
   return tr;
@@ -153,11 +153,11 @@ function legend() {
 
 function scoresSection() {
   const vertical = C > 14;
-  const head = el("thead", {}, el("tr", {}, headOf("name", "model", "sort by name"),
+  const head = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, headOf("name", "model", "sort by name"),
     COLUMNS.map((column, c) => headOf(c, [vertical ? el("bdi", {}, shortened(column.name, 26)) : breakable(column.name), column.lower ? " ↓" : ""],
       `${column.name}${column.members ? `: ${column.members}` : ""}; sort`))));
-  TABLE.body = el("tbody", {}, ROWS.map((_, row) => rowOf(row)));
-  const table = el("table", { class: vertical ? "heat vertical" : "heat", role: "grid", "aria-label": "Scores of models" }, head, TABLE.body);
+  TABLE.body = el("tbody", { role: "rowgroup" }, ROWS.map((_, row) => rowOf(row)));
+  const table = el("table", { class: `heat${vertical ? " vertical" : ""}${R * C > 1500 ? " large" : ""}`, role: "grid", "aria-label": "Scores of models" }, head, TABLE.body);
   const scroll = el("div", { class: "scroll grid", "data-mode": "values" }, table);
   const reference = select("compare with", rowOptions(), STATE.reference, (row) => setState({ reference: Number(row) }));
   const search = el("input", { type: "search", placeholder: "all", oninput: () => setState({ search: search.value }) });

@@ -75,15 +75,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
         name: {
             "facts": [
                 sample(i, f"fact {i} {HOSTILE}", f"{x} <i>", acc=float(x))
-                for i, x in enumerate(random.random(40) < 0.2 + 0.15 * m)
+                for i, x in enumerate(random.random(37) < 0.2 + 0.15 * m)
             ],
             "tales": [
                 sample(i, [{"role": "user", "content": f"tale {i}"}], "so", acc=float(x))
-                for i, x in enumerate(random.random(40) < 0.8 - 0.1 * m)
+                for i, x in enumerate(random.random(37) < 0.8 - 0.1 * m)
             ],
             "talks": [
                 sample(i, f"talk {i}", "well", rating=float(x), verdict=f"rated {x}")
-                for i, x in enumerate(random.integers(1, 11, 40))
+                for i, x in enumerate(random.integers(1, 11, 37))
             ],
         }
         for m, name in enumerate(NAMES)
@@ -180,10 +180,10 @@ def test_the_pointer_brings_a_card(browser: Browser, file: Path) -> None:
     browser.open(file)
     browser.hover(".heat tbody tr:nth-child(2) td:nth-of-type(3)")
     card = browser.run("document.getElementById('card').innerText")
-    assert NAMES[1] in card and "40 documents" in card and "paired by document" in card
-    browser.hover(".point[data-row='0']")
+    assert NAMES[1] in card and "37 documents" in card and "paired by document" in card
+    browser.hover(".point.on-front")
     card = browser.run("document.getElementById('card').innerText")
-    assert card.startswith("base") and "of 1000 draws" in card
+    assert "on the front; in " in card and "of 1000 draws" in card
     browser.hover("h1")
     assert browser.run("document.getElementById('card').hidden")
 
@@ -236,7 +236,7 @@ def test_samples_show_disagreements_first(browser: Browser, file: Path) -> None:
     )
     assert True in tags and tags == sorted(tags, reverse=True)
     words = browser.run("document.querySelector('#samples [aria-live]').textContent")
-    assert "This page holds 12 of 40 documents" in words and "28 are left out" in words
+    assert "This page holds 12 of 37 documents" in words and "25 are left out" in words
     browser.run(
         "(() => { const box = document.querySelector('#samples select');"
         "box.value = '2'; box.dispatchEvent(new Event('change')); })()"
@@ -253,7 +253,7 @@ def test_every_text_can_be_read(browser: Browser, file: Path, theme: str) -> Non
         browser.run(f"document.querySelectorAll('#scores .segments button')[{mode}].click()")
         browser.hover(".heat tbody tr:nth-child(2) td:nth-of-type(3)")
         texts, low = browser.run(CONTRASTS)
-        assert texts > 300 and low == []
+        assert texts > 250 and low == []
     dark = browser.run("getComputedStyle(document.body).backgroundColor")
     browser.run("document.querySelectorAll('#theme button')[1].click()")
     assert (browser.run("getComputedStyle(document.body).backgroundColor") == dark) == (
@@ -318,7 +318,7 @@ def large_page(rows: int = 100, columns: int = 44) -> Page:
 
 
 def test_a_hundred_models_stay_fluent(browser: Browser, tmp_path: Path) -> None:
-    """From a click to the end of layout: 60 ms or less here, on a busy machine too."""
+    """From a click to the end of layout: 6 ms here on a busy machine, 100 would be felt."""
     path = tmp_path / "large.html"
     path.write_text(render_page(large_page()))
     browser.open(path)
@@ -329,5 +329,5 @@ def test_a_hundred_models_stay_fluent(browser: Browser, tmp_path: Path) -> None:
         "buttons[1 + i].click(); document.body.getBoundingClientRect();"
         "return performance.now() - start; }); })()"
     )
-    assert sorted(measured)[3] < 250
+    assert sorted(measured)[3] < 100
     assert browser.errors == []
