@@ -85,6 +85,16 @@ function shortened(name, most) {
   return `${letters.slice(0, most - 1 - tail).join("")}…${letters.slice(-tail).join("")}`;
 }
 
+/** What all models' names begin with, up to a sign; short forms leave it out. */
+const PREFIX = (() => {
+  if (R < 3) return "";
+  let most = ROWS[0].name.length;
+  for (const { name } of ROWS) while (!name.startsWith(ROWS[0].name.slice(0, most))) most -= 1;
+  const found = ROWS[0].name.slice(0, most).replace(/[^/_-]*$/, "");
+  return found.length >= 8 && ROWS.every(({ name }) => name.length > found.length) ? found : "";
+})();
+const brief = (name) => (PREFIX && name.startsWith(PREFIX) ? name.slice(PREFIX.length) : name);
+
 /** An element with attributes and children; texts become text nodes. */
 function el(tag, attributes = {}, ...children) {
   return filled(document.createElement(tag), attributes, children);
@@ -102,10 +112,10 @@ function filled(node, attributes, children) {
 }
 
 /** A name that keeps its own direction of writing, short where there is little room. */
-function nameOf(name, most = 34, narrow = 18) {
+function nameOf(name, most = 34, narrow = 17) {
   return el("span", { class: "name", title: name.length > narrow ? name : null },
-    el("bdi", { class: "wide" }, shortened(name, most)),
-    el("bdi", { class: "narrow", "aria-hidden": "true" }, shortened(name, narrow)));
+    el("bdi", { class: "wide" }, shortened(brief(name), most)),
+    el("bdi", { class: "narrow", "aria-hidden": "true" }, shortened(brief(name), narrow)));
 }
 
 /** A name that may be broken after its signs. */

@@ -13,13 +13,13 @@ function ancestry(name, seen = new Set()) {
 }
 
 function originCard(origin) {
-  const line = (term, content) => (content && content.length ? [el("dt", {}, term), el("dd", {}, content)] : []);
-  const words = [origin.kind, origin.how].filter(Boolean).join(": ");
+  const line = (term, content) => (content === "" || (Array.isArray(content) && !content.length) ? [] : [el("dt", {}, term), el("dd", {}, content)]);
+  const words = [origin.kind === origin.name ? "" : origin.kind, origin.how].filter(Boolean).join(": ");
   return el("details", { class: "origin" }, el("summary", {}, nameOf(origin.name, 60, 28), el("span", { class: "faint" }, words ? ` ${words}` : "")),
     el("div", { class: "inside" }, origin.parents.length ? el("ul", { class: "tree" }, ancestry(origin.name)) : "", el("dl", {},
       line("made from", origin.parents.length ? origin.parents.map((parent, i) => [i ? ", " : "", el("bdi", {}, parent)]).flat() : ""),
       line("data", origin.data.map((each) => el("div", {}, el("bdi", {}, each)))),
-      line("path", el("bdi", {}, origin.path)),
+      line("path", origin.path && el("bdi", {}, origin.path)),
       Object.entries(origin.digests).map(([key, digest]) => line(key, el("code", {}, digest))).flat(),
       line("seed", origin.seed === null ? "" : String(origin.seed)),
       line("versions", Object.entries(origin.versions).map(([name, version]) => `${name} ${version}`).join(", "))),

@@ -151,7 +151,7 @@ function label(plot, rows, sx, sy, { width, height, edge }, phone) {
   const order = [...rows].sort((a, b) => weight(b) - weight(a));
   for (const row of order.slice(0, phone ? 14 : 60)) {
     if (!isFound(row)) continue;
-    const text = svg("text", { class: "label" }, shortened(ROWS[row].name, phone ? 16 : 28));
+    const text = svg("text", { class: "label" }, shortened(brief(ROWS[row].name), phone ? 16 : 28));
     plot.append(text);
     const w = text.getComputedTextLength(), h = 13, x = sx(value(row, TRADE.x)), y = sy(value(row, TRADE.y));
     const places = [11, 20].flatMap((d) => [[x + d, y - h / 2], [x - d - w, y - h / 2], [x - w / 2, y - d - h], [x - w / 2, y + d],

@@ -57,7 +57,7 @@ function paint() {
       const { look, main, small } = cellOf(row, c, extent[c]);
       const cell = cells[c];
       if (cell.className !== look) cell.className = look;
-      if (cell.firstChild.data !== main) cell.firstChild.data = main;
+      if (cell.firstChild.textContent !== main) cell.firstChild.textContent = main;
       if (cell.lastChild.textContent !== small) cell.lastChild.textContent = small;
     }
   }
@@ -131,7 +131,7 @@ function headOf(key, content, title) {
 
 function rowOf(row) {
   const { name, kind, notes, mark } = ROWS[row];
-  const cells = COLUMNS.map(() => el("td", { role: "gridcell", tabindex: "-1" }, document.createTextNode("–"), el("small")));
+  const cells = COLUMNS.map(() => el("td", { role: "gridcell", tabindex: "-1" }, el("span"), el("small")));
   const button = el("button", { type: "button", tabindex: "-1", title: `${name}: compare all others with it`,
     onclick: () => setState({ reference: row }) }, nameOf(name), mark ? el("span", { class: "mark", title: mark }, " ◆") : "");
   const tr = el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }, button,
@@ -153,11 +153,12 @@ function legend() {
 
 function scoresSection() {
   const vertical = C > 14;
-  const head = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, headOf("name", "model", "sort by name"),
+  const head = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, headOf("name", ["model", PREFIX ? el("small", {}, " ", el("bdi", {}, `${shortened(PREFIX, 24)}…`)) : ""], "sort by name"),
     COLUMNS.map((column, c) => headOf(c, [vertical ? el("bdi", {}, shortened(column.name, 26)) : breakable(column.name), column.lower ? " ↓" : ""],
       `${column.name}${column.members ? `: ${column.members}` : ""}; sort`))));
   TABLE.body = el("tbody", { role: "rowgroup" }, ROWS.map((_, row) => rowOf(row)));
   const table = el("table", { class: `heat${vertical ? " vertical" : ""}${R * C > 1500 ? " large" : ""}`, role: "grid", "aria-label": "Scores of models" }, head, TABLE.body);
+  table.style.setProperty("--columns", String(C));
   const scroll = el("div", { class: "scroll grid", "data-mode": "values" }, table);
   const reference = select("compare with", rowOptions(), STATE.reference, (row) => setState({ reference: Number(row) }));
   const search = el("input", { type: "search", placeholder: "all", oninput: () => setState({ search: search.value }) });
