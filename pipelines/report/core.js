@@ -132,7 +132,7 @@ function select(label, options, chosen, change) {
   return el("label", { class: "field" }, el("span", {}, label), node);
 }
 const columnOptions = () => COLUMNS.map((column, c) => [c, shortened(column.name, 44)]);
-const rowOptions = () => ROWS.map((row, r) => [r, shortened(row.name, 44)]);
+const rowOptions = () => ROWS.map((row, r) => [r, shortened(brief(row.name), 44)]);
 
 /** Buttons of which one is pressed. */
 function segments(options, chosen, change) {
