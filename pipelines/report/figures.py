@@ -23,14 +23,14 @@ def plot_heat(matrix: Matrix) -> Pictures:
     """Models x columns; each column from its lowest value to its highest, light to dark; of a
     column where lower is better the other way round.
     """
-    shares = _shares(matrix)
-    rows, columns = shares.shape
+    places = shares(matrix)
+    rows, columns = places.shape
     figure = empty_figure(3.2 + 0.62 * columns, 1.8 + 0.36 * rows)
     axes = figure.subplots()
     colours = scale(SEQUENTIAL["light"])
-    axes.imshow(shares, cmap=ListedColormap(colours), vmin=0, vmax=1, aspect="auto")
+    axes.imshow(places, cmap=ListedColormap(colours), vmin=0, vmax=1, aspect="auto")
     if rows * columns <= MOST_NUMBERS:
-        for (row, column), share in np.ndenumerate(shares):
+        for (row, column), share in np.ndenumerate(places):
             if np.isfinite(share):
                 ink = ink_on(colours[min(LEVELS - 1, int(share * LEVELS))])
                 _number(axes, matrix, row, column, ink)
@@ -46,7 +46,7 @@ def plot_heat(matrix: Matrix) -> Pictures:
     return saved(figure)
 
 
-def _shares(matrix: Matrix) -> Array:
+def shares(matrix: Matrix) -> Array:
     """Where each value lies between the worst (0) and the best (1) of its column."""
     signs = np.array([-1.0 if column.lower else 1.0 for column in matrix.columns])
     values = matrix.values * signs

@@ -49,6 +49,7 @@ def saved(figure: Figure) -> Pictures:
                 metadata=metadata,
             )
         found[form] = buffer.getvalue()
+        figure.set_layout_engine("none")  # it has its layout, which takes most of the time
     return found
 
 

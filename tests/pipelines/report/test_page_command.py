@@ -66,7 +66,10 @@ def test_the_commands_of_the_docs(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("runs/matrix runs/later", "--out: required for 2 evaluations; give a folder, or page.html"),
+        (
+            "runs/matrix runs/later",
+            "--out: required for 2 evaluations; give a folder, or page.html",
+        ),
         ("runs/matrix runs/matrix --out x.html", "runs/matrix: given twice; each run once"),
         (
             "runs/matrix runs --out x.html",
