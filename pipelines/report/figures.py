@@ -47,14 +47,14 @@ def plot_heat(matrix: Matrix) -> Pictures:
 
 
 def shares(matrix: Matrix) -> Array:
-    """Where each value lies between the worst (0) and the best (1) of its column."""
-    signs = np.array([-1.0 if column.lower else 1.0 for column in matrix.columns])
-    values = matrix.values * signs
-    measured = np.isfinite(values)
-    low = np.where(measured, values, np.inf).min(axis=0)
-    high = np.where(measured, values, -np.inf).max(axis=0)
-    span = np.where(np.isfinite(high - low) & (high > low), high - low, 1.0)
-    return np.where(high > low, (values - low) / span, np.where(measured, 0.5, np.nan))
+    """Where each value lies between the worst (0) and the best (1) of its column; far outliers have
+    the place of the end.
+    """
+    low, high = matrix.fences().T
+    span = np.where(high > low, high - low, 1.0)
+    found = np.where(high > low, np.clip((matrix.values - low) / span, 0, 1), 0.5)
+    lower = np.array([column.lower for column in matrix.columns])
+    return np.where(np.isnan(matrix.values), np.nan, np.where(lower, 1 - found, found))
 
 
 def _number(axes: Axes, matrix: Matrix, row: int, column: int, ink: str) -> None:
@@ -76,34 +76,50 @@ def _short(name: str) -> str:
 
 
 def plot_scatter(matrix: Matrix, kinds: Sequence[str], x: int, y: int) -> Pictures:
-    """All models in two columns, with standard errors and the front."""
-    places = np.flatnonzero(np.isfinite(matrix.values[:, [x, y]]).all(axis=1))
-    figure = empty_figure(7.2, 5.6)
+    """All models in two columns, with standard errors and the front. Far outliers that are not on
+    it are named below instead.
+    """
+    pair = [x, y]
+    signs = np.array([-1.0 if matrix.columns[c].lower else 1.0 for c in pair])
+    measured = np.flatnonzero(np.isfinite(matrix.values[:, pair]).all(axis=1))
+    on_front = undominated(matrix.values[measured][:, pair] * signs)
+    low, high = matrix.fences()[pair].T
+    inside = ((matrix.values[:, pair] >= low) & (matrix.values[:, pair] <= high)).all(axis=1)
+    shown = measured[inside[measured] | on_front]
+    figure = empty_figure(8.0, 6.0)
     axes = figure.subplots()
     known = list(dict.fromkeys(kinds))
     looks = [known.index(kind) % len(KIND_COLOURS) for kind in kinds]
     errors = np.nan_to_num(matrix.stderrs)
-    for row in places:
+    for row in shown:
         axes.errorbar(
             matrix.values[row, x], matrix.values[row, y], xerr=errors[row, x], yerr=errors[row, y],
             color=KIND_COLOURS[looks[row]], marker=MARKERS[looks[row]], markersize=7,
             markeredgecolor="white", markeredgewidth=0.8, elinewidth=0.8, alpha=0.9, zorder=3,
+            linestyle="none", label=kinds[row],
         )  # fmt: skip
-    signs = [-1.0 if matrix.columns[c].lower else 1.0 for c in (x, y)]
-    if len(places):
-        on_front = undominated(matrix.values[places][:, [x, y]] * signs)
-        front = matrix.values[places[on_front]][:, [x, y]]
+    if len(shown):
+        front = matrix.values[measured[on_front]][:, pair]
         front = front[np.lexsort((-signs[1] * front[:, 1], signs[0] * front[:, 0]))]
         axes.step(*front.T, where="pre", color=FAINT, linestyle="--", linewidth=1.2)
-    axes.set_xlabel(_axis(matrix, x))
+    outside = [_short(matrix.rows[row]) for row in measured if row not in shown]
+    below = f"\nfar outside: {', '.join(outside[:4])}" if outside else ""
+    more = f" and {len(outside) - 4} more" if len(outside) > 4 else ""
+    axes.set_xlabel(f"{_axis(matrix, x)}{below}{more}")
     axes.set_ylabel(_axis(matrix, y))
     axes.grid(color="#eeeeee")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    named = {label: handle for label, handle in zip(labels, handles, strict=True) if label}
+    if named:
+        figure.legend(
+            named.values(), named.keys(), loc="outside upper right", ncols=5, frameon=False
+        )
     figure.canvas.draw()  # computes the layout, so that names can be measured in pixels
-    if 0 < len(places) <= MOST_NAMES:
+    if 0 < len(shown) <= MOST_NAMES:
         points, bars, colours = {}, {}, {}
-        for row in places:
+        for row in shown:
             name = _short(matrix.rows[row])
             points[name] = (float(matrix.values[row, x]), float(matrix.values[row, y]))
             bars[name] = (float(errors[row, x]), float(errors[row, y]))

@@ -75,6 +75,23 @@ class Matrix:
             raise InputError(f"{what}: found {name!r}; allowed: {', '.join(names)}")
         return names.index(name)
 
+    def fences(self) -> Array:
+        """(C, 2) the ends between which almost all values of each column lie: no farther from the
+        middle half than three times its width, so that one broken model does not make all others
+        look alike. (The page's script has the same.)
+        """
+        found = np.zeros((len(self.columns), 2))
+        for column, values in enumerate(self.values.T):
+            known = values[np.isfinite(values)]
+            if not len(known):
+                continue
+            found[column] = known.min(), known.max()
+            low, high = np.quantile(known, (0.25, 0.75))
+            if len(known) >= 5 and high > low:
+                width = 3 * (high - low)
+                found[column] = max(known.min(), low - width), min(known.max(), high + width)
+        return found
+
     def difference_error(self, column: int, first: int, second: int) -> tuple[float, bool]:
         """The standard error of the first row's number less the second's, and whether it is paired
         by document; else it is that of independent measurements, mostly too large.

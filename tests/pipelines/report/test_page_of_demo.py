@@ -4,6 +4,7 @@ Oracle: `Evaluation.differences`, and shares by hand.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +111,10 @@ def test_pictures_of_a_matrix() -> None:
     )
     expected = [[0, 0.5, 0], [0.25, 0.5, np.nan], [1, 0.5, 1]]
     assert np.array_equal(shares(matrix), expected, equal_nan=True)
-    heat = plot_heat(matrix)
-    assert heat == plot_heat(matrix) and heat["svg"].startswith(b"<?xml")
+    far = replace(matrix, rows=tuple("abcdefg"), values=np.array([[1, 2, 3, 4, 5, 6, -90.0]] * 3).T)
+    # The middle half is from 1.5 to 4.5, so the fence is at 1.5 - 3 * 3.
+    assert far.fences().tolist() == [[-7.5, 6.0]] * 3
+    assert shares(far)[:, 0].tolist() == [(x + 7.5) / 13.5 for x in range(1, 7)] + [0]
+    assert plot_heat(matrix)["svg"].startswith(b"<?xml")
     scatter = plot_scatter(matrix, ["x", "y", "x"], 0, 2)
     assert scatter == plot_scatter(matrix, ["x", "y", "x"], 0, 2)
-    assert scatter["png"] != plot_scatter(matrix, ["x", "y", "x"], 0, 1)["png"]
