@@ -9,8 +9,9 @@ import numpy as np
 
 from pipelines.errors import InputError
 from pipelines.evaluate.results import Evaluation
-from pipelines.report.evaluations import Set, described, join, make_matrix
+from pipelines.report.evaluations import make_matrix
 from pipelines.report.findings import findings
+from pipelines.report.joined import Set, described, join
 from pipelines.report.lineage import Origin, origins
 from pipelines.report.matrix import Matrix, matrix_of_results
 from pipelines.report.page import Page

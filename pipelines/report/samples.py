@@ -9,11 +9,12 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipelines.evaluate.interface import Sample
-from pipelines.report.evaluations import Frame, Set, numeric_values
+from pipelines.evaluate.results import Evaluation
+from pipelines.report.joined import Frame, Set, numeric_values
 
 MOST_ANSWERS = 20_000  # on one page
 LONGEST = 2_000  # characters of a text
@@ -67,7 +68,7 @@ def _of_task(
     names = list(metrics)  # then further values of samples, such as a judge's words
     for row in own if wanted else ():
         evaluation, model = found.places[row][frame][task]
-        for sample in evaluation.samples(model, task):
+        for sample in _with_answers(evaluation, model, task):
             if sample.id in wanted:
                 document = documents[wanted[sample.id]]
                 _put(document, sample, rows.index(row), len(rows), names, texts)
@@ -91,6 +92,26 @@ def _spreads(found: Set, frame: Frame, task: str, metrics: Sequence[str]) -> dic
         numbers = [column[name] for column in columns if name in column]
         spreads[name] = statistics.pstdev(numbers) if numbers else 0.0
     return spreads
+
+
+def _with_answers(evaluation: Evaluation, model: str, task: str) -> list[Sample]:
+    """A cell's samples; scores of answers come with the answers, and with the judge's words."""
+    scores = evaluation.samples(model, task)
+    answered = evaluation.answered(model, task)
+    if answered is None:
+        return scores
+    return [
+        replace(answer, values=score.values | _verdicts(score.answers))
+        for score, answer in zip(scores, answered, strict=True)
+    ]
+
+
+def _verdicts(answers: Sequence[Any]) -> dict[str, str]:
+    """What a judge said of an answer, verdict by verdict, under one name."""
+    said = [each for each in answers if isinstance(each, Mapping) and "text" in each]
+    read = ["unreadable" if each.get("value") is None else each["value"] for each in said]
+    lines = [f"{value}: {each['text']}" for value, each in zip(read, said, strict=True)]
+    return {"verdicts": "\n".join(lines)} if lines else {}
 
 
 def _hash(seed: int, task: str, name: str) -> bytes:
@@ -121,11 +142,14 @@ def _shown(value: Any, texts: Texts) -> Any:
 
 
 def prompt_of(sample: Sample) -> list[tuple[str, str]]:
-    """What a model was asked: (role or "", text) of each message; a context asked twice once."""
+    """What a model was asked: (role or "", text) of each message; a context asked twice once, and
+    the model's own earlier turns, which are answers, not at all.
+    """
     found: dict[tuple[str, str], None] = {}
     for request in sample.requests:
         found |= dict.fromkeys(_messages(request))
-    return list(found)
+    return [(role, text) for role, text in found if role != "assistant" or text not in
+            sample.answers]  # fmt: skip
 
 
 def _messages(request: Any) -> Iterator[tuple[str, str]]:
@@ -142,16 +166,17 @@ def _messages(request: Any) -> Iterator[tuple[str, str]]:
 
 
 def answer_of(sample: Sample) -> str:
-    """What a model answered: texts, or each scored continuation with its log-likelihood; `>` marks
-    the likeliest.
+    """What a model answered: texts, numbered where there are several, or each scored continuation
+    with its log-likelihood; `>` marks the likeliest.
     """
     answers = [each if isinstance(each, Mapping) else {"text": each} for each in sample.answers]
     scores = [each["value"] for each in answers if isinstance(each.get("value"), int | float)]
+    several = sum(isinstance(each.get("text"), str) for each in answers) > 1
     lines = []
     for number, answer in enumerate(answers):
         if answer.get("text") is not None:
-            text = answer["text"]
-            lines.append(text if isinstance(text, str) else _json(text))
+            text = answer["text"] if isinstance(answer["text"], str) else _json(answer["text"])
+            lines.append(f"[{number + 1}] {text}" if several else text)
         elif scores and answer.get("value") is not None:
             request = sample.requests[number] if number < len(sample.requests) else {}
             asked = request.get("continuation", "") if isinstance(request, Mapping) else ""

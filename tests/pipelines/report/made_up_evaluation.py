@@ -34,10 +34,12 @@ def save_evaluation(
     limit: int | None = None,
     failed: Sequence[Mapping[str, str]] = (),
     other_numbers: Mapping[tuple[str, str], tuple[float, float]] | None = None,
+    answers: Mapping[tuple[str, str], Sequence[Sample]] | None = None,
 ) -> Path:
     """Write an evaluation whose numbers are the means of its samples' numbers.
 
     Args:
+        answers: (model, task) -> the samples that hold the answers of a cell of scores.
         other_numbers: (task, metric) -> value and error that are no mean, the same for all models.
     """
     store = Store(folder)
@@ -48,12 +50,15 @@ def save_evaluation(
         numbers: dict[str, Any] = {}
         for task, own in tasks.items():
             key = fingerprint([model, task, split, limit])
-            described = {"task": task, "documents": len(own), "task_fingerprint": task}
-            cell = Cell(task, key, len(own), described)
-            store.describe(cell)
-            for block in range(cell.num_blocks):
-                first = block * BLOCK_DOCUMENTS
-                store.write(cell, block, own[first : first + BLOCK_DOCUMENTS])
+            described: dict[str, Any] = {
+                "task": task,
+                "documents": len(own),
+                "task_fingerprint": task,
+            }
+            if answered := (answers or {}).get((model, task)):
+                described |= {"answers": ["answered", fingerprint([key])]}
+                _write(store, Cell(*described["answers"], len(own), described), answered)
+            _write(store, Cell(task, key, len(own), described), own)
             numbers[task] = _numbers(task, own, other_numbers or {})
             rows += [
                 {"model": model, "task": task, "metric": metric, **number, "key": key}
@@ -90,6 +95,13 @@ def save_evaluation(
     }
     (folder / "evaluation.json").write_text(json.dumps(summary))
     return folder
+
+
+def _write(store: Store, cell: Cell, samples: Sequence[Sample]) -> None:
+    store.describe(cell)
+    for block in range(cell.num_blocks):
+        first = block * BLOCK_DOCUMENTS
+        store.write(cell, block, samples[first : first + BLOCK_DOCUMENTS])
 
 
 def _numbers(

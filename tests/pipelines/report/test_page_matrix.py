@@ -15,7 +15,8 @@ from pipelines.errors import InputError
 from pipelines.evaluate.groups import Group
 from pipelines.evaluate.results import Evaluation
 from pipelines.evaluate.studies import undominated
-from pipelines.report.evaluations import DRAWS, join, make_matrix
+from pipelines.report.evaluations import DRAWS, make_matrix
+from pipelines.report.joined import join
 from pipelines.report.matrix import UNKNOWN, Matrix, front_counts, pair_errors
 from tests.pipelines.report.made_up_evaluation import sample, save_evaluation
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.evaluate.interface import Sample
 from pipelines.evaluate.results import Evaluation
-from pipelines.report.evaluations import join
+from pipelines.report.joined import join
 from pipelines.report.lineage import origins
 from pipelines.report.samples import LONGEST, answer_of, chosen_samples, prompt_of
 from tests.pipelines.report.made_up_evaluation import sample, save_evaluation
@@ -85,6 +85,33 @@ def test_forms_of_requests_and_answers() -> None:
     judged = Sample(0, "", "", [{"model": 1}], [{"text": "fine"}, {"score": 3}], {})
     assert prompt_of(judged) == [("", '{\n "model": 1\n}')]
     assert answer_of(judged) == 'fine\n{\n "score": 3\n}'
+
+
+def test_scores_stand_below_the_answers_that_they_are_of(tmp_path: Path) -> None:
+    """A judge's cell holds its verdicts; the answers, of two turns, lie in another cell."""
+    turns = [
+        [{"role": "user", "content": "one"}],
+        [
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "first"},
+            {"role": "user", "content": "two"},
+        ],
+    ]
+    answer = Sample(0, "d0", "c0", turns, ["first", "second"], {})
+    verdicts = [{"text": "good [[7]]", "value": 7}, {"text": "hm", "value": None}]
+    scored = Sample(0, "d0", "c0", ["key"], verdicts, {"rating": 7.0})
+    folder = save_evaluation(
+        tmp_path / "r", {"a": {"judged": [scored]}}, {}, answers={("a", "judged"): [answer]}
+    )
+    content = chosen_samples(join([Evaluation(folder)]), 5, seed=0)
+    texts, [task] = content["texts"], content["tasks"]
+    [document] = task["documents"]
+    asked = [(role, texts[place]) for role, place in document["prompt"]]
+    assert asked == [("user", "one"), ("user", "two")]
+    [[said, [rating, [words]]]] = document["answers"]
+    assert texts[said] == "[1] first\n[2] second"
+    assert rating == 7 and task["metrics"] == ["rating", "verdicts"]
+    assert texts[words] == "7: good [[7]]\nunreadable: hm"
 
 
 def record(folder: Path, **content) -> str:
