@@ -70,12 +70,14 @@ def page_of_evaluations(evaluations: Sequence[Evaluation], settings: Settings) -
 
 
 def _axes(matrix: Matrix, settings: Settings) -> tuple[int, int]:
-    """The columns that a trade-off shows at first: the first two of the groups made of tasks."""
+    """The columns that a trade-off shows at first: two groups made of tasks, else two tasks."""
     if settings.axes is not None:
         x, y = (matrix.index(name, "--axes") for name in settings.axes)
         return x, y
-    groups = [c for c, each in enumerate(matrix.columns) if each.kind == "group" and each.inner]
-    first = groups if len(groups) >= 2 else list(range(len(matrix.columns)))
+    columns = list(enumerate(matrix.columns))
+    groups = [c for c, each in columns if each.kind == "group" and each.inner]
+    tasks = [c for c, each in columns if each.kind == "task"]
+    first = next((each for each in (groups, tasks) if len(each) >= 2), [c for c, _ in columns])
     return first[0], first[min(1, len(first) - 1)]
 
 
@@ -148,8 +150,8 @@ def _in_order(full: Matrix, shown: Matrix, folder: Path) -> Matrix:
         raise InputError(f"{place}: lacks models of results.json; run the demo again")
     rows = [full.rows.index(name) for name in shown.rows]
     columns = [full.index(column.name, f"{place}: columns") for column in shown.columns]
-    grid = np.ix_(rows, columns)
-    if not np.allclose(full.values[grid], shown.values, rtol=0, atol=_TOLERANCE):
+    measured = full.values[np.ix_(rows, columns)]
+    if not np.allclose(measured, shown.values, rtol=0, atol=_TOLERANCE):
         raise InputError(f"{place}: has other numbers than results.json; run the demo again")
     return Matrix(
         rows=shown.rows,

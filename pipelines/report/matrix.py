@@ -86,7 +86,7 @@ class Matrix:
             if not len(known):
                 continue
             found[column] = known.min(), known.max()
-            low, high = np.quantile(known, (0.25, 0.75))
+            low, high = (float(np.quantile(known, share)) for share in (0.25, 0.75))
             if len(known) >= 5 and high > low:
                 width = 3 * (high - low)
                 found[column] = max(known.min(), low - width), min(known.max(), high + width)
