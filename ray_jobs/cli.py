@@ -309,19 +309,40 @@ def sweep(
     run_sweep(config, out, overrides or [], force=force, as_json=as_json)
 
 
-@app.command(epilog="Example: `poise report runs/demo`")
+@app.command(epilog="Example: `poise report runs/demo`, `poise report runs/test --out page.html`")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of finished runs")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="folders of `poise demo`, or of `poise evaluate`"),
+    ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", callback=_no_address, help="folder; default the run's own"),
+        typer.Option(
+            "--out", callback=_no_address, help="folder, or NAME.html; default the run's own"
+        ),
     ] = None,
+    samples: Annotated[
+        int, typer.Option(help="documents of each task on the page, disagreements first", min=0)
+    ] = 50,
+    axes: Annotated[
+        str | None, typer.Option(metavar="X,Y", help="columns that the trade-off shows at first")
+    ] = None,
+    lower: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="less of this column or metric is better; repeatable"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the bootstrap, and among equal samples")] = 0,
     force: Force = False,
 ) -> None:
-    """Table, plots and HTML page of finished runs."""
+    """Table, plots and HTML page of finished demos; one page of evaluations."""
+    from pipelines.report import Settings
     from ray_jobs.report import run_report
 
-    run_report(runs, out, force=force)
+    pair = None if axes is None else tuple(name.strip() for name in axes.split(","))
+    if pair is not None and (len(pair) != 2 or not all(pair)):
+        raise InputError(f"--axes: found {axes!r}; allowed: two columns, as helpfulness,honesty")
+    settings = Settings(samples=samples, seed=seed, lower=tuple(lower or ()), axes=pair)
+    run_report(runs, out, force=force, settings=settings)
 
 
 @app.command(epilog="Example: `poise serve runs/demo/models/linear --port 8000`")

@@ -1,4 +1,4 @@
-"""`poise report`: table, findings, plots and page of finished runs."""
+"""`poise report`: table, findings, plots and page of finished runs; a page of evaluations."""
 
 import os
 import shutil
@@ -6,36 +6,53 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.errors import InputError
+from pipelines.evaluate.store import RESULT_FILE
 from pipelines.report import (
     LEGEND,
     LEGEND_OVER_RUNS,
     PLAIN_WIDTH,
     Results,
+    Settings,
     findings,
     findings_over_runs,
     load_results,
     render_table,
     table_rows,
     table_rows_over_runs,
+    write_report_of_evaluations,
     write_reports,
 )
 from pipelines.storage import resolve_output
 
 
-def run_report(paths: list[Path], out: Path | None, *, force: bool) -> None:
-    """Print the table and findings of each run, and of the means over several; write the files.
+def run_report(
+    paths: list[Path], out: Path | None, *, force: bool, settings: Settings | None = None
+) -> None:
+    """Of runs of `poise demo`, print the table and findings of each, and of the means over several,
+    and write the files of each. Of evaluations, write one page.
 
     Raises:
-        InputError: a run that is unfinished or cannot be read, runs with different models, or an
-            `out` with other files; then nothing has been written.
+        InputError: a run that is unfinished or cannot be read, runs with different models, an
+            `out` with other files, or runs beside evaluations; then nothing has been written.
     """
     target = None if out is None else resolve_output(out, None)
-    runs = [(path, load_results(path)) for path in paths]
-    texts = [_text_of_run(path, results, len(paths) > 1) for path, results in runs]
-    if len(runs) > 1:
-        texts.append(_text_over_runs([results for _, results in runs]))
-    pages = write_reports(runs, target, force=force)
-    _print("\n\n".join(texts))
+    settings = settings or Settings()
+    evaluations = [path for path in paths if (path / RESULT_FILE).is_file()]
+    if evaluations and len(evaluations) < len(paths):
+        raise InputError(
+            f"{evaluations[0]}: is an evaluation, and others are not; report them apart "
+            "(the evaluation of a demo lies in results/evaluation-test)"
+        )
+    if evaluations:
+        pages = write_report_of_evaluations(paths, target, force=force, settings=settings)
+    else:
+        runs = [(path, load_results(path)) for path in paths]
+        texts = [_text_of_run(path, results, len(paths) > 1) for path, results in runs]
+        if len(runs) > 1:
+            texts.append(_text_over_runs([results for _, results in runs]))
+        pages = write_reports(runs, target, force=force, settings=settings)
+        _print("\n\n".join(texts))
     for page in pages:
         print(f"report: {page}", file=sys.stderr)
 

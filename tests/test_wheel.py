@@ -59,14 +59,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory, project_root: Path) -> I
 def test_the_wheel_holds_every_file_and_the_configs(
     installed: Installed, project_root: Path
 ) -> None:
-    """Among them what is no Python: C, the page's HTML, YAML."""
+    """Among them what is no Python: C, the page's HTML, styles and scripts, YAML."""
     expected = {
         str(path.relative_to(project_root))
         for package in PACKAGES
         for path in (project_root / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {Path(name).suffix for name in expected} >= {".py", ".c", ".html", ".yaml"}
+    kinds = {Path(name).suffix for name in expected}
+    assert kinds >= {".py", ".c", ".html", ".css", ".js", ".yaml"}
     expected |= {
         f"ray_jobs/{path.relative_to(project_root)}"
         for path in (project_root / "configs").rglob("*.yaml")

@@ -127,7 +127,20 @@ class Evaluation:
         Raises:
             InputError: they are damaged or gone.
         """
-        store, key = Store(self.folder), self._keys[model, task]
+        return self._read(task, self._keys[model, task])
+
+    def answered(self, model: str, task: str) -> list[Any] | None:
+        """The samples that hold the answers where a cell holds scores of them, as a judge's or a
+        reward model's (its `cell.json` names them), in the same order; None for other cells.
+
+        Raises:
+            InputError: they are damaged or gone.
+        """
+        described = self._described(task, self._keys[model, task])
+        return self._read(*described["answers"]) if "answers" in described else None
+
+    def _read(self, task: str, key: str) -> list[Any]:
+        store = Store(self.folder)
         cell = Cell(task, key, self._described(task, key)["documents"], {})
         try:
             return [

@@ -1,6 +1,7 @@
-"""The report of finished runs: the 3H table, findings in sentences, two plots and a page."""
+"""The report of finished runs and evaluations: table, findings in sentences, plots and a page."""
 
-from pipelines.report.files import make_report, write_reports
+from pipelines.report.contents import Settings
+from pipelines.report.files import make_report, write_report_of_evaluations, write_reports
 from pipelines.report.findings import findings, findings_over_runs
 from pipelines.report.results import Results, load_results
 from pipelines.report.table import (
@@ -17,6 +18,7 @@ __all__ = [
     "LEGEND_OVER_RUNS",
     "PLAIN_WIDTH",
     "Results",
+    "Settings",
     "findings",
     "findings_over_runs",
     "load_results",
@@ -24,5 +26,6 @@ __all__ = [
     "render_table",
     "table_rows",
     "table_rows_over_runs",
+    "write_report_of_evaluations",
     "write_reports",
 ]

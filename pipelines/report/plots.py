@@ -1,4 +1,4 @@
-"""The plots, as PNG bytes: the matrix of numbers, and the trade-off between each pair of strengths.
+"""The demo's plots: the matrix of numbers, and the trade-off between each pair of strengths.
 
 Figures are made without pyplot (which has global state) and saved without metadata, so equal
 results give equal bytes.
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ from pipelines.report.labels import label_points
 from pipelines.report.results import COLUMNS, KINDS, STRENGTHS, Measurement, ModelResults, Results
 
 DPI = 150
+Pictures = dict[str, bytes]  # by form, "png" and "svg"
 INK, FAINT = "#222222", "#8a8a8a"
 # Okabe and Ito's colours, which colour-blind readers can distinguish; markers differ, too.
 COLOURS = {"sft": "#222222", "single": "#d55e00", "mixture": "#009e73", "merge": "#0072b2"}
@@ -31,33 +33,39 @@ GROUP_NAMES = {
 }
 
 
-def _png(figure: Figure) -> bytes:
-    """A figure's PNG; the background is white, also on a dark page."""
-    buffer = io.BytesIO()
-    figure.savefig(
-        buffer,
-        format="png",
-        dpi=DPI,
-        facecolor="white",
-        bbox_inches="tight",
-        metadata={"Software": None},
-    )
-    return buffer.getvalue()
+def saved(figure: Figure) -> Pictures:
+    """A figure as PNG and SVG; the background is white, also on a dark page."""
+    found = {}
+    for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        buffer = io.BytesIO()
+        # Names of an SVG's parts are hashes with this salt, by default a random one.
+        with rc_context({"svg.hashsalt": "poise"}):
+            figure.savefig(
+                buffer,
+                format=form,
+                dpi=DPI,
+                facecolor="white",
+                bbox_inches="tight",
+                metadata=metadata,
+            )
+        found[form] = buffer.getvalue()
+        figure.set_layout_engine("none")  # it has its layout, which takes most of the time
+    return found
 
 
-def _figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, that draws with Agg."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def plot_matrix(results: Results) -> bytes:
+def plot_matrix(results: Results) -> Pictures:
     """The heat map of models x (strengths, average; tasks), with numbers and standard errors."""
     names = [name for kind in KINDS for name in results.of_kind(kind)]
     tasks = list(results.sft.tasks)
     rows = [_measurements(results.models[name], tasks) for name in names]
-    figure = _figure(3.2 + 0.92 * len(rows[0]), 1.6 + 0.44 * len(rows))
+    figure = empty_figure(3.2 + 0.92 * len(rows[0]), 1.6 + 0.44 * len(rows))
     axes = figure.subplots()
     values = [[measured.value for measured in row] for row in rows]
     image = axes.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
@@ -76,7 +84,7 @@ def plot_matrix(results: Results) -> bytes:
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.03)
     bar.outline.set_visible(False)
     bar.set_label(f"percent, {results.split} split; small: standard error")
-    return _png(figure)
+    return saved(figure)
 
 
 def _measurements(model: ModelResults, tasks: Sequence[str]) -> list[Measurement]:
@@ -116,7 +124,7 @@ def _groups(results: Results) -> dict[str, list[str]]:
     return {group: names for group, names in groups.items() if names}
 
 
-def plot_tradeoff(results: Results) -> bytes:
+def plot_tradeoff(results: Results) -> Pictures:
     """Each pair of strengths: all models but the base, with standard errors and the front."""
     groups = _groups(results)
     looks = {
@@ -125,7 +133,7 @@ def plot_tradeoff(results: Results) -> bytes:
         for i, name in enumerate(names)
     }
     pairs = list(combinations(STRENGTHS, 2))
-    figure = _figure(4.6 * len(pairs), 6.2)
+    figure = empty_figure(4.6 * len(pairs), 6.2)
     panels = list(zip(figure.subplots(1, len(pairs)), pairs, strict=True))
     drawn = [_pair(axes, results, looks, x, y) for axes, (x, y) in panels]
     figure.canvas.draw()  # computes the layout, so that names can be measured in pixels
@@ -137,7 +145,7 @@ def plot_tradeoff(results: Results) -> bytes:
         }
         label_points(axes, points, errors, colours)
     _legend(figure, groups, looks)
-    return _png(figure)
+    return saved(figure)
 
 
 def _pair(

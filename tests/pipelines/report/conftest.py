@@ -97,5 +97,7 @@ def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plot_matrix", "plot_tradeoff"):
         monkeypatch.setattr(
             f"pipelines.report.files.{name}",
-            lambda results, name=name: f"{name} of seed {results.seed}".encode(),
+            lambda results, name=name: dict.fromkeys(
+                ("png", "svg"), f"{name} of seed {results.seed}".encode()
+            ),
         )

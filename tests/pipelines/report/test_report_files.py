@@ -3,9 +3,12 @@
 Oracle: the numbers of the made-up run, read back from the page, and pixels that change with them.
 """
 
+import base64
 import io
+import json
 import re
-from html.parser import HTMLParser
+import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,85 +17,80 @@ from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.report import load_results, make_report, write_reports
+from pipelines.report.plots import plot_matrix, plot_tradeoff
+from pipelines.report.results import COLUMNS
 
-FILES = {"matrix.png", "tradeoff.png", "report.html"}
+FILES = {"matrix.png", "matrix.svg", "tradeoff.png", "tradeoff.svg", "report.html"}
 
 
 def written(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}
 
 
-def test_same_results_same_bytes_and_no_global_state(make_run, content) -> None:
+def test_pictures_follow_the_numbers_and_equal_numbers_give_equal_bytes(make_run, content) -> None:
     folder = make_run("a", content)
     results = load_results(folder)
     before = dict(matplotlib.rcParams)
     first = make_report(folder, results)
     assert first == make_report(folder, results)
     assert set(first) == FILES
-    assert dict(matplotlib.rcParams) == before
-
-
-def test_plots_are_pictures_that_follow_the_numbers(make_run, content) -> None:
-    folder = make_run("a", content)
-    first = make_report(folder, load_results(folder))
+    assert dict(matplotlib.rcParams) == before  # no global state
     for name in ("matrix.png", "tradeoff.png"):
         image = Image.open(io.BytesIO(first[name]))
         assert image.width > 1200
         assert np.asarray(image.convert("L")).std() > 5  # something is drawn
         assert "Software" not in image.info
+        svg = first[name.replace("png", "svg")].decode()
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+        assert "<dc:date>" not in svg
     content["models"]["expo"]["honesty"]["value"] += 3.0
     content["models"]["expo"]["average"]["value"] += 1.0
-    second = make_report(folder, load_results(make_run("b", content)))
-    assert second["matrix.png"] != first["matrix.png"]
-    assert second["tradeoff.png"] != first["tradeoff.png"]
+    changed = load_results(make_run("b", content))
+    for name, plot in (("matrix", plot_matrix), ("tradeoff", plot_tradeoff)):
+        assert plot(changed)["png"] != first[f"{name}.png"]
 
 
-class PageChecker(HTMLParser):
-    """Collects text and references; fails on tags that are not closed."""
-
-    VOID = ("meta", "img", "br")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.references: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag, attributes) -> None:
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.references += [value for name, value in attributes if name in ("src", "href")]
-
-    def handle_endtag(self, tag) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data) -> None:
-        self.text += data
+def data_of(page: str) -> dict[str, Any]:
+    """What the page's scripts read."""
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
+    return json.loads(found)
 
 
-def test_the_page_holds_everything_and_needs_nothing(make_run, content) -> None:
+def test_the_page_holds_everything_and_needs_nothing(quick_plots, make_run, content) -> None:
     folder = make_run("a", content)
     page = make_report(folder, load_results(folder))["report.html"].decode()
-    checker = PageChecker()
-    checker.feed(page)
-    assert checker.open == []
-    assert len(checker.references) == 2
-    assert all(ref.startswith("data:image/png;base64,") for ref in checker.references)
-    assert not re.search(r"https?://|@import|url\(|<script|<link", page)
-    assert "prefers-color-scheme: dark" in page
-    for text in ("task_arithmetic", "lambda=0.5", "±3.0", "-30.0", "n = 240", "110.5", "111.8"):
-        assert text in checker.text
-    assert "name: linear <&>" in checker.text  # the config's text, escaped
-    assert "not in the run's folder" in checker.text  # configs that are gone
+    assert not re.search(r"@import|url\(|<script src|<img|import\(|fetch\(|innerHTML", page)
+    assert set(re.findall(r"https?://[^\"'\s]+", page)) == {"http://www.w3.org/2000/svg"}
+    data = data_of(page)
+    rows = {row["name"]: row for row in data["rows"]}
+    assert list(rows) == list(content["models"])
+    assert rows["task_arithmetic"]["notes"] == ["lambda=0.5"]
+    assert rows["task_arithmetic"]["mark"] == "the merge that is best on development"
+    assert data["reference"] == list(rows).index("sft")
+    values = np.frombuffer(base64.b64decode(data["values"]), "<f4").reshape(len(rows), -1)
+    for row, name in zip(values, rows, strict=True):
+        entry = content["models"][name]
+        measured = [entry[column]["value"] for column in COLUMNS]
+        measured += [task["value"] for task in entry["tasks"].values()]
+        assert np.allclose(row, measured)
+    assert ["world", 1.25] in data["timings"] and ["python", "3.11.0"] in data["versions"]
+    configs = {each["path"]: each["text"] for each in data["configs"]}
+    assert configs["configs/linear.yaml"] == "name: linear <&>\n"
+    assert configs["configs/expo.yaml"] is None  # gone
+    assert len(data["findings"]) == 10
 
 
-def test_names_in_results_cannot_write_html(quick_plots, make_run, content) -> None:
-    content["models"]["expo"]["chosen"] = {"alpha": "<script>alert(1)</script>"}
-    content["versions"]["<b>"] = "<img src=x>"
+def test_texts_in_results_cannot_end_the_data(quick_plots, make_run, content) -> None:
+    hostile = "</script><script>alert(1)</script><!--"
+    content["models"]["expo"]["chosen"] = {"alpha": hostile}
+    content["versions"]["<b>"] = "\u2028<img src=x>"
     folder = make_run("a", content)
     page = make_report(folder, load_results(folder))["report.html"].decode()
-    assert "<script" not in page
-    assert "<img src=x>" not in page
+    assert page.count("</script>") == 2
+    assert "<img" not in page and "<!--" not in page and "\u2028" not in page
+    data = data_of(page)
+    assert data["rows"][-1]["notes"] == [f'alpha="{hostile}"']
+    assert ["<b>", "\u2028<img src=x>"] in data["versions"]
 
 
 def test_a_config_that_links_out_of_the_folder_is_not_shown(
@@ -138,6 +136,23 @@ def test_an_out_with_other_things_needs_force(quick_plots, make_run, content, tm
         write_reports(runs, out / "matrix.png", force=True)
 
 
+def test_an_out_that_is_a_page_gets_the_page_alone(
+    quick_plots, make_run, content, tmp_path
+) -> None:
+    folder, page = make_run("a", content), tmp_path / "new" / "page.html"
+    runs = [(folder, load_results(folder))]
+    assert write_reports(runs, page) == [page]
+    assert page.read_bytes() == make_report(*runs[0])["report.html"]
+    assert [path.name for path in page.parent.iterdir()] == ["page.html"]
+    write_reports(runs, page)
+    page.write_text("mine")
+    with pytest.raises(InputError, match="exists and differs"):
+        write_reports(runs, page)
+    assert page.read_text() == "mine"
+    write_reports(runs, page, force=True)
+    assert page.read_bytes() == make_report(*runs[0])["report.html"]
+
+
 def test_several_runs_get_a_folder_each(quick_plots, make_run, content, tmp_path) -> None:
     folders = [make_run("a", content), make_run("b", content)]
     runs = [(folder, load_results(folder)) for folder in folders]
@@ -149,6 +164,8 @@ def test_several_runs_get_a_folder_each(quick_plots, make_run, content, tmp_path
     with pytest.raises(InputError, match="same name"):
         write_reports(runs, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+    with pytest.raises(InputError, match="for 2 runs of `poise demo`; allowed: a folder"):
+        write_reports(runs, tmp_path / "page.html")
     twice = [runs[0], (folders[0] / ".." / "a", runs[0][1])]
     with pytest.raises(InputError, match="given twice"):
         write_reports(twice, None)
