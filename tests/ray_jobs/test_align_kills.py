@@ -128,7 +128,7 @@ def killed_runs(
             objective={"name": objective},
             strategy=strategy,
             num_workers=1 if strategy == "single" else 2,
-            num_steps=400 if strategy == "zero3" else 100,  # a node's death takes a while
+            num_steps=200 if strategy == "zero3" else 100,  # a node's death takes a while
             checkpoint_every=10,
         )
     pairs = {name: path for name, path in configs.items() if name != "single"}

@@ -161,6 +161,7 @@ def test_a_taken_port_is_an_error_before_ray_starts(
 ) -> None:
     pytest.importorskip("vllm")
     model = save_tiny_llama(tmp_path / "model")
+    capsys.readouterr()
     started: list[int] = []
     monkeypatch.setattr("ray_jobs.serve.ray_session", lambda **_: started.append(1))
     with socket.socket() as holder:
