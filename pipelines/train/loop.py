@@ -18,6 +18,7 @@ from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints.hub import bring
 from pipelines.commit import lock, write_atomically
 from pipelines.errors import InputError
+from pipelines.train.causality import check_reads_back
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import (
@@ -157,6 +158,9 @@ class Run:
             self.scorer = self._scorer(settings)
         pad = pad_token(self.strategy.weights.source.config) or PAD
         self.losses = MicroLosses(config, self.scorer, self.router, pad, device)
+        if config.head is None:
+            with self.strategy.evaluating(), self.strategy.forward_context():
+                check_reads_back(self.model, self.table, config.precision, device)
         self.rows, self.held_out = self._rows(settings)
         self._report_misfit()
         if config.packing:
