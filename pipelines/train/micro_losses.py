@@ -95,7 +95,7 @@ class MicroLosses:
         source: Rows,
         rows: list[int],
         batch: Batch,
-        logits: Sequence[Tensor],
+        logits: tuple[Tensor, ...],
         whole: Whole,
     ) -> MicroLoss:
         """A loss with the router's."""

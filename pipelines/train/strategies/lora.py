@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ def _base_of(layer: nn.Module) -> nn.Module:
 
 
 @cache
-def _weights_taken(kind: type[nn.Module]) -> frozenset[str]:
+def _weights_taken(kind: Any) -> frozenset[str]:
     """The layers whose weights a class takes by itself, by its code."""
     return frozenset(_TAKEN.findall(inspect.getsource(kind)))
 
