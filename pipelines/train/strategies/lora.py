@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def layers_read_past(model: nn.Module) -> dict[str, str]:
         for prefix, module in model.named_modules()
         if CARRIES.search(type(module).__name__)
         for name, layer in module.named_children()
-        if name in _weights_taken(type(module)) and isinstance(_base_of(layer), nn.Linear)
+        if isinstance(_base_of(layer), nn.Linear) and name in _weights_taken(type(module))  # type: ignore[arg-type] # a class has a hash
     }
 
 
@@ -106,7 +106,7 @@ def _base_of(layer: nn.Module) -> nn.Module:
 
 
 @cache
-def _weights_taken(kind: Any) -> frozenset[str]:
+def _weights_taken(kind: type[nn.Module]) -> frozenset[str]:
     """The layers whose weights a class takes by itself, by its code."""
     return frozenset(_TAKEN.findall(inspect.getsource(kind)))
 
