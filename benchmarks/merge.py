@@ -6,6 +6,8 @@ Makes a base and three fine-tuned models with random weights (bf16, Llama's name
 each tool's command line in turn on the same files (with a warm page cache) and prints a Markdown
 table; `--append FILE` appends it to a file. Peak memory is the sum of the proportional set sizes of
 all processes of a command, without pages of files. mergekit 0.1.5 needs its own environment.
+
+`--beside CHECKOUT` measures the Poise of another checkout instead, both in turn, `--rounds` times.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -116,10 +119,14 @@ def write_config(file: Path, method: str, paths: list[Path]) -> None:
     file.write_text(yaml.safe_dump(config))
 
 
-def measure(command: list[str], out: Path) -> Run:
-    """Run a command that writes `out` and sample the memory of its processes."""
+def measure(command: list[str], out: Path, root: Path = ROOT) -> Run:
+    """Run a command that writes `out` and sample the memory of its processes.
+
+    Args:
+        root: the checkout whose Poise it runs.
+    """
     shutil.rmtree(out, ignore_errors=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
     begin, cpu_before = time.perf_counter(), cpu_of_children()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -194,6 +201,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-merge"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of another environment")
+    parser.add_argument("--beside", type=Path, help="another checkout of Poise")
+    parser.add_argument("--rounds", type=int, default=5, help="of the two checkouts")
     parser.add_argument("--append", type=Path, help="append the table to this file")
     arguments = parser.parse_args()
     paths = make_checkpoints(arguments.folder / f"{arguments.size}B", arguments.size)
@@ -202,6 +211,11 @@ def main() -> None:
         file, out = arguments.folder / f"{method}.yaml", arguments.folder / "out"
         write_config(file, method, paths)
         used = paths if method != "linear" else paths[1:]
+        if arguments.beside is not None:
+            warm(used)
+            rows.append(compare(method, file, out, arguments.beside, arguments.rounds))
+            print(rows[-1], flush=True)
+            continue
         num_bytes = warm(used) + (paths[0] / "model.safetensors").stat().st_size
         floor = floor_seconds(used, arguments.folder / "floor")
         ours = measure([*POISE, str(file), str(out)], out)
@@ -212,7 +226,7 @@ def main() -> None:
         rows.append(row(method, ours, theirs, floor, num_bytes))
         print(rows[-1], flush=True)
         shutil.rmtree(out, ignore_errors=True)
-    table = "\n".join([*HEADER, *rows]) + "\n"
+    table = "\n".join([*(HEADER if arguments.beside is None else BESIDE), *rows]) + "\n"
     print(table)
     if arguments.append is not None:
         with arguments.append.open("a") as file_:
@@ -224,6 +238,31 @@ HEADER = (
     "| poise, peak | mergekit, peak |",
     "|---|---|---|---|---|---|---|---|---|",
 )
+
+
+BESIDE = (
+    "| method | this | other | ratio | processor time: this | other | ratio |",
+    "|---|---|---|---|---|---|---|",
+)
+
+
+def compare(method: str, file: Path, out: Path, other: Path, rounds: int) -> str:
+    """One line: the medians of this checkout and of another, each with a merge beforehand that is
+    not counted.
+    """
+    roots = (ROOT, other.absolute())
+    runs: tuple[list[Run], list[Run]] = ([], [])
+    for number in range(rounds + 1):
+        for root, found in zip(roots, runs, strict=True):
+            run = measure([*POISE, str(file), str(out)], out, root)
+            if number:
+                found.append(run)
+    cells = [method]
+    for name in ("seconds", "cpu_seconds"):
+        ours, theirs = (statistics.median(getattr(run, name) for run in each) for each in runs)
+        cells += [f"{ours:.2f} s", f"{theirs:.2f} s", f"{ours / theirs:.2f}"]
+    shutil.rmtree(out, ignore_errors=True)
+    return f"| {' | '.join(cells)} |"
 
 
 def row(method: str, ours: Run, theirs: Run | None, floor: float, num_bytes: int) -> str:

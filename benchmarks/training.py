@@ -4,9 +4,11 @@
 
 Builds the data of the tiny world's rich size and a model with random weights (which does not change
 the times), trains it with both tools and prints a Markdown table: the median time of a step after
-the first ten. Poise runs as fsdp2 with one worker, as single, and as single with logits by chunks.
-TRL runs with reference log-probabilities computed in advance, as Poise does, and with its default,
-a reference model in each step. The two tools take turns, so that a busy machine slows both.
+the first ten, rows a second at it, and the fastest step, which a busy machine disturbs least. Poise
+runs as fsdp2 with one worker and as single; with logits by chunks; and with the norms of update and
+delta measured in each step. TRL runs with reference log-probabilities computed in advance, as Poise
+does, and with its default, a reference model in each step. The tools take turns, so that a busy
+machine slows both.
 """
 
 import argparse
@@ -22,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from pipelines.tiny_world import build_world
+from pipelines.tiny_world.architecture import architecture
 from pipelines.tiny_world.sizes import SIZES
-from pipelines.tiny_world.training import HEAD_SIZE
 from pipelines.train import AlignConfig, plan_alignment
 from pipelines.train.loop import train_worker
 from pipelines.train.run import worker_settings
@@ -31,41 +33,34 @@ from ray_jobs.session import quiet_environment
 
 WARM_UP = 10
 TRL = (("reference beforehand", True), ("default", False))
-CHUNK = 256  # positions; a step has over 2,000
+# A step has over 2,000 positions; norms are measured at the last step alone unless asked for.
+RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("fsdp2", {}),
+    ("single", {}),
+    ("single", {"logits_chunk": 256}),
+    ("single", {"norms_every": 1}),
+    ("fsdp2", {"norms_every": 1}),
+)
 BATCH, BETA, LEARNING_RATE = 32, 0.1, 2e-5
 
 
 def make_model(world: Path, path: Path) -> None:
     """The rich size with random weights."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
-    size = SIZES["rich"]
-    tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.hidden_size,
-        intermediate_size=size.hidden_size * 8 // 3,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.hidden_size // HEAD_SIZE,
-        num_key_value_heads=size.hidden_size // HEAD_SIZE,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    LlamaForCausalLM(architecture(SIZES["rich"], tokenizer)).save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
 def poise_steps(
-    model: Path, data: Path, folder: Path, strategy: str, steps: int, chunk: int | None = None
+    model: Path, data: Path, folder: Path, strategy: str, steps: int, **fields: Any
 ) -> list[float]:
     """Seconds of each step of Poise, from its metrics.
 
     Args:
-        chunk: positions whose logits exist at once.
+        fields: of the config, beside the usual ones.
     """
     config = AlignConfig(
         model=model,
@@ -76,8 +71,8 @@ def poise_steps(
         global_batch_size=BATCH,
         strategy=strategy,
         num_workers=1,
-        logits_chunk=chunk,
         checkpoint_every=10**6,
+        **fields,
     )
     folder.mkdir()
     cache = folder.parent / "cache"
@@ -147,10 +142,10 @@ def main() -> None:
         make_model(folder / "world", model)
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         for number in range(arguments.rounds):
-            for strategy, chunk in (("fsdp2", None), ("single", None), ("single", CHUNK)):
-                place = folder / f"{strategy}-{chunk}-{number}"
-                times = poise_steps(model, data, place, strategy, arguments.steps, chunk)
-                label = f"Poise, {strategy}" + (f", logits_chunk {chunk}" if chunk else "")
+            for run, (strategy, fields) in enumerate(RUNS):
+                place = folder / f"poise-{run}-{number}"
+                times = poise_steps(model, data, place, strategy, arguments.steps, **fields)
+                label = ", ".join([f"Poise, {strategy}", *(f"{k} {v}" for k, v in fields.items())])
                 found.setdefault(label, []).extend(times)
             for label, beforehand in () if arguments.alone else TRL:
                 times = trl_steps(
@@ -159,10 +154,11 @@ def main() -> None:
                 found.setdefault(f"TRL, {label}", []).extend(times)
         dist.destroy_process_group()
     ours = statistics.median(found["Poise, fsdp2"])
-    print("| | median step | of Poise's fsdp2 |\n|---|---|---|")
+    print("| | median step | of Poise's fsdp2 | rows/s | fastest step |\n|---|---|---|---|---|")
     for label, times in found.items():
         median = statistics.median(times)
-        print(f"| {label} | {1000 * median:.0f} ms | {median / ours:.2f} |")
+        cells = [f"{1000 * median:.0f} ms", f"{median / ours:.2f}", f"{BATCH / median:.0f}"]
+        print(f"| {' | '.join([label, *cells, f'{1000 * min(times):.0f} ms'])} |")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pipelines.merge import load_merge_config, merge
 from pipelines.provenance import read_record
 from pipelines.storage import resolve_output
 from pipelines.sweep import SweepConfig, sweep
-from pipelines.tiny_world import SIZES, build_world, train_base
+from pipelines.tiny_world import SIZES, build_world
 from pipelines.train import AlignConfig, align, align_in_turn
 from pipelines.train.files import METRICS_FILE
 from pipelines.versions import versions
@@ -111,10 +111,10 @@ class Demo:
     def steps(self) -> list[Step]:
         """All steps in order, with their expected seconds on two idle cores."""
         paths = self.paths
-        smoke = self.size == "smoke"
+        base_s = 60 if self.size == "smoke" else 110
         steps = [
             Step("world", paths.world, self._world, 3),
-            Step("train base", paths.model("base"), self._base, 60 if smoke else 110),
+            Step("train base", paths.model("base"), self._base, base_s, keeps=True),
             Step("train sft", paths.model("sft"), self._sft, 25, keeps=True),
             Step("align", paths.model(ALIGNED[-1]), self._align, 80, keeps=True),
         ]
@@ -153,15 +153,18 @@ class Demo:
         build_world(self.paths.world, self.seed, self.size)
 
     def _base(self) -> None:
-        train_base(self.paths.world, self.paths.model("base"), self.size, self.seed)
+        size = SIZES[self.size]
+        self._train("base", size.base_steps, size.base_learning_rate)
 
     def _sft(self) -> None:
-        self._ray()
         size = SIZES[self.size]
-        steps, rate = size.sft_steps, size.sft_learning_rate
+        self._train("sft", size.sft_steps, size.sft_learning_rate)
+
+    def _train(self, name: str, steps: int, rate: float) -> None:
+        self._ray()
         overrides = [f"num_steps={steps}", f"optimizer.learning_rate={rate}"]
-        config = load_config(self._write_config("align/sft", overrides), AlignConfig)
-        align(config, self.paths.model("sft"))
+        config = load_config(self._write_config(f"align/{name}", overrides), AlignConfig)
+        align(config, self.paths.model(name))
 
     def _align(self) -> None:
         self._ray()
@@ -256,7 +259,7 @@ def _lengths(model: Path) -> dict[str, float]:
 def _origin(out: Path, name: str) -> tuple[str, list[str], str]:
     """Kind, parents and config (relative to `out`) of a model of the demo."""
     if name == "base":
-        return "base", [], "configs/world.yaml"
+        return "base", [], "configs/align/base.yaml"
     if name == "sft":
         return "sft", ["base"], "configs/align/sft.yaml"
     if name in ALIGNED:

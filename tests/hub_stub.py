@@ -29,6 +29,7 @@ class Stub:
         kinds: id -> "datasets" for what is no model.
         renamed: old id -> new id.
         gated, private: ids; a request with `token` may read them.
+        refresh_token: what `token` is given for, when a login is renewed.
         cut: file name -> how many answers end in their middle.
         corrupt: names of files whose bytes are not those of the listing.
         status: an answer to everything, if it is set.
@@ -41,6 +42,7 @@ class Stub:
     gated: set[str] = field(default_factory=set)
     private: set[str] = field(default_factory=set)
     token: str = "hf_secret_of_the_test"
+    refresh_token: str = "hf_renewal_of_the_test"
     cut: dict[str, int] = field(default_factory=dict)
     corrupt: set[str] = field(default_factory=set)
     status: int | None = None
@@ -130,6 +132,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer()
+
+    def do_POST(self) -> None:
+        """A login that is renewed."""
+        length = int(self.headers["Content-Length"])
+        sent = parse_qs(self.rfile.read(length).decode())
+        stub = self.stub
+        stub.asked.append(("POST", self.path, "", ""))
+        if self.path == "/oauth/token" and sent.get("refresh_token") == [stub.refresh_token]:
+            self.send_json({"access_token": stub.token, "expires_in": 30 * 24 * 3600})
+        else:
+            self.finish_with(400, b'{"error": "invalid_grant"}', {})
 
     def answer(self) -> None:
         """What is asked of a model or a data set, or of the storage of large files."""

@@ -45,7 +45,7 @@ class HubClient:
         self.endpoint = constants.ENDPOINT
         agent = f"poise/{versions().get('poise', '0')}"
         headers = {"User-Agent": agent, "Accept-Encoding": "identity"}
-        self._token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+        self._token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else _login()
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         timeout = httpx2.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT, connect=CONNECT_S)
@@ -207,6 +207,17 @@ class HubClient:
             )
         said = response.headers.get("X-Error-Message", "which is perhaps a proxy's")
         raise UnreachableError(f"it answers with status {status}, {said}")
+
+
+def _login() -> str | None:
+    """The token of the user's login. One from a browser ends after some days; huggingface_hub
+    renews it in its last day, by a request that its being offline would forbid.
+    """
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False
+    try:
+        return get_token()
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _safe(part: str) -> str:

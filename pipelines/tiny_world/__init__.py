@@ -7,7 +7,6 @@ combinations, so that no single word determines the answer.
 """
 
 from pipelines.tiny_world.sizes import SIZES
-from pipelines.tiny_world.training import train_base
 from pipelines.tiny_world.world import build_world
 
-__all__ = ["SIZES", "build_world", "train_base"]
+__all__ = ["SIZES", "build_world"]

@@ -14,8 +14,6 @@ class Size:
     sft_steps: int
     sft_learning_rate: float
     num_known_people: int = 150
-    base_batch: int = 16  # packed rows
-    base_length: int = 64  # tokens of a packed row
 
 
 SIZES = {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipelines.commit import staged_directory
+from pipelines.tiny_world.architecture import architecture
 from pipelines.tiny_world.content import make_content
 from pipelines.tiny_world.documents import pretraining_documents, sft_conversations
 from pipelines.tiny_world.preferences import preference_pairs
@@ -31,10 +32,11 @@ CHAT_TEMPLATE = (
 def build_world(out: str | Path, seed: int, size: str) -> Path:
     """Make the world of a seed and write it below `out`; equal seeds give equal bytes.
 
-    Files: `data/pretrain.parquet` (column `text`), `data/sft.jsonl` (`messages`),
+    Files: `model/` (config.json and the tokenizer, from which models of this world begin),
+    `data/pretrain.parquet` (column `text`), `data/sft.jsonl` (`messages`),
     `data/preferences/{helpful,honest,harmless,mixture}.jsonl` (`prompt`, `chosen`, `rejected`),
-    `tasks/tasks.yaml` with its rows, the same tasks for lm-evaluation-harness in
-    `tasks/harness/*.yaml`, and `tokenizer/`.
+    `tasks/tasks.yaml` with its rows, and the same tasks for lm-evaluation-harness in
+    `tasks/harness/*.yaml`.
 
     Raises:
         InputError: `out` exists.
@@ -46,7 +48,8 @@ def build_world(out: str | Path, seed: int, size: str) -> Path:
     with staged_directory(out) as folder:
         (folder / "data" / "preferences").mkdir(parents=True, exist_ok=True)
         (folder / "tasks" / "harness").mkdir(parents=True, exist_ok=True)
-        table = pyarrow.table({"text": pretraining_documents(content, seed)})
+        texts = [f"{BEGIN} {text}" for text in pretraining_documents(content, seed)]
+        table = pyarrow.table({"text": texts})
         pyarrow.parquet.write_table(table, folder / "data" / "pretrain.parquet")
         conversations = [{"messages": turns} for turns in sft_conversations(content, seed)]
         _write_lines(folder / "data" / "sft.jsonl", conversations)
@@ -60,7 +63,9 @@ def build_world(out: str | Path, seed: int, size: str) -> Path:
             for split, file in entry["files"].items():
                 _write_lines(folder / "tasks" / file, rows[split])
         (folder / "tasks" / "tasks.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
-        make_tokenizer().save_pretrained(folder / "tokenizer")
+        tokenizer = make_tokenizer()
+        tokenizer.save_pretrained(folder / "model")
+        architecture(SIZES[size], tokenizer).save_pretrained(folder / "model")
     return Path(out)
 
 

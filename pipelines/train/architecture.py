@@ -143,6 +143,11 @@ def check_class(model: "PreTrainedModel", path: Path) -> None:
         )
 
 
+def class_name(model: nn.Module) -> str:
+    """The class of a model that a strategy may have wrapped."""
+    return type(getattr(model, "module", model)).__name__.removeprefix("FSDP")
+
+
 def language_part(model: nn.Module) -> nn.Module | None:
     """The stack that reads text, of a model that has others too; None if it is the whole model."""
     from transformers import PreTrainedModel

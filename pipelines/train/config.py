@@ -292,16 +292,13 @@ class AlignConfig(ReadingConfig):
     def _check_evaluation(self) -> None:
         if self.evaluation is None:
             return
-        metric, every, merges = (
-            self.evaluation.metric,
-            self.evaluation.every,
-            self.optimizer.merge_every,
-        )
-        if metric != "loss" and self.objective.definition.rows == "texts":
+        every, merges = self.evaluation.every, self.optimizer.merge_every
+        if self.evaluation.kind != "loss" and self.objective.definition.rows == "texts":
             raise ValueError(
-                f"evaluation.metric: found {metric}, which objective {self.objective.label} does "
-                "not have; allowed: loss"
+                f"evaluation.metric: found {self.evaluation.kind}, which objective "
+                f"{self.objective.label} does not have; allowed: loss"
             )
+        self._check_set_of_metric(self.evaluation)
         average = self.optimizer.ema
         if average is not None and average.mode == "export":
             raise ValueError(
@@ -312,6 +309,16 @@ class AlignConfig(ReadingConfig):
             raise ValueError(
                 f"evaluation.every: found {every} with optimizer.merge_every {merges}; allowed: "
                 "its multiples"
+            )
+
+    def _check_set_of_metric(self, evaluation: EvaluationConfig) -> None:
+        sets = evaluation.sets or self.sets
+        names = [each.title for each in sets] if len(sets) > 1 else []
+        if evaluation.set_name is not None and evaluation.set_name not in names:
+            allowed = ", ".join([evaluation.kind, *(f"{evaluation.kind}/{name}" for name in names)])
+            raise ValueError(
+                f"evaluation.metric: found {evaluation.metric}; allowed with these held-out rows: "
+                f"{allowed}"
             )
 
     def _check_reward(self) -> None:

@@ -3,7 +3,8 @@ one.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,90 +13,138 @@ import torch.distributed as dist
 from torch import Tensor
 
 from operators.losses import kto_reference_point
-from pipelines.train.data import PAD, collate, collate_mismatched
+from pipelines.train.data import PAD, TokenTable, collate, collate_mismatched
+from pipelines.train.data.table import SetRows
 from pipelines.train.evaluation_config import PREFIX, EvaluationConfig
 from pipelines.train.files import METRICS_FILE
 from pipelines.train.metrics import add_up, earlier_records
-from pipelines.train.objectives import (
-    MicroLoss,
-    Shares,
-    shares_of,
-    weighted_sum,
-    weights_of,
-)
+from pipelines.train.micro_losses import MicroLosses, Whole
+from pipelines.train.objectives import Shares, shares_of, weighted_sum, weights_of
 from pipelines.train.reference import Rows
 from pipelines.train.reference_store import small_batches
-from pipelines.train.router import RouterLoss, real_tokens
-from pipelines.train.scoring import Scorer
+from pipelines.train.router import real_tokens
 
 
-def measure(
-    scorer: Scorer,
-    held_out: Rows,
-    device: torch.device,
-    micro_loss: Callable[[Rows, list[int], Shares, Tensor | None, Tensor | None], MicroLoss],
-    *,
-    has_point: bool,
-    router: RouterLoss | None,
-) -> dict[str, float]:
-    """The objective's loss and metrics on all held-out rows, as if they were one global batch.
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A rank's batch."""
 
-    Rows are cut into the same small batches for every run, and what a batch gives is a share of
-    the whole, so that neither the number of workers nor the micro-batch changes a number.
-    All ranks call together.
+    rows: list[int]
+    wholes: list[int]  # what it is part of: 0 is all rows, 1 + i the set i of several
+    counts: int  # 0 if another rank has the same one
 
-    Args:
-        micro_loss: the share of some rows, given the counts of all, KTO's reference point and the
-            tokens of each expert.
-        has_point: whether the objective has a reference point, which is that of all rows.
+
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    """The held-out rows, cut into the same small batches for every run.
+
+    Where they are of several sets, no batch has rows of two.
     """
-    rows = list(range(held_out.table.num_rows))
-    shares, sums = shares_of(held_out.table, rows), dict[str, Tensor]()
-    with scorer.strategy.evaluating():
-        point = _point(scorer, held_out, shares, device) if has_point else None
-        routed = None if router is None else _routed(scorer, held_out, router, device)
-        for batch, counts in _turns(held_out, device):
-            result = micro_loss(held_out, batch, shares, point, routed)
-            for name, value in {"loss": result.loss, **result.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.double() * counts
-    total = add_up(torch.stack(list(sums.values()))).tolist()
-    found = {PREFIX + name: value for name, value in zip(sums, total, strict=True)}
-    return found if point is None else found | {PREFIX + "kl": float(point)}
+
+    sets: list[SetRows]  # none if there is only one
+    batches: list[tuple[int, list[int]]]  # the number of its set, and rows
+
+    @classmethod
+    def of(cls, table: TokenTable, device: torch.device) -> "_Turns":
+        if len(table.sets) < 2:
+            return cls([], [(0, rows) for rows in small_batches(table, device)])
+        sets = [each for each in table.sets if each.rows]
+        batches = [
+            (place, rows)
+            for place, each in enumerate(sets)
+            for rows in small_batches(table, device, range(each.first, each.first + each.rows))
+        ]
+        return cls(sets, batches)
+
+    def __iter__(self) -> Iterator[_Turn]:
+        """This rank's batches. All ranks take equally many, because passes of a sharded model are
+        collective: the last batch is repeated, and does not count.
+        """
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        for first in range(0, len(self.batches), world):
+            number = first + rank
+            place, rows = self.batches[min(number, len(self.batches) - 1)]
+            wholes = [0, 1 + place] if self.sets else [0]
+            yield _Turn(rows, wholes, int(number < len(self.batches)))
 
 
-def _routed(scorer: Scorer, held_out: Rows, router: RouterLoss, device: torch.device) -> Tensor:
-    """How many tokens of all held-out rows go to each expert."""
-    parts = []
-    for rows, counts in _turns(held_out, device):
-        batch = collate(held_out.table, rows, PAD, device)
-        tokens = real_tokens(held_out.table, rows, batch)
-        parts.append(router.counts(scorer.routing(batch), tokens) * counts)
-    return add_up(torch.stack(parts).sum(0))
+def held_out_batches(table: TokenTable, device: torch.device) -> list[list[int]]:
+    """The batches in which held-out rows go through the model."""
+    return [rows for _, rows in _Turns.of(table, device).batches]
 
 
-def _point(scorer: Scorer, held_out: Rows, shares: Shares, device: torch.device) -> Tensor:
-    """KTO's z0 of all held-out rows."""
+def measure(losses: MicroLosses, held_out: Rows, device: torch.device) -> dict[str, float]:
+    """The objective's loss and metrics on all held-out rows, as if they were one global batch, and
+    of several sets also on each, as `eval_loss/NAME`.
+
+    What a batch gives is a share of the whole, so that neither the number of workers nor the
+    micro-batch changes a number. All ranks call together.
+    """
+    table = held_out.table
+    turns = _Turns.of(table, device)
+    ranges = [range(table.num_rows)] + [range(s.first, s.first + s.rows) for s in turns.sets]
+    shares = [shares_of(table, list(rows)) for rows in ranges]
+    names: list[str] = []
+    sums = torch.zeros(())
+    with losses.scorer.strategy.evaluating():
+        has_point, has_router = losses.kind.has_point, losses.router is not None
+        points = _points(losses, held_out, shares, turns, device) if has_point else None
+        routed = _routed(losses, held_out, turns, device) if has_router else None
+        nothing = [None] * len(shares)
+        wholes = list(map(Whole, shares, points or nothing, nothing if routed is None else routed))
+        for turn in turns:
+            found = losses.of(held_out, turn.rows, *(wholes[place] for place in turn.wholes))
+            for place, result in zip(turn.wholes, found, strict=True):
+                numbers = {"loss": result.loss, **result.metrics}
+                values = torch.stack(list(numbers.values())).detach().double()
+                if not names:
+                    names, sums = list(numbers), values.new_zeros(len(wholes), len(numbers))
+                sums[place] += values * turn.counts
+    total = add_up(sums).tolist()
+    labels = ["", *(f"/{each.name}" for each in turns.sets)]
+    told = {
+        f"{PREFIX}{name}{label}": value
+        for label, row in zip(labels, total, strict=True)
+        for name, value in zip(names, row, strict=True)
+    }
+    if points is not None:
+        told |= {f"{PREFIX}kl{label}": float(p) for label, p in zip(labels, points, strict=True)}
+    return told
+
+
+def _routed(losses: MicroLosses, held_out: Rows, turns: _Turns, device: torch.device) -> Tensor:
+    """How many tokens of all held-out rows, and of each set's, go to each expert."""
+    assert losses.router is not None
+    total: Tensor | None = None
+    for turn in turns:
+        batch = collate(held_out.table, turn.rows, PAD, device)
+        tokens = real_tokens(held_out.table, turn.rows, batch)
+        own = losses.router.counts(losses.scorer.routing(batch), tokens)
+        if total is None:
+            total = own.new_zeros(1 + len(turns.sets), *own.shape)
+        total[turn.wholes] += own * turn.counts
+    assert total is not None  # there are held-out rows
+    return add_up(total)
+
+
+def _points(
+    losses: MicroLosses, held_out: Rows, shares: list[Shares], turns: _Turns, device: torch.device
+) -> list[Tensor]:
+    """KTO's z0 of all held-out rows, and of each set's."""
     assert held_out.reference is not None  # KTO has a reference
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for rows, counts in _turns(held_out, device):
-        batch = collate_mismatched(held_out.table, rows, PAD, device)
-        before = held_out.reference.mismatched(rows, batch)
-        ratios = (scorer.score(batch).responses.log_probability - before).double()
-        total += weighted_sum(ratios, weights_of(held_out.table, rows, device)) * counts
-    return kto_reference_point(add_up(total), shares.rows).float()
-
-
-def _turns(held_out: Rows, device: torch.device) -> Iterator[tuple[list[int], int]]:
-    """This rank's small batches, and whether each counts (1 or 0). All ranks take equally many,
-    because passes of a sharded model are collective: the last batch is repeated, and does not
-    count.
-    """
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    batches = small_batches(held_out.table, device)
-    for first in range(0, len(batches), world):
-        number = first + rank
-        yield batches[min(number, len(batches) - 1)], int(number < len(batches))
+    total = torch.zeros(len(shares), dtype=torch.float64, device=device)
+    for turn in turns:
+        batch = collate_mismatched(held_out.table, turn.rows, PAD, device)
+        before = held_out.reference.mismatched(turn.rows, batch)
+        ratios = (losses.scorer.score(batch).responses.log_probability - before).double()
+        weights = weights_of(held_out.table, turn.rows, device)
+        total[turn.wholes] += weighted_sum(ratios, weights) * turn.counts
+    sums = add_up(total)
+    return [
+        kto_reference_point(each, share.rows).float()
+        for each, share in zip(sums, shares, strict=True)
+    ]
 
 
 class Evaluations:
@@ -112,7 +161,7 @@ class Evaluations:
         self.last_step = first_step
         self._num_since = 0  # evaluations after the best one
         for record in earlier_records(folder / METRICS_FILE, first_step):
-            if self._name in record:
+            if self._name in record and record["step"]:  # not before the first step
                 self.add(int(record["step"]), record)
 
     @property

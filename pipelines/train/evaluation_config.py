@@ -5,8 +5,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipelines.config import Config
+from pipelines.errors import InputError
 from pipelines.train.data.sets import DataField, DataSet, sets_of
 
+METRICS = ("loss", "accuracy", "margin")
 PREFIX = "eval_"  # of a number on held-out rows, as in transformers' Trainer
 
 
@@ -22,11 +24,14 @@ class EvaluationConfig(Config):
         None, gt=0, lt=1, description="of the training rows, held out by prompt; or data"
     )
     every: int = Field(ge=1, description="steps between evaluations; the last step has one too")
+    on_start: bool = Field(False, description="also measure before the first step, as step 0")
     keep: Literal["last", "best"] = Field(
         "last", description="the model of the last step, or of the best evaluation, is written"
     )
-    metric: Literal["loss", "accuracy", "margin"] = Field(
-        "loss", description="which evaluation is the best: least loss, most of the others"
+    metric: str = Field(
+        "loss",
+        description="which evaluation is the best: least loss, most accuracy or margin; of one of "
+        "several sets as loss/NAME",
     )
     patience: int | None = Field(
         None, ge=1, description="stop after so many evaluations in a row without a better one"
@@ -36,6 +41,11 @@ class EvaluationConfig(Config):
     def _what_acts(self) -> "EvaluationConfig":
         if (self.data is None) == (self.share is None):
             raise ValueError("evaluation: give either data or share")
+        if self.kind not in METRICS:
+            raise ValueError(
+                f"metric: found {self.metric}; allowed: {', '.join(METRICS)}, or one of a set, as "
+                f"{METRICS[0]}/NAME"
+            )
         if self.metric != "loss" and self.keep == "last" and self.patience is None:
             raise ValueError("metric: has no effect without keep: best or patience")
         return self
@@ -48,14 +58,36 @@ class EvaluationConfig(Config):
         return [] if self.data is None else sets_of(self.data, {})
 
     @property
+    def kind(self) -> str:
+        """The metric without the name of a set."""
+        return self.metric.partition("/")[0]
+
+    @property
+    def set_name(self) -> str | None:
+        """The set whose metric it is, if not that of all held-out rows."""
+        return self.metric.partition("/")[2] if "/" in self.metric else None
+
+    def check_set_of_metric(self, rows: dict[str, int]) -> None:
+        """Raise InputError if the metric is of a set of which no row is held out.
+
+        Args:
+            rows: how many held-out rows each of several sets has.
+        """
+        if self.set_name is not None and not rows[self.set_name]:
+            raise InputError(
+                f"evaluation.metric: found {self.metric}, but no row of {self.set_name} is held "
+                "out; allowed: another set, or a larger share"
+            )
+
+    @property
     def less_is_better(self) -> bool:
         """Whether the metric falls as the model gets better."""
-        return self.metric == "loss"
+        return self.kind == "loss"
 
     @property
     def in_words(self) -> str:
         """When rows are measured and what follows."""
-        parts = [f"measured every {self.every} steps"]
+        parts = [f"measured {'at the start and ' if self.on_start else ''}every {self.every} steps"]
         if self.keep == "best":
             parts.append(f"the model of the best {self.metric} is written")
         if self.patience is not None:

@@ -26,7 +26,7 @@ from pipelines.train.random_start import planned_start
 from pipelines.train.reward_start import what_changes
 from pipelines.train.router import asks_for_router_loss, router_coefficient
 from pipelines.train.strategies.loading import check_tied, empty_model
-from pipelines.train.strategies.lora import add_adapters
+from pipelines.train.strategies.lora import add_adapters, layers_read_past
 from pipelines.train.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -95,6 +95,12 @@ def remarks(config: AlignConfig) -> Iterator[str]:
             yield (
                 f"lora: all-linear leaves out {len(fused)} tensors of experts that are fused "
                 f"({fused[0]}, ...), which stay as they are"
+            )
+        taken = list(layers_read_past(model))
+        if taken:
+            yield (
+                f"lora: all-linear leaves out {len(taken)} layers whose weights are taken past an "
+                f"adapter ({taken[0]}, ...), which stay as they are"
             )
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,27 +12,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from operators.optim import OnlineMergingAdamW
 from pipelines.checkpoints.hub import bring
 from pipelines.commit import lock, write_atomically
 from pipelines.errors import InputError
+from pipelines.train.causality import check_reads_back
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
 from pipelines.train.config import AlignConfig
 from pipelines.train.data import (
     PAD,
-    Batch,
     TokenTable,
-    collate,
     collate_mismatched,
     deal,
     global_batch,
-    pack,
     rows_seen,
 )
 from pipelines.train.errors import DivergenceError, comes_again, has_failed, record_failure
-from pipelines.train.evaluation import Evaluations, measure
+from pipelines.train.evaluation import Evaluations, held_out_batches, measure
 from pipelines.train.export import export_result
 from pipelines.train.files import EXPORTED_FILE, MODEL_FOLDER, REFERENCE_FILE, REMARK_FILE
 from pipelines.train.metrics import (
@@ -44,22 +42,20 @@ from pipelines.train.metrics import (
     delta_metrics,
     merge_metrics,
 )
+from pipelines.train.micro_losses import MicroLosses, Whole
 from pipelines.train.models import model_paths
 from pipelines.train.objectives import (
-    MicroLoss,
     Shares,
     mismatched_point,
-    rewards_of,
     shares_of,
     weights_of,
 )
 from pipelines.train.optimizer import learning_rate, set_learning_rate
 from pipelines.train.packing import check_rows_apart
 from pipelines.train.reference import AskedRows, Rows, with_references
-from pipelines.train.reference_store import largest_batch, small_batches
+from pipelines.train.reference_store import largest_batch
 from pipelines.train.reward_start import pad_token
 from pipelines.train.router import real_tokens, router_loss
-from pipelines.train.row_kinds import MicroBatch
 from pipelines.train.scoring import Scorer
 from pipelines.train.strategies import build_strategy, first_rank
 
@@ -160,7 +156,11 @@ class Run:
         with self.strategy.evaluating():
             self.router = router_loss(config, self.strategy, device)
             self.scorer = self._scorer(settings)
-        self.pad = pad_token(self.strategy.weights.source.config) or PAD
+        pad = pad_token(self.strategy.weights.source.config) or PAD
+        self.losses = MicroLosses(config, self.scorer, self.router, pad, device)
+        if config.head is None:
+            with self.strategy.evaluating(), self.strategy.forward_context():
+                check_reads_back(self.model, self.table, config.precision, device)
         self.rows, self.held_out = self._rows(settings)
         self._report_misfit()
         if config.packing:
@@ -178,7 +178,7 @@ class Run:
         largest = rows * int(self.table.lengths.max())
         if (held_out := settings.get("held_out")) is not None:
             table = TokenTable(held_out["tokens"], self.kind.sequences_per_row)
-            largest = max(largest, largest_batch(table, small_batches(table, self.device)))
+            largest = max(largest, largest_batch(table, held_out_batches(table, self.device)))
         if self.config.head is not None:
             largest = 0  # it has no logits of tokens
         chunk, routers = self.config.logits_chunk, self.router is not None
@@ -238,6 +238,9 @@ class Run:
             MetricsWriter(self.folder, self.first_step, config) as out,
             CheckpointWriter(self.folder, config) as checkpoints,
         ):
+            if self.first_step == 0 and config.evaluation and config.evaluation.on_start:
+                with clock.stopped():
+                    out.write({"step": 0, **self._measure()})
             for step in range(self.first_step + 1, self.num_steps + 1):
                 if self._is_last(step - 1):
                     break
@@ -287,17 +290,15 @@ class Run:
         evaluation = self.config.evaluation
         if evaluation is None or (step % evaluation.every and step < self.num_steps):
             return {}
-        assert self.held_out is not None and self.evaluations is not None
-        numbers = measure(
-            self.scorer,
-            self.held_out,
-            self.device,
-            self._micro_loss,
-            has_point=self.kind.has_point,
-            router=self.router,
-        )
+        assert self.evaluations is not None
+        numbers = self._measure()
         self.evaluations.add(step, numbers)
         return numbers
+
+    def _measure(self) -> dict[str, float]:
+        """Numbers of the held-out rows."""
+        assert self.held_out is not None
+        return measure(self.losses, self.held_out, self.device)
 
     def _gradients(self, rows: list[int]) -> dict[str, float]:
         """Gradients of a global batch's loss; returns its metrics."""
@@ -308,9 +309,10 @@ class Run:
         point = self._reference_point(micro, shares) if self.kind.has_point else None
         # One micro-batch counts in its own pass.
         counts = self._expert_counts(micro) if self.router and len(micro) > 1 else None
+        whole = Whole(shares, point, counts)
         for number, part in enumerate(micro):
             with self.strategy.accumulating(last=number == len(micro) - 1):
-                result = self._micro_loss(self.rows, part, shares, point, counts)
+                (result,) = self.losses.of(self.rows, part, whole)
                 # Gradients are averaged over workers, so each loss is multiplied by their number.
                 # The result is the mean over the global batch, for any split of it.
                 self.strategy.backward(result.loss * self.world)
@@ -320,68 +322,15 @@ class Run:
         record = dict(zip(metrics, sums.tolist(), strict=True))
         return record if point is None else record | {"kl": float(point)}
 
-    def _micro_loss(
-        self,
-        source: Rows,
-        rows: list[int],
-        shares: Shares,
-        point: Tensor | None,
-        counts: Tensor | None,
-    ) -> MicroLoss:
-        """The loss of some rows.
-
-        Args:
-            counts: tokens of each expert; None where the rows are all of this worker.
-        """
-        if self.config.head is not None:
-            return self._reward_loss(source, rows, shares)
-        batch = self._batch(source, rows)
-        before = source.reference
-        reference = None if before is None else before.responses(rows, batch)
-        look = None if reference is None else reference.look
-        with nullcontext() if reference is None else reference.beside():
-            scored = self.scorer.score(batch, look, self._keeping())
-        values = None if reference is None else reference.log_probability
-        micro = MicroBatch(scored.responses, values, shares, source.table, rows, point)
-        result = self.kind.loss(self.config.objective, micro)
-        if reference is not None:
-            result.metrics["kl_per_token"] = reference.look.sum / shares.tokens
-        if self.router is not None:
-            tokens = real_tokens(source.table, rows, batch)
-            if counts is None:
-                counts = add_up(self.router.counts(scored.router_logits, tokens))
-            balance = self.router.share(scored.router_logits, tokens, counts)
-            loss = result.loss + self.router.coefficient * balance
-            result = MicroLoss(loss, result.metrics | {"router_loss": balance.detach()})
-        return result
-
-    def _batch(self, source: Rows, rows: list[int]) -> Batch:
-        """Some rows as a batch."""
-        if self.config.packing:
-            return pack(source.table, rows, PAD, self.config.max_length, self.device)
-        return collate(source.table, rows, PAD, self.device)
-
     def _expert_counts(self, micro: list[list[int]]) -> Tensor:
         """How many tokens of the global batch go to each expert, before any of its gradients."""
         assert self.router is not None
         parts = []
         for rows in micro:
-            batch = self._batch(self.rows, rows)
+            batch = self.losses.batch(self.rows, rows)
             tokens = real_tokens(self.table, rows, batch)
             parts.append(self.router.counts(self.scorer.routing(batch), tokens))
         return add_up(torch.stack(parts).sum(0))
-
-    def _reward_loss(self, source: Rows, rows: list[int], shares: Shares) -> MicroLoss:
-        """The loss of some rows under a reward model."""
-        batch = collate(source.table, rows, self.pad, self.device)
-        with self.strategy.forward_context(), self._keeping():
-            rewards = rewards_of(self.model, batch)
-        micro = MicroBatch(None, None, shares, source.table, rows, None, rewards)
-        return self.kind.loss(self.config.objective, micro)
-
-    def _keeping(self) -> AbstractContextManager[object]:
-        """The context that keeps what the backward pass needs."""
-        return offload_activations() if self.config.activation_offload else nullcontext()
 
     @torch.no_grad()
     def _reference_point(self, micro: list[list[int]], shares: Shares) -> Tensor:
@@ -397,30 +346,3 @@ class Run:
 
         weights = weights_of(self.table, [row for rows in micro for row in rows], self.device)
         return mismatched_point(policy, reference, add_up, shares.rows, weights)
-
-
-def offload_activations() -> AbstractContextManager[object]:
-    """Tensors that autograd saves in the block move to CPU memory until they are needed.
-
-    As `torch.autograd.graph.save_on_cpu`, but parameters stay on the device, where they are kept
-    anyway or gathered again. With gradient checkpointing, only the inputs of the blocks are saved.
-    Copies are exact, so gradients have the same bits.
-    """
-    return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
-
-
-def _pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
-        return tensor  # a parameter, or a view of one (a linear layer saves its transposed weight)
-    pinned = tensor.is_cuda
-    # Keep the strides, because they decide which kernels run.
-    copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-    # The copy is in stream order, like the passes, so nothing has to wait for it.
-    return tensor.device, copy.copy_(tensor, non_blocking=pinned)
-
-
-def _unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    device, copy = packed
-    return copy.to(device, non_blocking=copy.is_pinned())

@@ -73,9 +73,9 @@ class MetricsWriter:
 
 
 def _keep(path: Path, steps: int) -> None:
-    """Drop the lines of steps that will be repeated."""
+    """Drop the lines of steps that will be repeated; all of them if the run begins again."""
     if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text().splitlines(keepends=True) if steps else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
         path.write_text("".join(kept))
 
@@ -86,7 +86,7 @@ def _levels(path: Path, steps: int) -> list[float]:
     if first_rank() and path.is_file():
         lines = path.read_text().splitlines(keepends=True)
         records = [json.loads(line) for line in lines if line.endswith("\n")]
-        levels = [chosen_level(record) for record in records if record["step"] <= steps]
+        levels = [chosen_level(record) for record in records if 0 < record["step"] <= steps]
         found[: len(levels)] = torch.tensor(levels, dtype=torch.float64)
         found[-1] = len(levels)
     on_all_ranks = add_up(found).tolist()

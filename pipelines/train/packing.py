@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.errors import InputError
+from pipelines.train.architecture import class_name
 
 # Modules that carry something from each position to all later ones, whatever an attention mask
 # says: state spaces, recurrences, linear attention, convolutions over positions.
-_CARRIES = re.compile(
+CARRIES = re.compile(
     "mamba|rwkv|recurrent|rglru|lstm|deltanet|linearattention|lightningattention|shortconv|"
     "retention|hyena|conv1d",
     re.IGNORECASE,
@@ -28,7 +29,7 @@ def check_packing(model: nn.Module) -> None:
     name = type(model).__name__
     for module in model.modules():
         kind = type(module).__name__
-        if kind not in _NOT and (isinstance(module, nn.Conv1d) or _CARRIES.search(kind)):
+        if kind not in _NOT and (isinstance(module, nn.Conv1d) or CARRIES.search(kind)):
             raise InputError(
                 f"packing: found {name}, whose {kind} carries each row of a sequence into the "
                 "next one; allowed with it: false"
@@ -62,7 +63,7 @@ def check_rows_apart(
     packed, seen = logits(ids, position_ids=places), logits(ids)
     change, whole = (float((each - alone).abs().mean()) for each in (packed, seen))
     if not change <= BY_ROUNDING[precision] * whole:
-        name = type(getattr(model, "module", model)).__name__
+        name = class_name(model)
         raise InputError(
             f"packing: {name} lets a row see the row before it in its sequence (its logits change "
             f"by {change:.2g}); allowed with it: false"

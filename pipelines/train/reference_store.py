@@ -9,7 +9,7 @@ numbered parts, each with some batches; parts never change.
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,11 +255,14 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def small_batches(table: TokenTable, device: torch.device) -> list[list[int]]:
-    """All rows of a table, in batches of similar lengths, the same for every run."""
+def small_batches(
+    table: TokenTable, device: torch.device, rows: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Rows of a table (all unless given), in batches of similar lengths, the same for every run."""
     longest = table.lengths.max(axis=1)
     batches: list[list[int]] = [[]]
-    for row in sorted(range(len(longest)), key=lambda row: (int(longest[row]), row)):
+    chosen = range(len(longest)) if rows is None else rows
+    for row in sorted(chosen, key=lambda row: (int(longest[row]), row)):
         num_tokens = (len(batches[-1]) + 1) * int(longest[row]) * table.sequences_per_row
         if batches[-1] and (len(batches[-1]) == MAX_ROWS or num_tokens > MAX_TOKENS[device.type]):
             batches.append([])

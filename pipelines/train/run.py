@@ -236,6 +236,7 @@ def plan_alignment(config: AlignConfig, cache: Path | None = None) -> Plan:
             others = [_table_of(config, data, cache) for data in evaluation.sets]
             held_out, held_out_key = joined_table(others, config.seed, cache)
             check_vocabulary(checkpoint, held_out)
+        evaluation.check_set_of_metric({each.name: each.rows for each in held_out.sets})
     num_steps = config.num_steps
     if num_steps is None:
         assert config.num_epochs is not None

@@ -272,7 +272,7 @@ class _Screen:
             self._shown.update(reference["done"])
             return
         last = _last_record(job.folder / METRICS_FILE)
-        if last is not None:
+        if last is not None and last["step"]:  # step 0 has held-out rows alone
             self._switch(self._steps)
             note = name + _note(last) + _held_out_note(job.folder / METRICS_FILE)
             self._steps.update(self.num_steps_before + last["step"], note)

@@ -1,9 +1,11 @@
 """Low-rank adapters (Hu et al. 2021) with peft, of layers and of parameters such as experts."""
 
+import inspect
 import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +17,7 @@ from operators.optim.layout import ShardLayout, layout_of, local
 from pipelines.errors import InputError
 from pipelines.train.architecture import fused_layers, head_of, is_reward_model, tied_names
 from pipelines.train.config import LoraSettings
+from pipelines.train.packing import CARRIES
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import ParamWrapper
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 Owned = tuple[ShardLayout, Tensor]
 A, B, BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer.weight"
+# A weight, but not only its dtype or size.
+_TAKEN = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size))")
 _WRAPPERS = re.compile(r"(\.base_layer)+\.")
 INIT_STREAM = 2  # of the counter hash; 0 and 1 are the masks of online merging
 
@@ -66,12 +71,13 @@ def _linear_layers(model: "PreTrainedModel") -> tuple[list[str], list[str]]:
     """The trained linear layers but the head, and of layers that peft would take for experts, the
     names of their weights. What peft itself takes for linear layers has fused experts, too.
     """
-    head, frozen = head_of(model), set(_frozen(model))
+    head = head_of(model)
+    without = {*_frozen(model), *layers_read_past(model)}
     linear = (nn.Linear, conv1d())
     found = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, linear) and module is not head and name not in frozen
+        if isinstance(module, linear) and module is not head and name not in without
     ]
     mistaken = {end for end in {n.rpartition(".")[2] for n in found} if _is_mistaken(model, end)}
     parts: tuple[list[str], list[str]] = [], []
@@ -79,6 +85,30 @@ def _linear_layers(model: "PreTrainedModel") -> tuple[list[str], list[str]]:
         is_mistaken = name.rpartition(".")[2] in mistaken
         parts[is_mistaken].append(f"{name}.weight" if is_mistaken else name)
     return parts
+
+
+def layers_read_past(model: nn.Module) -> dict[str, str]:
+    """The layers of state spaces on which an adapter would not act, because the code or the kernel
+    of the module that has them takes their weights, and the class of that module.
+    """
+    return {
+        f"{prefix}.{name}": type(module).__name__
+        for prefix, module in model.named_modules()
+        if CARRIES.search(type(module).__name__)
+        for name, layer in module.named_children()
+        if isinstance(_base_of(layer), nn.Linear) and name in _weights_taken(type(module))  # type: ignore[arg-type] # a class has a hash
+    }
+
+
+def _base_of(layer: nn.Module) -> nn.Module:
+    """A layer without its adapter."""
+    return getattr(layer, "base_layer", layer)
+
+
+@cache
+def _weights_taken(kind: type[nn.Module]) -> frozenset[str]:
+    """The layers whose weights a class takes by itself, by its code."""
+    return frozenset(_TAKEN.findall(inspect.getsource(kind)))
 
 
 def _is_mistaken(model: "PreTrainedModel", layer: str) -> bool:
@@ -108,10 +138,15 @@ def _check_layers(model: nn.Module) -> None:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
-    parameters = dict(model.named_parameters())
+    parameters, read_past = dict(model.named_parameters()), layers_read_past(model)
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
             continue
+        if name in read_past:
+            raise InputError(
+                f"lora.target_modules: {name}: found a layer whose weight {read_past[name]} takes "
+                "by itself, past an adapter; allowed: other layers"
+            )
         layer = module.get_base_layer()
         if not isinstance(layer, nn.Linear | conv1d()):
             raise InputError(

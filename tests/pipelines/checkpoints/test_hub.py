@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,37 @@ def test_the_login_opens_what_is_gated_and_goes_nowhere_else(
     assert sent == {False: f"Bearer {hub.token}", True: ""}
     shown = capsys.readouterr()
     assert "hf_" not in shown.out + shown.err + str(none.value) + str(other.value)
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_login_that_ends_is_renewed(
+    is_good: bool,
+    hub: Stub,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A login from a browser in its last day: once, and kept for later; libraries stay offline."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.add("org/gated", llama)
+    hub.gated.add("org/gated")
+    token, stored = Path(constants.HF_TOKEN_PATH), Path(constants.HF_STORED_TOKENS_PATH)
+    old, renewal = f"hf_old_{is_good}", hub.refresh_token if is_good else "hf_revoked"
+    token.parent.mkdir()
+    token.write_text(old)
+    end = int(time.time()) + 60
+    stored.write_text(f"[own]\nhf_token = {old}\nrefresh_token = {renewal}\nexpires_at = {end}\n")
+    if is_good:
+        assert contents(folder_of("org/gated")) == contents(llama)
+        assert token.read_text() == hub.token and old not in stored.read_text()
+    else:
+        with pytest.raises(InputError, match=r"is gated: .*a token that may read it"):
+            folder_of("org/gated")
+        assert token.read_text() == old
+    assert [path for method, path, _, _ in hub.asked if method == "POST"] == ["/oauth/token"]
+    assert constants.HF_HUB_OFFLINE
+    shown = capsys.readouterr()
+    assert "hf_" not in shown.out + shown.err
 
 
 def test_what_is_not_there_is_said_in_one_line(hub: Stub, llama: Path) -> None:

@@ -88,7 +88,7 @@ def test_the_documented_task(
 @pytest.mark.slow
 def test_the_tiny_worlds_tasks_have_the_numbers_of_their_old_form(tmp_path: Path) -> None:
     world = build_world(tmp_path / "world", 7, "smoke")
-    model = save_random_model(tmp_path / "model", world / "tokenizer")
+    model = save_random_model(tmp_path / "model", world / "model")
     engine = open_engine(model)
     folder = world / "tasks"
     old = load_old_tasks(folder / "tasks.yaml")

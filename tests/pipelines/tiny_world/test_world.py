@@ -4,22 +4,28 @@ Oracle: a second build, the rows' own texts, and what evaluation and alignment r
 """
 
 import json
+import math
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import pyarrow.parquet
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipelines.config import load_yaml
 from pipelines.evaluate.graders import grade
 from pipelines.evaluate.tasks import load_rows, load_tasks
 from pipelines.fingerprint import fingerprint_directory
 from pipelines.tiny_world import build_world, words
 from pipelines.tiny_world.content import make_content, make_problem, part_of
+from pipelines.train import AlignConfig, plan_alignment
 from pipelines.train.data.tokens import tokenize
+from pipelines.train.loop import train_worker
 from pipelines.train.row_kinds import ROW_KINDS
 from pipelines.train.rows.columns import Reading
 from pipelines.train.rows.source import RowSource
+from pipelines.train.run import worker_settings
 
 SEED = 7
 HEADLINE = ("operations", "format", "known", "unknown", "harmful", "benign")
@@ -82,7 +88,7 @@ def test_strangers_are_in_no_fact_and_no_training_problem_is_measured(world: Pat
 
 def test_align_learns_the_answers_of_sft_alone(world: Path) -> None:
     """The demo's SFT reads these rows: what it learns of one is the answer and the end token."""
-    tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(world / "model", local_files_only=True)
     source = RowSource(ROW_KINDS["texts"], Reading())
     for row in rows_of(world / "data" / "sft.jsonl")[:200]:
         (example,) = source.examples(*source.rows(row))
@@ -90,6 +96,28 @@ def test_align_learns_the_answers_of_sft_alone(world: Path) -> None:
         marked = zip(sequence.ids, sequence.response, strict=True)
         learned = [token for token, mark in marked if mark]
         assert tokenizer.decode(learned).strip() == row["messages"][1]["content"] + "</s>"
+
+
+def test_the_base_model_learns_the_text(world: Path, tmp_path: Path, project_root: Path) -> None:
+    """The demo's own config, shortened, on some of the text: an ordinary checkpoint."""
+    values = load_yaml(project_root / "configs" / "demo" / "align" / "base.yaml")
+    texts = pyarrow.parquet.read_table(world / "data" / "pretrain.parquet").slice(0, 3000)
+    pyarrow.parquet.write_table(texts, tmp_path / "texts.parquet")
+    values |= {"model": world / "model", "data": tmp_path / "texts.parquet", "num_steps": 30}
+    config = AlignConfig(**values | {"strategy": "single", "num_workers": 1})
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    run.mkdir()
+    settings = worker_settings(config, plan_alignment(config, cache), run, cache)
+    train_worker({"runs": [settings]})
+    model = AutoModelForCausalLM.from_pretrained(run / "model", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(run / "model", local_files_only=True)
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    assert tokenizer.chat_template
+    rows = texts["text"].to_pylist()
+    assert rows[0].startswith("<s> ")
+    ids = tokenizer("</s>".join(rows[:10]), return_tensors="pt").input_ids
+    chance = math.log(len(tokenizer))
+    assert model(input_ids=ids, labels=ids).loss < chance - 0.5
 
 
 def test_chosen_answers_grade_right_and_rejected_ones_wrong(world: Path) -> None:
@@ -111,7 +139,7 @@ def test_the_mixture_is_the_three_together(world: Path) -> None:
 
 
 def test_the_tokenizer_loads_and_returns_any_text(world: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(world / "model", local_files_only=True)
     assert 470 <= len(tokenizer) <= 520
     for text in ("reverse b d a", "Grüße, 你好 \n\t!", "i do not know ."):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

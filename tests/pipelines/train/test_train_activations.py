@@ -12,8 +12,8 @@ from processes import run_workers_in_turn
 from torch import nn
 from training_files import align_config, run_here, seeded_metrics
 
-from pipelines.train import loop
-from pipelines.train.loop import offload_activations
+from pipelines.train import activations
+from pipelines.train.activations import offload_activations
 
 WEIGHTS = "model/model.safetensors"
 
@@ -21,8 +21,8 @@ WEIGHTS = "model/model.safetensors"
 def test_what_is_kept_goes_and_parameters_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs and activations are copied, weights are not; the gradients are the same."""
     packed: list[Any] = []
-    real = loop._pack
-    monkeypatch.setattr(loop, "_pack", lambda t: packed.append(real(t)) or packed[-1])
+    real = activations._pack
+    monkeypatch.setattr(activations, "_pack", lambda t: packed.append(real(t)) or packed[-1])
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))
     x = torch.randn(3, 4, requires_grad=True)
     expected = torch.autograd.grad(model(x).sum(), [x, *model.parameters()])

@@ -22,6 +22,8 @@ from pipelines.errors import InputError
 from pipelines.train import AlignConfig, plan_alignment, remarks
 from pipelines.train.architecture import meta_model
 from pipelines.train.data import collate, global_batch
+from pipelines.train.export_run import export_checkpoint
+from pipelines.train.run import _unfinished_run
 from tests.hub_models import ARCHITECTURES, CLASSES, WEIGHTS, save_as_on_hub
 from tests.model_kinds import KINDS
 
@@ -40,6 +42,7 @@ REFUSED = {
 WITH_IMAGES = [n for n in CLASSES if n in KINDS["text with images"] and n not in REFUSED]
 DECODERS = [n for n in CLASSES if n not in (*REFUSED, *WITH_IMAGES)]
 ALL = [*ARCHITECTURES, *DECODERS, *WITH_IMAGES]
+SIX = {"llama", "gpt2", "qwen3_moe", "mamba", "opt", "LlavaForConditionalGeneration"}
 FAST = {*ARCHITECTURES, "LlavaForConditionalGeneration"}
 TABLE = Path(__file__).parents[3] / "docs" / "architectures.md"
 
@@ -130,6 +133,36 @@ def test_two_steps_in_one_process(name: str, preferences: Path, tmp_path: Path) 
     model = save_as_on_hub(name, tmp_path / "model")
     config = align_config(model, preferences, **RUN)
     check_run(config, run_here(config, tmp_path / "run"), tmp_path / "cache")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in SIX else pytest.mark.slow) for n in ALL]
+)
+def test_an_adapter_and_an_export(name: str, preferences: Path, tmp_path: Path) -> None:
+    """Every architecture: the adapter merged is what PEFT makes of it and the base, and the export
+    of the last checkpoint is the run's output.
+    """
+    model = save_as_on_hub(name, tmp_path / "model")
+    lora = {"rank": 2, "alpha": 6.0, "save": "both"}
+    config = align_config(model, preferences, **RUN, lora=lora)
+    run = tmp_path / ".run.partial"
+    with _unfinished_run(run, plan_alignment(config, tmp_path / "cache"), force=False):
+        run_here(config, run)
+    found = PeftModel.from_pretrained(loaded(model), run / "model" / "adapter")
+    expected, own = found.merge_and_unload().state_dict(), loaded(run / "model").state_dict()
+    start = loaded(model).state_dict()
+    assert own.keys() == expected.keys()
+    for key, values in own.items():
+        torch.testing.assert_close(values, expected[key], atol=1e-6, rtol=1e-6, msg=key)
+    factors = load_file(run / "model" / "adapter" / "adapter_model.safetensors")
+    still = [key for key, values in factors.items() if "lora_B" in key and not values.any()]
+    assert factors and not still  # each one acts, so each one is trained
+    assert any(not torch.equal(values, start[key]) for key, values in own.items())
+    check_files(model, run / "model")
+    exported = export_checkpoint(tmp_path / "run", tmp_path / "exported")
+    for file in (WEIGHTS, "config.json", "adapter/adapter_model.safetensors"):
+        assert (exported / file).read_bytes() == (run / "model" / file).read_bytes()
 
 
 def test_fused_experts_leave_as_they_came(preferences: Path, tmp_path: Path) -> None:
@@ -250,6 +283,20 @@ def test_adapters_of_experts_on_two_workers(preferences: Path, tmp_path: Path) -
         check_adapter(config, tmp_path / name / "run", start, tmp_path / name / "cache")
 
 
+def test_layers_on_which_no_adapter_acts(preferences: Path, tmp_path: Path) -> None:
+    """Mamba's own code takes three layers' weights: left out with a line, and refused by name."""
+    model = save_as_on_hub("mamba", tmp_path / "model")
+    (line,) = remarks(align_config(model, preferences, lora={"rank": 2}))
+    assert line.startswith("lora: all-linear leaves out 6 layers whose weights are taken past an a")
+    config = align_config(model, preferences, lora={"target_modules": ["dt_proj"]})
+    with pytest.raises(InputError) as caught:
+        plan_alignment(config, tmp_path / "cache")
+    assert str(caught.value) == (
+        "lora.target_modules: backbone.layers.0.mixer.dt_proj: found a layer whose weight "
+        "MambaMixer takes by itself, past an adapter; allowed: other layers"
+    )
+
+
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
@@ -303,6 +350,9 @@ def test_text_alone_leaves_towers_as_they_are(preferences: Path, tmp_path: Path)
 
 
 def test_the_table_in_the_docs_says_what_aligns() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", TABLE.read_text(), re.MULTILINE)
-    told = {name: aligns for name, aligns in rows if aligns != "–"}
-    assert told == dict.fromkeys(ALL, "yes") | dict.fromkeys(REFUSED, "no")
+    """With all weights, and with adapters."""
+    text = TABLE.read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
+    told = {name: rest for name, *rest in rows if rest != ["–", "–"]}
+    yes, no = ["yes", "yes"], ["no", "no"]
+    assert told == dict.fromkeys(ALL, yes) | dict.fromkeys(REFUSED, no)

@@ -29,6 +29,7 @@ from pipelines.train import plan_alignment, workers
 from pipelines.train.checkpoints import saved_steps
 from pipelines.train.data import TokenTable, prompts_of
 from pipelines.train.data.held_out import drawn_rows
+from pipelines.train.evaluation import Evaluations
 from pipelines.train.material import material
 from pipelines.train.run import _commit
 from ray_jobs.align import describe_plan
@@ -113,6 +114,7 @@ def test_the_numbers_are_those_of_one_batch(
 
 def as_conversations(rows: Path, folder: Path) -> Path:
     """The chosen responses as conversations."""
+    folder.mkdir(exist_ok=True)
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     return write_rows(
         folder / rows.name, [{"messages": row["prompt"] + row["chosen"]} for row in found]
@@ -161,6 +163,118 @@ def test_evaluation_leaves_training_alone(
     assert (one / WEIGHTS).read_bytes() == (two / WEIGHTS).read_bytes()
     for before, now in zip(seeded_metrics(one), seeded_metrics(two), strict=True):
         assert before.items() <= now.items()
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "sft"])
+def test_numbers_by_set(
+    name: str, tiny_llama: Path, preferences: Path, held_out: Path, other: Path, tmp_path: Path
+) -> None:
+    """Those of each set are what a run tells that has this set alone; those of all are what it
+    tells of one file with all rows.
+    """
+    fields: dict[str, Any] = {"objective": {"name": name}, "num_steps": 1}
+    fields |= {} if name == "sft" else {"reference_model": other}
+    second = write_rows(tmp_path / "second.jsonl", preference_rows(8, 9))
+    if name == "sft":
+        preferences, held_out, second = (
+            as_conversations(path, tmp_path / path.stem) for path in (preferences, held_out, second)
+        )
+    joint = tmp_path / "joint.jsonl"
+    joint.write_text(held_out.read_text() + second.read_text())
+    sets = [{"path": held_out, "name": "a/b"}, {"path": second, "name": "c"}]
+    found = []
+    for number, data in enumerate((sets, held_out, second, joint)):
+        config = align_config(
+            tiny_llama, preferences, **fields, evaluation={"data": data, "every": 1}
+        )
+        found.append(evaluated(run_here(config, tmp_path / str(number)))[1])
+    by_set, first, last, whole = found
+    close = {"rel": 2e-5, "abs": 1e-6}
+    assert by_set.keys() == {f"{key}{label}" for key in whole for label in ("", "/a/b", "/c")}
+    last.pop("kl_per_token", None)  # an estimate, by draws that depend on a row's number
+    for label, expected in (("/a/b", first), ("/c", last)):
+        if name == "kto":  # whose rows meet other rows' responses, of other sets too
+            expected = {k: v for k, v in expected.items() if k not in ("kl", "loss", "accuracy")}
+        for key, value in expected.items():
+            assert by_set[key + label] == pytest.approx(value, **close), key
+    for key, value in whole.items():
+        assert by_set[key] == pytest.approx(value, **close), key
+
+
+def test_the_best_of_a_set(tiny_llama: Path, preferences: Path, held_out: Path) -> None:
+    """A set's metric decides; names that are none are refused."""
+    sets = [{"path": held_out, "name": "a"}, {"path": preferences, "name": "b"}]
+    evaluation = {"data": sets, "every": 1, "keep": "best"}
+    config = align_config(tiny_llama, preferences, evaluation=evaluation | {"metric": "accuracy/b"})
+    assert config.evaluation is not None
+    evaluations = Evaluations(config.evaluation, Path("none"), 0)
+    for step, (a, b) in enumerate(((0.9, 0.1), (0.1, 0.9), (0.5, 0.5)), 1):
+        evaluations.add(step, {"eval_accuracy/a": a, "eval_accuracy/b": b})
+    assert evaluations.kept_step == 2
+    for data, metric, allowed in (
+        (sets, "margin/c", "margin, margin/a, margin/b"),
+        (held_out, "margin/c", "margin"),
+    ):
+        fields = evaluation | {"data": data, "metric": metric}
+        message = (
+            rf"evaluation.metric: found margin/c; allowed with these held-out rows: {allowed} \["
+        )
+        with pytest.raises(ValueError, match=message):
+            align_config(tiny_llama, preferences, evaluation=fields)
+
+
+def test_a_set_without_held_out_rows(tiny_llama: Path, preferences: Path, tmp_path: Path) -> None:
+    """A drawn share may leave a set none; then it has no numbers, and cannot decide."""
+    single = write_rows(tmp_path / "single.jsonl", preference_rows(1, 9))
+    data = [{"path": preferences, "name": "a"}, {"path": single, "name": "b"}]
+    evaluation = {"share": 0.1, "every": 1, "keep": "best"}
+    config = align_config(
+        tiny_llama, data, evaluation=evaluation | {"metric": "loss/a"}, num_steps=1
+    )
+    numbers = evaluated(run_here(config, tmp_path / "run"))[1]
+    assert "loss/a" in numbers and "loss/b" not in numbers
+    config = align_config(tiny_llama, data, evaluation=evaluation | {"metric": "loss/b"})
+    message = "^evaluation.metric: found loss/b, but no row of b is held out"
+    with pytest.raises(InputError, match=message):
+        plan_alignment(config, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("earlier", [1, 3])
+def test_before_the_first_step(
+    earlier: int,
+    tiny_llama: Path,
+    preferences: Path,
+    held_out: Path,
+    other: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The start's numbers are the first model's, in float64; nothing else changes, nor after an
+    interruption before the first checkpoint or after it.
+    """
+    fields: dict[str, Any] = {"reference_model": other, "checkpoint_every": 2, "num_steps": 4}
+    evaluation = {"data": held_out, "every": 2, "keep": "best", "patience": 2}
+    plain = run_here(
+        align_config(tiny_llama, preferences, **fields, evaluation=evaluation), tmp_path / "plain"
+    )
+    config = align_config(
+        tiny_llama, preferences, **fields, evaluation=evaluation | {"on_start": True}
+    )
+    folder = tmp_path / "run"
+    stop_at_the_fourth_step(config, folder, monkeypatch, earlier=earlier)
+    run_here(config, folder)
+    start, *others = seeded_metrics(folder)
+    assert others == seeded_metrics(plain)
+    assert (folder / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
+    table = plan_alignment(config, tmp_path / "cache").held_out
+    assert table is not None
+    now, before = (log_probabilities(path, table) for path in (tiny_llama, other))
+    margins = 0.1 * ((now - before)[:, 0] - (now - before)[:, 1])
+    assert start["step"] == 0 and start.keys() == {
+        key for key in others[1] if key == "step" or key.startswith("eval_")
+    }
+    assert start["eval_loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), abs=2e-6)
+    assert start["eval_accuracy"] == pytest.approx((margins > 0).mean())
 
 
 @given(
@@ -259,6 +373,10 @@ def test_the_best_model_of_a_run_that_stops(
         ({"every": 2, "share": 1.0}, "share"),
         ({"share": 0.1}, "every"),
         ({"every": 2, "share": 0.1, "metric": "margin"}, "metric: has no effect without keep"),
+        (
+            {"every": 2, "share": 0.1, "metric": "bleu/a", "patience": 2},
+            "metric: found bleu/a; allowed: loss, accuracy, margin, or one of a set, as loss/NAME",
+        ),
         (
             {"every": 2, "share": 0.1, "metric": "accuracy", "patience": 2},
             "evaluation.metric: found accuracy, which objective sft does not have; allowed: loss",
