@@ -1,4 +1,4 @@
-"""Where a running model holds the tensors of its checkpoint, so that new values can be copied in."""
+"""Where a running model holds its checkpoint's tensors, so that new values can be copied in."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
