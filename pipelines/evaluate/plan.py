@@ -79,7 +79,7 @@ def plan_evaluation(
         for name, path in folders.items()
     }
     cells = {
-        (name, task.name): _cell(config, name, digests[name], task)
+        (name, task.name): cell_of(config, name, digests[name], task)
         for name in models
         for task in tasks
     }
@@ -106,8 +106,13 @@ def _check_groups(groups: Mapping[str, Group], tasks: Sequence[str]) -> None:
     resolve_groups(whole, {task: ["its metric"] for task in tasks})
 
 
-def _cell(config: EvaluateConfig, name: str, digest: ModelDigest, task: EvaluationTask) -> Cell:
-    """The cell of a model and a task."""
+def cell_of(config: EvaluateConfig, name: str, digest: ModelDigest, task: EvaluationTask) -> Cell:
+    """The cell of a model and a task.
+
+    Args:
+        name: the model's in the config.
+        digest: the model's, be it written or in memory.
+    """
     engine = config.engine.model_dump(mode="json", exclude=_ONLY_SPEED)
     key = fingerprint_work([asdict(digest), task.fingerprint, engine], "evaluate")
     described: dict[str, Any] = {
