@@ -49,9 +49,7 @@ class GradedTask:
         """What an engine is asked on some documents; together with other tasks' of one sampling."""
         return [self._rows[place].prompt for place in documents]
 
-    def graded(
-        self, documents: Sequence[int], completions: Sequence["Completion"]
-    ) -> list[Sample]:
+    def graded(self, documents: Sequence[int], completions: Sequence["Completion"]) -> list[Sample]:
         """The samples of documents from the answers to their prompts."""
         grader = self._task.grader
         rows = [self._rows[place] for place in documents]

@@ -188,7 +188,9 @@ class Measurer:
         if self._store is None and not always:
             return {}
         files = plan.files
-        copied = {place: [str(path), path.stat().st_mtime_ns] for place, path in files.copied.items()}
+        copied = {
+            place: [str(path), path.stat().st_mtime_ns] for place, path in files.copied.items()
+        }
         key = fingerprint([files.config, files.written, copied])
         if key not in self._companions:
             self._companions[key] = digest_of_companions(files)
@@ -337,7 +339,9 @@ def answers(
             together.setdefault(task.sampling, []).append(task)
         else:
             found[name] = [
-                sample for first, last in _runs(places) for sample in task.measure(engine, first, last)
+                sample
+                for first, last in _runs(places)
+                for sample in task.measure(engine, first, last)
             ]
     for sampling, graded in together.items():
         prompts = [prompt for task in graded for prompt in task.prompts(documents[task.name])]

@@ -32,10 +32,10 @@ from pipelines.fingerprint import fingerprint
 
 Array = NDArray[np.float64]
 DRAWS, AT_ONCE, RESAMPLINGS = 128, 8, 64
-WIDENING, HOPEFUL = 1.3, 0.8
+WIDENING, HOPEFUL = 1.1, 0.8
 NEAREST = 8
 FEWEST = 16  # prompts of each task at a look, where it has so many
-LOOKS = (0.05, 0.1, 0.15, 0.22, 0.3, 0.4, 0.52, 0.67, 0.84)
+LOOKS = (0.06, 0.12, 0.2, 0.3, 0.45, 0.65)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,9 @@ class Race:
         moved = np.stack([_value(each, shifts) for each in self.objectives], 1)
         return not any(
             (_undominated(part, moved, self.front.resampled) >= HOPEFUL).any()
-            for part in (values[first : first + AT_ONCE] for first in range(0, len(values), AT_ONCE))
+            for part in (
+                values[first : first + AT_ONCE] for first in range(0, len(values), AT_ONCE)
+            )
         )
 
     def finished(self, name: str, scores: Mapping[str, Sequence[float]]) -> "Race":
@@ -269,9 +271,7 @@ def _undominated(values: Array, moved: Array, front: Array) -> Array:
         (D,).
     """
     own = values[:, None] + moved  # (D, R, J)
-    dominated = np.zeros(own.shape[:2], dtype=bool)
-    for member in front:
-        dominated |= (member >= own).all(axis=2)
+    dominated = (front[:, None] >= own).all(axis=3).any(axis=0)  # (D, R)
     return np.asarray(1 - dominated.mean(axis=1))
 
 
