@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from operators.merging import METHODS
 from pipelines.checkpoints import Checkpoint
@@ -70,8 +70,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for seed in (1, 2):
         other = shutil.copytree(base, folder / f"model-{seed}")
         checkpoint, random = Checkpoint.open(base), torch.Generator().manual_seed(seed)
-        from safetensors.torch import save_file
-
         tensors = {
             name: checkpoint.read(name).view(t.shape) for name, t in checkpoint.tensors.items()
         }
