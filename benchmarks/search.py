@@ -1,9 +1,11 @@
 """What a candidate in memory costs, and what racing and warm engines save.
 
-    python benchmarks/search.py TASKS BASE MODEL MODEL... [--candidates 50] [--only parts race]
+    python benchmarks/search.py [--demo runs/demo] [--candidates 50] [--only parts race]
 
-The models are those of a tiny world (`poise demo`): the base of the merges, then the parents; the
-tasks are its `tasks.yaml`. Candidates are random weights of the parents by two methods. Parts:
+Candidates are random weights of four parents by two methods, on the tasks of the tiny world. The
+parents are those that `poise demo` has trained in the folder `--demo`; without it they are random
+models of their size near each other, whose answers are longer and all wrong, so that racing has
+nothing to tell apart. Parts:
 
 - `parts`: the seconds of a candidate by part, and all but answering as a share;
 - `race`: the same candidates with racing and without, and the bare answering time of the latter;
@@ -26,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pipelines.engines import EngineConfig, open_engine
 from pipelines.engines.weights import MergeWeights
@@ -34,15 +37,28 @@ from pipelines.merge import MergeConfig, merge, plan_merge
 from pipelines.merge.kept import Kept
 from pipelines.merge.plan import Opened
 from pipelines.search import Measurement, Measurer, Objective, Race
+from pipelines.tiny_world.world import build_world
 from tests.tiny_models import save_tiny_llama
 
 HS = ("helpfulness", "honesty", "harmlessness")
+PARENTS = ("sft", "dpo-helpful", "dpo-honest", "dpo-harmless", "dpo-mixture")  # the base first
 
 
 def main() -> None:
     """Run the parts and print a line for each."""
     torch.set_num_threads(1)
     arguments = parsed()
+    with TemporaryDirectory() as folder:
+        if arguments.demo is None:
+            arguments.tasks, arguments.models = made(Path(folder))
+        else:
+            arguments.tasks = arguments.demo / "world" / "tasks" / "tasks.yaml"
+            arguments.models = [arguments.demo / "models" / name for name in PARENTS]
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the parts."""
     parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "parts": parts_of_a_candidate,
         "race": race,
@@ -56,13 +72,40 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tasks", type=Path)
-    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("--demo", type=Path)
     parser.add_argument("--candidates", type=int, default=50)
     parser.add_argument("--fresh", type=int, default=3)
     parser.add_argument("--millions", type=int, default=135)
     parser.add_argument("--only", nargs="*", choices=["parts", "race", "fresh", "large"])
     return parser.parse_args()
+
+
+def made(folder: Path) -> tuple[Path, list[Path]]:
+    """The tasks of a tiny world, and random models near each other."""
+    world = build_world(folder / "world", 0, "smoke")
+    tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    paths = [folder / name for name in PARENTS]
+    for path in paths:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+    return world / "tasks" / "tasks.yaml", paths
 
 
 def candidates(arguments: argparse.Namespace, count: int) -> Iterator[dict[str, Any]]:
