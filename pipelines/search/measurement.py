@@ -6,21 +6,17 @@ that `poise merge` would write: digests, answers and the cells of a store are th
 """
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from pipelines.checkpoints.digests import ModelDigest
 from pipelines.checkpoints.hub import bring
 from pipelines.config import check
 from pipelines.engines import open_engine
 from pipelines.engines.transformers_engine import TransformersEngine
-from pipelines.engines.weights import Described, MergeWeights, Weights
+from pipelines.engines.weights import MergeWeights, Weights
 from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.graded import GradedTask
@@ -35,6 +31,7 @@ from pipelines.merge.card import digest_of_companions
 from pipelines.merge.kept import Kept
 from pipelines.merge.plan import MergePlan, Opened
 from pipelines.search.racing import Race
+from pipelines.search.timing import Clock, TimedWeights
 
 if TYPE_CHECKING:
     from pipelines.engines.interface import Engine
@@ -129,7 +126,7 @@ class Measurer:
         """
         if race is not None and documents is not None:
             raise InputError("documents: have no effect in a race; give one of them")
-        clock = _Clock()
+        clock = Clock()
         with clock.part("checks"):
             plan = self._planned(candidate)
         digest = self._swapped(plan, clock)
@@ -144,7 +141,7 @@ class Measurer:
     def cells(self, candidate: MergeConfig | Mapping[str, Any]) -> dict[str, Cell]:
         """The cells of a candidate by task, as an evaluation of the written merge has them."""
         plan = self._planned(candidate)
-        return self._cells(plan, self._swapped(plan, _Clock()), always=True)
+        return self._cells(plan, self._swapped(plan, Clock()), always=True)
 
     def close(self) -> None:
         """Free the engine; the next candidate starts it again."""
@@ -161,9 +158,9 @@ class Measurer:
             raise InputError(f"merges.{name}.out: has no effect in a merge that is not written")
         return plan
 
-    def _swapped(self, plan: MergePlan, clock: "_Clock") -> str:
+    def _swapped(self, plan: MergePlan, clock: Clock) -> str:
         """Put a candidate into the engine, which may have to start; returns the digest."""
-        weights = _Timed(MergeWeights(plan, self._kept))
+        weights = TimedWeights(MergeWeights(plan, self._kept))
         is_local = self._config.engine.name == "transformers"
         source: Weights = weights if is_local else weights.weights
         with clock.part("swap"):
@@ -200,7 +197,7 @@ class Measurer:
             for name, task in self._tasks.items()
         }
 
-    def _read(self, cells: Mapping[str, Cell], clock: "_Clock") -> dict[str, dict[int, Sample]]:
+    def _read(self, cells: Mapping[str, Cell], clock: Clock) -> dict[str, dict[int, Sample]]:
         """The samples that the store has, by task and document."""
         found: dict[str, dict[int, Sample]] = {name: {} for name in self._tasks}
         if self._store is None:
@@ -222,7 +219,7 @@ class Measurer:
         cells: Mapping[str, Cell],
         samples: Mapping[str, list[Sample]],
         known: Mapping[str, Mapping[int, Sample]],
-        clock: "_Clock",
+        clock: Clock,
     ) -> None:
         """Add the blocks that the store lacked, unless another process measures them."""
         if self._store is None:
@@ -243,7 +240,7 @@ class Measurer:
         documents: Documents | None,
         race: Race | None,
         known: Mapping[str, Mapping[int, Sample]],
-        clock: "_Clock",
+        clock: Clock,
     ) -> tuple[dict[str, list[Sample]], bool]:
         """The samples in the tasks' order, and whether the race stopped."""
         if race is None:
@@ -263,7 +260,7 @@ class Measurer:
         return ordered, False
 
     def _ask(
-        self, documents: Documents, known: Mapping[str, Mapping[int, Sample]], clock: "_Clock"
+        self, documents: Documents, known: Mapping[str, Mapping[int, Sample]], clock: Clock
     ) -> dict[str, list[Sample]]:
         """The samples of documents, which the store has or the engine answers."""
         for name in documents:
@@ -285,7 +282,7 @@ class Measurer:
         }
 
     def _measurement(
-        self, samples: Mapping[str, list[Sample]], clock: "_Clock", digest: str, stopped: bool
+        self, samples: Mapping[str, list[Sample]], clock: Clock, digest: str, stopped: bool
     ) -> Measurement:
         """The numbers of a candidate's samples."""
         with clock.part("checks"):
@@ -372,62 +369,3 @@ def _runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
         if end == len(places) or places[end] != places[end - 1] + 1:
             yield places[first], places[end - 1] + 1
             first = end
-
-
-class _Clock:
-    """Seconds by part."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count the block as a part."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - start)
-
-    def add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-    def move(self, of: str, to: str, seconds: float) -> None:
-        """Count a piece of one part as another's."""
-        self.add(of, -seconds)
-        self.add(to, seconds)
-
-
-class _Timed:
-    """`Weights` that count the seconds in which they are made."""
-
-    def __init__(self, weights: MergeWeights) -> None:
-        self.weights, self.seconds = weights, 0.0
-
-    @property
-    def name(self) -> str:
-        return self.weights.name
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.weights.config
-
-    @property
-    def tensors(self) -> Mapping[str, Described]:
-        return self.weights.tensors
-
-    @property
-    def text_files(self) -> Mapping[str, Path | str]:
-        return self.weights.text_files
-
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        stream = self.weights.stream()
-        while True:
-            start = time.perf_counter()
-            try:
-                each = next(stream)
-            except StopIteration:
-                return
-            finally:
-                self.seconds += time.perf_counter() - start
-            yield each
