@@ -89,7 +89,7 @@ def test_a_race_stops_a_hopeless_candidate_and_lets_the_others_through(
     through = measurer.measure(ties(models, weight=2.0), race=race)
     assert (through.samples, through.stopped) == (whole.samples, False)
     assert through.values == whole.values
-    race = Race(series, (objective,), (Bound(objective, 1.0),), seed=1)  # nobody is always right
+    race = Race(series, (objective,), (Bound(objective, 2.0),), seed=1)  # a share is 1 at most
     stopped = measurer.measure(ties(models, weight=2.0), race=race)
     assert stopped.stopped
     assert stopped.documents == race.answered(0)
