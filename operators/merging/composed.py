@@ -7,7 +7,7 @@ from torch import Tensor
 
 from operators.consensus import CONSENSUS
 from operators.merging.method import MergeInput, Method, StatisticFactory
-from operators.merging.task_vectors import composition
+from operators.merging.task_vectors import AFTER_CUTS, composition
 from operators.parameters import REQUIRED, Parameter
 from operators.sparsify import SPARSIFIERS
 
@@ -75,5 +75,6 @@ COMPOSED = Method(
     _Parameters(),
     unit="tensor",
     statistics=composed_statistics,
+    ungathered=AFTER_CUTS,
     chosen=chosen_pair,
 )

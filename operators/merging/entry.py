@@ -11,7 +11,7 @@ from torch import Tensor
 from operators.kernels import CHUNK
 from operators.kernels.merging import MergingKernels
 from operators.merging.gathering import gather
-from operators.merging.method import MergeContext, MergeInput, Method
+from operators.merging.method import Kept, MergeContext, MergeInput, Method
 from operators.merging.table import METHODS
 
 
@@ -26,6 +26,8 @@ def merge_tensor(
     shape: tuple[int, ...] | None = None,
     context: MergeContext | None = None,
     kernels: MergingKernels | None = None,
+    known_deltas: Sequence[Tensor] | None = None,
+    kept: Kept | None = None,
     **parameters: Any,
 ) -> Tensor:
     """Merge one tensor, or the flat range of it that begins at element `start`.
@@ -41,6 +43,8 @@ def merge_tensor(
         context: the result of a gathering (operators.merging.method). None: it is gathered here,
             which needs the whole tensor.
         kernels: compiled passes (operators.kernels.choice), with the same bits; None: eager.
+        known_deltas: the task vectors of the range, float32, where they are known.
+        kept: what other merges of the same tensor have left.
         **parameters: the method's parameters; `lambda_` is `lambda`; per-model ones may be lists.
 
     Returns:
@@ -69,6 +73,8 @@ def merge_tensor(
         start=start,
         parameters=complete,
         kernels=kernels,
+        known_deltas=None if known_deltas is None else [d.reshape(-1) for d in known_deltas],
+        kept=kept,
     )
     return merge_range(method, work, context).view(own)
 

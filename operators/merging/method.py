@@ -29,10 +29,10 @@ it sees the same ranges in one or more passes and keeps only small sums of them:
 - `merge_tensor(..., context=None)` of a whole tensor does all of this itself.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from operators.selection import TopCut
 from operators.sparsify import Place
 
 Unit = Literal["element", "row", "tensor"]
+T = TypeVar("T")
 CHOOSING = ("sparsifier", "consensus")  # parameters that name another method
 SUM_BLOCK = 1 << 20  # elements of a partial sum; fixed, so that sums do not depend on chunks
 
@@ -73,13 +74,27 @@ class MergeContext:
     mixup_lambda: float | None = None
 
 
+class Kept(Protocol):
+    """What merges of the same whole tensors share, such as singular vectors."""
+
+    def __call__(self, what: Hashable, positions: Sequence[int], make: Callable[[], T]) -> T:
+        """What is kept, or what `make` makes, which may then be kept.
+
+        Args:
+            what: its name, with all parameters that it depends on.
+            positions: of the models whose deltas it is made of, in this order.
+            make: makes it: a tensor, or a dataclass of tensors, that nobody changes.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class MergeInput:
     """The input of a method: one flat range of one tensor, of all models.
 
     models and base are (n,) of any floating dtype; element 0 is element `start` of the tensor of
     global `shape`. `parameters` are complete; the per-model ones are lists. `kernels` are compiled
-    passes; None: eager, with the same bits.
+    passes; None: eager, with the same bits. `known_deltas` are the range's task vectors where they
+    are known, `kept` is what other merges of the tensor have left.
     """
 
     models: Sequence[Tensor]
@@ -91,6 +106,8 @@ class MergeInput:
     parameters: Mapping[str, Any]
     context: MergeContext = field(default_factory=MergeContext)
     kernels: MergingKernels | None = None
+    known_deltas: Sequence[Tensor] | None = None
+    kept: Kept | None = None
 
     @property
     def count(self) -> int:
@@ -112,8 +129,12 @@ class MergeInput:
         return self._widened(self.base)
 
     def deltas(self) -> list[Tensor]:
-        """The task vectors `W_i - W_0` in float32 (bf16 would lose most of their bits)."""
+        """The task vectors `W_i - W_0` in float32 (bf16 would lose most of their bits). Do not
+        change them: they may be kept for other merges.
+        """
         assert self.base is not None
+        if self.known_deltas is not None:
+            return list(self.known_deltas)
         tensors = (*self.models, self.base)
         if self.kernels is not None and self.kernels.fit(*tensors, dtype=torch.bfloat16):
             return self.kernels.widened_deltas(self.models, self.base)
@@ -156,7 +177,14 @@ class MergeInput:
             models=[model[first:last] for model in self.models],
             base=None if self.base is None else self.base[first:last],
             start=self.start + first,
+            known_deltas=None
+            if self.known_deltas is None
+            else [delta[first:last] for delta in self.known_deltas],
         )
+
+    def shared(self, what: Hashable, positions: Sequence[int], make: Callable[[], T]) -> T:
+        """What `make` makes, or what an earlier merge made of the same deltas; see `Kept`."""
+        return make() if self.kept is None else self.kept(what, positions, make)
 
     def parts(self, size: int) -> Iterator[tuple[int, "MergeInput"]]:
         """The range in parts of `size`, each with its offset."""
@@ -249,6 +277,7 @@ class Method:
         unit_with: parameters -> the same, for methods whose unit depends on them.
         num_models: the fewest and the most models (None: any number).
         statistics: parameters -> the statistics to gather, in this order.
+        ungathered: parameters that contexts do not depend on.
         check: raises ValueError for parameters that contradict each other.
         chosen: parameters -> the method that they name (only for `composed`).
     """
@@ -262,6 +291,7 @@ class Method:
     unit_with: Callable[[Mapping[str, Any]], Unit] | None = None
     num_models: tuple[int, int | None] = (1, None)
     statistics: Callable[[Mapping[str, Any]], tuple[StatisticFactory, ...]] = no_statistics
+    ungathered: frozenset[str] = frozenset()
     check: Callable[[Mapping[str, Any]], None] | None = None
     chosen: "Callable[[Mapping[str, Any]], Method] | None" = None
 

@@ -12,6 +12,7 @@ rounding are dropped, because their vectors are arbitrary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,7 +41,12 @@ def tsvm(work: MergeInput) -> Tensor:
         return _mean(work, deltas)
     matrices = [delta.view(work.shape[0], -1) for delta in deltas]
     rank = min(matrices[0].shape) // len(matrices)
-    return _added(work, joined([triplets(matrix, rank) for matrix in matrices]))
+    merged = work.shared(
+        ("tsvm", rank),
+        range(len(matrices)),
+        lambda: joined(_triplets(work, matrices, rank)).float(),
+    )
+    return _added(work, merged)
 
 
 def r_tsvm(work: MergeInput) -> Tensor:
@@ -51,17 +57,36 @@ def r_tsvm(work: MergeInput) -> Tensor:
     the option `outlier_weighting`. With `outlier_weighting: none` and `rank_coupling: 0` this is
     TSVM. `orthogonalize: before_truncation` is the literal algorithm of the appendix.
     """
-    deltas, parameters = work.deltas(), work.parameters
+    deltas = work.deltas()
     if not is_matrix(work):
         return _mean(work, deltas)
     matrices = [delta.view(work.shape[0], -1) for delta in deltas]
+    parameters = work.parameters
+    chosen = tuple(sorted((k, v) for k, v in parameters.items() if k != "lambda"))
+    merged = work.shared(
+        ("r_tsvm", chosen), range(len(matrices)), lambda: _reweighted(work, matrices).float()
+    )
+    return _added(work, merged)
+
+
+def _reweighted(work: MergeInput, matrices: Sequence[Tensor]) -> Tensor:
+    """R-TSVM's merged matrix (m, n), float64."""
+    parameters = work.parameters
     weights = outlier_weights(matrices, parameters["outlier_weighting"])
     full = min(matrices[0].shape) // len(matrices)
     rank = adapted_rank(matrices, full, parameters["rank_coupling"], parameters["sparsity_epsilon"])
     whole = parameters["orthogonalize"] == "before_truncation"
-    found = [triplets(matrix, None if whole else rank) for matrix in matrices]
+    found = _triplets(work, matrices, None if whole else rank)
     found = [Triplets(one.u, one.s * w, one.v) for one, w in zip(found, weights, strict=True)]
-    return _added(work, joined_then_cut(found, rank) if whole else joined(found))
+    return joined_then_cut(found, rank) if whole else joined(found)
+
+
+def _triplets(work: MergeInput, matrices: Sequence[Tensor], most: int | None) -> list[Triplets]:
+    """The triplets of each model's matrix, made here or by an earlier merge."""
+    return [
+        work.shared(("triplets", most), [place], partial(triplets, matrix, most))
+        for place, matrix in enumerate(matrices)
+    ]
 
 
 def is_matrix(work: MergeInput) -> bool:

@@ -21,6 +21,7 @@ from operators.sparsify import SPARSIFIERS, Sparsifier
 
 WEIGHT = Parameter("merge weight", 1.0, per_model=True)
 LAMBDA = Parameter("factor of the merged delta", 1.0)
+AFTER_CUTS = frozenset({"weight", "lambda", "normalize"})  # no threshold or norm depends on them
 # The order in lists of parameters; "" stands for names that are not in the list.
 _ORDER = ("weight", "density", "gamma", "epsilon", "", "lambda", "normalize", "scope", "ties")
 
@@ -50,6 +51,7 @@ def composition(
         streamed_unit=unit,
         num_models=merges.num_deltas,
         statistics=partial(_statistics, keeps),
+        ungathered=AFTER_CUTS & parameters.keys(),
         check=partial(_check, keeps, merges),
     )
 

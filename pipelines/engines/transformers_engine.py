@@ -19,6 +19,7 @@ from pipelines.engines.interface import (
     check_seeds,
 )
 from pipelines.engines.models import check_kind, context_of, head_of
+from pipelines.engines.places import Places
 from pipelines.engines.sampling import Sampler, StopTexts
 from pipelines.engines.state import EngineState
 from pipelines.engines.text import Text
@@ -54,6 +55,7 @@ class TransformersEngine:
         self._text = Text(weights, context_of(weights.config, self.config))
         self._state = EngineState(weights, self.config, self._device)
         self._model: PreTrainedModel | None = None
+        self._places: Places | None = None
         self._load(weights)
 
     @property
@@ -142,17 +144,22 @@ class TransformersEngine:
         return [found[place] for place in range(len(encoded))]
 
     def swap(self, source: "str | Path | MergePlan | Weights") -> str:
-        """As `Engine.swap`. The old model is freed before the new one is made."""
+        """As `Engine.swap`. Where the model holds the checkpoint's tensors as they are, new values
+        are copied over the old ones; else the old model is freed before the new one is made.
+        """
         weights = weights_of(source)
         self._state.check_swap(weights)
         text = self._text.after_swap(weights)
-        self._load(weights)
+        if self._places is not None and self._places.fit(weights):
+            self._copy(weights, self._places)
+        else:
+            self._load(weights)
         self._text = text
         return self.weights
 
     def close(self) -> None:
         """As `Engine.close`."""
-        self._model = None
+        self._model = self._places = None
         self._state.lost("it is closed")
 
     @property
@@ -163,14 +170,30 @@ class TransformersEngine:
     def _load(self, weights: Weights) -> None:
         """Make the model from the stream of its weights."""
         self._state.lost("its weights are being changed")
-        self._model = None  # frees the old weights before the new ones are read
+        self._model = self._places = None  # frees the old weights before the new ones are read
         dtype = computing_dtype(self.config, self._state.stored, self._device)
         inspection = Inspection(weights)
         try:
-            self._model = _made(weights, dict(inspection.stream()), dtype, self.config.kind)
+            tensors = dict(inspection.stream())
+            self._model = _made(weights, tensors, dtype, self.config.kind)
             self._model.to(self._device)  # type: ignore[arg-type] # wrapped by transformers
+            self._places = Places.of(self._model, tensors)
         except BaseException as error:
             self._model = None
+            self._state.lost(f"a swap failed ({_first_line(error)})")
+            raise
+        self._state.loaded(inspection.digest)
+
+    @torch.no_grad()
+    def _copy(self, weights: Weights, places: "Places") -> None:
+        """Copy the stream of other weights into the model."""
+        self._state.lost("its weights are being changed")
+        inspection = Inspection(weights)
+        try:
+            for name, tensor in inspection.stream():
+                places.tensors[name].copy_(tensor)
+        except BaseException as error:
+            self._model = self._places = None
             self._state.lost(f"a swap failed ({_first_line(error)})")
             raise
         self._state.loaded(inspection.digest)

@@ -1,16 +1,19 @@
 """What runs inside vLLM's worker processes: `WeightLoader` is mixed into the worker's class."""
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
-from pipelines.engines.weights import Inspection
+from pipelines.engines.weights import Inspection, MergeWeights
 from pipelines.errors import InputError
+from pipelines.merge.kept import Kept
 
 
 class WeightLoader:
     """Lets a worker replace its model's weights by a stream that is made here, in the worker."""
 
     model_runner: Any  # the worker's
+    poise_kept: Kept | None = None  # of the merges that came before
 
     def load_poise_weights(self, pickled: bytes) -> dict[str, str]:
         """Replace all weights in place.
@@ -21,7 +24,12 @@ class WeightLoader:
         Returns:
             the digest of what went in, and a line on what failed; one of them is empty.
         """
-        inspection = Inspection(pickle.loads(pickled))
+        weights = pickle.loads(pickled)
+        if isinstance(weights, MergeWeights) and weights.kept is not None:
+            if self.poise_kept is None or self.poise_kept.budget != weights.kept.budget:
+                self.poise_kept = weights.kept
+            weights = replace(weights, kept=self.poise_kept)
+        inspection = Inspection(weights)
         try:
             self.model_runner.reload_weights(weights_iterator=inspection.stream())
             self._repack_heads()

@@ -23,8 +23,11 @@ from pipelines.checkpoints.digests import BlockDigests, weights_digest
 from pipelines.errors import InputError
 from pipelines.merge.contexts import model_contexts
 from pipelines.merge.executors import check_gpu, many_short_calls
+from pipelines.merge.kept import Kept, KeptMerge
 from pipelines.merge.plan import MergePlan
+from pipelines.merge.tensor import gather_contexts
 
+_FEW_ELEMENTS = 1 << 22  # a merge of fewer is done before threads have started
 Described = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor
 
 
@@ -104,9 +107,14 @@ class CheckpointWeights:
 
 @dataclass(frozen=True, slots=True)
 class MergeWeights:
-    """The weights that a merge would write, bit for bit."""
+    """The weights that a merge would write, bit for bit.
+
+    Attributes:
+        kept: what earlier merges of the same models have left in memory; None reads the models.
+    """
 
     plan: MergePlan
+    kept: Kept | None = None
 
     @property
     def name(self) -> str:
@@ -134,20 +142,30 @@ class MergeWeights:
         sums are the same; a tensor a worker is computed ahead.
         """
         check_gpu(self.plan)
-        num_workers = self.plan.config.num_workers
-        contexts = model_contexts(self.plan.tensors, num_workers)
-        names = iter(self.plan.tensors)
+        num_workers, tensors = self.plan.config.num_workers, self.plan.tensors
+        kept = None if self.kept is None else KeptMerge(self.kept, self.plan.identities)
+        if kept is not None and any(tensor.is_of_model for tensor in tensors.values()):
+            tensors = {name: kept.prepared(tensor) for name, tensor in tensors.items()}
+        gather = gather_contexts if kept is None else kept.contexts
+        contexts = model_contexts(tensors, num_workers, gather)
+        names = iter(tensors)
 
         def merged(name: str) -> Tensor:
-            tensor = self.plan.tensors[name]
-            if self.plan.is_held(tensor):
+            tensor = tensors[name] if kept is None else kept.prepared(tensors[name])
+            if tensor.models[0].held is None and self.plan.is_held(tensor):
                 tensor = tensor.in_memory()
-            context = contexts.get(name) or tensor.context()
+            context = contexts.get(name)
+            if context is None:
+                context = gather({name: tensor})[name]
             values = torch.empty(tensor.num_elements, dtype=tensor.dtype)
             for start, stop in tensor.steps(0, tensor.num_elements):
                 values[start:stop] = tensor.rounded(tensor.merged(start, stop, context), start)
             return values.view(tensor.shape)
 
+        if sum(tensor.num_elements for tensor in tensors.values()) < _FEW_ELEMENTS:
+            with many_short_calls():
+                yield from ((name, merged(name)) for name in names)
+            return
         with many_short_calls(), ThreadPoolExecutor(num_workers) as pool:
             running = deque(
                 (name, pool.submit(merged, name)) for name in islice(names, num_workers)

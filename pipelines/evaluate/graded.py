@@ -11,7 +11,7 @@ from pipelines.evaluate.tasks import Split, Task, load_rows
 from pipelines.fingerprint import fingerprint, fingerprint_file
 
 if TYPE_CHECKING:
-    from pipelines.engines.interface import Engine
+    from pipelines.engines.interface import Completion, Engine, Prompt
     from pipelines.engines.text import Text
 
 
@@ -28,7 +28,7 @@ class GradedTask:
 
     def __init__(self, task: Task, split: Split, *, max_tokens: int, limit: int | None) -> None:
         self._task, self._rows = task, load_rows(task, split)[:limit]
-        self._sampling = Sampling(max_tokens=max_tokens)
+        self.sampling = Sampling(max_tokens=max_tokens)
         self.name, self.num_documents, self.remark = task.name, len(self._rows), ""
         self.fingerprint = fingerprint(
             [
@@ -42,12 +42,20 @@ class GradedTask:
 
     def measure(self, engine: "Engine", first: int, last: int) -> list[Sample]:
         """As `EvaluationTask.measure`."""
-        rows = self._rows[first:last]
-        completions = engine.generate([row.prompt for row in rows], self._sampling)
+        documents = range(first, last)
+        return self.graded(documents, engine.generate(self.prompts(documents), self.sampling))
+
+    def prompts(self, documents: Sequence[int]) -> list["Prompt"]:
+        """What an engine is asked on some documents; together with other tasks' of one sampling."""
+        return [self._rows[place].prompt for place in documents]
+
+    def graded(self, documents: Sequence[int], completions: Sequence["Completion"]) -> list[Sample]:
+        """The samples of documents from the answers to their prompts."""
         grader = self._task.grader
+        rows = [self._rows[place] for place in documents]
         return [
             Sample(
-                document=first + place,
+                document=place,
                 id=row.id,
                 cluster=row.cluster,
                 requests=[row.prompt],
@@ -56,7 +64,7 @@ class GradedTask:
                     grader.name: grade(grader.name, completion.text, row.answers, grader.parameters)
                 },
             )
-            for place, (row, completion) in enumerate(zip(rows, completions, strict=True))
+            for place, row, completion in zip(documents, rows, completions, strict=True)
         ]
 
     def numbers(self, samples: Sequence[Sample]) -> dict[str, Number]:
@@ -72,5 +80,5 @@ class GradedTask:
 
     def num_tokens(self, text: "Text", first: int, last: int) -> int:
         """As `EvaluationTask.num_tokens`."""
-        most = self._sampling.max_tokens
+        most = self.sampling.max_tokens
         return sum(len(text.encode(row.prompt)) + most for row in self._rows[first:last])

@@ -87,10 +87,10 @@ def plan_evaluation(
     answers: dict[tuple[str, str], Cell] = {}
     for name, task in itertools.product(models, tasks):
         if isinstance(task, ScoredTask):
-            answers[name, task.name] = _cell(config, name, digests[name], task.answered)
+            answers[name, task.name] = cell_of(config, name, digests[name], task.answered)
             cells[name, task.name] = _scored_cell(answers[name, task.name], task)
         else:
-            cells[name, task.name] = _cell(config, name, digests[name], task)
+            cells[name, task.name] = cell_of(config, name, digests[name], task)
     return EvaluationPlan(config, out, tasks, models, headers, groups, cells, answers, memory)
 
 
@@ -114,8 +114,13 @@ def _check_groups(groups: Mapping[str, Group], tasks: Sequence[str]) -> None:
     resolve_groups(whole, {task: ["its metric"] for task in tasks})
 
 
-def _cell(config: EvaluateConfig, name: str, digest: ModelDigest, task: EvaluationTask) -> Cell:
-    """The cell of a model and a task."""
+def cell_of(config: EvaluateConfig, name: str, digest: ModelDigest, task: EvaluationTask) -> Cell:
+    """The cell of a model and a task.
+
+    Args:
+        name: the model's in the config.
+        digest: the model's, be it written or in memory.
+    """
     engine = config.engine.model_dump(mode="json", exclude=_ONLY_SPEED)
     key = cell_key(asdict(digest), task.fingerprint, engine)
     described: dict[str, Any] = {

@@ -3,17 +3,18 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from operators.merging import mixup_lambda
 from pipelines.checkpoints import Checkpoint
 from pipelines.checkpoints.companions import copy_files
-from pipelines.checkpoints.digests import DigestMemory, model_digest
+from pipelines.checkpoints.digests import DigestMemory, companions_digest, model_digest
 from pipelines.checkpoints.hub import recorded
 from pipelines.commit import write_atomically
 from pipelines.merge.config import MergeConfig
 from pipelines.merge.journal import digests_of
-from pipelines.merge.output_files import CONFIG_FILE
+from pipelines.merge.output_files import CONFIG_FILE, OutputFiles
 from pipelines.merge.pins import ids_of
 from pipelines.merge.plan import OUTPUT, MergePlan
 from pipelines.provenance import Provenance
@@ -30,12 +31,24 @@ def write_companions(
             keeps.
         memory: known digests of inputs; new ones are added.
     """
-    copy_files(plan.files.copied, folder)
-    for place, text in plan.files.written.items():
-        write_atomically(folder / place, text)
-    write_atomically(folder / CONFIG_FILE, json.dumps(plan.files.config, indent=2) + "\n")
+    _write_files(plan.files, folder)
     output = Checkpoint(folder, plan.files.config, plan.layout.stored(folder))
     provenance(plan, output, results, memory).write(folder)
+
+
+def digest_of_companions(files: OutputFiles) -> str:
+    """The digest of the files beside a merge's weights, as if they were written."""
+    with TemporaryDirectory() as folder:
+        _write_files(files, Path(folder))
+        return companions_digest(Path(folder))
+
+
+def _write_files(files: OutputFiles, folder: Path) -> None:
+    """Write config, tokenizer and what else travels with the weights."""
+    copy_files(files.copied, folder)
+    for place, text in files.written.items():
+        write_atomically(folder / place, text)
+    write_atomically(folder / CONFIG_FILE, json.dumps(files.config, indent=2) + "\n")
 
 
 def drawn(plan: MergePlan) -> dict[str, float]:

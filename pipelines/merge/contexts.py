@@ -1,5 +1,6 @@
 """Thresholds over a whole model, which are computed before the tensors are merged."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from operators.merging import MergeContext
@@ -10,8 +11,15 @@ from pipelines.merge.tensor import TensorMerge, gather_contexts
 OF_THE_MODEL = ("density", "gamma", "ties", "rescale", "fidelity")
 
 
-def model_contexts(tensors: dict[str, TensorMerge], num_workers: int) -> dict[str, MergeContext]:
+def model_contexts(
+    tensors: dict[str, TensorMerge],
+    num_workers: int,
+    gather: Callable[..., dict[str, MergeContext]] = gather_contexts,
+) -> dict[str, MergeContext]:
     """The contexts of the tensors with `scope: model`, by name; threads pass over the inputs.
+
+    Args:
+        gather: `gather_contexts`, or what remembers its results.
 
     Raises:
         InputError: NaN or Inf in an input, or parameters that differ between tensors.
@@ -23,7 +31,7 @@ def model_contexts(tensors: dict[str, TensorMerge], num_workers: int) -> dict[st
     for tensor in chosen.values():
         _check_like(tensor, first)
     with ThreadPoolExecutor(num_workers) as pool:
-        return gather_contexts(chosen, pool.map)
+        return gather(chosen, pool.map)
 
 
 def _check_like(tensor: TensorMerge, first: TensorMerge) -> None:

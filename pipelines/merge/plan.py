@@ -166,8 +166,43 @@ class MergePlan:
         }
 
 
-def plan_merge(config: MergeConfig) -> MergePlan:
+class Opened:
+    """Models that stay open from one plan to the next, with what their files were when opened."""
+
+    def __init__(self) -> None:
+        self._sources: dict[tuple[str, str | None], Source] = {}
+        self._identities: dict[str, tuple[Checkpoint, Identity]] = {}
+
+    def model(self, name: str, base: str | None) -> Source:
+        """As `open_model`, once."""
+        if (name, base) not in self._sources:
+            self._sources[name, base] = open_model(name, base)
+        return self._sources[name, base]
+
+    def identity(self, checkpoint: Checkpoint) -> Identity:
+        """As `pipelines.checkpoints.digests.identity`, once."""
+        path = str(checkpoint.path)
+        if path not in self._identities:
+            self._identities[path] = checkpoint, identity(checkpoint)
+        return self._identities[path][1]
+
+    def check_unchanged(self) -> None:
+        """Raise InputError where a model's files are others than when they were opened."""
+        for path, (checkpoint, known) in self._identities.items():
+            for name, found in known.items():
+                try:
+                    stat = (checkpoint.path / name).stat()
+                except OSError:
+                    stat = None
+                if stat is None or [stat.st_size, stat.st_mtime_ns] != found:
+                    raise InputError(f"model {path}: {name} has changed since the start")
+
+
+def plan_merge(config: MergeConfig, opened: Opened | None = None) -> MergePlan:
     """Open the inputs, check that they fit together, and plan the work.
+
+    Args:
+        opened: models that stay open between plans; None opens them for this plan.
 
     Raises:
         InputError: a checkpoint that cannot be read, tensors that differ in name or shape, or
@@ -175,19 +210,19 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     """
     if config.out is not None:
         raise InputError("out: has no effect here; allowed: in a named merge")
-    config = with_pins(config)
+    config, opened = with_pins(config), opened or Opened()
     sources: dict[str, Source] = {}
     written: dict[str, MergePlan] = {}
     lines: list[str] = []
     for name, each in config.merges.items():
-        planned = _plan(_alone(config, name), sources)
+        planned = _plan(_alone(config, name), sources, opened)
         _check_memory(planned)
         sources[name] = _as_source(name, planned)
         if each.out is not None:
             written[name] = planned
         told = planned.lines if each.out is None else planned.notices()
         lines += [f"{name}: {line}" for line in told]
-    plan = _plan(config, sources)
+    plan = _plan(config, sources, opened)
     plan = replace(plan, named=written, lines=[*lines, *plan.lines])
     _check_memory(plan)
     return plan
@@ -201,18 +236,18 @@ def _alone(config: MergeConfig, name: str) -> MergeConfig:
     )
 
 
-def _plan(config: MergeConfig, named: Mapping[str, Source]) -> MergePlan:
+def _plan(config: MergeConfig, named: Mapping[str, Source], opened: Opened) -> MergePlan:
     """The plan of one merge, which may use the given named merges."""
     names = config.merged_models
     reference = config.base_model if config.base_model is not None else names[0]
     sources = {
-        name: named.get(name) or open_model(name, config.base_model)
+        name: named.get(name) or opened.model(name, config.base_model)
         for name in dict.fromkeys([*names, reference])
     }
     checkpoints = {
         str(found.path): found for source in sources.values() for found in source.checkpoints()
     }
-    identities = {path: identity(found) for path, found in checkpoints.items()}
+    identities = {path: opened.identity(found) for path, found in checkpoints.items()}
     sources = {name: named_like(each, sources[reference]) for name, each in sources.items()}
     sources, tokenizer = align_vocabularies(config, sources, reference)
     models = {name: sources[name] for name in names}

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from operators.kernels.choice import merging_kernels
 from operators.kernels.merging import MergingKernels
-from operators.merging import METHODS, Gathering, MergeContext, begin_gathering, merge_tensor
+from operators.merging import (
+    METHODS,
+    Gathering,
+    Kept,
+    MergeContext,
+    begin_gathering,
+    merge_tensor,
+)
 from operators.rounding import Rounding, is_finite, loses, round_to
 from pipelines.checkpoints import Source, TensorSpec
 from pipelines.errors import InputError
@@ -48,12 +55,26 @@ class Operand:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """What earlier merges of a tensor's operands have left in memory.
+
+    Attributes:
+        deltas: the task vectors of the models, whole and flat, float32; None: not known.
+        kept: gives and takes what methods share between merges.
+    """
+
+    deltas: tuple[Tensor, ...] | None
+    kept: Kept
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class TensorMerge:
     """One tensor of the output; `parameters` are complete, with lists for per-model ones.
 
     Methods that need the whole tensor run on `device`. `num_merged` is the number of elements of
     all tensors of the merge, which decides about compiled passes. `values_of` is the name of the
     tensor that this one is a copy of, if it is one: random choices are those of that tensor.
+    `known` is what earlier merges of the same inputs have left, if that is kept.
     """
 
     name: str
@@ -68,6 +89,7 @@ class TensorMerge:
     device: str = "cpu"
     num_merged: int = 0
     values_of: str | None = None
+    known: Known | None = None
 
     @property
     def kernels(self) -> MergingKernels | None:
@@ -240,6 +262,9 @@ class TensorMerge:
         if self.works_on_gpu:
             models = [model.to(self.device) for model in models]
             base = None if base is None else base.to(self.device)
+        deltas, stop = None, start + models[0].numel()
+        if self.known is not None and self.known.deltas is not None:
+            deltas = [delta[start:stop] for delta in self.known.deltas]
         try:
             merged = merge_tensor(
                 self.method,
@@ -251,6 +276,8 @@ class TensorMerge:
                 shape=self.shape,
                 context=context,
                 kernels=self.kernels,
+                known_deltas=deltas,
+                kept=None if self.known is None else self.known.kept,
                 **self.parameters,
             )
         except ValueError as error:
