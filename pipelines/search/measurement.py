@@ -22,6 +22,7 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.graded import GradedTask
 from pipelines.evaluate.groups import Measure, resolve_groups
 from pipelines.evaluate.interface import EvaluationTask, Number, Sample
+from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.opened import open_all
 from pipelines.evaluate.plan import cell_of
 from pipelines.evaluate.store import Cell, DamagedBlockError, Store
@@ -101,6 +102,12 @@ class Measurer:
             os.chdir(directory)
         self._config, self._offline = evaluation, offline
         tasks, self._groups = open_all(evaluation)
+        for task in tasks:
+            if not isinstance(task, GradedTask | LibraryTask):
+                raise InputError(
+                    f"tasks: {task.name} is judged, rewarded or attacked; candidates in memory are "
+                    "measured on tasks that value their own answers"
+                )
         self._tasks: dict[str, EvaluationTask] = {task.name: task for task in tasks}
         self._opened, self._kept = Opened(), Kept(kept_bytes)
         self._store = None if store is None else Store(store)
