@@ -72,9 +72,12 @@ def _packages() -> str | None:
 
 
 def _distributions() -> Iterator[str]:
-    """The folders that installing a package leaves; their names have its version."""
+    """The folders that installing a package leaves; their names have its version.
+
+    setuptools, once imported, puts packages of its own on the path; they make no difference.
+    """
     for place in map(Path, dict.fromkeys(sys.path)):
-        if place.is_dir():
+        if place.is_dir() and place.name != "_vendor":
             yield from (each.name for each in place.iterdir() if each.suffix in _SUFFIXES)
 
 

@@ -120,6 +120,9 @@ def test_other_packages_are_asked_again(
     packages = remembered._packages.__wrapped__
     before = packages()
     assert before == packages() is not None
+    (tmp_path / "_vendor" / "wheel-1.0.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "_vendor"))  # as setuptools does when imported
+    assert packages() == before
     monkeypatch.setattr(remembered, "_packages", packages)
     oracle = Oracle("right")
     ask(oracle)

@@ -212,7 +212,7 @@ def test_settings_that_cannot_act(
         "data: [{path: a, sharee: 1}]": "data.0.sharee: unknown field; allowed: columns, dimension",
         "data: {path: a}\nsplit: train": "split: has no effect where data are sets; allowed in ea",
         "data: a\ncolumns: {question: a}": "columns: found 'question'; allowed: prompt, chosen,",
-        "data: a\nreader: orcas": "reader: found 'orcas'; allowed: 'text_pairs', 'helpsteer',",
+        "data: a\nreader: orcas": "reader: found 'orcas'; allowed: 'text_pairs', 'rewardbench',",
         "data: a\nreader: orca\ncolumns: {prompt: a}": "columns: has no effect with reader orca",
         "data: a\nreader: orca\nreader_options: {x: 1}": "orca has no option 'x'; allowed: min_sco",
         "data: a\nreader: pku_saferlhf\nreader_options: {prefer: x}": "options.prefer: found",
