@@ -29,8 +29,8 @@ def _no_address(out: Path | None) -> Path | None:
 
     if out is not None and is_address(out):
         raise InputError(
-            f"--out: found the address {out}; allowed: a folder (`poise merge` alone "
-            "writes to addresses)"
+            f"--out: found the address {out}; allowed: a folder (`poise merge` and "
+            "`poise evaluate` alone write to addresses)"
         )
     return out
 
@@ -208,7 +208,7 @@ def verify(
 def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,
-    out: Out = Path("runs/evaluation"),
+    out: Annotated[str, typer.Option("--out", help="folder or s3://...")] = "runs/evaluation",
     plan: Plan = False,
     force: Annotated[bool, typer.Option("--force", help="measure all again")] = False,
     as_json: AsJson = False,
@@ -222,8 +222,8 @@ def evaluate(
 
 @app.command(epilog="Example: `poise results runs/test --compare ties,sft`")
 def results(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="OUT...", help="folders of `poise evaluate`")
+    places: Annotated[
+        list[str], typer.Argument(metavar="OUT...", help="of `poise evaluate`: folders, s3://...")
     ],
     model: Annotated[list[str] | None, typer.Option(help="only this model; repeatable")] = None,
     task: Annotated[list[str] | None, typer.Option(help="only this task or group")] = None,
@@ -239,7 +239,7 @@ def results(
     from ray_jobs.results import run_results
 
     run_results(
-        folders, models=model or [], tasks=task or [], compare=compare, form=form, harness=harness
+        places, models=model or [], tasks=task or [], compare=compare, form=form, harness=harness
     )
 
 

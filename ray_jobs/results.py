@@ -17,7 +17,7 @@ FORMS = ("table", "csv", "latex", "json")
 
 
 def run_results(
-    folders: Sequence[Path],
+    places: Sequence[str | Path],
     *,
     models: Sequence[str],
     tasks: Sequence[str],
@@ -35,7 +35,7 @@ def run_results(
     """
     if form not in FORMS:
         raise InputError(f"--form: found {form!r}; allowed: {', '.join(FORMS)}")
-    evaluations = [Evaluation(folder) for folder in folders]
+    evaluations = [Evaluation(place) for place in places]
     if harness is not None:
         for each in evaluations:
             for path in each.write_harness_json(harness):
@@ -58,11 +58,11 @@ def run_results(
 
 
 def _named(evaluations: Sequence[Evaluation]) -> list[Row]:
-    """The rows of all evaluations; the models of several have their folder's name before theirs."""
+    """The rows of all evaluations; the models of several have its name before theirs."""
     if len(evaluations) == 1:
         return evaluations[0].rows()
     return [
-        Row(f"{each.folder.name}/{row.model}", row.task, row.metric, row.value, row.stderr, row.n)
+        Row(f"{each.name}/{row.model}", row.task, row.metric, row.value, row.stderr, row.n)
         for each in evaluations
         for row in each.rows()
     ]

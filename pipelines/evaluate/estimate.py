@@ -81,11 +81,9 @@ def measured_flops() -> float:
 
 def _missing(plan: EvaluationPlan) -> dict[tuple[str, str], tuple[int, int]]:
     """The missing blocks of each cell, and their documents; nothing is written."""
-    found = {}
+    found, store = {}, Store(plan.out)
     for place, cell in plan.cells.items():
-        blocks = [
-            n for n in range(cell.num_blocks) if not Store.path_in(plan.out, cell, n).is_file()
-        ]
+        blocks = store.missing(cell)
         ranges = [cell.documents(block) for block in blocks]
         found[place] = (len(blocks), sum(last - first for first, last in ranges))
     return found

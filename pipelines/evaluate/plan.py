@@ -17,6 +17,7 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.groups import Group, resolve_groups
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.opened import open_all
+from pipelines.evaluate.places import Place, open_place
 from pipelines.evaluate.store import Cell
 from pipelines.evaluate.workers import Model
 from pipelines.fingerprint import fingerprint, fingerprint_work
@@ -40,7 +41,7 @@ class EvaluationPlan:
     """
 
     config: EvaluateConfig
-    out: Path
+    out: Place
     tasks: Sequence[EvaluationTask]
     models: dict[str, Model]
     headers: dict[str, CheckpointWeights]
@@ -60,14 +61,16 @@ def plan_evaluation(
     """Check every input, and name the cells.
 
     Args:
-        out: an earlier, perhaps unfinished run may have left known digests there.
+        out: a folder or an address; an earlier, perhaps unfinished run may have left known digests
+            there.
         memory: known digests of models; new ones are added to it.
 
     Raises:
         InputError: a model or task that cannot be read.
     """
-    out, memory = Path(out), memory or DigestMemory()
-    memory.load(out / MODELS_FILE)
+    place, memory = open_place(out), memory or DigestMemory()
+    if MODELS_FILE in place.names():
+        memory.load(place.read(MODELS_FILE))
     tasks, groups = open_all(config)
     _check_groups(groups, [task.name for task in tasks])
     folders = {name: folder_of(path) for name, path in config.models.items()}
@@ -83,7 +86,7 @@ def plan_evaluation(
         for name in models
         for task in tasks
     }
-    return EvaluationPlan(config, out, tasks, models, headers, groups, cells, memory)
+    return EvaluationPlan(config, place, tasks, models, headers, groups, cells, memory)
 
 
 def _check_groups(groups: Mapping[str, Group], tasks: Sequence[str]) -> None:

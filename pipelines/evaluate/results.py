@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+import pyarrow
 import pyarrow.parquet as parquet
 
 from pipelines.errors import InputError
@@ -17,6 +18,7 @@ from pipelines.evaluate.groups import Group, Leaf, resolve_groups
 from pipelines.evaluate.harness import write_harness_json
 from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.opened import open_tasks
+from pipelines.evaluate.places import open_place
 from pipelines.evaluate.statistics import Contrast, Estimates, group_estimates, make_sheet, means
 from pipelines.evaluate.store import RESULT_FILE, Cell, DamagedBlockError, Store
 from pipelines.evaluate.summary import NUMBERS_FILE
@@ -37,23 +39,29 @@ class Row:
 
 
 class Evaluation:
-    """A finished evaluation's folder.
+    """A finished evaluation, in a folder or at an address.
 
     Raises:
         InputError: no evaluation there, or one of another version.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        path = self.folder / RESULT_FILE
+    def __init__(self, place: str | Path) -> None:
+        self.place = open_place(place)
+        path = f"{self.place.address}/{RESULT_FILE}"
         try:
-            self.summary: dict[str, Any] = json.loads(path.read_text())
+            self.summary: dict[str, Any] = json.loads(self.place.read(RESULT_FILE))
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; no finished evaluation there") from None
+            reason = error.strerror or "No such file or directory"
+            raise InputError(f"{path}: {reason}; no finished evaluation there") from None
         except ValueError:
             raise InputError(f"{path}: not valid JSON") from None
         if not isinstance(self.summary, dict) or self.summary.get("schema") != 2:
             raise InputError(f"{path}: found another version; allowed: schema 2")
+
+    @property
+    def name(self) -> str:
+        """The last part of its place."""
+        return self.place.address.rpartition("/")[2]
 
     @property
     def models(self) -> list[str]:
@@ -79,7 +87,7 @@ class Evaluation:
         for model in models:
             if model not in self.models:
                 raise InputError(
-                    f"{self.folder}: unknown model {model!r}; found: {', '.join(self.models)}"
+                    f"{self.place.address}: unknown model {model!r}; found: {', '.join(self.models)}"
                 )
         found = {}
         for task in dict.fromkeys(row.task for row in self.rows() if row.metric != GROUP):
@@ -117,8 +125,8 @@ class Evaluation:
         Raises:
             InputError: they are damaged or gone.
         """
-        store, key = Store(self.folder), self._keys[model, task]
-        cell = Cell(task, key, self._described(task, key)["documents"], {})
+        store, key = Store(self.place), self._keys[model, task]
+        cell = Cell(task, key, store.described(task, key)["documents"], {})
         try:
             return [
                 sample for block in range(cell.num_blocks) for sample in store.read(cell, block)[0]
@@ -136,7 +144,9 @@ class Evaluation:
         config = EvaluateConfig(**self.summary["config"])
         tasks = [each for each in open_tasks(config) if isinstance(each, LibraryTask)]
         if not tasks:
-            raise InputError(f"{self.folder}: tasks of a tasks.yaml have no form of the library's")
+            raise InputError(
+                f"{self.place.address}: tasks of a tasks.yaml have no form of the library's"
+            )
         found = []
         for model, entry in self.summary["models"].items():
             own = [task for task in tasks if task.name in entry["tasks"]]
@@ -148,26 +158,18 @@ class Evaluation:
 
     def _check_unchanged(self, model: str, task: LibraryTask) -> None:
         """Raise InputError if a task is not the one whose samples are stored."""
-        measured = self._described(task.name, self._keys[model, task.name])
+        measured = Store(self.place).described(task.name, self._keys[model, task.name])
         if measured["task_fingerprint"] != task.fingerprint:
             raise InputError(
-                f"{self.folder}: task {task.name} has changed since it was measured; run the "
-                "evaluation again"
+                f"{self.place.address}: task {task.name} has changed since it was measured; run "
+                "the evaluation again"
             )
-
-    def _described(self, task: str, key: str) -> dict[str, Any]:
-        """What a cell is of."""
-        path = Store.path_in(self.folder, Cell(task, key, 1, {}), 0).with_name("cell.json")
-        try:
-            found: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: does not read: {error}") from None
-        return found
 
     @cached_property
     def _keys(self) -> dict[tuple[str, str], str]:
         """The key of each cell, by model and task."""
-        table = parquet.read_table(self.folder / NUMBERS_FILE, columns=["model", "task", "key"])
+        content = pyarrow.BufferReader(self.place.read(NUMBERS_FILE))
+        table = parquet.read_table(content, columns=["model", "task", "key"])
         return {(row["model"], row["task"]): row["key"] for row in table.to_pylist()}
 
     def _is_mean(self, model: str, task: str, metric: str, values: dict[str, Any]) -> bool:

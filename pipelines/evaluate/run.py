@@ -2,8 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -74,15 +74,35 @@ def evaluate_planned(
     """
     if any(plan.config.engine != plans[0].config.engine for plan in plans):
         raise InputError("engine: differs between evaluations; allowed together: one engine")
+    places = {plan.out.everywhere: plan.out for plan in plans}
+    with ExitStack() as stack:
+        checks = [stack.enter_context(place.writing()) for place in places.values()]
+
+        def check() -> None:
+            for each in checks:
+                each()
+
+        return _filled(plans, force, executor, check)
+
+
+def _filled(
+    plans: Sequence[EvaluationPlan], force: bool, executor: ExecutorName, check: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """Fill the stores and write the numbers.
+
+    Args:
+        check: raises InputError if this process may write no longer.
+    """
     runs = [_Open(number, plan, force) for number, plan in enumerate(plans)]
     failures: list[Failure] = []
     while True:
         read = [run.read(failures) for run in runs]
         missing = [block for _, blocks in read for block in blocks]
+        check()
         if not missing:
             break
         with _pool(plans, executor, len(missing)) as pool:
-            failures += fill(missing, pool)
+            failures += fill(missing, pool, check)
     return [
         write_summary(run.plan, samples, [each for each in failures if each.run == run.number])
         for run, (samples, _) in zip(runs, read, strict=True)
@@ -98,7 +118,8 @@ class _Open:
 
     def __init__(self, number: int, plan: EvaluationPlan, force: bool) -> None:
         self.number, self.plan, self._store = number, plan, Store(plan.out)
-        plan.memory.save(plan.out / MODELS_FILE, plan.config.models.values())
+        self._store.begin()
+        plan.out.write(MODELS_FILE, plan.memory.dump(plan.config.models.values()))
         for cell in plan.cells.values() if force else ():
             for block in range(cell.num_blocks):
                 self._store.discard(cell, block)
@@ -121,11 +142,8 @@ class _Open:
     def _read_cell(self, cell: Cell) -> tuple[list[Sample], list[int]]:
         """The samples of a cell, and the numbers of its missing blocks; damaged ones go."""
         samples: list[Sample] = []
-        missing = []
-        for number in range(cell.num_blocks):
-            if not self._store.path(cell, number).is_file():
-                missing.append(number)
-                continue
+        missing = self._store.missing(cell)
+        for number in sorted({*range(cell.num_blocks)} - {*missing}):
             try:
                 found, _ = self._store.read(cell, number)
             except DamagedBlockError as damage:
@@ -134,7 +152,7 @@ class _Open:
                 missing.append(number)
             else:  # without prompts, which numbers do not need and which may be long
                 samples += [replace(sample, requests=[]) for sample in found]
-        return samples, missing
+        return samples, sorted(missing)
 
 
 @contextmanager
@@ -143,9 +161,7 @@ def _pool(
 ) -> Iterator[Pool]:
     """Workers for the blocks of plans."""
     config = plans[0].config
-    runs = [
-        Run(str(plan.out.absolute()), functools.partial(open_tasks, plan.config)) for plan in plans
-    ]
+    runs = [Run(plan.out.everywhere, functools.partial(open_tasks, plan.config)) for plan in plans]
     pool: LocalPool | RayPool
     if executor == "local":
         pool = LocalPool(functools.partial(Worker, runs, config.engine))

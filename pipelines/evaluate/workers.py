@@ -10,6 +10,7 @@ from pipelines.checkpoints.hub import bring
 from pipelines.engines import EngineConfig, open_engine
 from pipelines.errors import InputError
 from pipelines.evaluate.interface import EvaluationTask, Sample
+from pipelines.evaluate.places import PlaceError
 from pipelines.evaluate.store import Cell, Store
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One evaluation: its store's folder, and what opens its tasks, which takes a while."""
+    """One evaluation: its store's place, and what opens its tasks, which takes a while."""
 
-    folder: str
+    place: str
     open_tasks: Callable[[], Sequence[EvaluationTask]]
 
 
@@ -87,7 +88,7 @@ class Worker:
             torch.set_num_threads(num_threads)
         if directory and Path(directory).is_dir():
             os.chdir(directory)
-        self._runs, self._stores = runs, [Store(run.folder) for run in runs]
+        self._runs, self._stores = runs, [Store(run.place) for run in runs]
         self._asked = self._config = engine
         self._offline = offline
         self._tasks: dict[int, dict[str, EvaluationTask]] = {}  # by run, then name
@@ -100,11 +101,13 @@ class Worker:
         try:
             with store.claimed(block.cell, block.number) as mine:
                 if not mine:
-                    there = store.path(block.cell, block.number).is_file()
-                    return Outcome("done" if there else "held")
+                    missing = block.number in store.missing(block.cell)
+                    return Outcome("held" if missing else "done")
                 store.describe(block.cell)
                 samples, notes = self._samples(block)
                 store.write(block.cell, block.number, samples, notes)
+        except PlaceError as error:
+            return Outcome("failed", reason=str(error))
         except InputError as error:
             return Outcome("refused", reason=str(error))
         except Exception as error:  # whatever a library raises: the rest of the matrix goes on
