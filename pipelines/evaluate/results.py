@@ -86,10 +86,9 @@ class Evaluation:
         """
         for model in models:
             if model not in self.models:
-                raise InputError(
-                    f"{self.place.address}: unknown model {model!r}; found: {', '.join(self.models)}"
-                )
-        found = {}
+                found = ", ".join(self.models)
+                raise InputError(f"{self.place.address}: unknown model {model!r}; found: {found}")
+        estimates = {}
         for task in dict.fromkeys(row.task for row in self.rows() if row.metric != GROUP):
             if any((model, task) not in self._keys for model in models):
                 continue
@@ -101,8 +100,8 @@ class Evaluation:
                     for model, own in samples.items()
                 }
                 if all(self._is_mean(of, task, metric, own) for of, own in values.items()):
-                    found[task, metric] = means(make_sheet(task, values, clusters))
-        return found
+                    estimates[task, metric] = means(make_sheet(task, values, clusters))
+        return estimates
 
     def differences(self, first: str, second: str) -> dict[tuple[str, str], Contrast]:
         """The first model's numbers less the second's, paired by document, by task and metric or

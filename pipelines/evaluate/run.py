@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pipelines.checkpoints.digests import DigestMemory
 from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.fill import Failure, Pool, fill
+from pipelines.evaluate.fill import ATTEMPTS, Failure, Pool, fill
 from pipelines.evaluate.interface import Sample
 from pipelines.evaluate.opened import open_tasks
 from pipelines.evaluate.plan import MODELS_FILE, EvaluationPlan, plan_evaluation
@@ -104,7 +104,7 @@ def _filled(
         with _pool(plans, executor, len(missing)) as pool:
             failures += fill(missing, pool, check)
     return [
-        write_summary(run.plan, samples, [each for each in failures if each.run == run.number])
+        write_summary(run.plan, samples, run.failures(failures))
         for run, (samples, _) in zip(runs, read, strict=True)
     ]
 
@@ -119,6 +119,7 @@ class _Open:
     def __init__(self, number: int, plan: EvaluationPlan, force: bool) -> None:
         self.number, self.plan, self._store = number, plan, Store(plan.out)
         self._store.begin()
+        self._damages: dict[tuple[Cell, int], list[str]] = {}  # of each block, one after another
         plan.out.write(MODELS_FILE, plan.memory.dump(plan.config.models.values()))
         for cell in plan.cells.values() if force else ():
             for block in range(cell.num_blocks):
@@ -132,12 +133,31 @@ class _Open:
         samples: Samples = {}
         missing: list[Block] = []
         for (model, task), cell in self.plan.cells.items():
-            if (model, task) in failed:
+            if (model, task) in failed or self._lost(cell):
                 continue
-            samples[model, task], lacking = self._read_cell(cell)
+            found, lacking = self._read_cell(cell)
+            if self._lost(cell):
+                continue
+            samples[model, task] = found
             of = self.plan.models[model]
             missing += [Block(self.number, of, cell, number) for number in lacking]
         return samples, missing
+
+    def failures(self, of_all: Sequence[Failure]) -> list[Failure]:
+        """This evaluation's failures among those of all, and the cells that are given up because a
+        block was damaged again and again.
+        """
+        lost = [
+            Failure(self.number, model, task, f"damaged {ATTEMPTS} times: {reason}")
+            for (model, task), cell in self.plan.cells.items()
+            if (reason := self._lost(cell))
+        ]
+        return [each for each in of_all if each.run == self.number] + lost
+
+    def _lost(self, cell: Cell) -> str:
+        """The last damage of a block that is not measured again; empty if there is none."""
+        lost = (each for (of, _), each in self._damages.items() if of == cell)
+        return next((each[-1] for each in lost if len(each) == ATTEMPTS), "")
 
     def _read_cell(self, cell: Cell) -> tuple[list[Sample], list[int]]:
         """The samples of a cell, and the numbers of its missing blocks; damaged ones go."""
@@ -147,7 +167,10 @@ class _Open:
             try:
                 found, _ = self._store.read(cell, number)
             except DamagedBlockError as damage:
-                print(f"  damaged, measured again: {damage}", file=sys.stderr)
+                damages = self._damages.setdefault((cell, number), [])
+                damages.append(str(damage))
+                again = "measured again" if len(damages) < ATTEMPTS else "given up"
+                print(f"  damaged, {again}: {damage}", file=sys.stderr)
                 self._store.discard(cell, number)
                 missing.append(number)
             else:  # without prompts, which numbers do not need and which may be long

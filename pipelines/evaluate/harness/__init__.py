@@ -5,8 +5,9 @@ scores, an engine answers.
 from pipelines.evaluate.harness.evaluation import (
     TaskResult,
     chat_template_of,
-    check_chat,
-    evaluate,
+    measure_range,
+    measure_tasks,
+    requests_of,
 )
 from pipelines.evaluate.harness.loading import LIBRARY_SEED, TaskSet, load_tasks
 from pipelines.evaluate.harness.requests import Answer, LongPrompts, Request, answered
@@ -29,9 +30,10 @@ __all__ = [
     "TaskSet",
     "answered",
     "chat_template_of",
-    "check_chat",
-    "evaluate",
     "harness_results",
     "load_tasks",
+    "measure_range",
+    "measure_tasks",
+    "requests_of",
     "write_harness_json",
 ]

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipelines.engines import Engine
-from pipelines.evaluate.harness import TaskResult, evaluate, load_tasks
+from pipelines.evaluate.harness import TaskResult, load_tasks, measure_tasks
 from tests.pipelines.evaluate.made_up_tasks import SEED, TASKS
 
 pytest.importorskip("lm_eval")
@@ -89,7 +89,7 @@ def test_all_tasks_have_the_librarys_numbers(
 ) -> None:
     names = [name for name in TASKS if name != "one_split"]
     tasks = load_tasks([{"include_path": made_up_tasks, "names": names, **options}], seed=SEED)
-    ours = evaluate(engine, tasks)
+    ours = measure_tasks(engine, tasks)
     monkeypatch.chdir(made_up_tasks)
     chat = bool(options.get("chat"))
     theirs = library_results(
@@ -116,7 +116,7 @@ def test_development_and_halves_are_the_librarys_numbers_on_these_documents(
     monkeypatch.chdir(made_up_tasks)
     names = ["choice_shots", "choice_delimiter", "generation_corpus"]
     spec = {"include_path": made_up_tasks, "names": names}
-    ours = evaluate(engine, load_tasks([spec], "development", seed=SEED))
+    ours = measure_tasks(engine, load_tasks([spec], "development", seed=SEED))
     loaded = TaskManager(include_path=str(made_up_tasks), include_defaults=False)
     configs = [
         {**loaded.task_index[name].cfg, "test_split": "validation"}  # type: ignore[dict-item]
@@ -125,7 +125,7 @@ def test_development_and_halves_are_the_librarys_numbers_on_these_documents(
     assert_equal(ours, library_results(library_model, made_up_tasks, configs))
     for split in ("development", "test"):
         half = {"include_path": made_up_tasks, "names": ["one_split"]}
-        found = evaluate(engine, load_tasks([half], split, seed=SEED))
+        found = measure_tasks(engine, load_tasks([half], split, seed=SEED))
         chosen = {"one_split": list(found["one_split"].task.ids)}
         theirs = library_results(library_model, made_up_tasks, ["one_split"], samples=chosen)
         assert_equal(found, theirs)
@@ -148,7 +148,7 @@ def test_the_librarys_command_has_the_same_numbers(
     subprocess.run(command, cwd=made_up_tasks, check=True, capture_output=True, env=environment)
     [file] = tmp_path.glob("*/results_*.json")
     theirs = json.loads(file.read_text())["results"]
-    for name, result in evaluate(
+    for name, result in measure_tasks(
         engine, load_tasks([{"include_path": made_up_tasks, "names": names}], seed=SEED)
     ).items():
         for key, metric in result.metrics.items():
