@@ -7,7 +7,7 @@ from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.graded import GradedTask
 from pipelines.evaluate.groups import Group
-from pipelines.evaluate.harness import load_tasks as load_library_tasks
+from pipelines.evaluate.harness import load_tasks_and_averages
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.tasks import DIMENSIONS, Task, load_tasks
@@ -21,7 +21,8 @@ def open_tasks(config: EvaluateConfig) -> list[EvaluationTask]:
 
 def open_all(config: EvaluateConfig) -> tuple[list[EvaluationTask], dict[str, Group]]:
     """The tasks of a config, with their documents, and its groups. Those of a `tasks.yaml` are by
-    default each H, the mean of its tasks in percent, and the average of the H's.
+    default each H, the mean of its tasks in percent, and the average of the H's; with a list of
+    tasks the averages that the library's groups among them define stand before the config's own.
 
     Raises:
         InputError: a task that is unknown or cannot be read.
@@ -33,14 +34,18 @@ def open_all(config: EvaluateConfig) -> tuple[list[EvaluationTask], dict[str, Gr
             for task in chosen
         ]
         return graded, _dimensions(chosen) if config.groups is None else config.groups
-    tasks = load_library_tasks(
+    tasks, averages = load_tasks_and_averages(
         config.tasks,
         config.split,
         limit=config.limit,
         seed=config.seed,
         allow_code=config.allow_code,
     )
-    return [LibraryTask(task, config.long_prompts) for task in tasks], config.groups or {}
+    groups = config.groups or {}
+    for name in averages:
+        if name in groups:
+            raise InputError(f"groups.{name}: is an average of the task's own group; rename yours")
+    return [LibraryTask(task, config.long_prompts) for task in tasks], {**averages, **groups}
 
 
 def _dimensions(tasks: Sequence[Task]) -> dict[str, Group]:

@@ -9,7 +9,12 @@ from pipelines.evaluate.harness.evaluation import (
     measure_tasks,
     requests_of,
 )
-from pipelines.evaluate.harness.loading import LIBRARY_SEED, TaskSet, load_tasks
+from pipelines.evaluate.harness.loading import (
+    LIBRARY_SEED,
+    TaskSet,
+    load_tasks,
+    load_tasks_and_averages,
+)
 from pipelines.evaluate.harness.requests import Answer, LongPrompts, Request, answered
 from pipelines.evaluate.harness.results import harness_results, write_harness_json
 from pipelines.evaluate.harness.splits import Split
@@ -32,6 +37,7 @@ __all__ = [
     "chat_template_of",
     "harness_results",
     "load_tasks",
+    "load_tasks_and_averages",
     "measure_range",
     "measure_tasks",
     "requests_of",
