@@ -230,6 +230,25 @@ def results(
     compare: Annotated[
         str | None, typer.Option(metavar="A,B", help="the differences of two models, by document")
     ] = None,
+    undominated: Annotated[
+        str | None,
+        typer.Option(metavar="GROUP,GROUP", help="which models no other beats in these groups"),
+    ] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(metavar="MERGE=A,B", help="a merge beside the best and the mean of A, B"),
+    ] = None,
+    others: Annotated[
+        str | None, typer.Option(metavar="C,D", help="with --baselines: and beside these")
+    ] = None,
+    relations: Annotated[
+        str | None,
+        typer.Option(metavar="START", help="which groups collaborate or conflict, by --trained"),
+    ] = None,
+    trained: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL=GROUP", help="trained from START for a group; repeatable"),
+    ] = None,
     form: Annotated[str, typer.Option(help="table, csv, latex or json, on stdout")] = "table",
     harness: Annotated[
         Path | None, typer.Option(help="write lm-evaluation-harness's files into this folder")
@@ -237,9 +256,16 @@ def results(
 ) -> None:
     """List, compare and export finished evaluations."""
     from ray_jobs.results import run_results
+    from ray_jobs.studies import Asked
 
     run_results(
-        places, models=model or [], tasks=task or [], compare=compare, form=form, harness=harness
+        places,
+        models=model or [],
+        tasks=task or [],
+        compare=compare,
+        form=form,
+        harness=harness,
+        asked=Asked(undominated, baselines, others, relations, trained or []),
     )
 
 

@@ -2,25 +2,35 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import pyarrow
 import pyarrow.parquet as parquet
 
 from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.groups import Group, Leaf, resolve_groups
+from pipelines.evaluate.groups import Group, Groups, Leaf, resolve_groups
 from pipelines.evaluate.harness import write_harness_json
 from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.opened import open_tasks
 from pipelines.evaluate.places import open_place
-from pipelines.evaluate.statistics import Contrast, Estimates, group_estimates, make_sheet, means
+from pipelines.evaluate.statistics import (
+    Contrast,
+    Estimates,
+    Sheet,
+    group_estimates,
+    make_sheet,
+    mean_draws,
+    means,
+)
 from pipelines.evaluate.store import RESULT_FILE, Cell, DamagedBlockError, Store
+from pipelines.evaluate.studies import undominated, undominated_support
 from pipelines.evaluate.summary import NUMBERS_FILE
 
 GROUP = "group"  # stands for the metric of a group's number
@@ -78,18 +88,33 @@ class Evaluation:
                 found += [Row(model, task, metric, **number) for metric, number in metrics.items()]
         return found
 
-    def estimates(self, models: Sequence[str]) -> dict[Leaf, Estimates]:
-        """The joint estimates of models on each (task, metric) that is a mean over documents.
+    def check_names(self, models: Iterable[str] = (), groups: Iterable[str] = ()) -> None:
+        """Raise InputError for an unknown model or group."""
+        for what, wanted, known in (
+            ("model", models, self.models),
+            ("group", groups, list(self._groups.groups)),
+        ):
+            for name in wanted:
+                if name not in known:
+                    found = ", ".join(known) or "none"
+                    raise InputError(
+                        f"{self.place.address}: unknown {what} {name!r}; found: {found}"
+                    )
+
+    def sheets(
+        self, models: Sequence[str], tasks: Iterable[str] | None = None
+    ) -> dict[Leaf, Sheet]:
+        """The values of models on each (task, metric) that is a mean over documents.
+
+        Args:
+            tasks: only these.
 
         Raises:
             InputError: an unknown model, or samples that are damaged or gone.
         """
-        for model in models:
-            if model not in self.models:
-                found = ", ".join(self.models)
-                raise InputError(f"{self.place.address}: unknown model {model!r}; found: {found}")
-        estimates = {}
-        for task in dict.fromkeys(row.task for row in self.rows() if row.metric != GROUP):
+        self.check_names(models)
+        sheets = {}
+        for task in self._metrics if tasks is None else dict.fromkeys(tasks):
             if any((model, task) not in self._keys for model in models):
                 continue
             samples = {model: self.samples(model, task) for model in models}
@@ -100,23 +125,97 @@ class Evaluation:
                     for model, own in samples.items()
                 }
                 if all(self._is_mean(of, task, metric, own) for of, own in values.items()):
-                    estimates[task, metric] = means(make_sheet(task, values, clusters))
-        return estimates
+                    sheets[task, metric] = make_sheet(task, values, clusters)
+        return sheets
+
+    def columns(
+        self, models: Sequence[str], groups: Sequence[str] | None = None
+    ) -> dict[str, Estimates]:
+        """The joint estimates of models on groups.
+
+        Args:
+            groups: the groups to give; without it all whose metrics are means.
+
+        Raises:
+            InputError: as `sheets`; an unknown group, or one that has a metric that is no mean or
+                that a model lacks.
+        """
+        self.check_names(models, groups or ())
+        leaves = {leaf: means(each) for leaf, each in self._sheets_of(models, groups).items()}
+        found = group_estimates(self._groups, leaves)
+        for name in groups or ():
+            self._check_whole(name, leaves)
+        return {name: found[name] for name in groups or found}
+
+    def undominated(
+        self, models: Sequence[str], groups: Sequence[str], seed: int = 0
+    ) -> dict[str, tuple[bool, float]]:
+        """For each model whether no other beats it over groups, and in which share of bootstrap
+        samples so.
+
+        Raises:
+            InputError: as `columns`.
+        """
+        columns = self.columns(models, groups)
+        points = np.stack([columns[name].values for name in groups], axis=-1)
+        sheets = self._sheets_of(models, groups)
+        draws = {leaf: mean_draws(each, seed=seed) for leaf, each in sheets.items()}
+        sizes = {leaf: each.values.shape[1] for leaf, each in sheets.items()}
+        shares = undominated_support(self._groups, groups, draws, sizes)
+        best = undominated(points)
+        return {
+            model: (bool(is_best), float(share))
+            for model, is_best, share in zip(models, best, shares, strict=True)
+        }
 
     def differences(self, first: str, second: str) -> dict[tuple[str, str], Contrast]:
         """The first model's numbers less the second's, paired by document, by task and metric or
         by group; without metrics that are no means.
         """
-        leaves = self.estimates([first, second])
-        groups = {name: Group(**values) for name, values in self.summary["groups"].items()}
-        metrics: dict[str, dict[str, None]] = {}
-        for row in self.rows():
-            if row.metric != GROUP:
-                metrics.setdefault(row.task, {})[row.metric] = None
-        tasks = {task: list(found) for task, found in metrics.items()}
-        columns = group_estimates(resolve_groups(groups, tasks), leaves)
+        sheets = self.sheets([first, second])
+        leaves = {leaf: means(each) for leaf, each in sheets.items()}
+        columns = group_estimates(self._groups, leaves)
         found = {(name, GROUP): each.difference(first, second) for name, each in columns.items()}
         return found | {leaf: each.difference(first, second) for leaf, each in leaves.items()}
+
+    def _sheets_of(self, models: Sequence[str], groups: Sequence[str] | None) -> dict[Leaf, Sheet]:
+        """The sheets that groups, or all of them, need."""
+        names = self._groups.groups if groups is None else groups
+        return self.sheets(models, [task for n in names for task, _ in self._groups.reached(n)])
+
+    def _check_whole(self, group: str, leaves: Mapping[Leaf, Any]) -> None:
+        """Raise InputError for a group with a metric that is not among leaves."""
+        for leaf in self._groups.reached(group):
+            if leaf not in leaves:
+                raise InputError(
+                    f"{self.place.address}: group {group!r}: {'.'.join(leaf)} is no mean over "
+                    "documents, or not all these models have it"
+                )
+
+    @cached_property
+    def _metrics(self) -> dict[str, list[str]]:
+        """The metrics of each task, of whichever models have them."""
+        found: dict[str, dict[str, None]] = {}
+        for row in self.rows():
+            if row.metric != GROUP:
+                found.setdefault(row.task, {})[row.metric] = None
+        return {task: list(metrics) for task, metrics in found.items()}
+
+    @cached_property
+    def _groups(self) -> Groups:
+        """Its groups that some model has a value of."""
+        has_value = {
+            name
+            for entry in self.summary["models"].values()
+            for name, number in entry["groups"].items()
+            if number["value"] is not None
+        }
+        groups = {
+            name: Group(**values)
+            for name, values in self.summary["groups"].items()
+            if name in has_value
+        }
+        return resolve_groups(groups, self._metrics)
 
     def samples(self, model: str, task: str) -> list[Any]:
         """The samples of a cell, in the order of documents.
