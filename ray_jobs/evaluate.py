@@ -70,7 +70,8 @@ def _in_words(plan: EvaluationPlan, found: list[Estimate]) -> str:
         return size
     seconds = sum(each.flops for each in found) / measured_flops()
     tokens = sum(each.tokens for each in found)
-    return f"{size}, about {tokens:,} tokens, {seconds:,.0f} s or more on one engine here"
+    time = f", {seconds:,.0f} s or more on one engine here" if seconds >= 1 else ""
+    return f"{size}, about {tokens:,} tokens{time}"
 
 
 def _print_plan(plan: EvaluationPlan, found: list[Estimate]) -> None:

@@ -74,6 +74,8 @@ def open_place(place: "str | Path | Place") -> Place:
     if "://" not in str(place):
         if is_address(place):
             raise InputError(f"{place}: a path has lost a slash; allowed: the address as text")
+        if Path(place).is_file():
+            raise InputError(f"{place}: is a file; allowed: a folder, or an address")
         return Folder(Path(place))
     import fsspec
     from fsspec.implementations.local import LocalFileSystem
