@@ -3,6 +3,7 @@ commands. Every step's config is a file below `OUT/configs/`, made from configs/
 """
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -49,6 +50,8 @@ def run_demo(out: Path, *, seed: int, size: str, force: bool) -> None:
     old = out.with_name(f".{out.name}.old")
     if force:
         _move_aside(out, old)
+    # Its two workers would need two GPUs; and so the bytes are the same on every machine.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     settings = {"seed": seed, "size": size}
     state = Steps(out, settings)
     if not (out / RESULT_FILE).is_file():

@@ -193,7 +193,9 @@ def _ties_kernel(
 class TritonOptimizer(OptimizerKernels):
     """`OptimizerKernels` on a GPU, or on a CPU in Triton's interpreter."""
 
-    chunk = 4 * CHUNK
+    # Each call has a fixed cost of launches, and a look waits for the GPU; a call needs some 12
+    # bytes an element of room for its time.
+    chunk = 64 * CHUNK
     takes_sparse = False
 
     def plain_step(self, part: StepRange) -> None:

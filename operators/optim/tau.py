@@ -140,8 +140,8 @@ class Tau:
         if not (torch.isfinite(tau.sum()) or torch.isfinite(tau).all()):
             raise ValueError(f"reference_delta: {layout.name!r} holds NaN or Inf")
         missing = count - tau.numel()
-        # C passes read it by its address.
-        tau = tau.to(torch.float32).contiguous()
+        # C passes and numpy read it by its address, also where the source lies on a GPU.
+        tau = tau.to("cpu", torch.float32).contiguous()
         return torch.nn.functional.pad(tau, (0, missing)) if missing else tau
 
     def chunk(self, layout: ShardLayout, start: int, count: int, device: torch.device) -> Tensor:
