@@ -75,7 +75,11 @@ def assert_equal(ours: dict[str, TaskResult], theirs: dict[str, Any]) -> None:
 
 
 def test_averages_of_the_librarys_groups(
-    made_up_tasks: Path, chatty_model: Path, library_model: Any, tmp_path: Path
+    made_up_tasks: Path,
+    chatty_model: Path,
+    library_model: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weighted by documents and not, after filters, of nested groups, and where a task lacks the
     metric.
@@ -103,6 +107,7 @@ def test_averages_of_the_librarys_groups(
     }
     for name, values in groups.items():
         (place / f"{name}.yaml").write_text(yaml.safe_dump({"group": name, **values}))
+    monkeypatch.chdir(place)  # the library looks for data there
     theirs = library_results(library_model, place, ["all"])["groups"]
     expected = {
         f"{group}.{key}".removesuffix(",none"): value
