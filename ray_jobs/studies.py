@@ -121,9 +121,9 @@ def _undominated(evaluation: Evaluation, groups: list[str], models: Sequence[str
 def _baselines(evaluation: Evaluation, text: str, others: str | None) -> Found:
     """A merge beside the best of its models, their mean, and others, group by group."""
     merge, equals, rest = text.partition("=")
-    singles = _names("--baselines", rest)
-    if not equals or not merge or not singles:
+    if not equals or not merge or not rest:
         raise InputError(f"--baselines: found {text!r}; allowed: MERGE=MODEL,MODEL")
+    singles = _names("--baselines", rest)
     further = _names("--others", others) if others is not None else []
     columns = evaluation.columns(list(dict.fromkeys([merge, *singles, *further])))
     if not columns:
