@@ -26,7 +26,7 @@ from tests.pipelines.evaluate.made_up_tasks import SEED, TASKS, save_task
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.usefixtures("own_cache")
-NO_OTHER_SPLITS = {"training_split": None, "validation_split": None}
+NO_EXAMPLES = {"training_split": None}
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,9 @@ def test_averages_of_the_librarys_groups(
     place.mkdir()
     for file in made_up_tasks.iterdir():
         (place / file.name).symlink_to(file)
-    fewer = {"data_files": {"test": "validation.jsonl"}}
-    save_task(place, "fewer", **TASKS["choice"] | {"dataset_kwargs": fewer, **NO_OTHER_SPLITS})
-    save_task(place, "short", **TASKS["generation"] | {"dataset_kwargs": fewer, **NO_OTHER_SPLITS})
+    fewer = {"data_files": {"validation": "test.jsonl", "test": "validation.jsonl"}}
+    save_task(place, "fewer", **TASKS["choice"] | {"dataset_kwargs": fewer, **NO_EXAMPLES})
+    save_task(place, "short", **TASKS["generation"] | {"dataset_kwargs": fewer, **NO_EXAMPLES})
     groups = {
         "all": {
             "task": ["inner", "choice_shots"],

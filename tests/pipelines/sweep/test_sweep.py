@@ -118,9 +118,10 @@ LETTERS = {
 def listed(inputs: Path) -> dict[str, object]:
     """The fields of a sweep on a list of tasks."""
     pytest.importorskip("lm_eval")
-    (inputs / "letters.yaml").write_text(yaml.safe_dump(LETTERS))
+    (inputs / "listed").mkdir(exist_ok=True)
+    (inputs / "listed" / "letters.yaml").write_text(yaml.safe_dump(LETTERS))
     return {
-        "tasks": [{"include_path": str(inputs), "names": ["letters"]}],
+        "tasks": [{"include_path": str(inputs / "listed"), "names": ["letters"]}],
         "groups": {"all": {"members": ["letters.not_phrase"], "scale": 100}},
         "metric": "all",
     }
