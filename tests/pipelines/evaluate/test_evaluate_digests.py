@@ -108,7 +108,7 @@ def test_files_of_others_tell_nothing(world: Path, read: list[str], text: str) -
     plan = plan_evaluation(config_of(world), world / "out")
     assert plan.fingerprint == expected
     assert read
-    plan.memory.save(out / "models.json", plan.config.models.values())
+    (out / "models.json").write_text(plan.memory.dump(plan.config.models.values()))
     known = json.loads((out / "models.json").read_text())
     for entry in known.values():
         entry["weights"] = "of other files"

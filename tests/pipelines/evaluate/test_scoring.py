@@ -22,6 +22,7 @@ class Lengths:
 
     engine = None
     remark = "counted"
+    needs_folder = False
     fingerprint = "0" * 32
     described: dict[str, Any] = {"counts": "characters"}  # noqa: RUF012
 
