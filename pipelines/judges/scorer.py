@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pipelines.engines import EngineConfig, answer_seed
@@ -236,7 +237,11 @@ class JudgeScorer:
             if not others:
                 return
             with self._changed:
-                self._changed.wait_for(lambda of=others: not of & self._pending)
+                self._changed.wait_for(partial(self._none_pending, others))
+
+    def _none_pending(self, keys: set[str]) -> bool:
+        """Whether nobody asks for any of these now."""
+        return not keys & self._pending
 
     def _ask_way(self, way: str, questions: Sequence[_Question], known: Verdicts) -> None:
         """Ask questions of one way, and keep each reply as it comes."""

@@ -80,7 +80,7 @@ def bpe_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 class Rewards:
-    """transformers' own classes, a conversation at a time and without padding.
+    """transformers' own classes in float64, a conversation at a time and without padding.
 
     Args:
         head: number of the label.
@@ -88,7 +88,7 @@ class Rewards:
 
     def __init__(self, path: Path, head: int = 0) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self._model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+        self._model = AutoModelForSequenceClassification.from_pretrained(path).double().eval()
         self._head = head
 
     @torch.no_grad()
