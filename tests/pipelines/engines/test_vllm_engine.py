@@ -120,6 +120,23 @@ def test_both_engines_give_the_same_greedy_answers(engine, models: dict[str, Pat
     ]
 
 
+def test_a_stop_text_that_begins_with_a_space(engine, models: dict[str, Path]) -> None:
+    """It is not found before the first word, whose space is no part of an answer."""
+    other = open_engine(models["a"])
+    words = [each.text.split() for each in answers(engine)]
+    later = {word for own in words for word in own[1:]}
+    first = next(own[0] for own in words if own[0] in later and own[0] not in own[1:])
+    for stop in ((f" {first}",), (f" {first}", words[0][4])):
+        sampling = Sampling(max_tokens=12, stop=stop, top_logprobs=2)
+        found, expected = (each.generate(PROMPTS, sampling) for each in (engine, other))
+        assert [(e.text, e.tokens, e.finish) for e in found] == [
+            (e.text, e.tokens, e.finish) for e in expected
+        ]
+        assert all(len(each.logprobs) == len(each.tokens) for each in found)
+        assert {each.finish for each in found} == {"stop", "length"}
+        assert any(each.text.split()[:1] == [first] for each in found)
+
+
 def test_both_engines_score_alike(engine, models: dict[str, Path]) -> None:
     contexts = ["a b", "", "a b ", "hello", [6, 7, 8], PROMPTS[-1]]
     lasts = [" c d", "a b c", "c d e f", " yes no hello", [9, 10], PROMPTS[-2][100:200]]
