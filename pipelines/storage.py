@@ -50,6 +50,19 @@ def resolve_output(output: str | Path, storage: str | Path | None) -> Path:
     return output.absolute()
 
 
+def output_place(out: str, storage: str | None) -> Path | str:
+    """The absolute path or the address of an output; a relative one is below `storage`.
+
+    Raises:
+        InputError: as `resolve_output`.
+    """
+    if "://" in out:
+        return out
+    if storage is not None and "://" in storage and not Path(out).is_absolute():
+        return f"{storage.rstrip('/')}/{out}"
+    return resolve_output(out, storage)
+
+
 def with_retries(action: Callable[[], T]) -> T:
     """The result of an action on files, which is repeated after pauses if the disk fails with a
     temporary error. Repeating it must be harmless: reading, or writing a whole range.

@@ -29,8 +29,8 @@ def _no_address(out: Path | None) -> Path | None:
 
     if out is not None and is_address(out):
         raise InputError(
-            f"--out: found the address {out}; allowed: a folder (`poise merge` alone "
-            "writes to addresses)"
+            f"--out: found the address {out}; allowed: a folder (`poise merge` and "
+            "`poise evaluate` alone write to addresses)"
         )
     return out
 
@@ -208,7 +208,7 @@ def verify(
 def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,
-    out: Out = Path("runs/evaluation"),
+    out: Annotated[str, typer.Option("--out", help="folder or s3://...")] = "runs/evaluation",
     plan: Plan = False,
     force: Annotated[bool, typer.Option("--force", help="measure all again")] = False,
     as_json: AsJson = False,
@@ -222,13 +222,32 @@ def evaluate(
 
 @app.command(epilog="Example: `poise results runs/test --compare ties,sft`")
 def results(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="OUT...", help="folders of `poise evaluate`")
+    places: Annotated[
+        list[str], typer.Argument(metavar="OUT...", help="of `poise evaluate`: folders, s3://...")
     ],
     model: Annotated[list[str] | None, typer.Option(help="only this model; repeatable")] = None,
     task: Annotated[list[str] | None, typer.Option(help="only this task or group")] = None,
     compare: Annotated[
         str | None, typer.Option(metavar="A,B", help="the differences of two models, by document")
+    ] = None,
+    undominated: Annotated[
+        str | None,
+        typer.Option(metavar="GROUP,GROUP", help="which models no other beats in these groups"),
+    ] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(metavar="MERGE=A,B", help="a merge beside the best and the mean of A, B"),
+    ] = None,
+    others: Annotated[
+        str | None, typer.Option(metavar="C,D", help="with --baselines: and beside these")
+    ] = None,
+    relations: Annotated[
+        str | None,
+        typer.Option(metavar="START", help="which groups collaborate or conflict, by --trained"),
+    ] = None,
+    trained: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL=GROUP", help="trained from START for a group; repeatable"),
     ] = None,
     form: Annotated[str, typer.Option(help="table, csv, latex or json, on stdout")] = "table",
     harness: Annotated[
@@ -237,9 +256,16 @@ def results(
 ) -> None:
     """List, compare and export finished evaluations."""
     from ray_jobs.results import run_results
+    from ray_jobs.studies import Asked
 
     run_results(
-        folders, models=model or [], tasks=task or [], compare=compare, form=form, harness=harness
+        places,
+        models=model or [],
+        tasks=task or [],
+        compare=compare,
+        form=form,
+        harness=harness,
+        asked=Asked(undominated, baselines, others, relations, trained or []),
     )
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from pipelines.config import load_config
 from pipelines.evaluate import EvaluateConfig, EvaluationPlan, evaluate_planned, plan_evaluation
 from pipelines.evaluate.estimate import Estimate, estimates, measured_flops
-from pipelines.storage import resolve_output
+from pipelines.storage import output_place
 from ray_jobs.results import run_results
 from ray_jobs.session import ray_session
 from ray_jobs.tables import print_table
@@ -18,7 +18,7 @@ from ray_jobs.tables import print_table
 
 def run_evaluate(
     config_path: Path,
-    out: Path,
+    out: str,
     overrides: list[str],
     *,
     only_plan: bool,
@@ -33,8 +33,8 @@ def run_evaluate(
             "tasks: [NAME, {include_path: FOLDER}]",
             file=sys.stderr,
         )
-    out = resolve_output(out, config.storage)
-    plan = plan_evaluation(config, out)  # checks all inputs before Ray starts
+    place = output_place(out, config.storage)
+    plan = plan_evaluation(config, place)  # checks all inputs before Ray starts
     found = estimates(plan)
     if only_plan:
         _print_plan(plan, found)
@@ -42,16 +42,16 @@ def run_evaluate(
     print(f"  {_in_words(plan, found)}", file=sys.stderr)
     with ray_session():
         [summary] = evaluate_planned([plan], force=force)
-    _tell(out, summary, as_json=as_json)
+    _tell(place, summary, as_json=as_json)
     return not summary["failed"]
 
 
-def _tell(out: Path, summary: dict[str, Any], *, as_json: bool) -> None:
+def _tell(place: Path | str, summary: dict[str, Any], *, as_json: bool) -> None:
     """Print a finished evaluation."""
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
-        run_results([out], models=(), tasks=(), compare=None, form="table", harness=None)
+        run_results([place], models=(), tasks=(), compare=None, form="table", harness=None)
     for task, remark in summary["remarks"].items():
         print(f"{task}: {remark}", file=sys.stderr)
     for model, entry in summary["models"].items():
@@ -60,7 +60,7 @@ def _tell(out: Path, summary: dict[str, Any], *, as_json: bool) -> None:
         for task, notes in entry.get("scores", {}).items():
             if line := notes.get("line"):
                 print(f"{model} on {task}: {line}", file=sys.stderr)
-    print(f"evaluation: {out / 'evaluation.json'}", file=sys.stderr)
+    print(f"evaluation: {place}/evaluation.json", file=sys.stderr)
 
 
 def _in_words(plan: EvaluationPlan, found: list[Estimate]) -> str:
@@ -73,8 +73,9 @@ def _in_words(plan: EvaluationPlan, found: list[Estimate]) -> str:
         return size
     seconds = sum(each.flops for each in found) / measured_flops()
     tokens, calls = sum(each.tokens for each in found), sum(each.calls for each in found)
+    time = f", {seconds:,.0f} s or more on one engine here" if seconds >= 1 else ""
     asked = f", up to {calls:,} calls of judges" if calls else ""
-    return f"{size}, about {tokens:,} tokens, {seconds:,.0f} s or more on one engine here{asked}"
+    return f"{size}, about {tokens:,} tokens{time}{asked}"
 
 
 def _print_plan(plan: EvaluationPlan, found: list[Estimate]) -> None:

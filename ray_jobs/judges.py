@@ -8,8 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
+from pipelines.errors import InputError
 from pipelines.evaluate.results import Evaluation
 from pipelines.judges.noise import Agreement, Noise, agreements, judged_tasks, noise
+from pipelines.storage import is_address
 from ray_jobs.tables import print_table
 
 
@@ -19,6 +21,8 @@ def run_judges(folder: Path, labels: Path | None, *, as_json: bool) -> None:
     Raises:
         InputError: no judged task there, or labels that do not fit.
     """
+    if is_address(folder):
+        raise InputError(f"{folder}: is an address, where no verdicts are; allowed: a folder")
     evaluation = Evaluation(folder)
     tasks = judged_tasks(evaluation)
     found = [noise(evaluation, task) for task in tasks]

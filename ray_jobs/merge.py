@@ -9,12 +9,12 @@ from pipelines.merge import (
     MergePlan,
     load_merge_config,
     merge_planned,
-    output_place,
     plan_merge,
     record_of,
 )
 from pipelines.merge.estimate import estimate
 from pipelines.rounding import rounding_lines
+from pipelines.storage import output_place
 from ray_jobs.session import ray_session
 
 

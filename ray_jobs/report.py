@@ -23,7 +23,7 @@ from pipelines.report import (
     write_report_of_evaluations,
     write_reports,
 )
-from pipelines.storage import resolve_output
+from pipelines.storage import is_address, resolve_output
 
 
 def run_report(
@@ -36,6 +36,11 @@ def run_report(
         InputError: a run that is unfinished or cannot be read, runs with different models, an
             `out` with other files, or runs beside evaluations; then nothing has been written.
     """
+    for path in paths:
+        if is_address(path):
+            raise InputError(
+                f"{path}: is an address; allowed: folders (poise results reads others)"
+            )
     target = None if out is None else resolve_output(out, None)
     settings = settings or Settings()
     evaluations = [path for path in paths if (path / RESULT_FILE).is_file()]

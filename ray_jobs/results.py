@@ -11,23 +11,26 @@ from rich.table import Table
 
 from pipelines.errors import InputError
 from pipelines.evaluate.results import GROUP, Evaluation, Row, as_csv, as_latex
+from ray_jobs.studies import Asked, run_study
 from ray_jobs.tables import print_table
 
 FORMS = ("table", "csv", "latex", "json")
 
 
 def run_results(
-    folders: Sequence[Path],
+    places: Sequence[str | Path],
     *,
     models: Sequence[str],
     tasks: Sequence[str],
     compare: str | None,
     form: str,
     harness: Path | None,
+    asked: Asked = Asked(),  # noqa: B008 (it never changes)
 ) -> None:
-    """Print the numbers of evaluations, or the differences of two models, on stdout.
+    """Print the numbers of evaluations, the differences of two models or a study, on stdout.
 
     Args:
+        asked: a study instead.
         harness: write the files of lm-evaluation-harness there instead.
 
     Raises:
@@ -35,7 +38,25 @@ def run_results(
     """
     if form not in FORMS:
         raise InputError(f"--form: found {form!r}; allowed: {', '.join(FORMS)}")
-    evaluations = [Evaluation(folder) for folder in folders]
+    asked.check()
+    given = [
+        *asked.options,
+        *(["--compare"] if compare else []),
+        *(["--harness"] if harness else []),
+    ]
+    if len(given) > 1:
+        raise InputError(f"{given[1]}: found beside {given[0]}; allowed: one of them")
+    evaluations = [Evaluation(place) for place in places]
+    addresses = [each.place.everywhere for each in evaluations]
+    for place, address in zip(places, addresses, strict=True):
+        if addresses.count(address) > 1:
+            raise InputError(f"{place}: is there twice; evaluations must differ")
+    if asked.options:
+        if len(evaluations) != 1 or tasks:
+            what = "--task" if tasks else f"{len(evaluations)} folders"
+            raise InputError(f"{asked.options[0]}: found {what}; allowed: one folder, no --task")
+        run_study(evaluations[0], asked, models, form=form)
+        return
     if harness is not None:
         for each in evaluations:
             for path in each.write_harness_json(harness):
@@ -58,12 +79,17 @@ def run_results(
 
 
 def _named(evaluations: Sequence[Evaluation]) -> list[Row]:
-    """The rows of all evaluations; the models of several have their folder's name before theirs."""
+    """The rows of all evaluations; the models of several have before theirs the evaluation's name,
+    or its whole address where two have one name.
+    """
     if len(evaluations) == 1:
         return evaluations[0].rows() + evaluations[0].drops()
+    names = [each.name for each in evaluations]
+    if len(set(names)) < len(names):
+        names = [each.place.address for each in evaluations]
     return [
-        Row(f"{each.folder.name}/{row.model}", row.task, row.metric, row.value, row.stderr, row.n)
-        for each in evaluations
+        Row(f"{name}/{row.model}", row.task, row.metric, row.value, row.stderr, row.n)
+        for name, each in zip(names, evaluations, strict=True)
         for row in each.rows() + each.drops()
     ]
 

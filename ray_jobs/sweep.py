@@ -40,10 +40,20 @@ def _print(result: dict[str, Any]) -> None:
     for trial in result["trials"]:
         mark = " *" if trial == result["best"] else ""
         values = (str(trial["parameters"][name]) for name in names)
-        table.add_row(*values, f"{trial['value']:.2f}{mark}")
+        table.add_row(*values, f"{trial['value']:.{_digits(result)}f}{mark}")
     print_table(table)
 
 
 def _title(result: dict[str, Any]) -> str:
     chosen = ", chosen on it" if result["split"] == "test" else ""
-    return f"{result['split']} split{chosen}, percent"
+    unit = ", percent" if _in_percent(result) else ""
+    return f"{result['split']} split{chosen}{unit}"
+
+
+def _in_percent(result: dict[str, Any]) -> bool:
+    """Whether the numbers are those of a tasks.yaml."""
+    return "groups" not in result["best"]["metrics"]
+
+
+def _digits(result: dict[str, Any]) -> int:
+    return 2 if _in_percent(result) else 4

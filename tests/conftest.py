@@ -1,9 +1,10 @@
-"""Fixtures for all tests: one Ray for the whole run, and a hub on loopback."""
+"""Fixtures for all tests: one Ray for the whole run, a hub and an object store on loopback."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 from huggingface_hub import constants
 
@@ -55,6 +56,35 @@ def use_hub(endpoint: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of a real S3 protocol server on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """The address of an empty bucket, for this process and those it starts."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    fsspec.config.conf.clear()
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    name = f"bucket-{abs(hash(request.node.nodeid)) % 10**9}"
+    store.mkdir(name)
+    return f"s3://{name}"
 
 
 @pytest.fixture(scope="session")

@@ -29,9 +29,7 @@ import xxhash
 from torch import Tensor
 
 from pipelines.checkpoints.companions import RECORD_FILE, companions_of
-from pipelines.checkpoints.reader import Checkpoint, read_json
-from pipelines.commit import write_atomically
-from pipelines.errors import InputError
+from pipelines.checkpoints.reader import Checkpoint
 from pipelines.fingerprint import fingerprint, fingerprint_file
 
 BLOCK_ELEMENTS = 1 << 22
@@ -166,22 +164,22 @@ class DigestMemory:
     def __init__(self) -> None:
         self._known: dict[str, tuple[Identity, ModelDigest]] = {}
 
-    def load(self, file: Path) -> None:
-        """Load the entries that `save` wrote, except for models that are known already. A missing
-        or other file is ignored.
+    def load(self, content: str | bytes) -> None:
+        """Take in the entries that `dump` gave, except for models that are known already. Other
+        content is ignored.
         """
         try:
-            for path, found in (read_json(file) if file.is_file() else {}).items():
+            for path, found in json.loads(content).items():
                 digest = ModelDigest(found["weights"], found["companions"])
                 self._known.setdefault(path, (found["files"], digest))
-        except (InputError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             return
 
-    def save(self, file: Path, models: Iterable[Path]) -> None:
-        """Write the digests of these models, which must be known."""
+    def dump(self, models: Iterable[Path]) -> str:
+        """The digests of these models, which must be known, as the content of a file."""
         known = {path: self._known[path] for path in map(_key, models)}
         entries = {p: {"files": files, **asdict(digest)} for p, (files, digest) in known.items()}
-        write_atomically(file, json.dumps(entries, indent=2) + "\n")
+        return json.dumps(entries, indent=2) + "\n"
 
     def remember(self, checkpoint: Checkpoint, digest: ModelDigest) -> None:
         """Store the digest of a finished model."""

@@ -118,8 +118,7 @@ class StopTexts:
     def __init__(self, text: "Text", stop: Sequence[str], width: int, num_rows: int) -> None:
         self._decode: Callable[[Sequence[int]], str] = text.decode
         self._stop, self._width = stop, width
-        # A text of n bytes ends in at most the last n tokens, and special ones between them.
-        self._tail = 2 * max(len(each.encode()) for each in stop) + 8
+        self._tail = _tail(stop)
         self.lengths: list[int | None] = [None] * num_rows
 
     def __call__(self, tokens: Tensor, scores: Tensor, **unused: object) -> Tensor:
@@ -131,3 +130,22 @@ class StopTexts:
                 self.lengths[row] = length
         ended = [each is not None for each in self.lengths]
         return torch.tensor(ended, device=tokens.device)
+
+
+def stopped_at(text: "Text", tokens: Sequence[int], stop: Sequence[str]) -> int | None:
+    """How many of an answer's tokens bring the first stop text, as `StopTexts` counts; None: it
+    has none.
+    """
+    tail = _tail(stop)
+    for length in range(1, len(tokens) + 1):
+        end = text.decode(tokens[max(0, length - tail) : length])
+        if any(each in end for each in stop):
+            return length
+    return None
+
+
+def _tail(stop: Sequence[str]) -> int:
+    """In how many of the last tokens a stop text is looked for: a text of n bytes ends in at most
+    the last n tokens, and special ones between them.
+    """
+    return 2 * max(len(each.encode()) for each in stop) + 8

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,15 @@ class Text:
         if places:
             return text[: min(places)], "stop"
         return text, "stop" if ended else "length"
+
+    @cached_property
+    def drops_first_space(self) -> bool:
+        """Whether `decode` leaves out the space before an answer's first word, as where tokens are
+        words, or pieces that begin with it.
+        """
+        token = self._continued("a a")[-1:]
+        alone = self.decode(token)
+        return not alone or self.decode(token * 2) != alone * 2
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens as a text, without special ones."""

@@ -18,6 +18,7 @@ from pipelines.engines.interface import (
     check_seeds,
 )
 from pipelines.engines.models import check_kind, context_of, head_of
+from pipelines.engines.sampling import stopped_at
 from pipelines.engines.state import EngineState
 from pipelines.engines.text import Text
 from pipelines.engines.weights import Weights, inspect
@@ -171,11 +172,14 @@ class VllmModel:
         """An answer from vLLM's output."""
         [answer] = output.outputs
         tokens = tuple(answer.token_ids)
+        if len(self._seen_stops(sampling)) < len(sampling.stop):
+            tokens = tokens[: stopped_at(self.text, tokens, sampling.stop)]
         text, finish = self.text.answer(tokens, sampling.stop)
         logprobs = None
         if answer.logprobs is not None:
             logprobs = tuple(
-                {token: found.logprob for token, found in each.items()} for each in answer.logprobs
+                {token: found.logprob for token, found in each.items()}
+                for each in answer.logprobs[: len(tokens)]
             )
         return Completion(text, tokens, finish, logprobs, self.state.digest)
 
@@ -215,6 +219,7 @@ class VllmModel:
         """vLLM's parameters of one answer. What ends it is said here, not taken from files."""
         from vllm import SamplingParams
 
+        stop = self._seen_stops(sampling)
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -222,14 +227,22 @@ class VllmModel:
             repetition_penalty=sampling.repetition_penalty,
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
-            stop=list(sampling.stop) or None,
+            stop=stop or None,
             stop_token_ids=sorted(self.text.ends),
             ignore_eos=True,
             max_tokens=min(sampling.max_tokens, self.text.context - length),
             seed=None if sampling.temperature == 0 else seed,
             logprobs=sampling.top_logprobs,
-            detokenize=bool(sampling.stop),
+            detokenize=bool(stop),
         )
+
+    def _seen_stops(self, sampling: Sampling) -> list[str]:
+        """The stop texts that vLLM sees. Its text of an answer may begin with a space that the
+        answer does not have, so it may find a stop text with such a beginning too early; answers
+        are cut before those when they are whole.
+        """
+        is_safe = not self.text.drops_first_space
+        return [each for each in sampling.stop if is_safe or not each.startswith(" ")]
 
 
 def scored(output: Any, first: Tokens, last: Tokens) -> LogLikelihood:

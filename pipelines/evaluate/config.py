@@ -71,7 +71,7 @@ class EvaluateConfig(Config):
     allow_code: bool = Field(False, description="tasks may bring functions, which are run")
     engine: EngineConfig = Field(default_factory=EngineConfig)
     num_workers: int = Field(2, ge=1, description="engines at once, one model in each")
-    storage: Path | None = Field(None, description="where relative outputs live")
+    storage: str | None = Field(None, description="where relative outputs live: folder or address")
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from pipelines.engines.weights import Weights
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.plan import EvaluationPlan
 from pipelines.evaluate.scoring import ScoredTask
-from pipelines.evaluate.store import Cell, Store
+from pipelines.evaluate.store import Store
 
 LOOKED_AT = 32  # documents of a task whose tokens are counted
 _MATRIX = 1024  # rows and columns of the product that is timed
@@ -95,17 +95,13 @@ class _Missing:
 
 def _missing(plan: EvaluationPlan) -> dict[tuple[str, str], _Missing]:
     """What each cell lacks; nothing is written."""
-    found = {}
+    found, store = {}, Store(plan.out)
     for place, cell in plan.cells.items():
-
-        def lacks(of: Cell, block: int) -> bool:
-            return not Store.path_in(plan.out, of, block).is_file()
-
-        blocks = [block for block in range(cell.num_blocks) if lacks(cell, block)]
-        answers = plan.answers.get(place, cell)
-        sizes = {block: last - first for block in blocks for first, last in [cell.documents(block)]}
-        unanswered = sum(size for block, size in sizes.items() if lacks(answers, block))
-        found[place] = _Missing(len(blocks), sum(sizes.values()), unanswered)
+        ranges = {block: cell.documents(block) for block in store.missing(cell)}
+        sizes = {block: last - first for block, (first, last) in ranges.items()}
+        unanswered = sizes.keys() & store.missing(plan.answers.get(place, cell))
+        of_these = sum(sizes[block] for block in unanswered)
+        found[place] = _Missing(len(sizes), sum(sizes.values()), of_these)
     return found
 
 

@@ -2,14 +2,14 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pipelines.evaluate.store import ATTEMPTS
 from pipelines.evaluate.workers import Block, Model, Outcome
 from pipelines.progress import Progress
 
-ATTEMPTS = 3
 POLL_S = 0.5  # between looks at blocks that another run measures
 
 
@@ -71,17 +71,22 @@ class _Queue:
         return len(blocks) - len(kept)
 
 
-def fill(blocks: Sequence[Block], pool: Pool) -> list[Failure]:
+def fill(
+    blocks: Sequence[Block], pool: Pool, check: Callable[[], None] = lambda: None
+) -> list[Failure]:
     """Measure blocks until each is in the store or given up.
 
     A block that fails is tried `ATTEMPTS` times, a refused one once; then the rest of its cell is
     given up, and the other cells go on. Blocks that other processes hold are waited for.
 
+    Args:
+        check: raises an error if nothing more may be measured; called before each block.
+
     Returns:
         the cells that were given up.
     """
     with Progress(len(blocks), "blocks") as progress:
-        return _Filling(blocks, pool, progress).run()
+        return _Filling(blocks, pool, progress).run(check)
 
 
 class _Filling:
@@ -98,8 +103,9 @@ class _Filling:
         self._done = self._samples = 0
         self._start = time.monotonic()
 
-    def run(self) -> list[Failure]:
+    def run(self, check: Callable[[], None]) -> list[Failure]:
         while True:
+            check()
             self._hand_out()
             if self._done:  # so that the pace is that of blocks, without the engines' start
                 self._tell()

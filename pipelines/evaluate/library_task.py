@@ -12,9 +12,8 @@ from pipelines.evaluate.harness import (
     Score,
     Task,
     TaskResult,
-    answered,
-    chat_template_of,
-    check_chat,
+    measure_range,
+    requests_of,
 )
 from pipelines.evaluate.interface import Number, Sample
 from pipelines.evaluate.statistics import Estimates, aggregates, make_sheet, means
@@ -43,9 +42,7 @@ class LibraryTask:
 
     def measure(self, engine: "Engine", first: int, last: int) -> list[Sample]:
         """As `EvaluationTask.measure`."""
-        requests = self._requests(engine.text, first, last)
-        answers = answered(engine, requests, self.name, self.long_prompts)
-        scores = self.task.score(first, last, answers)
+        requests, answers, scores = measure_range(engine, self.task, first, last, self.long_prompts)
         return [
             Sample(
                 document=place,
@@ -96,16 +93,10 @@ class LibraryTask:
 
     def num_tokens(self, text: "Text", first: int, last: int) -> int:
         """As `EvaluationTask.num_tokens`."""
-        requests = self._requests(text, first, last)
+        requests = requests_of(text, self.task, first, last)
         texts = [each.context + each.continuation for each in requests]
         most = sum(each.sampling.max_tokens for each in requests if each.sampling)
         return most + sum(len(text.encode(each)) for each in texts if each)
-
-    def _requests(self, text: "Text", first: int, last: int) -> list[Request]:
-        """The requests of a range, in a model's chat template where the task wants one."""
-        check_chat(text, self.task)
-        template = chat_template_of(text.tokenizer) if self.task.chat.wanted else None
-        return self.task.requests(first, last, template)
 
     def result(self, samples: Sequence[Sample]) -> TaskResult:
         """What the library's own files are written from."""

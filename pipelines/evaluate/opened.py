@@ -9,8 +9,7 @@ from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.graded import GradedTask
 from pipelines.evaluate.groups import Group
-from pipelines.evaluate.harness import TaskSet
-from pipelines.evaluate.harness import load_tasks as load_library_tasks
+from pipelines.evaluate.harness import TaskSet, load_tasks_and_averages
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.scoring import ScoredTask
@@ -28,7 +27,8 @@ def open_tasks(config: EvaluateConfig) -> list[EvaluationTask]:
 
 def open_all(config: EvaluateConfig) -> tuple[list[EvaluationTask], dict[str, Group]]:
     """The tasks of a config, with their documents, and its groups. Those of a `tasks.yaml` are by
-    default each H, the mean of its tasks in percent, and the average of the H's.
+    default each H, the mean of its tasks in percent, and the average of the H's; with a list of
+    tasks the averages that the library's groups among them define stand before the config's own.
 
     Raises:
         InputError: a task that is unknown or cannot be read.
@@ -40,23 +40,36 @@ def open_all(config: EvaluateConfig) -> tuple[list[EvaluationTask], dict[str, Gr
             for task in chosen
         ]
         return graded, _dimensions(chosen) if config.groups is None else config.groups
-    tasks = [*_library_tasks(config, config.tasks), *_scored_tasks(config, config.tasks)]
+    plain, averages = _library_tasks(config, config.tasks)
+    tasks = [*_with_attacks(config, plain), *_scored_tasks(config, config.tasks)]
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"tasks: {name} is there twice; names must differ (name: sets one)")
-    return tasks, config.groups or {}
+    groups = config.groups or {}
+    for name in averages:
+        if name in groups:
+            raise InputError(f"groups.{name}: is an average of the task's own group; rename yours")
+    return tasks, {**averages, **groups}
 
 
-def _library_tasks(config: EvaluateConfig, entries: Sequence[Any]) -> list[EvaluationTask]:
-    """The tasks of lm-evaluation-harness among the entries of `tasks:`, each before its attacks."""
+def _library_tasks(
+    config: EvaluateConfig, entries: Sequence[Any]
+) -> tuple[list[LibraryTask], dict[str, Group]]:
+    """The tasks of lm-evaluation-harness among the entries of `tasks:`, and the averages of its
+    own groups.
+    """
     named = [each for each in entries if isinstance(each, str | TaskSet)]
-    plain: list[LibraryTask] = []
-    if named:
-        tasks = load_library_tasks(
-            named, config.split, limit=config.limit, seed=config.seed, allow_code=config.allow_code
-        )
-        plain = [LibraryTask(task, config.long_prompts) for task in tasks]
+    if not named:
+        return [], {}
+    tasks, averages = load_tasks_and_averages(
+        named, config.split, limit=config.limit, seed=config.seed, allow_code=config.allow_code
+    )
+    return [LibraryTask(task, config.long_prompts) for task in tasks], averages
+
+
+def _with_attacks(config: EvaluateConfig, plain: Sequence[LibraryTask]) -> list[EvaluationTask]:
+    """The tasks, each before its attacks."""
     attacked = attacked_tasks(config.attacks, plain)
     found: list[EvaluationTask] = []
     for each in plain:

@@ -18,6 +18,7 @@ from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.groups import Group, resolve_groups
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.opened import open_all
+from pipelines.evaluate.places import Folder, Place, open_place
 from pipelines.evaluate.scoring import ScoredTask
 from pipelines.evaluate.store import Cell, cell_key
 from pipelines.evaluate.workers import Model
@@ -44,7 +45,7 @@ class EvaluationPlan:
     """
 
     config: EvaluateConfig
-    out: Path
+    out: Place
     tasks: Sequence[EvaluationTask]
     models: dict[str, Model]
     headers: dict[str, CheckpointWeights]
@@ -65,16 +66,19 @@ def plan_evaluation(
     """Check every input, and name the cells.
 
     Args:
-        out: an earlier, perhaps unfinished run may have left known digests there.
+        out: a folder or an address; an earlier, perhaps unfinished run may have left known digests
+            there.
         memory: known digests of models; new ones are added to it.
 
     Raises:
         InputError: a model or task that cannot be read.
     """
-    out, memory = Path(out), memory or DigestMemory()
-    memory.load(out / MODELS_FILE)
+    place, memory = open_place(out), memory or DigestMemory()
+    if MODELS_FILE in place.names():
+        memory.load(place.read(MODELS_FILE))
     tasks, groups = open_all(config)
     _check_groups(groups, [task.name for task in tasks])
+    _check_place(place, tasks)
     folders = {name: folder_of(path) for name, path in config.models.items()}
     config = config.model_copy(update={"models": folders})
     headers = {name: _opened(name, path, config.engine) for name, path in folders.items()}
@@ -91,7 +95,19 @@ def plan_evaluation(
             cells[name, task.name] = _scored_cell(answers[name, task.name], task)
         else:
             cells[name, task.name] = cell_of(config, name, digests[name], task)
-    return EvaluationPlan(config, out, tasks, models, headers, groups, cells, answers, memory)
+    return EvaluationPlan(config, place, tasks, models, headers, groups, cells, answers, memory)
+
+
+def _check_place(place: Place, tasks: Sequence[EvaluationTask]) -> None:
+    """Raise InputError for a scorer that needs a folder where there is none."""
+    if isinstance(place, Folder):
+        return
+    for task in tasks:
+        if isinstance(task, ScoredTask) and task.scorer.needs_folder:
+            raise InputError(
+                f"{place.address}: cannot keep the replies of {task.name} as they come, as an "
+                "object store adds nothing to a file; choose a folder as output"
+            )
 
 
 def _check_groups(groups: Mapping[str, Group], tasks: Sequence[str]) -> None:

@@ -2,23 +2,35 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
+import pyarrow
 import pyarrow.parquet as parquet
 
 from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
-from pipelines.evaluate.groups import Group, Leaf, resolve_groups
+from pipelines.evaluate.groups import Group, Groups, Leaf, resolve_groups
 from pipelines.evaluate.harness import write_harness_json
 from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.opened import open_tasks
-from pipelines.evaluate.statistics import Contrast, Estimates, group_estimates, make_sheet, means
+from pipelines.evaluate.places import Folder, open_place
+from pipelines.evaluate.statistics import (
+    Contrast,
+    Estimates,
+    Sheet,
+    group_estimates,
+    make_sheet,
+    mean_draws,
+    means,
+)
 from pipelines.evaluate.store import RESULT_FILE, Cell, DamagedBlockError, Store
+from pipelines.evaluate.studies import undominated, undominated_support
 from pipelines.evaluate.summary import NUMBERS_FILE
 
 GROUP = "group"  # stands for the metric of a group's number
@@ -38,23 +50,32 @@ class Row:
 
 
 class Evaluation:
-    """A finished evaluation's folder.
+    """A finished evaluation, in a folder or at an address.
 
     Raises:
         InputError: no evaluation there, or one of another version.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        path = self.folder / RESULT_FILE
+    def __init__(self, place: str | Path) -> None:
+        self.place = open_place(place)
+        path = f"{self.place.address}/{RESULT_FILE}"
         try:
-            self.summary: dict[str, Any] = json.loads(path.read_text())
+            self.summary: dict[str, Any] = json.loads(self.place.read(RESULT_FILE))
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; no finished evaluation there") from None
+            reason = error.strerror or "No such file or directory"
+            raise InputError(f"{path}: {reason}; no finished evaluation there") from None
         except ValueError:
             raise InputError(f"{path}: not valid JSON") from None
         if not isinstance(self.summary, dict) or self.summary.get("schema") != 2:
             raise InputError(f"{path}: found another version; allowed: schema 2")
+
+    @property
+    def name(self) -> str:
+        """The last part of its place."""
+        place = self.place
+        if isinstance(place, Folder):
+            return place.path.resolve().name
+        return place.address.rpartition("/")[2]
 
     @property
     def models(self) -> list[str]:
@@ -80,19 +101,33 @@ class Evaluation:
             for metric, drop in found["drops"].items()
         ]
 
-    def estimates(self, models: Sequence[str]) -> dict[Leaf, Estimates]:
-        """The joint estimates of models on each (task, metric) that is a mean over documents.
+    def check_names(self, models: Iterable[str] = (), groups: Iterable[str] = ()) -> None:
+        """Raise InputError for an unknown model or group."""
+        for what, wanted, known in (
+            ("model", models, self.models),
+            ("group", groups, list(self._groups.groups)),
+        ):
+            for name in wanted:
+                if name not in known:
+                    found = ", ".join(known) or "none"
+                    raise InputError(
+                        f"{self.place.address}: unknown {what} {name!r}; found: {found}"
+                    )
+
+    def sheets(
+        self, models: Sequence[str], tasks: Iterable[str] | None = None
+    ) -> dict[Leaf, Sheet]:
+        """The values of models on each (task, metric) that is a mean over documents.
+
+        Args:
+            tasks: only these.
 
         Raises:
             InputError: an unknown model, or samples that are damaged or gone.
         """
-        for model in models:
-            if model not in self.models:
-                raise InputError(
-                    f"{self.folder}: unknown model {model!r}; found: {', '.join(self.models)}"
-                )
-        found = {}
-        for task in dict.fromkeys(row.task for row in self.rows() if row.metric != GROUP):
+        self.check_names(models)
+        sheets = {}
+        for task in self._metrics if tasks is None else dict.fromkeys(tasks):
             if any((model, task) not in self._keys for model in models):
                 continue
             samples = {model: self.samples(model, task) for model in models}
@@ -103,23 +138,97 @@ class Evaluation:
                     for model, own in samples.items()
                 }
                 if all(self._is_mean(of, task, metric, own) for of, own in values.items()):
-                    found[task, metric] = means(make_sheet(task, values, clusters))
-        return found
+                    sheets[task, metric] = make_sheet(task, values, clusters)
+        return sheets
+
+    def columns(
+        self, models: Sequence[str], groups: Sequence[str] | None = None
+    ) -> dict[str, Estimates]:
+        """The joint estimates of models on groups.
+
+        Args:
+            groups: the groups to give; without it all whose metrics are means.
+
+        Raises:
+            InputError: as `sheets`; an unknown group, or one that has a metric that is no mean or
+                that a model lacks.
+        """
+        self.check_names(models, groups or ())
+        leaves = {leaf: means(each) for leaf, each in self._sheets_of(models, groups).items()}
+        found = group_estimates(self._groups, leaves)
+        for name in groups or ():
+            self._check_whole(name, leaves)
+        return {name: found[name] for name in groups or found}
+
+    def undominated(
+        self, models: Sequence[str], groups: Sequence[str], seed: int = 0
+    ) -> dict[str, tuple[bool, float]]:
+        """For each model whether no other beats it over groups, and in which share of bootstrap
+        samples so.
+
+        Raises:
+            InputError: as `columns`.
+        """
+        columns = self.columns(models, groups)
+        points = np.stack([columns[name].values for name in groups], axis=-1)
+        sheets = self._sheets_of(models, groups)
+        draws = {leaf: mean_draws(each, seed=seed) for leaf, each in sheets.items()}
+        sizes = {leaf: each.values.shape[1] for leaf, each in sheets.items()}
+        shares = undominated_support(self._groups, groups, draws, sizes)
+        best = undominated(points)
+        return {
+            model: (bool(is_best), float(share))
+            for model, is_best, share in zip(models, best, shares, strict=True)
+        }
 
     def differences(self, first: str, second: str) -> dict[tuple[str, str], Contrast]:
         """The first model's numbers less the second's, paired by document, by task and metric or
         by group; without metrics that are no means.
         """
-        leaves = self.estimates([first, second])
-        groups = {name: Group(**values) for name, values in self.summary["groups"].items()}
-        metrics: dict[str, dict[str, None]] = {}
-        for row in self.rows():
-            if row.metric != GROUP:
-                metrics.setdefault(row.task, {})[row.metric] = None
-        tasks = {task: list(found) for task, found in metrics.items()}
-        columns = group_estimates(resolve_groups(groups, tasks), leaves)
+        sheets = self.sheets([first, second])
+        leaves = {leaf: means(each) for leaf, each in sheets.items()}
+        columns = group_estimates(self._groups, leaves)
         found = {(name, GROUP): each.difference(first, second) for name, each in columns.items()}
         return found | {leaf: each.difference(first, second) for leaf, each in leaves.items()}
+
+    def _sheets_of(self, models: Sequence[str], groups: Sequence[str] | None) -> dict[Leaf, Sheet]:
+        """The sheets that groups, or all of them, need."""
+        names = self._groups.groups if groups is None else groups
+        return self.sheets(models, [task for n in names for task, _ in self._groups.reached(n)])
+
+    def _check_whole(self, group: str, leaves: Mapping[Leaf, Any]) -> None:
+        """Raise InputError for a group with a metric that is not among leaves."""
+        for leaf in self._groups.reached(group):
+            if leaf not in leaves:
+                raise InputError(
+                    f"{self.place.address}: group {group!r}: {'.'.join(leaf)} is no mean over "
+                    "documents, or not all these models have it"
+                )
+
+    @cached_property
+    def _metrics(self) -> dict[str, list[str]]:
+        """The metrics of each task, of whichever models have them."""
+        found: dict[str, dict[str, None]] = {}
+        for row in self.rows():
+            if row.metric != GROUP:
+                found.setdefault(row.task, {})[row.metric] = None
+        return {task: list(metrics) for task, metrics in found.items()}
+
+    @cached_property
+    def _groups(self) -> Groups:
+        """Its groups that some model has a value of."""
+        has_value = {
+            name
+            for entry in self.summary["models"].values()
+            for name, number in entry["groups"].items()
+            if number["value"] is not None
+        }
+        groups = {
+            name: Group(**values)
+            for name, values in self.summary["groups"].items()
+            if name in has_value
+        }
+        return resolve_groups(groups, self._metrics)
 
     def samples(self, model: str, task: str) -> list[Any]:
         """The samples of a cell, in the order of documents.
@@ -136,12 +245,12 @@ class Evaluation:
         Raises:
             InputError: they are damaged or gone.
         """
-        described = self._described(task, self._keys[model, task])
+        described = Store(self.place).described(task, self._keys[model, task])
         return self._read(*described["answers"]) if "answers" in described else None
 
     def _read(self, task: str, key: str) -> list[Any]:
-        store = Store(self.folder)
-        cell = Cell(task, key, self._described(task, key)["documents"], {})
+        store = Store(self.place)
+        cell = Cell(task, key, store.described(task, key)["documents"], {})
         try:
             return [
                 sample for block in range(cell.num_blocks) for sample in store.read(cell, block)[0]
@@ -159,7 +268,9 @@ class Evaluation:
         config = EvaluateConfig(**self.summary["config"])
         tasks = [each for each in open_tasks(config) if isinstance(each, LibraryTask)]
         if not tasks:
-            raise InputError(f"{self.folder}: tasks of a tasks.yaml have no form of the library's")
+            raise InputError(
+                f"{self.place.address}: tasks of a tasks.yaml have no form of the library's"
+            )
         found = []
         for model, entry in self.summary["models"].items():
             own = [task for task in tasks if task.name in entry["tasks"]]
@@ -171,26 +282,18 @@ class Evaluation:
 
     def _check_unchanged(self, model: str, task: LibraryTask) -> None:
         """Raise InputError if a task is not the one whose samples are stored."""
-        measured = self._described(task.name, self._keys[model, task.name])
+        measured = Store(self.place).described(task.name, self._keys[model, task.name])
         if measured["task_fingerprint"] != task.fingerprint:
             raise InputError(
-                f"{self.folder}: task {task.name} has changed since it was measured; run the "
-                "evaluation again"
+                f"{self.place.address}: task {task.name} has changed since it was measured; run "
+                "the evaluation again"
             )
-
-    def _described(self, task: str, key: str) -> dict[str, Any]:
-        """What a cell is of."""
-        path = Store.path_in(self.folder, Cell(task, key, 1, {}), 0).with_name("cell.json")
-        try:
-            found: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: does not read: {error}") from None
-        return found
 
     @cached_property
     def _keys(self) -> dict[tuple[str, str], str]:
         """The key of each cell, by model and task."""
-        table = parquet.read_table(self.folder / NUMBERS_FILE, columns=["model", "task", "key"])
+        content = pyarrow.BufferReader(self.place.read(NUMBERS_FILE))
+        table = parquet.read_table(content, columns=["model", "task", "key"])
         return {(row["model"], row["task"]): row["key"] for row in table.to_pylist()}
 
     def _is_mean(self, model: str, task: str, metric: str, values: dict[str, Any]) -> bool:

@@ -2,8 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from pipelines.evaluate.opened import open_tasks
 from pipelines.evaluate.plan import MODELS_FILE, EvaluationPlan, plan_evaluation
 from pipelines.evaluate.pools import LocalPool, RayPool, ThreadPool
 from pipelines.evaluate.scoring import ScoredTask
-from pipelines.evaluate.store import Cell, DamagedBlockError, Store
+from pipelines.evaluate.store import ATTEMPTS, Cell, DamagedBlockError, Store
 from pipelines.evaluate.summary import Samples, write_summary
 from pipelines.evaluate.workers import Block, Run, Worker
 from pipelines.hub.offline import is_offline
@@ -79,18 +79,38 @@ def evaluate_planned(
     if any(plan.config.engine != plans[0].config.engine for plan in plans):
         raise InputError("engine: differs between evaluations; allowed together: one engine")
     _check_scorers(plans)
+    places = {plan.out.everywhere: plan.out for plan in plans}
+    with ExitStack() as stack:
+        checks = [stack.enter_context(place.writing()) for place in places.values()]
+
+        def check() -> None:
+            for each in checks:
+                each()
+
+        return _filled(plans, force, executor, check)
+
+
+def _filled(
+    plans: Sequence[EvaluationPlan], force: bool, executor: ExecutorName, check: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """Fill the stores and write the numbers.
+
+    Args:
+        check: raises InputError if this process may write no longer.
+    """
     runs = [_Open(number, plan, force) for number, plan in enumerate(plans)]
     failures: list[Failure] = []
     while True:
         read = [run.read(failures) for run in runs]
         missing = [block for _, blocks in read for block in blocks]
+        check()
         if not missing:
             break
         for blocks, engine in _apart(missing, plans):
             with _pool(plans, executor, len(blocks), engine) as pool:
-                failures += fill(blocks, pool)
+                failures += fill(blocks, pool, check)
     return [
-        write_summary(run.plan, samples, run.named(failures))
+        write_summary(run.plan, samples, run.failures(failures))
         for run, (samples, _) in zip(runs, read, strict=True)
     ]
 
@@ -98,14 +118,10 @@ def evaluate_planned(
 def _check_scorers(plans: Sequence[EvaluationPlan]) -> None:
     """Raise InputError for a scorer that cannot do what is missing, before anything is written."""
     for plan in plans:
+        store = Store(plan.out)
         for task in _scored(plan):
             cells = [plan.cells[model, task.name] for model in plan.models]
-            ranges = [
-                cell.documents(block)
-                for cell in cells
-                for block in range(cell.num_blocks)
-                if not Store.path_in(plan.out, cell, block).is_file()
-            ]
+            ranges = [cell.documents(block) for cell in cells for block in store.missing(cell)]
             if ranges:
                 task.scorer.check(sum(last - first for first, last in ranges))
 
@@ -142,7 +158,9 @@ class _Open:
 
     def __init__(self, number: int, plan: EvaluationPlan, force: bool) -> None:
         self.number, self.plan, self._store = number, plan, Store(plan.out)
-        plan.memory.save(plan.out / MODELS_FILE, plan.config.models.values())
+        self._store.begin()
+        self._damages: dict[tuple[Cell, int], list[str]] = {}  # of each block, one after another
+        plan.out.write(MODELS_FILE, plan.memory.dump(plan.config.models.values()))
         for cell in (*plan.cells.values(), *plan.answers.values()) if force else ():
             for block in range(cell.num_blocks):
                 self._store.discard(cell, block)
@@ -160,19 +178,27 @@ class _Open:
             answers = self.plan.answers.get((model, task))
             if (model, task) in failed or (answers and (model, answers.task) in failed):
                 continue
-            samples[model, task], lacking = self._read_cell(cell, range(cell.num_blocks))
+            if self._lost(cell, answers):
+                continue
+            found, lacking = self._read_cell(cell, range(cell.num_blocks))
+            unanswered = self._read_cell(answers, lacking)[1] if answers and lacking else []
+            if self._lost(cell, answers):
+                continue
+            samples[model, task] = found
             of = self.plan.models[model]
             if answers:
-                _, unanswered = self._read_cell(answers, lacking)
                 missing |= {Block(self.number, of, answers, each): None for each in unanswered}
                 lacking = [each for each in lacking if each not in unanswered]
             missing |= {Block(self.number, of, cell, each, answers): None for each in lacking}
         return samples, list(missing)
 
-    def named(self, failures: Sequence[Failure]) -> list[Failure]:
-        """This evaluation's failures, those of answers under the names of the tasks they are of."""
+    def failures(self, of_all: Sequence[Failure]) -> list[Failure]:
+        """This evaluation's failures among those of all, those of answers under the names of the
+        tasks they are of; and the cells that are given up because a block was damaged again and
+        again.
+        """
         found = []
-        for each in failures:
+        for each in of_all:
             tasks = [
                 task
                 for (model, task), answers in self.plan.answers.items()
@@ -180,27 +206,38 @@ class _Open:
             ]
             if each.run == self.number:
                 found += [replace(each, task=task) for task in tasks or [each.task]]
+        for (model, task), cell in self.plan.cells.items():
+            if reason := self._lost(cell, self.plan.answers.get((model, task))):
+                reason = f"damaged {ATTEMPTS} times: {reason}"
+                found.append(Failure(self.number, model, task, reason))
         return found
 
-    def _read_cell(self, cell: Cell, numbers: Iterable[int]) -> tuple[list[Sample], list[int]]:
+    def _lost(self, cell: Cell, answers: Cell | None) -> str:
+        """The last damage of a block, of a cell or of its answers, that is not measured again;
+        empty if there is none.
+        """
+        lost = (each for (of, _), each in self._damages.items() if of in (cell, answers))
+        return next((each[-1] for each in lost if len(each) == ATTEMPTS), "")
+
+    def _read_cell(self, cell: Cell, numbers: Collection[int]) -> tuple[list[Sample], list[int]]:
         """The samples of a cell's blocks, and the numbers of those that are missing; damaged ones
         go.
         """
         samples: list[Sample] = []
-        missing = []
-        for number in numbers:
-            if not self._store.path(cell, number).is_file():
-                missing.append(number)
-                continue
+        missing = sorted({*self._store.missing(cell)} & {*numbers})
+        for number in sorted({*numbers} - {*missing}):
             try:
                 found, _ = self._store.read(cell, number)
             except DamagedBlockError as damage:
-                print(f"  damaged, measured again: {damage}", file=sys.stderr)
+                damages = self._damages.setdefault((cell, number), [])
+                damages.append(str(damage))
+                again = "measured again" if len(damages) < ATTEMPTS else "given up"
+                print(f"  damaged, {again}: {damage}", file=sys.stderr)
                 self._store.discard(cell, number)
                 missing.append(number)
             else:  # without prompts, which numbers do not need and which may be long
                 samples += [replace(sample, requests=[]) for sample in found]
-        return samples, missing
+        return samples, sorted(missing)
 
 
 @contextmanager
@@ -212,13 +249,11 @@ def _pool(
 ) -> Iterator[Pool]:
     """Workers for the blocks of plans, in this process where they need no engine."""
     config = plans[0].config
-    runs = [
-        Run(str(plan.out.absolute()), functools.partial(open_tasks, plan.config)) for plan in plans
-    ]
+    runs = [Run(plan.out.everywhere, functools.partial(open_tasks, plan.config)) for plan in plans]
     pool: LocalPool | RayPool | ThreadPool
     if engine is None:
         here = [
-            Run(run.folder, functools.partial(list, plan.tasks))
+            Run(run.place, functools.partial(list, plan.tasks))
             for run, plan in zip(runs, plans, strict=True)
         ]
         pool = ThreadPool(Worker(here, config.engine), min(BLOCKS_AT_ONCE, num_blocks))

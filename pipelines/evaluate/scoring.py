@@ -60,6 +60,10 @@ class Scorer(Protocol):
     def engine(self) -> EngineConfig | None:
         """The engine that it opens; None: it needs no room of the cluster."""
 
+    @property
+    def needs_folder(self) -> bool:
+        """Whether it keeps files of its own, which an evaluation in an object store cannot hold."""
+
     def num_calls(self, documents: int) -> int:
         """The most calls that so many documents take of something that may cost money; 0: none."""
 

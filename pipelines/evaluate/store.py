@@ -1,21 +1,19 @@
-"""The samples of a matrix on disk: cells of fixed blocks, each a Parquet file that is whole or not
-there.
+"""The samples of a matrix: cells of fixed blocks, each a Parquet file that is whole or not there.
 
 A cell is a task on a model with an engine, known by the digests and fingerprints of the three:
 
     samples/TASK/KEY/cell.json      what it is of
     samples/TASK/KEY/00000.parquet  its first block of documents
 
-A block is `BLOCK_DOCUMENTS` documents, whoever measures it. It is measured under a lock that ends
-with its holder, so several processes fill one matrix, each block once; a block whose holder was
-killed is measured again whole. Equal inputs give equal bytes.
+A block is `BLOCK_DOCUMENTS` documents, whoever measures it. In a folder it is measured under a lock
+that ends with its holder, so several processes fill one matrix, each block once; in an object store
+there is one writer (`places.py`). A block whose holder was killed is measured again whole. Equal
+inputs give equal bytes.
 """
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,18 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from pipelines.commit import make_folder, write_atomically
 from pipelines.errors import InputError
 from pipelines.evaluate.interface import Sample
+from pipelines.evaluate.places import Place, open_place
+from pipelines.evaluate.writer import WRITERS
 from pipelines.fingerprint import fingerprint, fingerprint_work
 
 BLOCK_DOCUMENTS = 256
+ATTEMPTS = 3  # at a block that fails, or that is damaged again and again
 STORE_FILE = "store.json"
 RESULT_FILE = "evaluation.json"
 SAMPLES = "samples"
+CELL_FILE = "cell.json"
 _SCHEMA = pa.schema(
     [
         ("document", pa.int64()),
@@ -82,70 +83,68 @@ def cell_key(digest: dict[str, Any], task_fingerprint: str, engine: dict[str, An
 
 
 class Store:
-    """The folder of a matrix.
+    """The place of a matrix.
 
     Args:
-        folder: a new or empty one, or a store.
+        place: a folder or an address, new or empty, or a store.
 
     Raises:
-        InputError: it holds something else, or cannot be made.
+        InputError: it holds something else, or cannot be read.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        mark = self.folder / STORE_FILE
-        if mark.is_file():
-            _check_mark(mark)
-            return
-        files = [file.name for file in self.folder.iterdir()] if self.folder.is_dir() else []
-        if any(not name.startswith(".") for name in files):
-            other = "an evaluation of an earlier version" if RESULT_FILE in files else "other files"
-            raise InputError(f"{folder}: holds {other}; choose a new or empty folder")
-        make_folder(self.folder)
-        write_atomically(mark, json.dumps({"schema": 2, "block_documents": BLOCK_DOCUMENTS}) + "\n")
+    def __init__(self, place: str | Path | Place) -> None:
+        self.place = open_place(place)
+        names = self.place.names()
+        if STORE_FILE in names:
+            self._check_mark()
+        elif any(not name.startswith(".") and name != WRITERS for name in names):
+            other = "an evaluation of an earlier version" if RESULT_FILE in names else "other files"
+            raise InputError(f"{self.place.address}: holds {other}; choose a new or empty folder")
 
-    def path(self, cell: Cell, block: int) -> Path:
-        """The file of a block."""
-        return self.path_in(self.folder, cell, block)
+    def begin(self) -> None:
+        """Make it a store, if it is none yet."""
+        if STORE_FILE not in self.place.names():
+            self.place.write(STORE_FILE, json.dumps(_mark()) + "\n")
 
     @staticmethod
-    def path_in(folder: str | Path, cell: Cell, block: int) -> Path:
-        """The file of a block in a folder that need not be a store yet."""
-        return _cell_folder(Path(folder), cell) / f"{block:05d}.parquet"
+    def name(cell: Cell, block: int) -> str:
+        """The file of a block."""
+        return f"{_cell_folder(cell)}/{block:05d}.parquet"
 
     def missing(self, cell: Cell) -> list[int]:
         """The blocks of a cell that have no file."""
-        return [block for block in range(cell.num_blocks) if not self.path(cell, block).is_file()]
+        names = self.place.names(_cell_folder(cell))
+        return [block for block in range(cell.num_blocks) if f"{block:05d}.parquet" not in names]
 
     def describe(self, cell: Cell) -> None:
         """Write what the cell is of, where no run has done so."""
-        path = _cell_folder(self.folder, cell) / "cell.json"
-        if not path.is_file():
-            write_atomically(path, json.dumps(cell.described, indent=2) + "\n")
+        if CELL_FILE not in self.place.names(_cell_folder(cell)):
+            content = json.dumps(cell.described, indent=2) + "\n"
+            self.place.write(f"{_cell_folder(cell)}/{CELL_FILE}", content)
 
-    @contextmanager
-    def claimed(self, cell: Cell, block: int) -> Iterator[bool]:
+    def described(self, task: str, key: str) -> dict[str, Any]:
+        """What the cell with a key is of.
+
+        Raises:
+            InputError: it does not say.
+        """
+        name = f"{_cell_folder(Cell(task, key, 1, {}))}/{CELL_FILE}"
+        try:
+            found: dict[str, Any] = json.loads(self.place.read(name))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.place.address}/{name}: does not read: {error}") from None
+        return found
+
+    def keys(self, task: str) -> list[str]:
+        """The keys of the cells that a task's folder holds."""
+        return sorted(self.place.names(_task_folder(task)))
+
+    def claimed(self, cell: Cell, block: int) -> AbstractContextManager[bool]:
         """In the block of code: whether a cell's block is this process's to measure.
 
         It is not where another process measures it, or its file is there already.
         """
-        path = self.path(cell, block)
-        make_folder(path.parent)
-        lock = path.with_name(f".{path.stem}.lock")
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            for left in path.parent.glob(f".{path.name}.*"):  # of a holder that was killed
-                left.unlink(missing_ok=True)
-            yield not path.is_file()
-            if path.is_file():  # whoever opened this lock finds the block
-                lock.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
+        return self.place.claimed(self.name(cell, block))
 
     def write(self, cell: Cell, block: int, samples: Sequence[Sample], notes: Any = None) -> None:
         """Write a block whole, under its lock.
@@ -162,7 +161,7 @@ class Store:
         )
         sink = pa.BufferOutputStream()
         parquet.write_table(table, sink, compression="zstd")
-        write_atomically(self.path(cell, block), memoryview(sink.getvalue()))
+        self.place.write(self.name(cell, block), memoryview(sink.getvalue()))
 
     def read(self, cell: Cell, block: int) -> tuple[list[Sample], Any]:
         """The samples of a block, and its notes.
@@ -170,10 +169,10 @@ class Store:
         Raises:
             DamagedBlockError: the file does not read, or is of another block.
         """
-        path = self.path(cell, block)
+        path = f"{self.place.address}/{self.name(cell, block)}"
         first, last = cell.documents(block)
         try:
-            table = parquet.read_table(path)
+            table = parquet.read_table(pa.BufferReader(self.place.read(self.name(cell, block))))
             about = json.loads(table.schema.metadata[b"poise"])
             rows = table.to_pylist()
             if fingerprint(rows) != about["rows"]:
@@ -191,21 +190,29 @@ class Store:
 
     def discard(self, cell: Cell, block: int) -> None:
         """Remove a damaged block, so that it is measured again."""
-        self.path(cell, block).unlink(missing_ok=True)
+        self.place.remove(self.name(cell, block))
+
+    def _check_mark(self) -> None:
+        """Raise InputError for the store of another version."""
+        try:
+            found = json.loads(self.place.read(STORE_FILE))
+        except ValueError:
+            found = None
+        if found != _mark():
+            raise InputError(
+                f"{self.place.address}/{STORE_FILE}: found {found}; allowed: {_mark()}; choose "
+                "another output for this version"
+            )
 
 
-def _cell_folder(store: Path, cell: Cell) -> Path:
-    return store / SAMPLES / quote(cell.task, safe=" ") / cell.key
+def _cell_folder(cell: Cell) -> str:
+    return f"{_task_folder(cell.task)}/{cell.key}"
 
 
-def _check_mark(mark: Path) -> None:
-    """Raise InputError for the store of another version."""
-    try:
-        found = json.loads(mark.read_text())
-    except ValueError:
-        found = None
-    expected = {"schema": 2, "block_documents": BLOCK_DOCUMENTS}
-    if found != expected:
-        raise InputError(
-            f"{mark}: found {found}; allowed: {expected}; choose another output for this version"
-        )
+def _task_folder(task: str) -> str:
+    return f"{SAMPLES}/{quote(task, safe=' ')}"
+
+
+def _mark() -> dict[str, int]:
+    """What says that a place is a store of this version."""
+    return {"schema": 2, "block_documents": BLOCK_DOCUMENTS}

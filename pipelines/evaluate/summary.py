@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from pipelines.checkpoints.hub import recorded
-from pipelines.commit import write_atomically
 from pipelines.evaluate.fill import Failure
 from pipelines.evaluate.groups import Measure, resolve_groups
 from pipelines.evaluate.interface import EvaluationTask, Number, Sample
@@ -83,7 +82,7 @@ def write_summary(
         ],
         **_hub(plan),
     }
-    write_atomically(plan.out / RESULT_FILE, json.dumps(summary, indent=2) + "\n")
+    plan.out.write(RESULT_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -124,7 +123,7 @@ def _write_table(plan: EvaluationPlan, numbers: Mapping[str, Numbers]) -> None:
     sink = pa.BufferOutputStream()
     table = pa.Table.from_pylist(rows, schema=_NUMBERS_SCHEMA)
     parquet.write_table(table, sink, compression="zstd")
-    write_atomically(plan.out / NUMBERS_FILE, memoryview(sink.getvalue()))
+    plan.out.write(NUMBERS_FILE, memoryview(sink.getvalue()))
 
 
 def _plain(number: Number) -> dict[str, float | None]:

@@ -10,6 +10,7 @@ from pipelines.checkpoints.hub import bring
 from pipelines.engines import EngineConfig, open_engine
 from pipelines.errors import InputError
 from pipelines.evaluate.interface import EvaluationTask, Sample
+from pipelines.evaluate.places import PlaceError
 from pipelines.evaluate.scoring import ScoredTask
 from pipelines.evaluate.store import Cell, Store
 from pipelines.robustness.queries import StoredQueries
@@ -35,9 +36,9 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One evaluation: its store's folder, and what opens its tasks, which takes a while."""
+    """One evaluation: its store's place, and what opens its tasks, which takes a while."""
 
-    folder: str
+    place: str
     open_tasks: Callable[[], Sequence[EvaluationTask]]
 
 
@@ -95,7 +96,7 @@ class Worker:
             torch.set_num_threads(num_threads)
         if directory and Path(directory).is_dir():
             os.chdir(directory)
-        self._runs, self._stores = runs, [Store(run.folder) for run in runs]
+        self._runs, self._stores = runs, [Store(run.place) for run in runs]
         self._asked = self._config = engine
         self._offline = offline
         self._tasks: dict[int, dict[tuple[str, str], EvaluationTask]] = {}  # by name, fingerprint
@@ -108,11 +109,13 @@ class Worker:
         try:
             with store.claimed(block.cell, block.number) as mine:
                 if not mine:
-                    there = store.path(block.cell, block.number).is_file()
-                    return Outcome("done" if there else "held")
+                    missing = block.number in store.missing(block.cell)
+                    return Outcome("held" if missing else "done")
                 store.describe(block.cell)
                 samples, notes = self._scored(block) if block.answers else self._samples(block)
                 store.write(block.cell, block.number, samples, notes)
+        except PlaceError as error:
+            return Outcome("failed", reason=str(error))
         except InputError as error:
             return Outcome("refused", reason=str(error))
         except Exception as error:  # whatever a library raises: the rest of the matrix goes on
@@ -143,7 +146,7 @@ class Worker:
         task, store = self._task(block), self._stores[block.run]
         assert isinstance(task, ScoredTask) and block.answers is not None
         answers, _ = store.read(block.answers, block.number)
-        return task.scorer.score(answers, str(store.folder)), None
+        return task.scorer.score(answers, store.place.everywhere), None
 
     def _samples(self, block: Block) -> tuple[list[Sample], Any]:
         """A block's samples, and notes. Where memory runs out, the block is measured again whole

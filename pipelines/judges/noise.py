@@ -75,7 +75,7 @@ def judged_tasks(evaluation: Evaluation) -> list[str]:
         if "verdicts" in notes
     }
     if not found:
-        raise InputError(f"{evaluation.folder}: holds no judged task")
+        raise InputError(f"{evaluation.place.address}: holds no judged task")
     return list(found)
 
 

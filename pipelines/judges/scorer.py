@@ -59,6 +59,8 @@ class JudgeScorer:
         source: where the templates are from, for readers.
     """
 
+    needs_folder = True  # of verdicts
+
     def __init__(
         self, name: str, protocol: Protocol, judge: Judge, asking: Asking, source: str
     ) -> None:

@@ -2,7 +2,7 @@
 
 from pipelines.merge.config import MergeConfig, load_merge_config
 from pipelines.merge.plan import MergePlan, plan_merge
-from pipelines.merge.run import merge, merge_planned, output_place, record_of
+from pipelines.merge.run import merge, merge_planned, record_of
 
 __all__ = [
     "MergeConfig",
@@ -10,7 +10,6 @@ __all__ = [
     "load_merge_config",
     "merge",
     "merge_planned",
-    "output_place",
     "plan_merge",
     "record_of",
 ]

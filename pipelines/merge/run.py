@@ -21,7 +21,7 @@ from pipelines.merge.plan import MergePlan, plan_merge
 from pipelines.merge.remote import Destination, merge_to_url
 from pipelines.progress import Progress
 from pipelines.provenance import read_record
-from pipelines.storage import resolve_output
+from pipelines.storage import output_place
 
 ExecutorName = Literal["local", "ray"]
 
@@ -91,15 +91,6 @@ def record_of(place: Path | str) -> dict[str, Any] | None:
     if isinstance(place, str) and "://" in place:
         return Destination.open(place).read(RECORD_FILE)
     return read_record(Path(place))
-
-
-def output_place(out: str, storage: str | None) -> Path | str:
-    """The absolute path or the address of an output; a relative one is below `storage`."""
-    if "://" in out:
-        return out
-    if storage is not None and "://" in storage and not Path(out).is_absolute():
-        return f"{storage.rstrip('/')}/{out}"
-    return resolve_output(out, storage)
 
 
 def refuse_inputs(out: Path, inputs: Iterable[str], work: str) -> None:

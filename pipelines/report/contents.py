@@ -50,11 +50,11 @@ def page_of_evaluations(evaluations: Sequence[Evaluation], settings: Settings) -
     """
     found = join(evaluations)
     if not found.rows or not any(found.metrics(frame) for frame in found.frames):
-        raise InputError(f"{evaluations[0].folder}: holds no numbers")
+        raise InputError(f"{evaluations[0].place.address}: holds no numbers")
     matrix = make_matrix(found, lower=settings.lower, seed=settings.seed)
     lineage = origins(_paths(found))
     kinds = {origin.name: origin.kind for origin in lineage}
-    names = ", ".join(each.folder.resolve().name for each in evaluations)
+    names = ", ".join(each.name for each in evaluations)
     frames = "; ".join(f"{frame} split" for frame in dict.fromkeys(found.frames))
     about = f"{len(matrix.rows)} models, {len(matrix.columns)} columns; {frames}"
     return Page(

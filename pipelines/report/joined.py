@@ -86,7 +86,7 @@ def join(evaluations: Sequence[Evaluation]) -> Set:
     digests: dict[str, dict[str, str]] = {}  # name -> digest -> the first folder with it
     for each in evaluations:
         for name, entry in each.summary["models"].items():
-            digests.setdefault(name, {}).setdefault(entry["digest"], each.folder.resolve().name)
+            digests.setdefault(name, {}).setdefault(entry["digest"], each.name)
     for name, owners in digests.items():
         for digest, folder in owners.items():
             found.rows[name, digest] = name if len(owners) == 1 else f"{folder}/{name}"
@@ -107,8 +107,8 @@ def _take_in(found: Set, evaluation: Evaluation) -> None:
         group = Group(**values)
         if groups.setdefault(name, group) != group:
             raise InputError(
-                f"{evaluation.folder}: group {name!r} is another one than in the evaluations "
-                "before it; report them one by one"
+                f"{evaluation.place.address}: group {name!r} is another one than in the "
+                "evaluations before it; report them one by one"
             )
     for name, entry in evaluation.summary["models"].items():
         row = found.rows[name, entry["digest"]]
@@ -118,8 +118,8 @@ def _take_in(found: Set, evaluation: Evaluation) -> None:
             own = {metric: _measure(number) for metric, number in metrics.items()}
             if task in numbers and numbers[task] != own:
                 raise InputError(
-                    f"{evaluation.folder}: {name} on {task} has other numbers than in "
-                    f"{places[task][0].folder}; report them one by one"
+                    f"{evaluation.place.address}: {name} on {task} has other numbers than in "
+                    f"{places[task][0].place.address}; report them one by one"
                 )
             places.setdefault(task, (evaluation, name))
             numbers.setdefault(task, own)
@@ -151,8 +151,8 @@ def numeric_values(found: Set, frame: Frame, task: str) -> Documents:
                 own.setdefault(metric, {})[sample.id] = value
         if clusters and documents != clusters:
             raise InputError(
-                f"{evaluation.folder}: {model} was measured on other documents of {task} than "
-                f"{rows[0]}; report them one by one"
+                f"{evaluation.place.address}: {model} was measured on other documents of {task} "
+                f"than {rows[0]}; report them one by one"
             )
         clusters, values[row] = documents, own
     found.documents[frame, task] = values, clusters
@@ -170,7 +170,7 @@ def described(found: Set) -> list[dict[str, Any]]:
     """The evaluations themselves: folder, frame, engine, remarks and failed cells."""
     return [
         {
-            "folder": each.folder.resolve().name,
+            "folder": each.name,
             "frame": str(frame_of(each)),
             "engine": json.dumps(each.summary["config"].get("engine", {}), sort_keys=True),
             "remarks": each.summary.get("remarks", {}),

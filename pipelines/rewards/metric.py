@@ -42,6 +42,7 @@ class RewardScorer:
     """
 
     remark = ""
+    needs_folder = False
 
     def __init__(self, model: RewardModel, too_long: TooLong = "error") -> None:
         if not model.text.tokenizer.chat_template:

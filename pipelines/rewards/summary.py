@@ -124,7 +124,9 @@ def of_length(scores: pd.DataFrame, pairs: pd.DataFrame) -> Values:
 
 
 def correlation(first: Any, second: Any) -> Values:
-    """Pearson's and Spearman's coefficients (equal values have their mean rank)."""
+    """Pearson's and Spearman's coefficients (equal values have their mean rank); None where one of
+    the two is constant.
+    """
     first, second = pd.Series(first, dtype=float), pd.Series(second, dtype=float)
     ranks = first.rank(), second.rank()
     return {
@@ -135,6 +137,8 @@ def correlation(first: Any, second: Any) -> Values:
 
 
 def _pearson(first: pd.Series, second: pd.Series) -> float | None:
+    if len(first) == 0 or np.ptp(first) == 0 or np.ptp(second) == 0:  # a mean may be off by an ulp
+        return None
     x, y = (each.to_numpy() - each.mean() for each in (first, second))
     scale = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / scale if scale else None

@@ -5,15 +5,15 @@ The unattacked prompt is the cell of the unattacked task itself. The others lie 
 attacked task, beside its own cell.
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipelines.errors import InputError
 from pipelines.evaluate.interface import EvaluationTask, Sample
-from pipelines.evaluate.store import Cell, DamagedBlockError, Store, cell_key
+from pipelines.evaluate.store import ATTEMPTS, Cell, DamagedBlockError, Store, cell_key
 
 if TYPE_CHECKING:
     from pipelines.engines.interface import Engine
@@ -62,7 +62,7 @@ class StoredQueries:
             held = [block for block in missing if not self._measured(cell, block, task)]
             if len(held) == len(missing):
                 time.sleep(POLL_S)
-            missing = [block for block in held if not self._store.path(cell, block).is_file()]
+            missing = sorted({*held} & {*self._store.missing(cell)})
 
     def _cell_of(self, task: EvaluationTask) -> Cell:
         """The cell of a prompt on this model."""
@@ -81,25 +81,32 @@ class StoredQueries:
                 self._store.describe(cell)
                 samples = task.measure(self._engine, *cell.documents(block))
                 self._store.write(cell, block, samples, self._notes)
-        return self._store.path(cell, block).is_file()
+        return block not in self._store.missing(cell)
 
     def _read(self, cell: Cell, block: int, task: EvaluationTask) -> list[Sample]:
-        """A block's samples; a damaged one is measured again."""
-        while True:
+        """A block's samples; a damaged one is measured again.
+
+        Raises:
+            DamagedBlockError: it is damaged again and again.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
             self.measure(task)
             try:
                 return self._store.read(cell, block)[0]
             except DamagedBlockError as damage:
-                print(f"  damaged, measured again: {damage}", file=sys.stderr)
                 self._store.discard(cell, block)
+                if attempt == ATTEMPTS:
+                    raise
+                print(f"  damaged, measured again: {damage}", file=sys.stderr)
+        raise AssertionError("the last attempt returns or raises")
 
 
 def forget(store: Store, cell: Cell) -> None:
     """Remove what an attacked task has asked the model of its cell, so that it is asked again."""
-    folder = store.path(cell, 0).parent.parent
-    for file in folder.glob("*/cell.json"):
-        with suppress(OSError, ValueError):
-            about = json.loads(file.read_text())
+    for key in store.keys(cell.task):
+        with suppress(InputError):  # what does not say what it is of stays
+            about = store.described(cell.task, key)
             if all(about.get(name) == cell.described[name] for name in ("digest", "engine")):
-                for block in file.parent.glob("*.parquet"):
-                    block.unlink(missing_ok=True)
+                asked = Cell(cell.task, key, about["documents"], about)
+                for block in range(asked.num_blocks):
+                    store.discard(asked, block)

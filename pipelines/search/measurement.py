@@ -24,6 +24,7 @@ from pipelines.evaluate.groups import Measure, resolve_groups
 from pipelines.evaluate.interface import EvaluationTask, Number, Sample
 from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.opened import open_all
+from pipelines.evaluate.places import Folder, open_place
 from pipelines.evaluate.plan import cell_of
 from pipelines.evaluate.store import Cell, DamagedBlockError, Store
 from pipelines.fingerprint import fingerprint
@@ -110,7 +111,7 @@ class Measurer:
                 )
         self._tasks: dict[str, EvaluationTask] = {task.name: task for task in tasks}
         self._opened, self._kept = Opened(), Kept(kept_bytes)
-        self._store = None if store is None else Store(store)
+        self._store = None if store is None else _begun(store)
         self._companions: dict[str, str] = {}
         self._engine: Engine | None = None
 
@@ -211,14 +212,13 @@ class Measurer:
             return found
         with clock.part("store"):
             for name, cell in cells.items():
-                for block in range(cell.num_blocks):
-                    if self._store.path(cell, block).is_file():
-                        try:
-                            samples, _ = self._store.read(cell, block)
-                        except DamagedBlockError:
-                            self._store.discard(cell, block)
-                            continue
-                        found[name] |= {sample.document: sample for sample in samples}
+                for block in sorted({*range(cell.num_blocks)} - {*self._store.missing(cell)}):
+                    try:
+                        samples, _ = self._store.read(cell, block)
+                    except DamagedBlockError:
+                        self._store.discard(cell, block)
+                        continue
+                    found[name] |= {sample.document: sample for sample in samples}
         return found
 
     def _write(
@@ -327,6 +327,19 @@ class Measurer:
                     error = float("nan") if average.stderr is None else average.stderr
                     found[name] = average.value, error
         return {n: v for n, (v, _) in found.items()}, {n: e for n, (_, e) in found.items()}
+
+
+def _begun(place: str) -> Store:
+    """The store in a folder, made if it is none yet.
+
+    Raises:
+        InputError: an address, as an object store has one writer; or `Store` refuses it.
+    """
+    if not isinstance(open_place(place), Folder):
+        raise InputError(f"store: found {place!r}; allowed: a folder, into which several may write")
+    store = Store(place)
+    store.begin()
+    return store
 
 
 def answers(

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipelines.config import Config
+from pipelines.evaluate.groups import GroupsField
+from pipelines.evaluate.harness import TaskSet
 from pipelines.evaluate.tasks import Split
 
 
@@ -45,8 +47,13 @@ class SweepConfig(Config):
         description="field (as in key.sub=value) -> every value of a list, or draws from a range",
     )
     num_samples: int | None = Field(None, ge=1, description="draws, where there is a range")
-    tasks: Path = Field(description="a tasks.yaml")
-    only: list[str] | None = Field(None, description="names of the tasks to run; default all")
+    tasks: Path | list[str | TaskSet] = Field(
+        description="as for poise evaluate: names and folders, or a tasks.yaml"
+    )
+    groups: GroupsField | None = Field(None, description="averages by name, or a file of them")
+    only: list[str] | None = Field(
+        None, description="names of the tasks of a tasks.yaml to run; default all"
+    )
     split: Split = "development"
     choose_on: Literal["development", "test"] = Field(
         "development", description="test: the test split decides, which marks all output"
@@ -56,7 +63,10 @@ class SweepConfig(Config):
     limit: int | None = Field(
         None, ge=1, description="use only this many prompts of each task, from the first on"
     )
-    metric: str = Field("average", description="average, one of the H's, or a task's name")
+    metric: str = Field(
+        "average",
+        description="average, one of the H's, a task; of a list of tasks a group or task.metric",
+    )
     mode: Literal["max", "min"] = "max"
     max_concurrent_trials: int = Field(2, ge=1)
     cpus_per_trial: float = Field(0.9, gt=0)
@@ -71,6 +81,11 @@ class SweepConfig(Config):
                 f"split: found {self.split}, choose_on: {self.choose_on}; allowed: development for "
                 "both, or test for both, as numbers of the split that was chosen on are too high"
             )
+        of_list = {"groups"} if isinstance(self.tasks, Path) else {"only", "max_new_tokens"}
+        for field in sorted(of_list):
+            if getattr(self, field) != type(self).model_fields[field].default:
+                form = "a tasks.yaml" if isinstance(self.tasks, Path) else "a list of tasks"
+                raise ValueError(f"{field}: has no effect with {form}")
         if ranges and self.num_samples is None:
             raise ValueError(f"num_samples: required, because {ranges[0]} is a range")
         if not ranges and self.num_samples is not None:

@@ -16,6 +16,10 @@ from pipelines.config import apply_overrides, load_yaml
 from pipelines.engines import EngineConfig
 from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate_planned, percentages, plan_evaluation
+from pipelines.evaluate.groups import Group, Measure, resolve_groups
+from pipelines.evaluate.harness.averages import metric_names
+from pipelines.evaluate.library_task import LibraryTask
+from pipelines.evaluate.opened import open_all
 from pipelines.evaluate.tasks import DIMENSIONS, load_rows, load_tasks
 from pipelines.fingerprint import fingerprint, fingerprint_file, fingerprint_work
 from pipelines.merge import load_merge_config, merge, plan_merge
@@ -25,6 +29,7 @@ from pipelines.sweep.config import Range, SweepConfig
 
 RESULT_FILE = "sweep.json"
 CANDIDATE = "candidate"
+_CHOSEN = "metric:"  # stands for what decides; no group is named so
 
 
 def sweep(config: SweepConfig, out: str | Path, *, force: bool = False) -> dict[str, Any]:
@@ -97,13 +102,10 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     Raises:
         InputError: the first mistake.
     """
-    tasks = load_tasks(config.tasks)
-    allowed = ["average", *DIMENSIONS, *(task.name for task in tasks)]
-    if config.metric not in allowed:
-        raise InputError(f"metric: found {config.metric!r}; allowed: {', '.join(allowed)}")
-    for name in config.only or ():
-        if name not in allowed[1 + len(DIMENSIONS) :]:
-            raise InputError(f"only: found {name!r}; allowed: names of tasks in {config.tasks}")
+    if isinstance(config.tasks, Path):
+        files, rows = _old_tasks(config, config.tasks)
+    else:
+        files, rows = [], _listed_tasks(config)
     tried = {key: _ends(values) for key, values in config.search.items()}
     first = {key: values[0] for key, values in tried.items()}
     merge_config = load_merge_config(config.merge, _overrides(first))
@@ -114,18 +116,48 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
             pins = pins_of(other, pins)
     merge_config = with_pins(merge_config, pins)
     inputs = plan_merge(merge_config).identities
-    rows = {}
-    for task in tasks:
-        load_rows(task, config.split)
-        rows[task.name] = fingerprint_file(task.files[config.split])
-    files = [fingerprint_file(config.merge), fingerprint_file(config.tasks)]
-    settings = config.model_dump(
-        mode="json", exclude={"max_concurrent_trials", "cpus_per_trial", "choose_on"}
-    )
+    files = [fingerprint_file(config.merge), *files]
+    left_out = {"max_concurrent_trials", "cpus_per_trial", "choose_on"}
+    if config.groups is None:  # which finished sweeps of earlier versions do not have
+        left_out.add("groups")
+    settings = config.model_dump(mode="json", exclude=left_out)
     made = merge_config.model_dump(mode="json")
     # A sweep's numbers come from merges and evaluations.
     key = fingerprint_work([settings, files, made, inputs, rows], "sweep", "merge", "evaluate")
     return SweepPlan(config, key, pins)
+
+
+def _old_tasks(config: SweepConfig, path: Path) -> tuple[list[str], dict[str, str]]:
+    """The fingerprints of a `tasks.yaml` and of the rows of its tasks; checks metric and names."""
+    tasks = load_tasks(path)
+    allowed = ["average", *DIMENSIONS, *(task.name for task in tasks)]
+    if config.metric not in allowed:
+        raise InputError(f"metric: found {config.metric!r}; allowed: {', '.join(allowed)}")
+    for name in config.only or ():
+        if name not in allowed[1 + len(DIMENSIONS) :]:
+            raise InputError(f"only: found {name!r}; allowed: names of tasks in {path}")
+    rows = {}
+    for task in tasks:
+        load_rows(task, config.split)
+        rows[task.name] = fingerprint_file(task.files[config.split])
+    return [fingerprint_file(path)], rows
+
+
+def _listed_tasks(config: SweepConfig) -> dict[str, str]:
+    """The fingerprints of the tasks of a list; checks that the metric is one number."""
+    tasks, groups = open_all(_evaluation(config, Path(CANDIDATE)))
+    metrics = {
+        each.name: metric_names(each.task) for each in tasks if isinstance(each, LibraryTask)
+    }
+    chosen = Group(members=[config.metric])
+    try:
+        resolve_groups({**groups, _CHOSEN: chosen}, metrics)
+    except InputError:
+        resolve_groups(groups, metrics)
+        numbers = [f"{task}.{metric}" for task, names in metrics.items() for metric in names]
+        allowed = ", ".join([*groups, *numbers])
+        raise InputError(f"metric: found {config.metric!r}; allowed: {allowed}") from None
+    return {each.name: each.fingerprint for each in tasks}
 
 
 def _ends(values: list[Any] | Range) -> list[Any]:
@@ -220,21 +252,28 @@ def _trial(
         shutil.rmtree(scratch, ignore_errors=True)
         merged = with_pins(load_merge_config(settings.merge, _overrides(parameters)), pins)
         model = Path(merge(merged, scratch / CANDIDATE, executor="local"))
-        metrics = _measure(settings, model)
-        value = (metrics.get(settings.metric) or metrics["tasks"][settings.metric])["value"]
+        metrics, value = _measure(settings, model)
         trial = {"parameters": parameters, "value": value, "metrics": metrics}
         write_atomically(record, json.dumps(trial))
         shutil.rmtree(scratch)
     tune.report({"trial": json.loads(record.read_text())})
 
 
-def _measure(config: SweepConfig, model: Path) -> dict[str, Any]:
-    """The numbers of a new model on the sweep's tasks and split."""
-    evaluation = EvaluateConfig(
+def _evaluation(config: SweepConfig, model: Path) -> EvaluateConfig:
+    """What measures a model on the sweep's tasks and split."""
+    own = {"split", "limit"}
+    own |= {"only", "max_new_tokens"} if isinstance(config.tasks, Path) else {"groups"}
+    return EvaluateConfig(
         models={CANDIDATE: model},
+        tasks=config.tasks,
         engine=EngineConfig(batch_size=config.batch_size),
-        **config.model_dump(include={"tasks", "only", "split", "max_new_tokens", "limit"}),
+        **{field: getattr(config, field) for field in own},
     )
+
+
+def _measure(config: SweepConfig, model: Path) -> tuple[dict[str, Any], float]:
+    """The numbers of a new model on the sweep's tasks and split, and the one that decides."""
+    evaluation = _evaluation(config, model)
     record, memory = read_record(model), DigestMemory()
     assert record is not None
     digest = ModelDigest(record["weights"], record["companions"])  # from the merge; not read again
@@ -244,4 +283,24 @@ def _measure(config: SweepConfig, model: Path) -> dict[str, Any]:
     if summary["failed"]:
         failed = summary["failed"][0]
         raise InputError(f"task {failed['task']!r}: {failed['reason']}")
-    return percentages(summary, CANDIDATE)
+    if isinstance(config.tasks, Path):
+        metrics = percentages(summary, CANDIDATE)
+        return metrics, (metrics.get(config.metric) or metrics["tasks"][config.metric])["value"]
+    entry = summary["models"][CANDIDATE]
+    found: dict[str, Any] = {name: entry[name] for name in ("groups", "tasks")}
+    return found, _number(config.metric, found)
+
+
+def _number(metric: str, found: dict[str, Any]) -> float:
+    """A group's value, or that of a task's metric."""
+    if metric in found["groups"]:
+        return float(found["groups"][metric]["value"])
+    measured = {
+        task: {name: Measure(number["value"]) for name, number in numbers.items()}
+        for task, numbers in found["tasks"].items()
+    }
+    names = {task: list(numbers) for task, numbers in measured.items()}
+    groups = resolve_groups({_CHOSEN: Group(members=[metric])}, names)
+    value = groups.averages(measured)[_CHOSEN].value
+    assert value is not None  # a failed task has ended the trial
+    return value

@@ -5,10 +5,16 @@ scores, an engine answers.
 from pipelines.evaluate.harness.evaluation import (
     TaskResult,
     chat_template_of,
-    check_chat,
-    evaluate,
+    measure_range,
+    measure_tasks,
+    requests_of,
 )
-from pipelines.evaluate.harness.loading import LIBRARY_SEED, TaskSet, load_tasks
+from pipelines.evaluate.harness.loading import (
+    LIBRARY_SEED,
+    TaskSet,
+    load_tasks,
+    load_tasks_and_averages,
+)
 from pipelines.evaluate.harness.requests import Answer, LongPrompts, Request, answered
 from pipelines.evaluate.harness.results import harness_results, write_harness_json
 from pipelines.evaluate.harness.splits import Split
@@ -29,9 +35,11 @@ __all__ = [
     "TaskSet",
     "answered",
     "chat_template_of",
-    "check_chat",
-    "evaluate",
     "harness_results",
     "load_tasks",
+    "load_tasks_and_averages",
+    "measure_range",
+    "measure_tasks",
+    "requests_of",
     "write_harness_json",
 ]

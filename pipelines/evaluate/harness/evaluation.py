@@ -1,4 +1,4 @@
-"""All of it in one process: an engine's model on tasks."""
+"""A task on an engine: what is asked, answered and scored for a range of its documents."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,10 +37,37 @@ class TaskResult:
         return sum(answer.num_cut > 0 for answer in self.answers)
 
 
-def evaluate(
+def requests_of(text: "Text", task: Task, first: int, last: int) -> list[Request]:
+    """The requests of a range of documents, in a model's chat template where the task wants one.
+
+    Raises:
+        InputError: it wants one and the model has none.
+    """
+    check_chat(text, task)
+    template = chat_template_of(text.tokenizer) if task.chat.wanted else None
+    return task.requests(first, last, template)
+
+
+def measure_range(
+    engine: Engine, task: Task, first: int, last: int, long_prompts: LongPrompts = "cut"
+) -> tuple[list[Request], list[Answer], list[Score]]:
+    """Ask an engine about the documents `first` to `last - 1`, and score its answers.
+
+    Args:
+        long_prompts: as for `answered`.
+
+    Raises:
+        InputError: as `measure_tasks`.
+    """
+    requests = requests_of(engine.text, task, first, last)
+    answers = answered(engine, requests, task.name, long_prompts)
+    return requests, answers, task.score(first, last, answers)
+
+
+def measure_tasks(
     engine: Engine, tasks: Sequence[Task], *, long_prompts: LongPrompts = "cut"
 ) -> dict[str, TaskResult]:
-    """Measure an engine's model on tasks.
+    """Measure an engine's model on whole tasks, in this process and without a store.
 
     Args:
         long_prompts: as for `answered`.
@@ -56,10 +83,7 @@ def evaluate(
         check_chat(engine.text, task)
     found = {}
     for task in tasks:
-        template = chat_template_of(engine.text.tokenizer) if task.chat.wanted else None
-        requests = task.requests(0, len(task), template)
-        answers = answered(engine, requests, task.name, long_prompts)
-        scores = task.score(0, len(task), answers)
+        requests, answers, scores = measure_range(engine, task, 0, len(task), long_prompts)
         found[task.name] = TaskResult(task, requests, answers, scores, task.aggregate(scores))
     return found
 

@@ -20,6 +20,7 @@ from pipelines.errors import InputError
 from pipelines.hub.offline import is_offline
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group as LibraryGroup
     from lm_eval.api.task import Task as LibraryTask
     from lm_eval.tasks._index import Entry
 
@@ -83,8 +84,9 @@ class Templates(SandboxedEnvironment):
 
 def built(
     entry: "Entry", registry: "dict[str, Entry]", allow_code: bool, inside: Path | None
-) -> "list[LibraryTask]":
-    """The tasks that a name stands for, with their data: itself, or the members of a group or tag.
+) -> "tuple[list[LibraryTask], list[LibraryGroup]]":
+    """The tasks that a name stands for, with their data: itself, or the members of a group or tag;
+    and the group with all groups below it.
 
     Args:
         registry: the index that groups and tags choose their members from.
@@ -105,8 +107,8 @@ def built(
         except (*FAILURES, DatasetsError) as error:
             raise _failed(entry.name, factory.last, error) from None
     if isinstance(found, Group):
-        return list(found.get_all_tasks())
-    return found if isinstance(found, list) else [found]
+        return list(found.get_all_tasks()), [found, *found.get_all_groups()]
+    return (found if isinstance(found, list) else [found]), []
 
 
 def first_line(error: BaseException) -> str:

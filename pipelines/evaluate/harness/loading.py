@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from pipelines.config import Config, check
 from pipelines.errors import InputError
 from pipelines.evaluate.graders import require_code
+from pipelines.evaluate.groups import Group
+from pipelines.evaluate.harness.averages import averages_of
 from pipelines.evaluate.harness.library import built, require_library
 from pipelines.evaluate.harness.names import folder_tasks, own_task, own_tasks, unknown
 from pipelines.evaluate.harness.requests import sampling_of
@@ -16,6 +18,7 @@ from pipelines.evaluate.harness.splits import SPLITS, Split, documents_of
 from pipelines.evaluate.harness.tasks import Chat, Task
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group as LibraryGroup
     from lm_eval.api.task import Task as LibraryTask
     from lm_eval.tasks._index import Entry
 
@@ -58,6 +61,23 @@ def load_tasks(
 ) -> list[Task]:
     """The tasks that names, or mappings of `TaskSet`, stand for, each with its documents.
 
+    Raises:
+        InputError: as `load_tasks_and_averages`.
+    """
+    tasks, _ = load_tasks_and_averages(specs, split, limit=limit, seed=seed, allow_code=allow_code)
+    return tasks
+
+
+def load_tasks_and_averages(
+    specs: Sequence[str | Mapping[str, Any] | TaskSet],
+    split: Split = "test",
+    *,
+    limit: int | None = None,
+    seed: int = LIBRARY_SEED,
+    allow_code: bool = False,
+) -> tuple[list[Task], dict[str, Group]]:
+    """As `load_tasks`, and the averages that the library's groups among the names define.
+
     Args:
         split: a task with one split alone is halved.
         limit: only so many documents of each task, from the first on.
@@ -74,16 +94,17 @@ def load_tasks(
         raise InputError(f"limit: found {limit}; allowed: 1 or more")
     require_library()
     sets = [_as_set(spec, place) for place, spec in enumerate(specs)]
+    found = [(each, *_libraries(each, allow_code)) for each in sets]
     tasks = [
         _ready(library, each, split, limit, seed, allow_code)
-        for each in sets
-        for library in _libraries(each, allow_code)
+        for each, libraries, _ in found
+        for library in libraries
     ]
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"tasks: {name} is there twice; names must differ")
-    return tasks
+    return tasks, averages_of([group for _, _, groups in found for group in groups], tasks)
 
 
 def _as_set(spec: str | Mapping[str, Any] | TaskSet, place: int) -> TaskSet:
@@ -93,23 +114,30 @@ def _as_set(spec: str | Mapping[str, Any] | TaskSet, place: int) -> TaskSet:
     return check({"names": [spec]} if isinstance(spec, str) else spec, TaskSet, f"tasks.{place}")
 
 
-def _libraries(chosen: TaskSet, allow_code: bool) -> "list[LibraryTask]":
-    """The library's tasks of a set."""
-    found: list[LibraryTask] = []
+def _libraries(chosen: TaskSet, allow_code: bool) -> "tuple[list[LibraryTask], list[LibraryGroup]]":
+    """The library's tasks of a set, and the groups that they were named by."""
+    tasks: list[LibraryTask] = []
+    groups: list[LibraryGroup] = []
+
+    def add(entry: "Entry", registry: "dict[str, Entry]", inside: Path | None) -> None:
+        own, above = built(entry, registry, allow_code, inside)
+        tasks.extend(own)
+        groups.extend(above)
+
     if chosen.include_path is None:
         for name in chosen.names or []:
             index = own_task(name) or own_tasks()
             if name not in index:
                 raise unknown(name, index, "lm-evaluation-harness")
-            found += built(index[name], index, allow_code, None)
-        return found
+            add(index[name], index, None)
+        return tasks, groups
     folder = folder_tasks(chosen.include_path, allow_code=allow_code)
     registry = _with_members(folder)
     for name in chosen.names or [name for name, entry in folder.items() if _is_task(entry)]:
         if name not in folder:
             raise unknown(name, folder, str(chosen.include_path))
-        found += built(registry[name], registry, allow_code, chosen.include_path)
-    return found
+        add(registry[name], registry, chosen.include_path)
+    return tasks, groups
 
 
 def _is_task(entry: "Entry") -> bool:

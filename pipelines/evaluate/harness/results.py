@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from operators.statistics import clustered_mean
-from pipelines.commit import write_atomically
+from pipelines.commit import make_folder, write_atomically
 from pipelines.evaluate.harness.evaluation import TaskResult
 from pipelines.evaluate.harness.requests import Answer, Request
 from pipelines.evaluate.harness.tasks import Score, Task
@@ -136,7 +136,7 @@ def write_harness_json(
     """
     stamp = (date or datetime.now()).isoformat().replace(":", "-")
     place = Path(folder) / _sanitized(model)
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place)
     for name, result in results.items():
         lines = (
             json.dumps(line, default=str, ensure_ascii=False) + "\n"

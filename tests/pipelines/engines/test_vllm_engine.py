@@ -5,24 +5,32 @@ back and forth must lead to what the start gave.
 """
 
 import asyncio
+import functools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaForSequenceClassification
 
 from pipelines.engines import EngineConfig, Sampling, answer_seed, open_engine
 from pipelines.engines.weights import MergeWeights
 from pipelines.errors import InputError
+from pipelines.evaluate import workers
+from pipelines.evaluate.results import Evaluation
 from pipelines.merge import load_merge_config, plan_merge
 from pipelines.merge.kept import Kept
 from pipelines.rewards import ScoreConfig
 from pipelines.rewards.rows import read_rows
 from pipelines.rewards.scoring import scored as scored_rows
+from ray_jobs import evaluate as command
 from tests.pipelines.checkpoints.digest_definition import weights_digest
 from tests.pipelines.engines.references import Reference, damage, long_prompts, save_chatty
+from tests.pipelines.evaluate.made_up_tasks import save_tasks
 from tests.pipelines.rewards.reward_models import bench_rows, write_rows
+from tests.ray_jobs.command_line import poise
 from tests.tiny_models import save_tiny, save_tiny_llama
 
 pytest.importorskip("vllm")
@@ -110,6 +118,23 @@ def test_both_engines_give_the_same_greedy_answers(engine, models: dict[str, Pat
     assert [e.tokens for e in engine.generate(CHATS, punished)] == [
         e.tokens for e in other.generate(CHATS, punished)
     ]
+
+
+def test_a_stop_text_that_begins_with_a_space(engine, models: dict[str, Path]) -> None:
+    """It is not found before the first word, whose space is no part of an answer."""
+    other = open_engine(models["a"])
+    words = [each.text.split() for each in answers(engine)]
+    later = {word for own in words for word in own[1:]}
+    first = next(own[0] for own in words if own[0] in later and own[0] not in own[1:])
+    for stop in ((f" {first}",), (f" {first}", words[0][4])):
+        sampling = Sampling(max_tokens=12, stop=stop, top_logprobs=2)
+        found, expected = (each.generate(PROMPTS, sampling) for each in (engine, other))
+        assert [(e.text, e.tokens, e.finish) for e in found] == [
+            (e.text, e.tokens, e.finish) for e in expected
+        ]
+        assert all(len(each.logprobs) == len(each.tokens) for each in found)
+        assert {each.finish for each in found} == {"stop", "length"}
+        assert any(each.text.split()[:1] == [first] for each in found)
 
 
 def test_both_engines_score_alike(engine, models: dict[str, Path]) -> None:
@@ -277,3 +302,72 @@ async def assert_whole_under_load(models: dict[str, Path], swapped: list) -> Non
         assert score.value == pytest.approx(same.value, abs=1e-4)
     finally:
         engine.close()
+
+
+def test_poise_evaluate_gives_what_transformers_gives(
+    engine, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Choices, greedy answers and whole texts of two models, from the command to its files; the
+    worker gets the engine that runs here, and swaps.
+    """
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    save_tasks(tmp_path / "tasks")
+    swaps: list[str] = []
+
+    class Kept:
+        """The engine of these tests, which an evaluation does not close."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(engine, name)
+
+        def swap(self, path: str) -> str:
+            swaps.append(Path(path).name)
+            return engine.swap(path)
+
+        def close(self) -> None:
+            pass
+
+    def started(path: str, config: EngineConfig) -> object:
+        kept = Kept() if config.name == "vllm" else open_engine(path, config)
+        if config.name == "vllm":
+            kept.swap(path)
+        return kept
+
+    monkeypatch.setattr(workers, "open_engine", started)
+    monkeypatch.setattr(command, "ray_session", nullcontext)
+    local = functools.partial(command.evaluate_planned, executor="local")
+    monkeypatch.setattr(command, "evaluate_planned", local)
+    names, folder = ["choice", "rolling", "generation"], str(tmp_path / "tasks")
+    # A stop that begins with a space is seen at another place: vLLM's text has one at its start.
+    stops = {"until": ["q"], "max_gen_toks": 12, "do_sample": False}
+    sets = [
+        {"include_path": folder, "names": names[:2]},
+        {"include_path": folder, "names": names[2:], "generation_kwargs": stops},
+    ]
+    found = {}
+    for name in ("vllm", "transformers"):
+        config = {
+            "models": {model: str(models[model]) for model in "ab"},
+            "tasks": sets,
+            "engine": {"name": name, **({"cache_gib": 0.25} if name == "vllm" else {})},
+        }
+        (tmp_path / "matrix.yaml").write_text(yaml.safe_dump(config))
+        out = tmp_path / name
+        assert poise(monkeypatch, "evaluate", tmp_path / "matrix.yaml", "--out", out) == 0
+        found[name] = Evaluation(out)
+    assert sorted(swaps) == ["a", "b"]
+    for one, two in zip(found["vllm"].rows(), found["transformers"].rows(), strict=True):
+        assert (one.model, one.task, one.metric, one.n) == (two.model, two.task, two.metric, two.n)
+        assert one.value == pytest.approx(two.value, rel=1e-4, abs=1e-4)
+    for model in "ab":
+        for task in names:
+            samples = [each.samples(model, task) for each in found.values()]
+            for one, two in zip(*samples, strict=True):
+                assert one.requests == two.requests
+                for mine, theirs in zip(one.answers, two.answers, strict=True):
+                    value = mine.pop("value"), theirs.pop("value")
+                    assert mine == theirs  # texts, what is greedy, counts
+                    if value[0] is not None:
+                        assert value[0] == pytest.approx(value[1], rel=1e-5, abs=1e-3)

@@ -25,7 +25,7 @@ from pipelines.evaluate import (
     plan_evaluation,
 )
 from pipelines.evaluate.graders import grade
-from pipelines.evaluate.store import Store
+from pipelines.evaluate.store import Cell, Store
 from pipelines.evaluate.tasks import load_rows, load_tasks
 from tests.hub_stub import Stub
 from tests.tiny_models import save_tiny_llama
@@ -165,6 +165,29 @@ def test_a_damaged_block_is_measured_again(
     assert [file.read_bytes() for file in files] == before
     assert len(asked) == 3
     assert capsys.readouterr().err.count("damaged, measured again: ") == 3
+
+
+def test_a_block_that_is_damaged_again_and_again_fails_its_cell(
+    world: Path, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that keeps nothing at one place: three tries, and the other cells go on."""
+    plain, out = Store.write, tmp_path / "out"
+
+    def half(self: Store, cell: Cell, block: int, *rest: Any) -> None:
+        plain(self, cell, block, *rest)
+        if cell.task == "echo" and cell.described["model"] == "first":
+            path = out / self.name(cell, block)
+            path.write_bytes(path.read_bytes()[:-50])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", half)
+        summary = evaluate(config_of(world), out, executor="local")
+    [failed] = summary["failed"]
+    assert (failed["model"], failed["task"]) == ("first", "echo")
+    assert failed["reason"].startswith(f"damaged 3 times: {out}/samples/echo/")
+    assert sorted(asked) == [2, 2, 3, 3, 3, 3]
+    assert list(summary["models"]["first"]["tasks"]) == ["quiet"]
+    assert evaluate(config_of(world), out, executor="local")["failed"] == []
 
 
 def test_a_smaller_batch_where_memory_runs_out(

@@ -108,7 +108,7 @@ def test_files_of_others_tell_nothing(world: Path, read: list[str], text: str) -
     plan = plan_evaluation(config_of(world), world / "out")
     assert plan.fingerprint == expected
     assert read
-    plan.memory.save(out / "models.json", plan.config.models.values())
+    (out / "models.json").write_text(plan.memory.dump(plan.config.models.values()))
     known = json.loads((out / "models.json").read_text())
     for entry in known.values():
         entry["weights"] = "of other files"
@@ -194,7 +194,9 @@ def test_a_trial_does_not_read_what_it_has_just_written(world: Path, read: list[
     swept = sweep_of(world)
     model = Path(merge(load_merge_config(swept.merge), world / "trial" / "candidate"))
     assert read == []  # neither inputs nor output: both were hashed on their way
-    assert set(_measure(swept, model)) == {"honesty", "average", "tasks"}
+    found, decides = _measure(swept, model)
+    assert set(found) == {"honesty", "average", "tasks"}
+    assert decides == found["average"]["value"]
     assert read == []
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.evaluate import fill as filling
-from pipelines.evaluate.fill import ATTEMPTS, Failure, fill
-from pipelines.evaluate.store import Cell
+from pipelines.evaluate.fill import Failure, fill
+from pipelines.evaluate.store import ATTEMPTS, Cell
 from pipelines.evaluate.workers import Block, Model, Outcome
 
 

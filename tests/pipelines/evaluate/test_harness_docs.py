@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pipelines.engines import Sampling, open_engine
 from pipelines.evaluate.graders import grade
-from pipelines.evaluate.harness import evaluate, load_tasks
+from pipelines.evaluate.harness import load_tasks, measure_tasks
 from pipelines.evaluate.tasks import load_rows
 from pipelines.evaluate.tasks import load_tasks as load_old_tasks
 from pipelines.tiny_world import build_world
@@ -95,7 +95,7 @@ def test_the_tiny_worlds_tasks_have_the_numbers_of_their_old_form(tmp_path: Path
     for split in ("development", "test"):
         tasks = load_tasks([{"include_path": folder / "harness"}], split, limit=6)
         assert {task.name for task in tasks} == {task.name for task in old}
-        results = evaluate(engine, tasks)
+        results = measure_tasks(engine, tasks)
         for task in old:
             rows = load_rows(task, split)[:6]
             prompts = [row.prompt for row in rows]

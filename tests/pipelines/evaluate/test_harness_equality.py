@@ -14,14 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from pipelines.engines import Engine
-from pipelines.evaluate.harness import TaskResult, evaluate, load_tasks
-from tests.pipelines.evaluate.made_up_tasks import SEED, TASKS
+from pipelines.errors import InputError
+from pipelines.evaluate import EvaluateConfig, evaluate, plan_evaluation
+from pipelines.evaluate.groups import Group
+from pipelines.evaluate.harness import TaskResult, load_tasks, measure_tasks
+from tests.pipelines.evaluate.made_up_tasks import SEED, TASKS, save_task
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.usefixtures("own_cache")
+NO_EXAMPLES = {"training_split": None}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,71 @@ def assert_equal(ours: dict[str, TaskResult], theirs: dict[str, Any]) -> None:
                 assert shown == arguments[0], (name, place)
 
 
+def test_averages_of_the_librarys_groups(
+    made_up_tasks: Path,
+    chatty_model: Path,
+    library_model: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weighted by documents and not, after filters, of nested groups, and where a task lacks the
+    metric.
+    """
+    place = tmp_path / "tasks"
+    place.mkdir()
+    for file in made_up_tasks.iterdir():
+        (place / file.name).symlink_to(file)
+    fewer = {"data_files": {"validation": "test.jsonl", "test": "validation.jsonl"}}
+    save_task(place, "fewer", **TASKS["choice"] | {"dataset_kwargs": fewer, **NO_EXAMPLES})
+    save_task(place, "short", **TASKS["generation"] | {"dataset_kwargs": fewer, **NO_EXAMPLES})
+    groups = {
+        "all": {
+            "task": ["inner", "choice_shots"],
+            "aggregate_metric_list": [
+                {"metric": "acc"},
+                {"metric": "acc_norm", "weight_by_size": False},
+                {"metric": "exact_match", "filter_list": ["first"]},
+            ],
+        },
+        "inner": {
+            "task": ["choice", "fewer", "generation", "short"],
+            "aggregate_metric_list": [{"metric": "exact_match", "weight_by_size": False}],
+        },
+    }
+    for name, values in groups.items():
+        (place / f"{name}.yaml").write_text(yaml.safe_dump({"group": name, **values}))
+    monkeypatch.chdir(place)  # the library looks for data there
+    theirs = library_results(library_model, place, ["all"])["groups"]
+    expected = {
+        f"{group}.{key}".removesuffix(",none"): value
+        for group, found in theirs.items()
+        for key, value in found.items()
+        if "," in key and "_stderr," not in key
+    }
+    config = EvaluateConfig(
+        models={"m": chatty_model},
+        tasks=[{"include_path": place, "names": ["all"]}],
+        groups={"mine": {"members": ["all.acc", "inner.exact_match,last"]}},
+        seed=SEED,
+    )
+    ours = evaluate(config, tmp_path / "out", executor="local")["models"]["m"]
+    values = {name: each["value"] for name, each in ours["groups"].items() if name != "mine"}
+    assert values == pytest.approx(expected, abs=1e-6)
+    assert set(values) == {
+        *("all.acc", "all.acc_norm", "all.exact_match,first"),
+        *("inner.exact_match,first", "inner.exact_match,last"),
+    }
+    own = [ours["tasks"][task]["acc"] for task in ("choice", "fewer", "choice_shots")]
+    assert [each["n"] for each in own] == [14, 10, 14]
+    pooled = sum(each["n"] * each["value"] for each in own) / 38
+    assert values["all.acc"] == pytest.approx(pooled)
+    both = (values["all.acc"] + values["inner.exact_match,last"]) / 2
+    assert ours["groups"]["mine"]["value"] == pytest.approx(both)
+    clash = config.model_copy(update={"groups": {"all.acc": Group(members=["choice.acc"])}})
+    with pytest.raises(InputError, match=r"groups\.all\.acc: is an average of the task's own gro"):
+        plan_evaluation(clash, tmp_path / "none")
+
+
 CHAT = {"system_instruction": "b c", "chat": True}
 
 
@@ -89,7 +159,7 @@ def test_all_tasks_have_the_librarys_numbers(
 ) -> None:
     names = [name for name in TASKS if name != "one_split"]
     tasks = load_tasks([{"include_path": made_up_tasks, "names": names, **options}], seed=SEED)
-    ours = evaluate(engine, tasks)
+    ours = measure_tasks(engine, tasks)
     monkeypatch.chdir(made_up_tasks)
     chat = bool(options.get("chat"))
     theirs = library_results(
@@ -116,7 +186,7 @@ def test_development_and_halves_are_the_librarys_numbers_on_these_documents(
     monkeypatch.chdir(made_up_tasks)
     names = ["choice_shots", "choice_delimiter", "generation_corpus"]
     spec = {"include_path": made_up_tasks, "names": names}
-    ours = evaluate(engine, load_tasks([spec], "development", seed=SEED))
+    ours = measure_tasks(engine, load_tasks([spec], "development", seed=SEED))
     loaded = TaskManager(include_path=str(made_up_tasks), include_defaults=False)
     configs = [
         {**loaded.task_index[name].cfg, "test_split": "validation"}  # type: ignore[dict-item]
@@ -125,7 +195,7 @@ def test_development_and_halves_are_the_librarys_numbers_on_these_documents(
     assert_equal(ours, library_results(library_model, made_up_tasks, configs))
     for split in ("development", "test"):
         half = {"include_path": made_up_tasks, "names": ["one_split"]}
-        found = evaluate(engine, load_tasks([half], split, seed=SEED))
+        found = measure_tasks(engine, load_tasks([half], split, seed=SEED))
         chosen = {"one_split": list(found["one_split"].task.ids)}
         theirs = library_results(library_model, made_up_tasks, ["one_split"], samples=chosen)
         assert_equal(found, theirs)
@@ -148,7 +218,7 @@ def test_the_librarys_command_has_the_same_numbers(
     subprocess.run(command, cwd=made_up_tasks, check=True, capture_output=True, env=environment)
     [file] = tmp_path.glob("*/results_*.json")
     theirs = json.loads(file.read_text())["results"]
-    for name, result in evaluate(
+    for name, result in measure_tasks(
         engine, load_tasks([{"include_path": made_up_tasks, "names": names}], seed=SEED)
     ).items():
         for key, metric in result.metrics.items():

@@ -13,8 +13,8 @@ from pipelines.engines import Engine
 from pipelines.errors import InputError
 from pipelines.evaluate.harness import (
     chat_template_of,
-    evaluate,
     load_tasks,
+    measure_tasks,
 )
 from pipelines.hub.offline import ASKED_OFFLINE
 from tests.hub_stub import Stub
@@ -171,7 +171,7 @@ def test_other_bad_input_is_one_line(made_up_tasks: Path, engine: Engine, tmp_pa
         ]
     )
     with pytest.raises(InputError, match="max_gen_toks: found 128; allowed: up to 127, as the mod"):
-        evaluate(engine, [long])
+        measure_tasks(engine, [long])
 
 
 def test_a_model_without_a_chat_template_is_one_line(
@@ -180,7 +180,7 @@ def test_a_model_without_a_chat_template_is_one_line(
     monkeypatch.setattr(engine.text.tokenizer, "chat_template", None)
     line = "task choice: chat: model .*: its tokenizer has no chat template; allowed: a model with"
     with pytest.raises(InputError, match=line):
-        evaluate(engine, [load(made_up_tasks, "choice", chat=True)])
+        measure_tasks(engine, [load(made_up_tasks, "choice", chat=True)])
 
 
 def test_metadata_may_ask_for_a_chat(made_up_tasks: Path, engine: Engine, tmp_path: Path) -> None:
@@ -292,5 +292,5 @@ def test_names_lead_where_the_librarys_own_index_leads() -> None:
 
 
 def test_numbers_are_finite(made_up_tasks: Path, engine: Engine) -> None:
-    found = evaluate(engine, [load(made_up_tasks, "rolling", limit=2)])["rolling"].metrics
+    found = measure_tasks(engine, [load(made_up_tasks, "rolling", limit=2)])["rolling"].metrics
     assert all(math.isfinite(metric.value) for metric in found.values())

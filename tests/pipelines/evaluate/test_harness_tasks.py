@@ -22,8 +22,8 @@ from pipelines.evaluate.harness import (
     Score,
     answered,
     chat_template_of,
-    evaluate,
     load_tasks,
+    measure_tasks,
     write_harness_json,
 )
 from pipelines.evaluate.harness.requests import sampling_of
@@ -232,14 +232,14 @@ def test_a_template_that_refuses_system_messages_does_without(
 
 def test_long_prompts_are_counted_or_refused(made_up_tasks: Path, engine: Engine) -> None:
     task = load(made_up_tasks, "too_long")
-    found = evaluate(engine, [task])["too_long"]
+    found = measure_tasks(engine, [task])["too_long"]
     length = {place: len(engine.encode(r.context)) for place, r in enumerate(found.requests)}
     room = engine.context - 12
     assert [a.num_cut for a in found.answers] == [max(0, n - room) for n in length.values()]
     assert 0 < found.num_cut < len(task)
     line = f"task too_long: {found.num_cut} of 14 prompts are longer than the context: that of "
     with pytest.raises(InputError, match=line + r"document 0 has 154 tokens; allowed: up to 116,"):
-        evaluate(engine, [task], long_prompts="refuse")
+        measure_tasks(engine, [task], long_prompts="refuse")
 
 
 # Files
@@ -258,7 +258,7 @@ def test_files_are_those_of_the_library(
 
     names = ["choice", "choice_shots", "rolling", "generation", "generation_votes", "continuation"]
     tasks = load_tasks([{"include_path": made_up_tasks, "names": names}], seed=SEED, limit=5)
-    ours = evaluate(engine, tasks)
+    ours = measure_tasks(engine, tasks)
     target = write_harness_json(ours, tmp_path / "ours", "runs/a", engine.weights)
     asked: dict[Any, Any] = {}
     for result in ours.values():

@@ -20,8 +20,7 @@ from pipelines.evaluate import EvaluateConfig, evaluate, plan_evaluation
 from pipelines.evaluate import run as running
 from pipelines.evaluate import store as storing
 from pipelines.evaluate.estimate import estimates
-from pipelines.evaluate.harness import evaluate as evaluate_here
-from pipelines.evaluate.harness import load_tasks
+from pipelines.evaluate.harness import load_tasks, measure_tasks
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.opened import open_tasks
 from pipelines.evaluate.results import GROUP, Evaluation, as_csv, as_latex
@@ -84,7 +83,7 @@ def test_blocks_give_what_one_process_gives(world: Path, measured: Evaluation) -
     tasks = load_tasks([{"include_path": world / "tasks", "names": NAMES}])
     for model in "ab":
         engine = open_engine(world / model)
-        direct = evaluate_here(engine, tasks)
+        direct = measure_tasks(engine, tasks)
         engine.close()
         own = measured.summary["models"][model]["tasks"]
         assert set(own) == set(NAMES)

@@ -13,8 +13,10 @@ from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate, opened
 from pipelines.evaluate.conversations import Conversation, ConversationTask
 from pipelines.evaluate.interface import Number, Sample
+from pipelines.evaluate.places import open_place
 from pipelines.evaluate.results import Evaluation
 from pipelines.evaluate.scoring import ScoredTask, UnreadableScoresError, conversations
+from pipelines.evaluate.store import Cell, Store
 
 
 class Lengths:
@@ -22,6 +24,7 @@ class Lengths:
 
     engine = None
     remark = "counted"
+    needs_folder = False
     fingerprint = "0" * 32
     described: dict[str, Any] = {"counts": "characters"}  # noqa: RUF012
 
@@ -37,7 +40,7 @@ class Lengths:
             raise InputError("no room")
 
     def score(self, samples: Sequence[Sample], folder: str) -> list[Sample]:
-        assert Path(folder).is_dir()
+        assert "://" in folder or Path(folder).is_dir()
         if self.fault == "score":
             raise InputError("not these")
         self.scored += len(samples)
@@ -69,7 +72,7 @@ def rows(count: int) -> list[Conversation]:
 def run(chatty_model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An evaluation with a scored task of 300 documents, two blocks."""
 
-    def evaluated(out: Path, scorer: Any, **further: Any) -> dict[str, Any]:
+    def evaluated(out: Path | str, scorer: Any, **further: Any) -> dict[str, Any]:
         task = ScoredTask("lengths", ConversationTask("said", rows(300), seed=0), scorer)
         monkeypatch.setattr(opened, "_scored_tasks", lambda *unused: [task])
         entry = {"judged": "refusal", "data": "x", "judge": {"model": "m", "endpoint": "http://h"}}
@@ -127,6 +130,47 @@ def test_answers_that_fail_are_told_under_the_tasks_name(
     summary = run(tmp_path / "out", Lengths())
     [failed] = summary["failed"]
     assert failed == {"model": "m", "task": "lengths", "reason": "no chat template"}
+
+
+@pytest.mark.parametrize("name", ["said", "lengths"])
+def test_answers_or_scores_that_no_disk_keeps_fail_their_cell(
+    name: str, run: Any, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tries of the block, then the task fails under its own name; later runs mend it."""
+    plain, scorer = Store.write, Lengths()
+
+    def half(self: Store, cell: Cell, block: int, *rest: Any) -> None:
+        plain(self, cell, block, *rest)
+        if cell.task == name and block == 1:
+            path = tmp_path / "out" / self.name(cell, block)
+            path.write_bytes(path.read_bytes()[:-50])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", half)
+        summary = run(tmp_path / "out", scorer)
+    [failed] = summary["failed"]
+    assert (failed["model"], failed["task"]) == ("m", "lengths")
+    assert failed["reason"].startswith(f"damaged 3 times: {tmp_path / 'out'}/samples/{name}/")
+    answers, scores = (3, 0) if name == "said" else (1, 3)  # of the second block
+    assert sum(asked) == 2 * (256 + 44 * answers)
+    assert scorer.scored == (256 + 44 * scores if scores else 0)
+    assert run(tmp_path / "out", scorer)["failed"] == []
+
+
+def test_scores_in_an_object_store(run: Any, tmp_path: Path) -> None:
+    """The numbers are a folder's; a scorer with files of its own is refused before it writes."""
+    address, scorer = "memory://scored/out", Lengths()
+    found = run(address, scorer)
+    assert found == run(tmp_path / "out", Lengths()) and scorer.scored == 300
+    places = [Evaluation(place) for place in (address, tmp_path / "out")]
+    for read in (Evaluation.samples, Evaluation.answered):
+        first, second = (read(each, "m", "lengths") for each in places)
+        assert first == second and first
+    assert run(address, scorer) == found and scorer.scored == 300
+    scorer.needs_folder = True
+    with pytest.raises(InputError, match=r"^memory://scored/two: cannot keep the replies of len"):
+        run("memory://scored/two", scorer)
+    assert open_place("memory://scored/two").names() == set()
 
 
 def test_turns_see_the_answers_before_them(engine: Engine) -> None:

@@ -22,6 +22,10 @@ def cell_of(num_documents: int = 300, key: str = "k" * 32) -> Cell:
     return Cell("a task", key, num_documents, {"model": "m"})
 
 
+def path_of(store: Store, cell: Cell, block: int) -> Path:
+    return Path(store.place.address) / store.name(cell, block)
+
+
 def samples_of(cell: Cell, block: int) -> list[Sample]:
     return [
         Sample(number, f"id {number}", "c", [["a", {"b": "ü"}]], [[-1.5, True]], {"acc": 1.0})
@@ -39,23 +43,24 @@ def test_blocks_cover_the_documents_once(num_documents: int) -> None:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     store, cell = Store(tmp_path / "store"), cell_of()
+    store.begin()
     store.describe(cell)
     for block in (1, 0):
         store.write(cell, block, samples_of(cell, block), {"batch_size": 4})
         assert store.read(cell, block) == (samples_of(cell, block), {"batch_size": 4})
-    described = store.path(cell, 0).with_name("cell.json")
+    described = path_of(store, cell, 0).with_name("cell.json")
     assert json.loads(described.read_text()) == {"model": "m"}
     again = Store(tmp_path / "store")
-    before = store.path(cell, 1).read_bytes()
+    before = path_of(store, cell, 1).read_bytes()
     again.write(cell, 1, samples_of(cell, 1), {"batch_size": 4})
-    assert store.path(cell, 1).read_bytes() == before
+    assert path_of(store, cell, 1).read_bytes() == before
 
 
 def test_every_changed_byte_of_a_block_is_noticed_or_harmless(tmp_path: Path) -> None:
     """A file with one changed byte never reads as other samples."""
     store, cell = Store(tmp_path / "store"), cell_of(3)
     store.write(cell, 0, samples_of(cell, 0))
-    path = store.path(cell, 0)
+    path = path_of(store, cell, 0)
     whole = path.read_bytes()
     noticed = 0
     for place in range(0, len(whole), 7):
@@ -74,8 +79,8 @@ def test_every_changed_byte_of_a_block_is_noticed_or_harmless(tmp_path: Path) ->
 def test_another_cells_block_is_damage(tmp_path: Path) -> None:
     store, cell, other = Store(tmp_path / "store"), cell_of(), cell_of(key="o" * 32)
     store.write(other, 0, samples_of(other, 0))
-    store.path(cell, 0).parent.mkdir(parents=True)
-    store.path(other, 0).rename(store.path(cell, 0))
+    path_of(store, cell, 0).parent.mkdir(parents=True)
+    path_of(store, other, 0).rename(path_of(store, cell, 0))
     with pytest.raises(DamagedBlockError, match="holds other documents"):
         store.read(cell, 0)
 
@@ -88,10 +93,11 @@ def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
+from pathlib import Path
 from pipelines.evaluate.store import Cell, Store
 store, cell = Store(sys.argv[1]), Cell("a task", "k" * 32, 300, {})
 with store.claimed(cell, 0) as mine:
-    path = store.path(cell, 0)
+    path = Path(sys.argv[1]) / store.name(cell, 0)
     path.with_name(f".{path.name}.1.partial").write_text("half")  # as a killed write leaves it
     print(mine, flush=True)
     time.sleep(600)
@@ -102,7 +108,7 @@ def test_a_block_has_one_holder_until_it_dies(tmp_path: Path, project_root: Path
     """Another process is told, another block is free, and a death with -9 frees the block."""
     store, cell = Store(tmp_path / "store"), cell_of()
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(store.folder)],
+        [sys.executable, "-c", HOLDER, store.place.address],
         cwd=project_root,
         env=os.environ | {"PYTHONPATH": str(project_root)},
         stdout=subprocess.PIPE,
@@ -123,5 +129,5 @@ def test_a_block_has_one_holder_until_it_dies(tmp_path: Path, project_root: Path
         store.write(cell, 0, samples_of(cell, 0))
     with store.claimed(cell, 0) as mine:
         assert not mine
-    names = {path.name for path in store.path(cell, 0).parent.iterdir()}
+    names = {path.name for path in path_of(store, cell, 0).parent.iterdir()}
     assert names == {"00000.parquet", ".00001.lock"}

@@ -4,44 +4,16 @@ Oracle: the same merge on a disk, and what the server holds.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import gettempdir
 
-import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint
 from pipelines.merge import MergeConfig, merge
 from pipelines.merge.remote import MARKER_FILE, Destination
 from tests.pipelines.merge.conftest import Family
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
-
-
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request) -> str:
-    for name, value in {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    fsspec.config.conf.clear()
-    store = fsspec.filesystem("s3", skip_instance_cache=True)
-    name = f"bucket-{abs(hash(request.node.name)) % 10**9}"
-    store.mkdir(name)
-    return f"s3://{name}"
 
 
 def config_of(family: Family, **fields: object) -> MergeConfig:

@@ -43,6 +43,7 @@ def save_evaluation(
         other_numbers: (task, metric) -> value and error that are no mean, the same for all models.
     """
     store = Store(folder)
+    store.begin()
     rows: list[dict[str, Any]] = []
     models: dict[str, Any] = {}
     for model, tasks in samples.items():

@@ -80,6 +80,8 @@ def test_the_commands_of_the_docs(
             "runs/matrix --axes letter,all --out x.html",
             "--axes: found 'letter'; allowed: all, letters acc, letters perplexity",
         ),
+        ("s3://bucket/x --out x.html", "s3:/bucket/x: is an address; allowed: folders (poise "
+         "results reads others)"),
         ("runs/matrix --axes all --out x.html", "--axes: found 'all'; allowed: two columns, as "
          "helpfulness,honesty"),
         (

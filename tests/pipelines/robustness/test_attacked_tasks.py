@@ -176,6 +176,40 @@ def test_a_killed_attack_goes_on_where_it_was(world: Path, tmp_path: Path, fake:
     assert len(fake.prompts) == asked
 
 
+def test_an_attack_in_an_object_store(world: Path, tmp_path: Path, fake: Fake) -> None:
+    """It asks what it asks in a folder, and a run after it nothing; --force forgets all."""
+    config, address = config_of(world, {"words": 1}), "memory://attacked/out"
+    found = evaluate(config, address, executor="local")
+    asked = len(fake.prompts)
+    assert evaluate(config, address, executor="local") == found
+    assert len(fake.prompts) == asked
+    assert evaluate(config, tmp_path / "out", executor="local") == found
+    assert len(fake.prompts) == 2 * asked
+    for task in ("plain", "plain+deepwordbug"):
+        there, here = (Evaluation(each).samples("m", task) for each in (address, tmp_path / "out"))
+        assert there == here
+    assert evaluate(config, address, executor="local", force=True) == found
+    assert len(fake.prompts) == 3 * asked
+
+
+def test_a_prompt_that_no_disk_keeps_fails_its_cell(
+    world: Path, tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, name = storing.Store.write, "plain+deepwordbug"
+
+    def half(self: storing.Store, cell: storing.Cell, block: int, *rest: Any) -> None:
+        plain(self, cell, block, *rest)
+        if cell.task == name and block == 1:
+            path = tmp_path / "out" / self.name(cell, block)
+            path.write_bytes(path.read_bytes()[:-50])
+
+    monkeypatch.setattr(storing.Store, "write", half)
+    summary = evaluate(config_of(world, {"words": 1}), tmp_path / "out", executor="local")
+    [failed] = summary["failed"]
+    assert failed["task"] == name and failed["reason"].startswith("DamagedBlockError: ")
+    assert list(summary["models"]["m"]["tasks"]) == ["plain"]
+
+
 def test_examples_labels_and_rows_stay(world: Path, tmp_path: Path, fake: Fake) -> None:
     config = config_of(world, {"words": 9}, tasks=["shots"])
     evaluate(config, tmp_path, executor="local")

@@ -98,6 +98,11 @@ def test_a_race_stops_a_hopeless_candidate_and_lets_the_others_through(
         assert scores == [whole.samples[name][place] for place in places]
 
 
+def test_a_store_with_one_writer_is_refused(measurer: Measurer) -> None:
+    with pytest.raises(InputError, match=r"^store: found 's3://bucket/cells'; allowed: a folder"):
+        Measurer(measurer._config, store="s3://bucket/cells")
+
+
 def test_bad_candidates_are_named_and_the_next_one_is_measured(
     measurer: Measurer, models: list[Path], tmp_path: Path
 ) -> None:

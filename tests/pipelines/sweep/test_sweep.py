@@ -101,6 +101,73 @@ def test_every_value_is_tried_and_measured_as_by_hand(
         sweep(config_of(inputs, seed=5), tmp_path / "out")
 
 
+LETTERS = {
+    "task": "letters",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"validation": "words-development.jsonl"}},
+    "validation_split": "validation",
+    "output_type": "generate_until",
+    "doc_to_text": "{{prompt[0].content}}",
+    "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"until": [], "max_gen_toks": 2},
+    "metadata": {"version": 1.0, "grader": {"name": "not_phrase", "phrases": ["yes"]}},
+}
+
+
+@pytest.fixture
+def listed(inputs: Path) -> dict[str, object]:
+    """The fields of a sweep on a list of tasks."""
+    pytest.importorskip("lm_eval")
+    (inputs / "listed").mkdir(exist_ok=True)
+    (inputs / "listed" / "letters.yaml").write_text(yaml.safe_dump(LETTERS))
+    return {
+        "tasks": [{"include_path": str(inputs / "listed"), "names": ["letters"]}],
+        "groups": {"all": {"members": ["letters.not_phrase"], "scale": 100}},
+        "metric": "all",
+    }
+
+
+@pytest.mark.ray
+def test_a_list_of_tasks_decides_as_by_hand(
+    ray_cluster: None, inputs: Path, tmp_path: Path, listed: dict[str, object]
+) -> None:
+    """By a group and by a task's metric, on the development half of a task with one split."""
+    values = {"merge": "merge.yaml", "search": {"parameters.lambda": [0.5]}, **listed}
+    config = check(values, SweepConfig, "sweep.yaml")
+    [trial] = sweep(config, tmp_path / "out")["trials"]
+    model = tmp_path / "by-hand"
+    merge(load_merge_config(config.merge, ["parameters.lambda=0.5"]), model)
+    measured = evaluate(
+        EvaluateConfig(models={"m": model}, tasks=config.tasks, split="development"),
+        tmp_path / "evaluation",
+        executor="local",
+    )
+    number = measured["models"]["m"]["tasks"]["letters"]["not_phrase"]
+    assert trial["value"] == 100 * number["value"]
+    assert trial["metrics"]["tasks"]["letters"]["not_phrase"] == number
+    assert 0 < number["n"] < 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "average"}, "metric: found 'average'; allowed: all, letters.not_phrase"),
+        ({"only": ["letters"]}, "only: has no effect with a list of tasks"),
+        ({"tasks": "tasks.yaml"}, "groups: has no effect with a tasks.yaml"),
+        (
+            {"groups": {"all": {"members": ["lettres"]}}},
+            "found 'lettres'; allowed: a group, a task",
+        ),
+    ],
+)
+def test_mistakes_in_lists_of_tasks(
+    inputs: Path, listed: dict[str, object], changes: dict[str, object], message: str
+) -> None:
+    values = {"merge": "merge.yaml", "search": {"parameters.lambda": [0.5]}, **listed, **changes}
+    with pytest.raises(InputError, match=message):
+        plan_sweep(check(values, SweepConfig, "sweep.yaml"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
