@@ -68,16 +68,17 @@ def _packages() -> str | None:
     beside = Path(found.origin).parent.parent
     if not any(beside.glob("transformers-*.dist-info")):
         return None
-    return fingerprint([sys.version, str(beside), sorted(_distributions())])
+    return fingerprint([sys.version, str(beside), sorted(_distributions(beside))])
 
 
-def _distributions() -> Iterator[str]:
+def _distributions(beside: Path) -> Iterator[str]:
     """The folders that installing a package leaves; their names have its version.
 
-    setuptools, once imported, puts packages of its own on the path; they make no difference.
+    setuptools and Ray, once imported, put folders of their own among those of `beside` on the path;
+    what lies there makes no difference.
     """
     for place in map(Path, dict.fromkeys(sys.path)):
-        if place.is_dir() and place.name != "_vendor":
+        if place.is_dir() and beside not in place.parents:
             yield from (each.name for each in place.iterdir() if each.suffix in _SUFFIXES)
 
 
