@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -38,6 +38,7 @@ SWEPT = ("task_arithmetic", "expo")
 MERGES = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "expo")
 SPLITS = ("development", "test")
 RESULT_FILE = "results.json"
+_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 def run_demo(out: Path, *, seed: int, size: str, force: bool) -> None:
@@ -50,17 +51,30 @@ def run_demo(out: Path, *, seed: int, size: str, force: bool) -> None:
     old = out.with_name(f".{out.name}.old")
     if force:
         _move_aside(out, old)
-    # Its two workers would need two GPUs; and so the bytes are the same on every machine.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     settings = {"seed": seed, "size": size}
     state = Steps(out, settings)
     if not (out / RESULT_FILE).is_file():
-        with Demo(out, seed, size) as run:
+        with _without_gpus(), Demo(out, seed, size) as run:
             state.run(run.steps())
         write_results(out, seed, state.seconds)
     run_report([out], None, force=True)
     shutil.rmtree(old, ignore_errors=True)
     _last_lines(out)
+
+
+@contextmanager
+def _without_gpus() -> Iterator[None]:
+    """In the block, this process and what it starts see no GPU. The demo's two workers would need
+    two; and so its bytes are the same on every machine.
+    """
+    before = os.environ.get(_GPUS)
+    os.environ[_GPUS] = ""
+    try:
+        yield
+    finally:
+        os.environ.pop(_GPUS)
+        if before is not None:
+            os.environ[_GPUS] = before
 
 
 def _move_aside(out: Path, old: Path) -> None:

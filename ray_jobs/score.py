@@ -68,7 +68,7 @@ def _size(plan: ScorePlan) -> str:
     if not plan.missing:
         return size
     seconds = 2 * plan.model.parameters * plan.tokens_left / measured_flops()
-    return f"{size}, {seconds:,.0f} s or more here"
+    return f"{size}, {seconds:,.0f} s or more here" if seconds >= 1 else size
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:

@@ -100,14 +100,19 @@ def submit(project_root: Path) -> Iterator[Submit]:
     ]
 
     def run(command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*submission, *shlex.split(command)],
-            capture_output=True,
-            text=True,
-            cwd=project_root,
-            env=environment,
-            timeout=600,
-        )
+        for _ in range(20):  # a busy machine's head answers before it takes jobs
+            ended = subprocess.run(
+                [*submission, *shlex.split(command)],
+                capture_output=True,
+                text=True,
+                cwd=project_root,
+                env=environment,
+                timeout=600,
+            )
+            if "No available agent" not in ended.stderr:
+                break
+            time.sleep(3)
+        return ended
 
     try:
         wait_until_answering(f"{address}/api/version", head, 90)
