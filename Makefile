@@ -21,7 +21,7 @@ setup: ## create .venv and install the locked packages (does nothing when nothin
 demo: setup ## the whole story on the tiny world
 	@$(BIN)/poise demo $(ARGS)
 
-test: setup ## the tests, without the slow ones (about eight minutes)
+test: setup ## the tests, without the slow ones (up to a quarter of an hour)
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "not slow and not long" --timeout 240 $(ARGS)
 
 test-slow: setup ## the slow tests alone
