@@ -71,7 +71,7 @@ def dam_linear(
     flat = x.reshape(-1, num_inputs)
     formed = forms_weight(len(flat), num_outputs, materialise)
     multiply = _Formed if formed else _Factored
-    y: Tensor = multiply.apply(flat, coefficients, *weights)
+    y: Tensor = multiply.apply(flat, coefficients, *weights)  # type: ignore[no-untyped-call]
     if bias_coefficients is not None:
         y = y + merged_weight(biases, bias_coefficients[:, None]).to(y.dtype)
     return y.view(*x.shape[:-1], num_outputs)

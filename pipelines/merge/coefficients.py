@@ -62,7 +62,8 @@ class Coefficients:
         """Write the file, which gets its name when it is complete."""
         from safetensors.torch import save
 
-        metadata = {"format": "pt", _KEY: self.settings.model_dump_json()}
+        # One entry: safetensors writes several in an order of their own each time.
+        metadata = {_KEY: self.settings.model_dump_json()}
         own = {name: tensor.detach().clone() for name, tensor in sorted(self.tensors.items())}
         write_atomically(path, save(own, metadata))
 

@@ -94,7 +94,7 @@ def make_coefficients(folder: Path) -> None:
         "embeddings": True,
         "norms": True,
     }
-    metadata = {"format": "pt", "coefficients": json.dumps(settings)}
+    metadata = {"coefficients": json.dumps(settings)}
     save_file(found, folder / "dam.safetensors", metadata=metadata)
 
 
