@@ -31,7 +31,7 @@ GROUP_NAMES = {
 }
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     """A figure's PNG; the background is white, also on a dark page."""
     buffer = io.BytesIO()
     figure.savefig(
@@ -76,7 +76,7 @@ def plot_matrix(results: Results) -> bytes:
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.03)
     bar.outline.set_visible(False)
     bar.set_label(f"percent, {results.split} split; small: standard error")
-    return _png(figure)
+    return png(figure)
 
 
 def _measurements(model: ModelResults, tasks: Sequence[str]) -> list[Measurement]:
@@ -137,7 +137,7 @@ def plot_tradeoff(results: Results) -> bytes:
         }
         label_points(axes, points, errors, colours)
     _legend(figure, groups, looks)
-    return _png(figure)
+    return png(figure)
 
 
 def _pair(
