@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.dam import DamConfig
+from pipelines.train.errors import raise_failure
+from pipelines.train.workers import Job
 from tests.tiny_models import save_tiny_llama
 
 LETTERS = "abcdefghij"
@@ -70,3 +73,17 @@ def make_experts(folder: Path, **sizes: Any) -> Experts:
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Experts:
     """With heads of their own."""
     return make_experts(tmp_path_factory.mktemp("experts"))
+
+
+def train_here(config: DamConfig, jobs: Sequence[Job], worker: Any) -> None:
+    """Instead of `run_workers`: trains in this process, without Ray."""
+    worker({"runs": [job.settings | {"num_threads": 1} for job in jobs]})
+    for job in jobs:
+        raise_failure(job.folder)
+        job.finish()
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dam` trains in this process."""
+    monkeypatch.setattr("pipelines.dam.run.run_workers", train_here)

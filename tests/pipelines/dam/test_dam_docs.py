@@ -1,4 +1,5 @@
-"""docs/dam.md: its configs and commands, in their order, by the command line on Ray.
+"""docs/dam.md: its configs and commands, in their order, by the command line: the first training on
+Ray, the second one in this process.
 
 Oracle: the mean of two files by hand, and the coefficients' own mean and signs.
 """
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from pipelines.dam import DamConfig
 from pipelines.merge.coefficients import mean_of_files
-from tests.pipelines.dam.conftest import make_experts
+from tests.pipelines.dam.conftest import make_experts, train_here
 from tests.ray_jobs.command_line import poise
 
 TEXT = (Path(__file__).resolve().parents[3] / "docs" / "dam.md").read_text()
@@ -51,6 +52,8 @@ def test_from_three_models_to_a_look_at_their_coefficients(
             Path(file).write_text(text)
             continue
         for line in text.strip().splitlines():
+            if "seed=1" in line:
+                monkeypatch.setattr("pipelines.dam.run.run_workers", train_here)
             assert poise(monkeypatch, *shlex.split(line)[1:]) == 0, line
     # Of each model: 240 columns in each of two layers, and 32 of the head.
     assert "coefficients    1,536" in capfd.readouterr().out

@@ -3,7 +3,6 @@ written merge, and an undisturbed run.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from pipelines.dam.run import worker_settings
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, merge
 from pipelines.merge.verify import verify
-from pipelines.train.errors import DivergenceError, raise_failure
+from pipelines.train.errors import DivergenceError
 from pipelines.train.metrics import MEASURED
-from pipelines.train.workers import Job
 from tests.pipelines.dam.conftest import Experts, make_experts
 
 CPU = torch.device("cpu")
@@ -36,19 +34,6 @@ def logits_of(path: Path) -> Tensor:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         found: Tensor = model(input_ids=IDS).logits
     return found
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`dam` trains in this process, without Ray."""
-
-    def run(config: DamConfig, jobs: Sequence[Job], worker: Any) -> None:
-        worker({"runs": [job.settings | {"num_threads": 1} for job in jobs]})
-        for job in jobs:
-            raise_failure(job.folder)
-            job.finish()
-
-    monkeypatch.setattr("pipelines.dam.run.run_workers", run)
 
 
 VARIANTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
