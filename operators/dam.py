@@ -61,7 +61,8 @@ def dam_linear(
 
     Args:
         x: (..., in), in the dtype of the weights.
-        weights: T frozen weights (out, in).
+        weights: T frozen weights (out, in). The backward pass takes them from this sequence again,
+            so they may be elsewhere between the two passes.
         coefficients: (T, in).
         biases: T frozen biases (out,), or none.
         bias_coefficients: (T,), beta, where there are biases.
@@ -71,7 +72,7 @@ def dam_linear(
     flat = x.reshape(-1, num_inputs)
     formed = forms_weight(len(flat), num_outputs, materialise)
     multiply = _Formed if formed else _Factored
-    y: Tensor = multiply.apply(flat, coefficients, *weights)  # type: ignore[no-untyped-call]
+    y: Tensor = multiply.apply(flat, coefficients, weights)  # type: ignore[no-untyped-call]
     if bias_coefficients is not None:
         y = y + merged_weight(biases, bias_coefficients[:, None]).to(y.dtype)
     return y.view(*x.shape[:-1], num_outputs)
@@ -96,11 +97,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Factored(torch.autograd.Function):
-    """`x, c, W_1, ..., W_T -> sum_i (c_i * x) W_i'` with x (tokens, in), by T products each way."""
+    """`x, c, W -> sum_i (c_i * x) W_i'` with x (tokens, in), by T products each way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, coefficients: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, coefficients, *weights)
+    def forward(ctx: Any, x: Tensor, coefficients: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, coefficients)
+        ctx.weights = weights
         total = x.new_zeros((len(x), len(weights[0])), dtype=_wide(x.dtype))
         for weight, own in zip(weights, coefficients, strict=True):
             total += (x * own).to(x.dtype) @ weight.t()
@@ -109,17 +111,17 @@ class _Factored(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, coefficients, *weights = ctx.saved_tensors
+        x, coefficients = ctx.saved_tensors
         wide = _wide(x.dtype)
         dx = torch.zeros_like(x, dtype=wide) if ctx.needs_input_grad[0] else None
         dc = torch.zeros_like(coefficients) if ctx.needs_input_grad[1] else None
-        for place, weight in enumerate(weights):
+        for place, weight in enumerate(ctx.weights):
             u = (g @ weight).to(wide)
             if dx is not None:
                 dx += u * coefficients[place]
             if dc is not None:
                 dc[place] = u.mul_(x).sum(0)
-        return (None if dx is None else dx.to(x.dtype), dc, *(None for _ in weights))
+        return (None if dx is None else dx.to(x.dtype), dc, None)
 
 
 class _Formed(torch.autograd.Function):
@@ -128,14 +130,15 @@ class _Formed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, coefficients: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, coefficients, *weights)
+    def forward(ctx: Any, x: Tensor, coefficients: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, coefficients)
+        ctx.weights = weights
         return x @ merged_weight(weights, coefficients).to(x.dtype).t()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, coefficients, *weights = ctx.saved_tensors
+        (x, coefficients), weights = ctx.saved_tensors, ctx.weights
         dx = dc = None
         if ctx.needs_input_grad[0]:
             dx = g @ merged_weight(weights, coefficients).to(x.dtype)
@@ -143,4 +146,4 @@ class _Formed(torch.autograd.Function):
             of_weight = (g.t() @ x).to(_wide(x.dtype))
             dc = torch.stack([(of_weight * weight).sum(0) for weight in weights])
             dc = dc.to(coefficients.dtype)
-        return (dx, dc, *(None for _ in weights))
+        return (dx, dc, None)
