@@ -39,7 +39,7 @@ def describe_plan(config: DamConfig) -> str:
     lines = {
         "loss": f"{config.loss}, cosine {config.cosine_weight:g} a pair, l1 {config.l1:g}, "
         f"l2 {config.l2:g}",
-        "experts": f"{len(config.experts)} in {config.precision}",
+        "experts": f"{len(config.merged_models)} in {config.precision}",
         "coefficients": f"{memory.coefficients // 16:,}",
         **{
             f"  {config.sets[place].title}": f"{table.num_rows:,} rows"

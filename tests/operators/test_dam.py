@@ -16,8 +16,8 @@ from operators.dam_losses import (
     coefficient_penalty,
     entropy_loss,
     kl_loss,
-    mean_over_tokens,
     mse_loss,
+    sum_over_tokens,
 )
 from operators.merging import merge_tensor
 
@@ -228,16 +228,16 @@ def test_padding_changes_nothing(name: str) -> None:
     merged, expert = random(6, 5).requires_grad_(), random(6, 5, seed=1)
     counts = torch.tensor([True] * 4 + [False] * 2)
 
-    def mean(rows: int) -> Tensor:
+    def total(rows: int) -> Tensor:
         logits = (merged[:rows], expert[:rows])[: 1 + loss.needs_experts]
-        return mean_over_tokens(loss.per_token(*logits), counts[:rows])
+        return sum_over_tokens(loss.per_token(*logits), counts[:rows])
 
-    padded, plain = mean(6), mean(4)
+    padded, plain = total(6), total(4)
     assert padded.item() == plain.item()
     [one], [other] = (torch.autograd.grad(each, merged) for each in (padded, plain))
     assert torch.equal(one, other)
     wild = torch.where(counts, torch.ones(6), torch.nan)
-    assert mean_over_tokens(wild, counts).item() == 1
+    assert sum_over_tokens(wild, counts).item() == 4
 
 
 def test_the_penalty_sums_over_pairs_layers_experts_and_columns() -> None:

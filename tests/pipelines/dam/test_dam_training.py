@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from pipelines.dam import DamConfig, dam, estimate_memory, plan_dam
 from pipelines.dam import loop as training
+from pipelines.dam.build import build
 from pipelines.dam.loop import Run
-from pipelines.dam.model import build
 from pipelines.dam.run import worker_settings
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, merge
@@ -23,7 +23,9 @@ from pipelines.merge.verify import verify
 from pipelines.train.errors import DivergenceError
 from pipelines.train.metrics import MEASURED
 from tests.pipelines.dam.conftest import Experts, make_experts
+from tests.pipelines.train.processes import run_settings
 
+WORKER = "pipelines.dam.loop:dam_worker"
 CPU = torch.device("cpu")
 IDS = torch.tensor([[7, 8, 30, 9, 12], [5, 6, 11, 7, 10]])
 
@@ -53,13 +55,13 @@ def test_one_model_is_each_expert_and_their_merge(
     experts = make_experts(tmp_path, **sizes)
     config = experts.config(**fields)
     model = build(config, CPU)
-    for place, each in enumerate(config.experts):
+    for place, each in enumerate(config.merged_models):
         with model.acting_as(place):
             assert torch.equal(model.logits(IDS), logits_of(Path(each.model)))
     out = dam(config, tmp_path / "out")
     file = out / "coefficients" / "dam.safetensors"
     trained = load_file(file)
-    assert all((each != 1 / len(config.experts)).any() for each in trained.values())
+    assert all((each != 1 / len(config.merged_models)).any() for each in trained.values())
     with torch.no_grad():
         for name, values in model.coefficients.items():
             values.copy_(trained[name])
@@ -149,6 +151,44 @@ def test_a_killed_run_ends_in_the_same_bytes(
     assert dam(config, again) == again  # it is finished
     with pytest.raises(InputError):
         dam(experts.config(num_steps=3), again)
+
+
+SHARDED: dict[str, Any] = {
+    "evaluation": {"share": 0.3, "every": 2, "on_start": True},
+    "rows_per_set": 3,
+    "num_steps": 6,
+    "loss": "mse",
+    "checkpoint_every": 1,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"tokens": "response"}, {"gradient_checkpointing": True}])
+def test_shards_on_two_workers_are_one_process(
+    experts: Experts, tmp_path: Path, here: None, fields: dict[str, Any]
+) -> None:
+    """Numbers of each step, coefficients, and both again, byte for byte, after a kill."""
+    alone = dam(experts.config(**SHARDED, **fields), tmp_path / "alone")
+    config = experts.config(**SHARDED, **fields, strategy="fsdp2", num_workers=2)
+    plan = plan_dam(config, tmp_path / "cache")
+
+    def run(name: str, **kill: int) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return run_settings(worker_settings(plan, folder), 2, worker=WORKER, **kill)
+
+    whole = run("whole")
+    for one, other in zip(lines(alone), lines(whole), strict=True):
+        assert one.keys() == other.keys()
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+    found = load_file(whole / "dam.safetensors")
+    for name, values in load_file(alone / "coefficients" / "dam.safetensors").items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=1e-5)
+    killed = run("killed", kill_after=4)
+    assert not (killed / "dam.safetensors").exists()
+    run("killed")
+    assert (killed / "dam.safetensors").read_bytes() == (whole / "dam.safetensors").read_bytes()
+    assert lines(killed) == lines(whole)
 
 
 def test_the_best_evaluation_is_kept_and_a_run_stops_without_a_better_one(
