@@ -28,6 +28,7 @@ class Config(BaseModel):
     section: ClassVar[str] = ""  # prefix of the fields' names in messages, such as "optimizer."
     old_fields: ClassVar[Mapping[str, str]] = {}  # old name: new name
     old_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # field: old value: new value
+    other_names: ClassVar[Mapping[str, str]] = {}  # what other tools call a field: its name here
 
     @model_validator(mode="before")
     @classmethod
@@ -205,8 +206,9 @@ def describe(error: ValidationError, model: type[BaseModel], values: Any = None)
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, parts[:-1])
-        near = get_close_matches(parts[-1], known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        elsewhere = {} if parts[:-1] else getattr(model, "other_names", {})
+        near = elsewhere.get(field) or next(iter(get_close_matches(parts[-1], known, 1)), None)
+        hint = f"; did you mean {near}?" if near else ""
         return f"{field}: unknown field; allowed: {', '.join(known)}{hint}{more}"
     if first["type"] == "missing":
         return f"{field}: required, not given{more}"

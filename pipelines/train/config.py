@@ -1,7 +1,8 @@
 """The config of `poise align`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, model_validator
@@ -12,6 +13,7 @@ from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_s
 from pipelines.train.evaluation_config import EvaluationConfig
 from pipelines.train.objective_config import ObjectiveConfig
 from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
+from pipelines.train.other_names import OTHER_NAMES
 from pipelines.train.schedules import ScheduleConfig, ScheduleName
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
 
@@ -66,6 +68,8 @@ class SaveSettings(Config):
 
 class AlignConfig(ReadingConfig):
     """An alignment run."""
+
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
 
     model: Path = Field(description="checkpoint to start from: a folder, or a name on the hub")
     init: Literal["checkpoint", "random"] = Field(
