@@ -197,9 +197,10 @@ def describe(error: ValidationError, model: type[BaseModel], values: Any = None)
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     places = {id(problem): _written(problem["loc"], values) for problem in problems}
     top = places[id(problems[0])]
-    # Of a field with several forms, each one that does not fit is a problem: the deepest says most.
+    # Of a field with several forms, each one that does not fit is a problem: the deepest says most,
+    # and of equally deep ones our own line, whose form fits but for what it says.
     same = [p for p in problems if places[id(p)][: len(top)] == top]
-    first = max(same, key=lambda problem: len(places[id(problem)]))
+    first = max(same, key=lambda p: (len(places[id(p)]), p["type"] == "value_error"))
     parts = places[id(first)]
     field = ".".join(parts)
     others = [p for p in problems if parts[: len(places[id(p)])] != places[id(p)]]

@@ -340,3 +340,11 @@ def test_names_of_other_tools() -> None:
         message = rf"^here: {theirs}: unknown field; allowed: .*; did you mean {ours}\?$"
         with pytest.raises(InputError, match=message):
             check(fields | {theirs: 0.1}, AlignConfig, "here")
+
+
+def test_a_form_that_fits_says_what_is_wrong() -> None:
+    """Of a field with several forms, the line is of the one that was written."""
+    schedule = {"name": "cosine", "min_lr_rate": 0.1}
+    fields = {"model": "m", "data": "d", "optimizer": {"learning_rate": 1e-3}, "num_steps": 1}
+    with pytest.raises(InputError, match=r"min_lr_rate: has no effect on cosine; allowed with"):
+        check(fields | {"schedule": schedule}, AlignConfig, "here")
