@@ -95,3 +95,12 @@ class RewardModel:
             engine.close()
             raise InputError(f"model {self.folder}: has changed since the start")
         return engine
+
+
+def check_finite(reward: float, place: str) -> None:
+    """Raise InputError for a reward that is no finite number."""
+    if not math.isfinite(reward):
+        raise InputError(
+            f"{place}: found the reward {reward}; allowed: a finite number (engine.dtype: float32 "
+            "has the widest range)"
+        )
