@@ -4,7 +4,6 @@ Commands go through a pipe. It closes when the tests' process ends, however it e
 ends with it.
 """
 
-import base64
 import itertools
 import json
 import os
@@ -131,11 +130,6 @@ class Browser:
         self.settle()
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
         self.settle()
-
-    def picture(self, path: Path, *, whole: bool = False) -> None:
-        """Write a screenshot, for people to look at."""
-        shot = self.send("Page.captureScreenshot", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
 
 @contextmanager
