@@ -37,7 +37,7 @@ def merged_weight(weights: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     wide = _wide(weights[0].dtype)
     total = weights[0].to(wide) * coefficients[0]
     for weight, own in zip(weights[1:], coefficients[1:], strict=True):
-        total = total + weight.to(wide) * own
+        total.addcmul_(weight.to(wide), own)
     return total
 
 
@@ -105,7 +105,11 @@ class _Factored(torch.autograd.Function):
         ctx.weights = weights
         total = x.new_zeros((len(x), len(weights[0])), dtype=_wide(x.dtype))
         for weight, own in zip(weights, coefficients, strict=True):
-            total += (x * own).to(x.dtype) @ weight.t()
+            part = (x * own).to(x.dtype)
+            if part.dtype == total.dtype:
+                total.addmm_(part, weight.t())
+            else:
+                total += part @ weight.t()
         return total.to(x.dtype)
 
     @staticmethod
@@ -118,7 +122,7 @@ class _Factored(torch.autograd.Function):
         for place, weight in enumerate(ctx.weights):
             u = (g @ weight).to(wide)
             if dx is not None:
-                dx += u * coefficients[place]
+                dx.addcmul_(u, coefficients[place])
             if dc is not None:
                 dc[place] = u.mul_(x).sum(0)
         return (None if dx is None else dx.to(x.dtype), dc, None)
@@ -144,6 +148,7 @@ class _Formed(torch.autograd.Function):
             dx = g @ merged_weight(weights, coefficients).to(x.dtype)
         if ctx.needs_input_grad[1]:
             of_weight = (g.t() @ x).to(_wide(x.dtype))
-            dc = torch.stack([(of_weight * weight).sum(0) for weight in weights])
-            dc = dc.to(coefficients.dtype)
+            dc, product = torch.empty_like(coefficients), torch.empty_like(of_weight)
+            for place, weight in enumerate(weights):
+                dc[place] = torch.mul(of_weight, weight, out=product).sum(0)
         return (dx, dc, None)

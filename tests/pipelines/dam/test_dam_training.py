@@ -3,6 +3,7 @@ written merge, and an undisturbed run.
 """
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipelines.dam import DamConfig, dam, estimate_memory, plan_dam
+from pipelines.dam import DamConfig, Memory, dam, estimate_memory, plan_dam
 from pipelines.dam import loop as training
 from pipelines.dam.build import build
 from pipelines.dam.loop import Run
 from pipelines.dam.run import worker_settings
+from pipelines.dam.stream import Stream
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, merge
 from pipelines.merge.verify import verify
@@ -191,6 +193,42 @@ def test_shards_on_two_workers_are_one_process(
     assert lines(killed) == lines(whole)
 
 
+@pytest.mark.parametrize("experts_are", ["host", "source"])
+@pytest.mark.parametrize("fields", [{"gradient_checkpointing": True}, {"embeddings": True}])
+def test_experts_that_are_brought_layer_by_layer_give_the_same_bytes(
+    tmp_path: Path,
+    here: None,
+    monkeypatch: pytest.MonkeyPatch,
+    experts_are: str,
+    fields: dict[str, Any],
+) -> None:
+    """And at most two blocks of theirs are there at once."""
+    experts = make_experts(tmp_path, num_hidden_layers=4, tied="embeddings" in fields)
+    held_out = {"share": 0.3, "every": 2}
+    whole = dam(experts.config(evaluation=held_out, **fields), tmp_path / "whole")
+    blocks, most = dict[int, weakref.ref[Any]](), 0
+
+    def bring(stream: Stream, key: tuple[int, int | None]) -> Any:
+        nonlocal most
+        found = Brought(real(stream, key))
+        blocks[id(found)] = weakref.ref(found)
+        most = max(most, sum(each() is not None for each in blocks.values()))
+        return found
+
+    real = Stream._bring
+    monkeypatch.setattr(Stream, "_bring", bring)
+    config = experts.config(evaluation=held_out, experts=experts_are, **fields)
+    out = dam(config, tmp_path / "out")
+    assert len(blocks) > 0 and most == 2
+    for name in ("model.safetensors", "coefficients/dam.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert lines(out) == lines(whole)
+
+
+class Brought(list[Any]):
+    """A list that can be seen to go."""
+
+
 def test_the_best_evaluation_is_kept_and_a_run_stops_without_a_better_one(
     experts: Experts, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +275,17 @@ def test_the_plan_and_its_memory(experts: Experts, tmp_path: Path) -> None:
     assert memory.coefficients == 16 * sum(each.numel() for each in run.coefficients.values())
     num_parameters = sum(t.numel() for t in load_file(experts.base / "model.safetensors").values())
     assert 2 * 4 * num_parameters < memory.experts < 3 * 4 * num_parameters
+    assert memory.gathered == memory.host == 0
+
+    def other(**fields: Any) -> Memory:
+        config = plan.config.model_copy(update=fields)
+        return estimate_memory(config, plan.roles, 10)
+
+    sharded = other(strategy="fsdp2", num_workers=2)
+    assert sharded.experts == memory.experts // 2 and sharded.gathered > 0
+    source = other(experts="source")
+    assert (source.experts, source.host) == (0, 0) and source.total < memory.total
+    assert other(experts="host").host == memory.experts
 
 
 FIELDS: list[tuple[dict[str, Any], str]] = [
