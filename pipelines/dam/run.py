@@ -230,6 +230,8 @@ def _check_models(config: DamConfig) -> dict[str, tuple[str, Role]]:
                     f"{own.get(key)!r}, as in {config.base_model}"
                 )
     roles = merged_parameters(model, base)
+    for each in config.models:
+        _check_shapes(each.model, config.base_model, {stored for stored, _ in roles.values()})
     has_head = any(role.kind == "head" for _, role in roles.values())
     if config.lm_head and "lm_head" in config.model_fields_set and not has_head:
         raise InputError(
@@ -237,6 +239,20 @@ def _check_models(config: DamConfig) -> dict[str, tuple[str, Role]]:
             "or embeddings: true, which a tied head follows"
         )
     return roles
+
+
+def _check_shapes(path: Path, base: Path, names: set[str]) -> None:
+    """Raise InputError unless an expert has the base's tensors in the base's shapes; a merge by
+    other methods would fit some vocabularies together.
+    """
+    own, wanted = Checkpoint.open(path), Checkpoint.open(base)
+    for name in sorted(names):
+        found, like = own.find(name), wanted.find(name)
+        if like is not None and (found is None or found.shape != like.shape):
+            shape = "no such tensor" if found is None else f"shape {list(found.shape)}"
+            raise InputError(
+                f"{path}: {name}: found {shape}; allowed: {list(like.shape)}, as in {base}"
+            )
 
 
 def _merge_config(config: DamConfig, method: str, **fields: Any) -> MergeConfig:

@@ -22,6 +22,7 @@ from pipelines.dam.stream import Stream
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, merge
 from pipelines.merge.verify import verify
+from pipelines.train import trackers
 from pipelines.train.errors import DivergenceError
 from pipelines.train.metrics import MEASURED
 from tests.pipelines.dam.conftest import Experts, make_experts
@@ -288,40 +289,29 @@ def test_the_plan_and_its_memory(experts: Experts, tmp_path: Path) -> None:
     assert other(experts="host").host == memory.experts
 
 
-FIELDS: list[tuple[dict[str, Any], str]] = [
-    ({"temperature": 2.0, "loss": "mse"}, "temperature: has no effect with loss mse"),
-    ({"base_data": "x"}, "base_data: has no effect without include_base: true"),
-    ({"include_base": True}, "base_data: required with loss kl"),
-    ({"num_epochs": 2}, "give either num_steps or num_epochs"),
-    ({"evaluation": {"data": "x", "every": 1}}, "evaluation.data: allowed here: share"),
-    ({"loss": "js"}, "loss"),
-]
+def test_tokens_are_kept_and_numbers_go_to_trackers(
+    experts: Experts, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
 
+    class Kept:
+        run_id = "1"
 
-@pytest.mark.parametrize(("fields", "message"), FIELDS)
-def test_configs_that_cannot_be(experts: Experts, fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        experts.config(**fields)
+        def __init__(self, config: DamConfig, *_: Any) -> None:
+            told.append(config.model_dump(mode="json"))
 
+        def write(self, step: int, values: dict[str, Any]) -> None:
+            told.append({"step": step, **values})
 
-def test_experts_that_cannot_be(experts: Experts, tmp_path: Path) -> None:
-    fields = experts.fields()
-    with pytest.raises(ValueError, match="found one expert alone; allowed: two or more"):
-        DamConfig.model_validate(fields | {"models": fields["models"][:1]})
-    without = [fields["models"][0], {"model": fields["models"][1]["model"]}]
-    with pytest.raises(ValueError, match=f"{experts.models[1]}: data: required with loss kl"):
-        DamConfig.model_validate(fields | {"models": without})
+        def close(self, *, failed: bool) -> None:
+            told.append({"failed": failed})
 
-    def refused(model: Path, **changes: Any) -> str:
-        models = [fields["models"][0], fields["models"][1] | {"model": str(model)}]
-        with pytest.raises(InputError) as error:
-            plan_dam(experts.config(models=models, **changes), tmp_path / "cache")
-        return str(error.value)
-
-    wide = make_experts(tmp_path / "wide", intermediate_size=40)
-    assert "found shape [32, 40]; allowed: [32, 48]" in refused(wide.models[0])
-    turned = make_experts(tmp_path / "turned", rms_norm_eps=0.5)
-    assert "config.json: rms_norm_eps: found 0.5; allowed: 1e-06" in refused(turned.models[0])
-    tied = make_experts(tmp_path / "tied", tied=True)
-    with pytest.raises(InputError, match=r"^lm_head: found true, but .* has no head of its own"):
-        plan_dam(tied.config(lm_head=True), tmp_path / "cache")
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Kept)
+    monkeypatch.setattr(trackers, "check_trackers", lambda names: None)
+    monkeypatch.setattr("pipelines.dam.run.check_trackers", lambda names: None)
+    out = dam(experts.config(trackers=["wandb"], tensorboard=True), tmp_path / "out")
+    assert told[0]["learning_rate"] == 0.02 and told[-1] == {"failed": False}
+    assert [each["loss"] for each in told[1:-1]] == [each["loss"] for each in lines(out)]
+    assert list((out / "tensorboard").iterdir())
+    monkeypatch.setattr("pipelines.train.data.cache._tokenize_pieces", None)
+    dam(experts.config(seed=1), tmp_path / "two")  # tokens are there
