@@ -166,7 +166,9 @@ SHARDED: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{"tokens": "response"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "fields", [{"tokens": "response"}, {"gradient_checkpointing": True, "experts": "host"}]
+)
 def test_shards_on_two_workers_are_one_process(
     experts: Experts, tmp_path: Path, here: None, fields: dict[str, Any]
 ) -> None:
