@@ -127,12 +127,16 @@ def dam_in_turn(runs: Sequence[tuple[DamConfig, str | Path]], *, force: bool = F
     outs, jobs = [Path(out).absolute() for _, out in runs], list[Job]()
     with ExitStack() as stack:
         for (config, _), out in zip(runs, outs, strict=True):
-            check_cluster(config)
+            is_new = not out.exists()
+            if is_new:
+                check_cluster(config)  # early, before all data are read
             plan = plan_dam(config, (config.cache or out.parent / CACHE_FOLDER).absolute())
-            record = read_record(out) if out.exists() else None
+            record = None if is_new else read_record(out)
             if record is not None and record.get("fingerprint") == plan.fingerprint and not force:
                 continue
             refuse_existing(out, force=force)
+            if not is_new:
+                check_cluster(config)
             for table in plan.tables.values():
                 if remark := table.counts.remarks():
                     print(f"  {remark}", file=sys.stderr)

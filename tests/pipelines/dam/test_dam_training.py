@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipelines.dam import DamConfig, Memory, dam, estimate_memory, plan_dam
+from pipelines.dam import DamConfig, Memory, dam, dam_in_turn, estimate_memory, plan_dam
 from pipelines.dam import loop as training
 from pipelines.dam.build import build
 from pipelines.dam.loop import Run
@@ -316,4 +316,8 @@ def test_tokens_are_kept_and_numbers_go_to_trackers(
     assert [each["loss"] for each in told[1:-1]] == [each["loss"] for each in lines(out)]
     assert list((out / "tensorboard").iterdir())
     monkeypatch.setattr("pipelines.train.data.cache._tokenize_pieces", None)
-    dam(experts.config(seed=1), tmp_path / "two")  # tokens are there
+    alone = dam(experts.config(seed=1), tmp_path / "alone")  # tokens are there
+    runs = [(experts.config(seed=seed), tmp_path / f"{seed}") for seed in (2, 1)]
+    two, one = (path / "coefficients" / "dam.safetensors" for path in dam_in_turn(runs))
+    assert one.read_bytes() == (alone / "coefficients" / "dam.safetensors").read_bytes()
+    assert one.read_bytes() != two.read_bytes()
