@@ -31,10 +31,10 @@ from ray_jobs.session import ray_session
 STRENGTHS = ("helpful", "honest", "harmless")
 SEEDS = (0, 1, 2)
 COLUMNS = ("helpfulness", "honesty", "harmlessness", "average")
-NUM_DRAWS = 12  # of the search
+NUM_DRAWS = 8  # of the search
 REG: dict[str, Any] = {"cosine": 0.0}  # without the others
 COSINE: dict[str, Any] = {"l1": 0.0, "l2": 0.0}
-SETTINGS = {"rows_per_set": 8, "learning_rate": 0.02}
+SETTINGS = {"rows_per_set": 32, "learning_rate": 0.05}
 PLAIN = REG | COSINE
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "KL": PLAIN,
