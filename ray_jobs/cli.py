@@ -113,6 +113,20 @@ def merge(
     run_merge(config, out or out_option, given, plan=plan, force=force)
 
 
+@app.command(epilog="Example: `poise dam configs/dam.yaml --out runs/dam`")
+def dam(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Out = Path("runs/dam"),
+    plan: Plan = False,
+    force: Force = False,
+) -> None:
+    """Merge models by coefficients that are learned on a little of each model's data."""
+    from ray_jobs.dam import run_dam
+
+    run_dam(config, out, overrides or [], plan=plan, force=force)
+
+
 @app.command(epilog="Example: `poise extract-lora runs/sft runs/dpo --rank 16 --out runs/lora`")
 def extract_lora(
     base: Annotated[str, typer.Argument(metavar="BASE", help="a checkpoint, or a name on the hub")],
@@ -181,12 +195,34 @@ def tasks(
 
 @app.command(epilog="Example: `poise diff runs/a runs/b --base runs/sft`")
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="a checkpoint or adapter, or ORG/NAME")],
-    b: Annotated[str, typer.Argument(metavar="B", help="another one")],
+    a: Annotated[
+        str | None, typer.Argument(metavar="A", help="a checkpoint or adapter, or ORG/NAME")
+    ] = None,
+    b: Annotated[str | None, typer.Argument(metavar="B", help="another one")] = None,
     base: Annotated[str | None, typer.Option("--base", help="their common ancestor")] = None,
+    coefficients: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="instead of A and B: of `poise dam`; of several the mean"
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="with --coefficients: write a heat map (PNG)")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two models tensor by tensor before merging: norms, cosine, sign conflicts."""
+    if coefficients:
+        if a is not None or base is not None:
+            raise InputError("--coefficients: found with A, B or --base; allowed: alone")
+        from ray_jobs.coefficients import run_coefficients
+
+        run_coefficients(coefficients, plot, as_json=as_json)
+        return
+    if a is None or b is None:
+        raise InputError("A, B: give two models, or --coefficients FILE")
+    if plot is not None:
+        raise InputError("--plot: has no effect without --coefficients")
     from ray_jobs.diff import run_diff
 
     run_diff(a, b, base, as_json=as_json)
