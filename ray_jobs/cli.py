@@ -204,6 +204,21 @@ def verify(
     run_verify(folder, again=again, as_json=as_json)
 
 
+@app.command(epilog="Example: `poise lineage runs/ties --in runs`")
+def lineage(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="DIGEST", help="of weights, or its beginning; or a model's folder"),
+    ],
+    folder: Annotated[Path, typer.Option("--in", help="where records are looked for")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Tell from records what weights are: merge, parents, training runs, data, evaluations."""
+    from ray_jobs.lineage import run_lineage
+
+    run_lineage(what, folder, as_json=as_json)
+
+
 @app.command(epilog="Example: `poise evaluate configs/demo/evaluate-test.yaml --out runs/test`")
 def evaluate(
     config: ConfigPath,
