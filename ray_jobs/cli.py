@@ -240,6 +240,21 @@ def verify(
     run_verify(folder, again=again, as_json=as_json)
 
 
+@app.command(epilog="Example: `poise lineage runs/ties --in runs`")
+def lineage(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="DIGEST", help="of weights, or its beginning; or a model's folder"),
+    ],
+    folder: Annotated[Path, typer.Option("--in", help="where records are looked for")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Tell from records what weights are: merge, parents, training runs, data, evaluations."""
+    from ray_jobs.lineage import run_lineage
+
+    run_lineage(what, folder, as_json=as_json)
+
+
 @app.command(epilog="Example: `poise evaluate configs/demo/evaluate-test.yaml --out runs/test`")
 def evaluate(
     config: ConfigPath,
@@ -423,14 +438,37 @@ def serve(
 
 @app.command(epilog="Example: `echo 'reverse a b c' | poise chat runs/demo/models/linear`")
 def chat(
-    path: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="a checkpoint, or a name on the hub")
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="a checkpoint, or a name on the hub or the server"),
     ],
+    compare: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="show the answers of another, too")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="of a server, as http://HOST:PORT")] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="with the server's key; default POISE_API_KEY")
+    ] = None,
+    conversation: Annotated[
+        bool, typer.Option("--conversation", help="a line follows on those before it")
+    ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="of an answer; default 256, or the server's own", min=1)
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Talk to a model in the terminal."""
+    """Talk to a model in the terminal, here or on a server, or to two side by side."""
     from ray_jobs.chat import run_chat
 
-    run_chat(path)
+    if not run_chat(
+        [model] if compare is None else [model, compare],
+        url=url,
+        key_file=key_file,
+        conversation=conversation,
+        max_tokens=max_tokens,
+        as_json=as_json,
+    ):
+        raise typer.Exit(1)
 
 
 def main() -> None:
