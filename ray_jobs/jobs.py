@@ -9,6 +9,7 @@ from rich.table import Table
 from pipelines.errors import InputError
 from ray_jobs.submission.follow import ending
 from ray_jobs.submission.head import Head, NoSuchJobError, UnreachableError, connect, head_address
+from ray_jobs.submission.look import LOOKS
 from ray_jobs.tables import print_table
 
 
@@ -45,7 +46,11 @@ def _stop(head: Head, job: str) -> None:
 
 def _list(head: Head, as_json: bool) -> None:
     jobs = head.call(lambda client: client.list_jobs())
-    rows = [_row(details) for details in jobs if details.submission_id is not None]
+    rows = [
+        _row(details)
+        for details in jobs
+        if details.type == "SUBMISSION" and not details.submission_id.startswith(LOOKS)
+    ]
     rows.sort(key=lambda row: row["started"] or "")
     if as_json:
         print(json.dumps(rows, indent=2))

@@ -2,13 +2,21 @@
 
 import secrets
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import InputError
 from pipelines.versions import versions
 from ray_jobs.submission.follow import LEFT, UNKNOWN, Log, follow, tell_how
-from ray_jobs.submission.head import Head, NoSuchJobError, UnreachableError, connect, head_address, tell
+from ray_jobs.submission.head import (
+    Head,
+    NoSuchJobError,
+    UnreachableError,
+    connect,
+    head_address,
+    tell,
+)
 from ray_jobs.submission.look import Asked, as_run_there, check_command, check_room, look
 from ray_jobs.submission.package import measure
 
@@ -122,7 +130,8 @@ def _followed(head: Head, job: str) -> int:
             tell_how(head, job)
             return LEFT
         if answer == "stop":
-            head.stop(job)
+            with suppress(UnreachableError):  # which `follow` tells of
+                head.stop(job)
             tell(f"{job}: asked to stop")
 
 

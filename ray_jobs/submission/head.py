@@ -76,7 +76,7 @@ def connect(address: str) -> "Head":
     except InputError:
         raise
     except (ConnectionError, requests.exceptions.ConnectionError, requests.Timeout):
-        raise InputError(f"{address}: no Ray head answers there; nothing was submitted") from None
+        raise InputError(f"{address}: no Ray head answers there") from None
     except (requests.RequestException, RuntimeError, KeyError, ValueError) as error:
         raise InputError(f"{address}: no Ray head: {_first_line(error)}") from None
 
@@ -110,7 +110,9 @@ class Head:
                 if time.monotonic() - began > patience:
                     if patience == BUSY_S:
                         raise
-                    raise UnreachableError(f"{self.address}: no answer for {patience:.0f} s") from None
+                    raise UnreachableError(
+                        f"{self.address}: no answer for {patience:.0f} s"
+                    ) from None
             else:
                 if told:
                     tell("connected again")

@@ -5,7 +5,6 @@ understood?
 import json
 import secrets
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from pathlib import Path
 from pipelines.errors import InputError
 from pipelines.versions import versions
 from ray_jobs.submission import on_head
-from ray_jobs.submission.head import Head, UnreachableError, tell
+from ray_jobs.submission.head import Head, tell
 
+LOOKS = "poise-look-"
 LOOK_S = 120.0
 POLL_S = 0.3
 LAST_LINES = 3
@@ -89,28 +89,33 @@ class Asked:
 
 
 def look(head: Head, environment: dict[str, object]) -> Look:
-    """Run `on_head` as a job in the environment of the job to come, and remove it again.
+    """Run `on_head` as a job in the environment of the job to come.
+
+    `poise jobs` does not show it. (Ray makes an entry without a beginning of a job that is deleted
+    as soon as it has ended.)
 
     Raises:
         InputError: it cannot run there; with its last lines.
         UnreachableError: the head does not answer any more.
     """
-    job = f"poise-look-{secrets.token_hex(6)}"
+    job = f"{LOOKS}{secrets.token_hex(6)}"
     source = Path(on_head.__file__).read_text()
     head.submit(job, entrypoint=RAYS_PYTHON + shlex.quote(source), runtime_env=environment)
     try:
         deadline = time.monotonic() + LOOK_S
         while not (details := head.details(job)).status.is_terminal():
             if time.monotonic() > deadline:
-                raise InputError(f"{head.address}: the head has not run a small job in {LOOK_S} s")
+                head.stop(job)
+                raise InputError(f"{head.address}: a small job has not ended in {LOOK_S:.0f} s")
             time.sleep(POLL_S)
-        lines = head.logs(job).splitlines()
-        found = [line for line in lines if line.startswith(on_head.MARK)]
-        if not found:
-            said = " | ".join([*lines, details.message or ""][-LAST_LINES:])
-            raise InputError(f"{head.address}: the head cannot run a small job: {said[:500]}")
-    finally:
-        _remove(head, job)
+    except KeyboardInterrupt:
+        head.stop(job)
+        raise
+    lines = head.logs(job).splitlines()
+    found = [line for line in lines if line.startswith(on_head.MARK)]
+    if not found:
+        said = " | ".join([*lines, details.message or ""][-LAST_LINES:])
+        raise InputError(f"{head.address}: the head cannot run a small job: {said[:500]}")
     return parse(found[-1].removeprefix(on_head.MARK))
 
 
@@ -232,16 +237,3 @@ def as_run_there(command: list[str], found: Look) -> tuple[str, dict[str, str]]:
         command = ["python", "-m", "ray_jobs.cli", *command[1:]]
     on_path = found.programs in found.path.split(":")
     return shlex.join(command), {} if on_path else {"PATH": f"{found.programs}:{found.path}"}
-
-
-def _remove(head: Head, job: str) -> None:
-    """Take a job of ours out of the list; an error on the way here is more to the point."""
-    error = sys.exc_info()[1]
-    try:
-        if not head.details(job).status.is_terminal():
-            head.stop(job)
-        else:
-            head.call(lambda client: client.delete_job(job))
-    except (InputError, LookupError, RuntimeError, UnreachableError):
-        if error is None:
-            raise
