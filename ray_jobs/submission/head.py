@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.errors import InputError
@@ -70,7 +71,6 @@ def connect(address: str) -> "Head":
     import requests
 
     _quiet()
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS wins over any argument
     try:
         return Head(address)
     except InputError:
@@ -86,7 +86,8 @@ class Head:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.client = self._refused(lambda: _client_class()(address))
+        with _named_in_environment(address):
+            self.client = self._refused(lambda: _client_class()(address))
 
     def call(self, action: Callable[[Any], T]) -> T:
         """The result of an action on Ray's client. It must be harmless to repeat.
@@ -190,6 +191,23 @@ class Head:
 def tell(line: str) -> None:
     """Print a line about the job, apart from what the job itself prints on stdout."""
     print(f"poise: {line}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _named_in_environment(address: str) -> Iterator[None]:
+    """In the block, RAY_API_SERVER_ADDRESS is this address: Ray takes it, or RAY_ADDRESS, before
+    any argument.
+    """
+    name = "RAY_API_SERVER_ADDRESS"
+    before = os.environ.get(name)
+    os.environ[name] = address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _quiet() -> None:
