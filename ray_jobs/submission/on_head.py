@@ -66,13 +66,13 @@ def kinds_of(path: str) -> object:
     try:
         config = yaml.safe_load(Path(path).expanduser().read_text())
         total = config.get("max_workers", 2)
+        others = {config.get("head_node_type"): 0}  # no more heads, unless it says so
         return {
             name: {
                 "resources": kind.get("resources") or {},
-                "most": min(total, kind.get("max_workers", total)),
+                "most": min(total, kind.get("max_workers", others.get(name, total))),
             }
             for name, kind in config["available_node_types"].items()
-            if name != config.get("head_node_type")
         }
     except (OSError, yaml.YAMLError, KeyError, AttributeError):
         return None

@@ -245,6 +245,7 @@ def test_the_heads_side_reads_the_launchers_limits(tmp_path: Path) -> None:
     path = tmp_path / "bootstrap.yaml"
     path.write_text(yaml.safe_dump(config))
     assert on_head.kinds_of(str(path)) == {
+        "head": {"resources": {"CPU": 0}, "most": 0},
         "cpu": {"resources": {"CPU": 8}, "most": 3},
         "gpu": {"resources": {"GPU": 1}, "most": 2},
     }
