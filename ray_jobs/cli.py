@@ -429,6 +429,10 @@ def submit(
     resource: Annotated[
         list[str] | None, typer.Option(metavar="NAME=N", help="of your own; repeatable")
     ] = None,
+    workers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=N", help="to await for its workers, as GPU=8; repeatable"),
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="submit although no node could run it now")
     ] = False,
@@ -438,15 +442,16 @@ def submit(
 ) -> None:
     """Run a command, after `--`, on a cluster as a Ray job; ends with the command's own status."""
     from ray_jobs.submission.look import Asked
-    from ray_jobs.submit import Manner, own_resources, run_attach, run_submit
+    from ray_jobs.submit import Manner, amounts, run_attach, run_submit, whole_amounts
 
     command = context.meta[AFTER_DASHES]
     if (attach is None) == (not command):
         raise InputError("submit: give either -- COMMAND... or --attach ID")
     if attach is not None:
         sys.exit(run_attach(address, attach))  # typer would take 130 for a Ctrl-C of its own
-    asked = Asked(cpus, gpus, memory, own_resources(resource or []))
-    manner = Manner(working_dir, limit_mb, wait=wait, detach=detach)
+    asked = Asked(cpus, gpus, memory, amounts("--resource", resource or []))
+    needed = whole_amounts("--workers", workers or [])
+    manner = Manner(working_dir, limit_mb, needed, wait=wait, detach=detach)
     sys.exit(run_submit(address, command, asked, manner))
 
 

@@ -1,13 +1,16 @@
 """`poise submit`: run a command on a cluster as a Ray job, and follow it to its end."""
 
+import json
 import secrets
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.errors import InputError
 from pipelines.versions import versions
+from ray_jobs.submission import workers
 from ray_jobs.submission.follow import LEFT, UNKNOWN, Log, follow, tell_how
 from ray_jobs.submission.head import (
     Head,
@@ -17,7 +20,14 @@ from ray_jobs.submission.head import (
     head_address,
     tell,
 )
-from ray_jobs.submission.look import Asked, as_run_there, check_command, check_room, look
+from ray_jobs.submission.look import (
+    Asked,
+    as_run_there,
+    check_command,
+    check_room,
+    check_workers,
+    look,
+)
 from ray_jobs.submission.package import measure
 
 
@@ -28,21 +38,23 @@ class Manner:
     Args:
         folder: the job's working directory, here.
         limit_mb: the largest size of what is sent of it, in MB.
+        workers: resources that the cluster shall have before the command begins.
         wait: submit although no node could run the command now.
         detach: end once the job is submitted.
     """
 
     folder: Path
     limit_mb: int
+    workers: Mapping[str, int] = field(default_factory=dict)
     wait: bool = False
     detach: bool = False
 
 
-def own_resources(given: list[str]) -> dict[str, float]:
-    """Resources of the cluster's own by name, of `NAME=N` each.
+def amounts(option: str, given: list[str]) -> dict[str, float]:
+    """Resources by name, of `NAME=N` each.
 
     Raises:
-        InputError: another form.
+        InputError: another form; it names the option.
     """
     found = {}
     for text in given:
@@ -52,8 +64,21 @@ def own_resources(given: list[str]) -> dict[str, float]:
         except ValueError:
             found[name] = 0.0
         if not name or not 0 < found[name] < float("inf"):
-            raise InputError(f"--resource: found {text!r}; allowed: NAME=N, as accelerator:L4=1")
+            raise InputError(f"{option}: found {text!r}; allowed: NAME=N, as accelerator:L4=1")
     return found
+
+
+def whole_amounts(option: str, given: list[str]) -> dict[str, int]:
+    """The same in whole numbers.
+
+    Raises:
+        InputError: as `amounts`, or a fraction.
+    """
+    found = amounts(option, given)
+    for name, amount in found.items():
+        if amount != int(amount):
+            raise InputError(f"{option}: found {name}={amount:g}; allowed: whole numbers")
+    return {name: int(amount) for name, amount in found.items()}
 
 
 def run_submit(address: str | None, command: list[str], asked: Asked, manner: Manner) -> int:
@@ -74,7 +99,10 @@ def run_submit(address: str | None, command: list[str], asked: Asked, manner: Ma
         raise InputError(f"{error}; nothing was submitted") from None
     check_command(command, found)
     waits_for = check_room(asked, found, wait=manner.wait)
+    check_workers(manner.workers, found, wait=manner.wait)
     line, variables = as_run_there(command, found)
+    if manner.workers:
+        variables[workers.VARIABLE] = json.dumps(dict(manner.workers))
     if waits_for:
         tell(waits_for)
     job = f"poise-{secrets.token_hex(6)}"

@@ -173,6 +173,34 @@ def check_room(asked: Asked, found: Look, *, wait: bool) -> str | None:
     )
 
 
+def check_workers(wanted: Mapping[str, int], found: Look, *, wait: bool) -> None:
+    """Check what the command's workers need together.
+
+    Raises:
+        InputError: the cluster can never have that much, or that cannot be read (`wait` submits
+            the command all the same).
+    """
+    there = {name: sum(node.get(name, 0.0) for node in found.nodes) for name in wanted}
+    lack = missing(wanted, there)
+    if not lack or wait:
+        return
+    if found.kinds is None:
+        raise InputError(
+            f"--workers: found {_shown(wanted, wanted)}; the cluster has {_shown(there, wanted)}, "
+            "and what its autoscaler may add cannot be read on this head; allowed: --wait, to "
+            "wait for nodes"
+        )
+    kinds = found.kinds.values()
+    open_ended = any(kind.most > 0 and not kind.resources for kind in kinds)
+    most = {n: sum(kind.most * kind.resources.get(n, 0.0) for kind in kinds) for n in wanted}
+    grown = {name: there[name] + most[name] for name in wanted}
+    if missing(wanted, grown) and not open_ended:
+        raise InputError(
+            f"--workers: found {_shown(wanted, wanted)}; allowed: up to {_shown(grown, wanted)}, "
+            "which the cluster has or may add, or --wait for nodes that you add yourself"
+        )
+
+
 def missing(wanted: Mapping[str, float], node: Mapping[str, float]) -> dict[str, float]:
     """What a node of its own lacks of the resources that are wanted."""
     lacks = {name: amount - node.get(name, 0.0) for name, amount in wanted.items()}

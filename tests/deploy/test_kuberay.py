@@ -1,8 +1,8 @@
 """The manifests for KubeRay, without a cluster.
 
-Oracle: the schemas of KubeRay's own resources, made strict, in the folder that POISE_KUBERAY_SCHEMAS
-names (ray.io_rayclusters.yaml, ...; these tests skip without it); `kubernetes-validate` for plain
-objects, where it is installed; Ray's schema of Serve configs; and rules written by hand.
+Oracle: the schemas of KubeRay's own resources, made strict, in the folder that
+POISE_KUBERAY_SCHEMAS names (ray.io_rayclusters.yaml, ...; these tests skip without it);
+`kubernetes-validate` for plain objects, where it is installed; Ray's schema of Serve configs; and rules written by hand.
 """
 
 import copy

@@ -25,11 +25,13 @@ from ray_jobs.submission.look import (
     as_run_there,
     check_command,
     check_room,
+    check_workers,
     missing,
     parse,
 )
 from ray_jobs.submission.package import measure
-from ray_jobs.submit import own_resources
+from ray_jobs.submission.workers import VARIABLE, await_workers
+from ray_jobs.submit import amounts, whole_amounts
 from tests.ray_jobs.command_line import poise
 
 STAYS = (
@@ -196,10 +198,10 @@ def test_what_can_never_run_is_refused_unless_asked_to_wait(
     assert "waiting for" in str(check_room(asked, found, wait=True))
 
 
-amounts = st.dictionaries(st.sampled_from("ABC"), st.integers(0, 5).map(float))
+resources = st.dictionaries(st.sampled_from("ABC"), st.integers(0, 5).map(float))
 
 
-@given(amounts, amounts)
+@given(resources, resources)
 def test_missing_is_what_must_be_added(wanted: dict[str, float], node: dict[str, float]) -> None:
     lack = missing(wanted, node)
     grown = {name: node.get(name, 0.0) + lack.get(name, 0.0) for name in {*node, *lack}}
@@ -298,6 +300,10 @@ def test_the_address_is_the_job_servers(monkeypatch: pytest.MonkeyPatch) -> None
         (["submit"], "submit: give either -- COMMAND... or --attach ID"),
         (["submit", "--attach", "a", "--", "true"], "submit: give either -- COMMAND... or"),
         (["submit", "--resource", "L4", "--", "true"], "--resource: found 'L4'; allowed: NAME=N"),
+        (
+            ["submit", "--workers", "GPU=.5", "--", "true"],
+            "--workers: found GPU=0.5; allowed: whole",
+        ),
         (["jobs", "halt", "poise-1"], "jobs: found 'halt poise-1'; allowed: nothing"),
         (["jobs", "stop"], "jobs: found 'stop'; allowed: nothing, to list them, or stop ID"),
     ],
@@ -315,8 +321,66 @@ def test_bad_submissions_are_one_line(
     assert errors.count("\n") == 1
 
 
-def test_resources_of_ones_own() -> None:
-    assert own_resources(["L4=1", "a:b=0.5"]) == {"L4": 1.0, "a:b": 0.5}
+def test_amounts_by_name() -> None:
+    assert amounts("--resource", ["L4=1", "a:b=0.5"]) == {"L4": 1.0, "a:b": 0.5}
     for text in ("=1", "L4=0", "L4=nan", "L4=-1", "L4=inf", "L4=x"):
-        with pytest.raises(InputError, match="--resource"):
-            own_resources([text])
+        with pytest.raises(InputError, match="--resource: found "):
+            amounts("--resource", [text])
+    assert whole_amounts("--workers", ["GPU=8"]) == {"GPU": 8}
+    with pytest.raises(InputError, match=r"--workers: found GPU=0\.5; allowed: whole numbers"):
+        whole_amounts("--workers", ["GPU=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "line"),
+    [
+        ({"CPU": 4}, a_look(), ""),
+        ({"CPU": 8}, a_look(nodes=(NODE, NODE)), ""),
+        ({"GPU": 2}, a_look(kinds=GPU_KIND), ""),
+        ({"GPU": 9}, a_look(kinds={"any": Kind({}, 1)}), ""),
+        ({"GPU": 3, "CPU": 9}, a_look(kinds=GPU_KIND), "allowed: up to GPU 2, CPU 20, which"),
+        ({"GPU": 1}, a_look(), "found GPU 1; allowed: up to GPU 0, which"),
+        ({"GPU": 1}, a_look(kinds=None), "cannot be read on this head; allowed: --wait"),
+    ],
+)
+def test_workers_must_be_within_reach(wanted: dict[str, int], found: Look, line: str) -> None:
+    check_workers(wanted, found, wait=True)
+    if not line:
+        check_workers(wanted, found, wait=False)
+        return
+    with pytest.raises(InputError) as error:
+        check_workers(wanted, found, wait=False)
+    assert line in str(error.value)
+
+
+@pytest.mark.ray
+def test_a_command_awaits_its_workers(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Workers that come later are awaited, and nothing is held afterwards."""
+    import threading
+
+    from ray.util import placement_group, placement_group_table, remove_placement_group
+
+    def alive() -> set[str]:
+        table = placement_group_table().values()
+        return {group["placement_group_id"] for group in table if group["state"] != "REMOVED"}
+
+    before = alive()
+    held = placement_group([{"CPU": 3}])
+    assert held.wait(60)
+    monkeypatch.setenv(VARIABLE, '{"CPU": 2}')
+    timer = threading.Timer(2.5, remove_placement_group, [held])
+    timer.start()
+    await_workers()
+    timer.join()
+    told = capsys.readouterr().err
+    assert told.startswith("poise: waiting, 1 s now, for CPU 2; there is CPU 4")
+    assert alive() <= before
+
+
+@pytest.mark.parametrize("text", ["GPU=4", '{"GPU": 0.5}', "[1]", '{"GPU": true}'])
+def test_awaited_workers_are_whole_numbers(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(InputError, match="POISE_WORKERS: found "):
+        await_workers()
