@@ -2,10 +2,12 @@
 
 Oracle: the schemas of KubeRay's own resources, made strict, in the folder that
 POISE_KUBERAY_SCHEMAS names (ray.io_rayclusters.yaml, ...; these tests skip without it);
-`kubernetes-validate` for plain objects, where it is installed; Ray's schema of Serve configs; and rules written by hand.
+`kubernetes-validate` for plain objects, where it is installed; Ray's schema of Serve configs; and
+rules written by hand.
 """
 
 import copy
+import json
 import os
 import re
 import shlex
@@ -19,11 +21,11 @@ import pytest
 import yaml
 
 from ray_jobs.cli import app
+from ray_jobs.submission import workers
 
 VARIABLE = "POISE_KUBERAY_SCHEMAS"
 FILES = ("raycluster", *(f"rayjob-{name}" for name in ("align", "merge", "evaluate", "sweep")))
 FILES = (*FILES, "rayservice")
-PLAIN = ("storage",)
 
 
 def manifest(root: Path, name: str) -> dict[str, Any]:
@@ -149,15 +151,21 @@ def test_at_least_twenty_mistakes_are_planted() -> None:
     assert len({(name, path) for name, path, _, _ in MISTAKES}) >= 20
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_kubernetes_takes_the_plain_objects(project_root: Path, name: str) -> None:
-    kubernetes_validate = pytest.importorskip("kubernetes_validate")
-    text = (project_root / "deploy" / "kuberay" / f"{name}.yaml").read_text()
-    version = kubernetes_validate.latest_version()
-    for thing in yaml.safe_load_all(text):
-        kubernetes_validate.validate(thing, version, strict=True)
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate({**thing, "sepc": {}}, version, strict=True)
+def test_kubernetes_takes_the_plain_objects_and_the_pods(project_root: Path) -> None:
+    kubernetes = pytest.importorskip("kubernetes_validate", exc_type=ImportError)
+    from kubernetes_validate.utils import ValidationError
+
+    text = (project_root / "deploy" / "kuberay" / "storage.yaml").read_text()
+    things = list(yaml.safe_load_all(text))
+    for name in FILES:
+        for spec in pods_of(manifest(project_root, name)):
+            metadata = {"name": name}
+            things.append({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+    version = kubernetes.latest_version()
+    for thing in things:
+        kubernetes.validate(thing, version, strict=True)
+        with pytest.raises(ValidationError, match="sepc"):
+            kubernetes.validate({**thing, "sepc": {}}, version, strict=True)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -214,6 +222,19 @@ def test_jobs_are_commands_of_ours(project_root: Path, name: str) -> None:
     assert command in known
     assert config.startswith("/shared/")
     assert any(word.startswith("/shared/") for word in rest)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("rayjob")])
+def test_jobs_await_the_gpus_that_their_groups_can_bring(project_root: Path, name: str) -> None:
+    resource = manifest(project_root, name)
+    environment = yaml.safe_load(resource["spec"].get("runtimeEnvYAML", "env_vars: {}"))
+    awaited = json.loads(environment["env_vars"].get(workers.VARIABLE, "{}"))
+    most = 0
+    for group in cluster_of(resource)["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        most += group["maxReplicas"] * int(limits.get("nvidia.com/gpu", 0))
+    assert set(awaited) == ({"GPU"} if most else set())
+    assert awaited.get("GPU", 0) <= most
 
 
 @pytest.mark.slow
