@@ -4,6 +4,8 @@ Oracle: files, nodes and endings written by hand; a log as it was before it was 
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -252,6 +254,28 @@ def test_the_heads_side_reads_the_launchers_limits(tmp_path: Path) -> None:
         "gpu": {"resources": {"GPU": 1}, "most": 2},
     }
     assert on_head.kinds_of(str(tmp_path / "none.yaml")) is None
+
+
+def test_the_launchers_config_is_found_by_its_monitor(tmp_path: Path) -> None:
+    """A process with the command line of Ray's monitor, of this cluster or of another."""
+    config = tmp_path / "bootstrap.yaml"
+    kinds = {"cpu": {"resources": {"CPU": 8}, "max_workers": 2}}
+    config.write_text(yaml.safe_dump({"max_workers": 5, "available_node_types": kinds}))
+    idle = [sys.executable, "-c", "input()", "/ray/autoscaler/_private/monitor.py"]
+    here, other = "10.9.8.7:1", "10.9.8.7:2"
+    commands = [
+        [*idle, f"--gcs-address={here}", f"--autoscaling-config={config}"],
+        [*idle, f"--gcs-address={other}"],
+    ]
+    running = [subprocess.Popen(command, stdin=subprocess.PIPE) for command in commands]
+    try:
+        found = {"cpu": {"resources": {"CPU": 8}, "most": 2}}
+        assert on_head.autoscaler(here) == found
+        assert on_head.autoscaler(other) == {}
+        assert on_head.autoscaler("10.9.8.7:3") is None
+    finally:
+        for process in running:
+            process.communicate(b"\n", timeout=60)
 
 
 def test_what_the_head_says_is_read(
