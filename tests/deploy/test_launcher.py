@@ -68,6 +68,40 @@ def test_spot_is_where_a_loss_is_harmless(project_root: Path, name: str) -> None
     }
 
 
+ENGINE, TRAINER, MERGER = {"CPU": 1, "GPU": 1}, {"GPU": 1}, {"CPU": 0.9}
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize(
+    ("demands", "nodes"),
+    [
+        ([ENGINE], {"gpu_server": 1}),
+        ([ENGINE] * 4, {"gpu_server": 4}),
+        ([TRAINER] * 4, {"gpu_worker": 1}),
+        ([TRAINER] * 16, {"gpu_worker": 4}),
+        ([MERGER] * 16, {"cpu_worker": 1}),
+    ],
+)
+def test_work_gets_the_kind_of_node_that_is_meant_for_it(
+    project_root: Path, name: str, demands: list[dict[str, float]], nodes: dict[str, int]
+) -> None:
+    """By the choice of Ray's own autoscaler."""
+    from ray.autoscaler._private import resource_demand_scheduler as scheduler
+    from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
+
+    def score(*arguments: Any) -> Any:
+        every_kind = NodeAvailabilitySummary({})
+        scorer = scheduler._default_utilization_scorer
+        return scorer(*arguments, node_availability_summary=every_kind)
+
+    config = prepared(project_root / name)
+    kinds, head = config["available_node_types"], config["head_node_type"]
+    chosen, left = scheduler.get_nodes_for(
+        kinds, {}, head, config["max_workers"], demands, utilization_scorer=score
+    )
+    assert (dict(chosen), left) == (nodes, [])
+
+
 @pytest.mark.parametrize("name", CLOUDS)
 def test_every_node_installs_the_locks(project_root: Path, name: str) -> None:
     """By `make setup`: CUDA's on the head and where there are GPUs, else the CPU's."""
