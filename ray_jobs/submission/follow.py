@@ -70,8 +70,10 @@ def follow(head: Head, job: str, log: Log | None = None) -> int:
                 if line:
                     tell(f"{job}: {line}; exit status {status}")
                 return status
+            began = time.monotonic()
             head.tail(job, log.write)
-            time.sleep(POLL_S / 10)
+            if time.monotonic() - began < POLL_S:  # a log that cannot be read ends at once
+                time.sleep(POLL_S)
     except NoSuchJobError:
         if not known:
             raise

@@ -3,6 +3,8 @@
 Oracle: files, nodes and endings written by hand; a log as it was before it was cut into pieces.
 """
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from pipelines.errors import InputError
 from pipelines.versions import versions
+from ray_jobs import submit
 from ray_jobs.submission import follow, on_head
 from ray_jobs.submission.follow import Log, ending
 from ray_jobs.submission.head import DEFAULT_ADDRESS, head_address
@@ -103,9 +106,6 @@ def test_a_log_is_printed_once_whatever_the_cuts(
     text: str, cuts: list[int], sizes: list[int]
 ) -> None:
     """Each connection brings the log from its beginning in pieces of other sizes, up to a cut."""
-    import contextlib
-    import io
-
     log, printed = Log(), io.StringIO()
     with contextlib.redirect_stdout(printed):
         for turn, end in enumerate([*cuts, len(text)]):
@@ -160,6 +160,45 @@ def details(status: str, **fields: Any) -> Any:
 )
 def test_every_ending_has_a_status(job: Any, status: int, line: str) -> None:
     assert ending(job) == (status, line)
+
+
+@pytest.mark.parametrize(
+    ("answers", "at_terminal", "status", "num_stops"),
+    [
+        (["s"], True, follow.STOPPED, 1),
+        (["f", "Stop"], True, follow.STOPPED, 1),
+        (["l"], True, follow.LEFT, 0),
+        ([""], True, follow.LEFT, 0),
+        ([], False, follow.LEFT, 0),
+    ],
+)
+def test_an_interrupt_asks_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+    answers: list[str],
+    at_terminal: bool,
+    status: int,
+    num_stops: int,
+) -> None:
+    """A job that is interrupted once for each answer, and ends as stopped if it was asked to."""
+    stops: list[str] = []
+    interrupts = iter([KeyboardInterrupt] * max(1, len(answers)))
+
+    def followed(head: Any, job: str, log: Log) -> int:
+        if error := next(interrupts, None):
+            raise error
+        return follow.STOPPED
+
+    terminal = io.StringIO("".join(f"{answer}\n" for answer in answers))
+    terminal.isatty = lambda: at_terminal  # type: ignore[method-assign]
+    errors = io.StringIO()
+    errors.isatty = lambda: at_terminal  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr(sys, "stderr", errors)
+    monkeypatch.setattr(submit, "follow", followed)
+    head: Any = SimpleNamespace(address="http://h:1", stop=stops.append)
+    assert submit._followed(head, "poise-1") == status
+    assert stops == ["poise-1"] * num_stops
+    assert ("poise submit http://h:1 --attach poise-1" in errors.getvalue()) == (num_stops == 0)
 
 
 GPU_KIND = {"gpu": Kind({"CPU": 8, "GPU": 1}, 2)}
