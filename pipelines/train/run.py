@@ -26,6 +26,7 @@ from pipelines.commit import (
 )
 from pipelines.errors import InputError
 from pipelines.fingerprint import (
+    CHECKPOINT_FILES,
     MEANING,
     fingerprint,
     fingerprint_directory,
@@ -61,7 +62,6 @@ from pipelines.train.random_start import with_start
 from pipelines.train.workers import Job, check_cluster, run_workers
 
 CACHE_FOLDER = ".poise-cache"
-CHECKPOINT_FILES = ("*.safetensors", "*.json")
 
 
 @dataclass(frozen=True)
