@@ -6,14 +6,15 @@
 Merges the demo's three models of a single strength with coefficients that are learned on prompts
 and chosen responses of each one's preferences: the objectives of the paper's Table 3, with three
 seeds, in one pass in steps of several rows at a higher rate (`SETTINGS`). Beside them stand the
-models themselves, the demo's linear, task arithmetic and TIES, and the best of a search over task
-arithmetic's lambda by the development split. Prints a Markdown table of the test split: the three
-H's and their mean, with standard deviations over seeds (or, of one model, standard errors in
-brackets), and what each merge took: evaluations, steps and tokens. What is finished is kept, so a
-run that was stopped goes on.
+models themselves and the demo's linear, TIES, and task arithmetic with the lambda that its sweep
+found best on the development split. Prints a Markdown table of the test split: the three H's and
+their mean, with standard deviations over seeds (or, of one model, standard errors in brackets), and
+what each merge took: evaluations, steps and tokens. What is finished is kept, so a run that was
+stopped goes on.
 """
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +24,15 @@ from typing import Any
 from pipelines.config import load_config
 from pipelines.dam import DamConfig, dam_in_turn, plan_dam
 from pipelines.evaluate import EvaluateConfig, evaluate
-from pipelines.merge import load_merge_config, merge
 from pipelines.report.plots import empty_figure, saved
-from pipelines.sweep import SweepConfig, sweep
 from ray_jobs.session import ray_session
 
 STRENGTHS = ("helpful", "honest", "harmless")
 SEEDS = (0, 1, 2)
 COLUMNS = ("helpfulness", "honesty", "harmlessness", "average")
-NUM_DRAWS = 8  # of the search
 REG: dict[str, Any] = {"cosine": 0.0}  # without the others
 COSINE: dict[str, Any] = {"l1": 0.0, "l2": 0.0}
-SETTINGS = {"rows_per_set": 32, "learning_rate": 0.05}
+SETTINGS = {"rows_per_set": 63, "learning_rate": 0.05}
 PLAIN = REG | COSINE
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "KL": PLAIN,
@@ -90,19 +88,16 @@ def learned(demo: Path, out: Path) -> tuple[list[Row], dict[str, Path]]:
     return rows, {name: out / name for name in runs}
 
 
-def searched(demo: Path, out: Path) -> tuple[Row, Path]:
-    """The best of some draws of lambda by the development split."""
-    values = load_config(demo / "configs" / "sweep" / "task_arithmetic.yaml", SweepConfig)
-    changes = {
-        "search": {"parameters.lambda": {"uniform": [0.5, 2.0]}},
-        "num_samples": NUM_DRAWS,
-    }
-    config = SweepConfig.model_validate(values.model_dump(exclude_unset=True) | changes)
-    found = sweep(config, out / "search")
-    merge(load_merge_config(out / "search" / "merge.yaml"), out / "best")
-    best = found["best"]["parameters"]["parameters.lambda"]
-    name = f"task arithmetic, lambda {best:.2f} (search)"
-    return Row(name, ("best",), evaluations=len(found["trials"])), out / "best"
+def of_demo(demo: Path) -> tuple[list[Row], dict[str, Any]]:
+    """The demo's own models: rows, and their numbers on the test split."""
+    results = json.loads((demo / "results.json").read_text())["models"]
+    sweep = json.loads((demo / "results" / "sweep-task_arithmetic" / "sweep.json").read_text())
+    best = sweep["best"]["parameters"]["parameters.lambda"]
+    rows = [Row(f"{each} model", (f"dpo-{each}",)) for each in STRENGTHS]
+    rows += [Row("linear", ("linear",)), Row("TIES", ("ties",))]
+    name = f"task arithmetic, lambda {best:g}: the sweep's best"
+    rows.append(Row(name, ("task_arithmetic",), evaluations=len(sweep["trials"])))
+    return rows, {name: {"groups": entry} for name, entry in results.items()}
 
 
 def main() -> None:
@@ -118,17 +113,12 @@ def main() -> None:
         return
     with ray_session():
         rows, models = learned(demo, out)
-        row, models["best"] = searched(demo, out)
-        plain = {f"dpo-{each}": Row(f"{each} model", (f"dpo-{each}",)) for each in STRENGTHS}
-        names = {"linear": "linear", "task_arithmetic": "task arithmetic, lambda 1", "ties": "TIES"}
-        plain |= {name: Row(title, (name,)) for name, title in names.items()}
-        models |= {name: demo / "models" / name for name in plain}
         test = load_config(demo / "configs" / "evaluate-test.yaml", EvaluateConfig)
-        found = evaluate(test.model_copy(update={"models": models}), out / "test")
-    rows = [*plain.values(), row, *rows]
-    print_table(rows, found["models"])
+        found = evaluate(test.model_copy(update={"models": models}), out / "test")["models"]
+    own, numbers = of_demo(demo)
+    print_table([*own, *rows], found | numbers)
     if given.plot is not None:
-        given.plot.write_bytes(plot(rows, found["models"]))
+        given.plot.write_bytes(plot([*own, *rows], found | numbers))
 
 
 def print_table(rows: list[Row], found: dict[str, Any]) -> None:
