@@ -32,7 +32,7 @@ SEEDS = (0, 1, 2)
 COLUMNS = ("helpfulness", "honesty", "harmlessness", "average")
 REG: dict[str, Any] = {"cosine": 0.0}  # without the others
 COSINE: dict[str, Any] = {"l1": 0.0, "l2": 0.0}
-SETTINGS = {"rows_per_set": 63, "learning_rate": 0.05}
+SETTINGS = {"rows_per_set": 32, "learning_rate": 0.01}
 PLAIN = REG | COSINE
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "KL": PLAIN,
