@@ -6,14 +6,14 @@ frozen weights of T experts, where each expert has a learned coefficient for eac
 The merged weight and its gradient need not exist. With g = dL/dy and u_i = g W_i (tokens, in), the
 gradients are dL/dx = sum_i c_i * u_i and dL/dc_i = sum over tokens of x * u_i: T products each way
 and nothing of a weight's size. Where a batch has many tokens, it is faster to form the weight of
-one layer at a time, for the length of its product alone: one product forward, two backward, and
-passes over the weights. Both ways are the same sums, so they differ by rounding only.
+one layer, a piece at a time, for the length of its product alone: one product forward, two
+backward, and passes over the weights. Both ways are the same sums, so they differ by rounding only.
 
 Coefficients are float32 (or wider) whatever the dtype of the weights; sums over experts and over
 tokens are at least float32. Experts get no gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,9 @@ from torch.nn import functional as F
 Materialise = Literal["auto", "always", "never"]
 # Forming a weight pays from about this many outputs for each token on.
 OUTPUTS_PER_TOKEN = 16
+# Elements of a merged weight that are formed at once: what a core's cache holds; on a GPU few
+# launches count more.
+FORMED_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
 def merged_weight(weights: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -129,26 +132,43 @@ class _Factored(torch.autograd.Function):
 
 
 class _Formed(torch.autograd.Function):
-    """The same function by a merged weight that lives only during a product; backward forms it
-    again. With G = g' x (out, in), the weight's gradient, dL/dc_i = sum over outputs of G * W_i.
+    """The same function by a merged weight that lives only during a product, some outputs at a
+    time; backward forms it again. With G = g' x (out, in), the weight's gradient, of which as few
+    rows exist at once, dL/dc_i = sum over outputs of G * W_i.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, coefficients: Tensor, weights: Sequence[Tensor]) -> Tensor:
         ctx.save_for_backward(x, coefficients)
         ctx.weights = weights
-        return x @ merged_weight(weights, coefficients).to(x.dtype).t()
+        y = x.new_empty((len(x), len(weights[0])))
+        for rows, own in _pieces(weights):
+            y[:, rows] = x @ merged_weight(own, coefficients).to(x.dtype).t()
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (x, coefficients), weights = ctx.saved_tensors, ctx.weights
-        dx = dc = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ merged_weight(weights, coefficients).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            of_weight = (g.t() @ x).to(_wide(x.dtype))
-            dc, product = torch.empty_like(coefficients), torch.empty_like(of_weight)
-            for place, weight in enumerate(weights):
-                dc[place] = torch.mul(of_weight, weight, out=product).sum(0)
-        return (dx, dc, None)
+        x, coefficients = ctx.saved_tensors
+        wide = _wide(x.dtype)
+        dx = torch.zeros_like(x, dtype=wide) if ctx.needs_input_grad[0] else None
+        dc = torch.zeros_like(coefficients) if ctx.needs_input_grad[1] else None
+        for rows, own in _pieces(ctx.weights):
+            part = g[:, rows]
+            if dx is not None:
+                dx += part @ merged_weight(own, coefficients).to(x.dtype)
+            if dc is not None:
+                of_weight = (part.t() @ x).to(wide)
+                for place, weight in enumerate(own):
+                    dc[place] += (of_weight * weight).sum(0)
+        return (None if dx is None else dx.to(x.dtype), dc, None)
+
+
+def _pieces(weights: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Rows of the weights, as many as may be formed at once: their range, and those of each."""
+    whole = list(weights)
+    num_outputs, num_inputs = whole[0].shape
+    step = max(1, FORMED_AT_ONCE[whole[0].device.type] // num_inputs)
+    for start in range(0, num_outputs, step):
+        rows = slice(start, min(start + step, num_outputs))
+        yield rows, [weight[rows] for weight in whole]

@@ -13,14 +13,15 @@ inner width i, a vocabulary of v, C coefficients, and W workers:
                   full layer
     logits        t v (2 b + 12): the expert's and the merged ones, their log-probabilities and a
                   gradient, in float32
-    formed        8 times the largest merged matrix and b times it, where it is formed
+    formed        8 + b times the largest merged matrix where it is formed, or the part of it that
+                  is formed at once on a GPU (on a CPU it is less)
     host          in host memory: what `experts` is elsewhere, with `experts: host`
 """
 
 from dataclasses import dataclass, fields
 from math import prod
 
-from operators.dam import forms_weight
+from operators.dam import FORMED_AT_ONCE, forms_weight
 from pipelines.checkpoints.architecture import Architecture, architecture_of
 from pipelines.checkpoints.reader import Checkpoint
 from pipelines.dam.config import DamConfig
@@ -67,7 +68,7 @@ def estimate_memory(config: DamConfig, roles: dict[str, tuple[str, Role]], lengt
     if config.gradient_checkpointing:
         activations = b * tokens * shape.hidden_size * shape.num_layers + layer
     formed = [
-        size * (8 + b)
+        min(size, FORMED_AT_ONCE["cuda"]) * (8 + b)
         for name, size in sizes.items()
         if merged[name].kind in ("linear", "head")
         and forms_weight(tokens, known.shapes[name][0], config.materialise)
