@@ -125,7 +125,6 @@ def _of_earlier_form(values: dict[str, Any]) -> dict[str, Any]:
     objective = {"metric": values.pop("metric", "average"), "mode": values.pop("mode", "max")}
     for field in _OLD & values.keys():
         values.pop(field)  # null, as if not given
-    values.setdefault("max_concurrent_trials", 2)
     sampler = {"name": "grid"} | ({"draws": draws} if draws else {})
     return values | {
         "space": dict(search),

@@ -50,6 +50,9 @@ class LocalPool:
     size = 1
 
     def __init__(self, *places: Any, **arguments: Any) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of each model that is loaded
         self._worker = _Actor(*places, **arguments)
         self._given: tuple[Any, ...] = ()
 

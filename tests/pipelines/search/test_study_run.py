@@ -5,7 +5,6 @@ Oracle: an undisturbed run; a made-up measurement whose values are known.
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -172,6 +171,7 @@ from tests.pipelines.search.test_study_run import MadeUp
 config, out, *kills = sys.argv[1:]
 # A measurement is a line here; the file stays when the process does not.
 Path(out + ".seen").touch()
+plan = plan_study(load_config(config, StudyConfig))
 
 def run(kill):
     class Killed(MadeUp):
@@ -188,7 +188,7 @@ def run(kill):
                 file.write(f"{self._seen[-1]}\\n")
             return found
     running._pool = lambda *_: Killed([], lambda number: None)
-    search(plan_study(load_config(config, StudyConfig)), out)
+    search(plan, out)
 
 for kill in kills:
     child = os.fork()
