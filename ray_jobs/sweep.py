@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -45,7 +45,7 @@ def run_sweep(
         return
     on_ray = config.max_concurrent_trials != 1 or bool(os.environ.get("RAY_ADDRESS"))
     with ray_session() if on_ray else nullcontext(), _Display() as display:
-        executor = "ray" if on_ray else "local"
+        executor: Literal["local", "ray"] = "ray" if on_ray else "local"
         result = search(
             plan, out, more=more, force=force, executor=executor, on_change=display.show
         )

@@ -14,7 +14,8 @@ def undominated(gains: Array) -> NDArray[np.bool_]:
     """Which rows of (N, J) no other row dominates: is at least as good in all, better in one."""
     found = np.ones(len(gains), dtype=bool)
     for place, own in enumerate(gains):
-        found[place] = not ((gains >= own).all(axis=1) & (gains > own).any(axis=1)).any()
+        dominates = np.all(gains >= own, axis=1) & np.any(gains > own, axis=1)
+        found[place] = not dominates.any()
     return found
 
 
