@@ -32,6 +32,7 @@ from pipelines.merge import MergeConfig, plan_merge
 from pipelines.merge.card import digest_of_companions
 from pipelines.merge.kept import Kept
 from pipelines.merge.plan import MergePlan, Opened
+from pipelines.search.goals import short_names
 from pipelines.search.racing import Race
 from pipelines.search.timing import Clock, TimedWeights
 
@@ -316,6 +317,8 @@ class Measurer:
                 found[f"{task}.{metric}"] = number.value, number.stderr
                 if len(by_metric) == 1:
                     found[task] = number.value, number.stderr
+            for short, metric in short_names([*by_metric]).items():
+                found[f"{task}.{short}"] = found[f"{task}.{metric}"]
         if numbers.keys() == self._tasks.keys():
             groups = resolve_groups(self._groups, {t: list(of) for t, of in numbers.items()})
             measured = {
