@@ -2,8 +2,8 @@
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,28 +40,45 @@ class _Actor(Measurer):
             return Failed("failed", f"{type(error).__name__}: {text[0] if text else 'no message'}")
 
 
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """In the block, torch has so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class LocalPool:
     """One worker, in this process.
 
     Args:
         places, arguments: of `Measurer`.
+        num_threads: of torch while it measures. Several that other work keeps busy wait for one
+            another, so that small models take many times as long.
     """
 
     size = 1
 
-    def __init__(self, *places: Any, **arguments: Any) -> None:
+    def __init__(self, *places: Any, num_threads: int = 1, **arguments: Any) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # of each model that is loaded
         self._worker = _Actor(*places, **arguments)
         self._given: tuple[Any, ...] = ()
+        self._num_threads = num_threads
 
     def start(self, worker: int, candidate: Any, documents: Any = None, race: Any = None) -> None:
         """As of `MeasurerPool`; the work is done in `finished`."""
         self._given = candidate, documents, race
 
     def finished(self) -> tuple[int, Measurement | Failed]:
-        return 0, self._worker.measured(*self._given)
+        with _threads(self._num_threads):
+            return 0, self._worker.measured(*self._given)
 
     def close(self) -> None:
         """Free the engine."""

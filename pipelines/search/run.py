@@ -5,6 +5,7 @@ again at the same point, and samplers depend on the results alone.
 """
 
 import json
+import os
 import shutil
 import time
 from collections import deque
@@ -335,13 +336,19 @@ def _write_merge(folder: Path, chosen: MergeConfig, on_test: bool) -> None:
 
 
 def _pool(plan: StudyPlan, evaluation: Any, executor: Literal["local", "ray"]) -> Pool:
-    arguments = {"offline": is_offline()}
+    arguments = {"offline": is_offline(), "num_threads": _num_threads()}
     if executor == "local":
         return LocalPool(evaluation, **arguments)
     most = plan.config.max_concurrent_trials
     return MeasurerPool(
         [evaluation],
-        {**arguments, "num_threads": 1, "directory": str(Path.cwd())},
+        {**arguments, "directory": str(Path.cwd())},
         evaluation.engine,
         _AUTO if most == "auto" else most,
     )
+
+
+def _num_threads() -> int:
+    """The user's OMP_NUM_THREADS, or one: more engines at once are the better use of cores."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(first) if first.isdigit() and int(first) else 1
