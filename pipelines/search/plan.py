@@ -11,7 +11,6 @@ from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig
 from pipelines.evaluate.graded import GradedTask
 from pipelines.evaluate.groups import Group
-from pipelines.evaluate.harness.averages import metric_names
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.opened import open_all
@@ -148,7 +147,7 @@ def _metrics(task: EvaluationTask) -> list[str] | None:
     """The names of a task's metrics, as far as they are known before it is measured."""
     if isinstance(task, GradedTask):
         return [task.metric]
-    return metric_names(task.task) if isinstance(task, LibraryTask) else None
+    return task.metric_names if isinstance(task, LibraryTask) else None
 
 
 def _merge(config: StudyConfig, fields: Mapping[str, Any]) -> MergeConfig:
