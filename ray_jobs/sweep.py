@@ -1,4 +1,4 @@
-"""`poise sweep`: search a space of merges, choose among what was measured, write the winner."""
+"""`poise sweep`: search a space of merges or trainings, and write the best of what was measured."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from pipelines.config import load_config
 from pipelines.progress import PLAIN_INTERVAL_S
 from pipelines.search import Search, StudyConfig, StudyPlan, plan_study, search
 from pipelines.search.results import choose, front
+from pipelines.search.run import ALIGN_FILE, MERGE_FILE
 from pipelines.storage import resolve_output
 from ray_jobs.session import ray_session
 from ray_jobs.tables import print_table
@@ -43,7 +44,7 @@ def run_sweep(
     if only_plan:
         _print_plan(plan)
         return
-    on_ray = config.max_concurrent_trials != 1 or bool(os.environ.get("RAY_ADDRESS"))
+    on_ray = plan.trains or config.max_concurrent_trials != 1 or bool(os.environ.get("RAY_ADDRESS"))
     with ray_session() if on_ray else nullcontext(), _Display() as display:
         executor: Literal["local", "ray"] = "ray" if on_ray else "local"
         result = search(
@@ -220,5 +221,6 @@ def _tell(result: Mapping[str, Any], out: Path) -> None:
             numbers = zip(labels, _numbers(result["test"], labels), strict=True)
             text = ", ".join(f"{label} {number}" for label, number in numbers)
             print(f"the best on test: {text}", file=sys.stderr)
-        print(f"the best merge: {out / 'best'}; its config: {out / 'merge.yaml'}", file=sys.stderr)
+        name = next(name for name in (MERGE_FILE, ALIGN_FILE) if (out / name).is_file())
+        print(f"the best model: {out / 'best'}; its config: {out / name}", file=sys.stderr)
     print(f"sweep: {out / 'sweep.json'}; its trials: {out / 'trials.csv'}", file=sys.stderr)

@@ -3,10 +3,11 @@ among them.
 """
 
 from pipelines.search.config import StudyConfig
+from pipelines.search.driving import Search
 from pipelines.search.measurement import Measurement, Measurer
 from pipelines.search.plan import StudyPlan, plan_study
 from pipelines.search.racing import Bound, Objective, Race
-from pipelines.search.run import Search, search
+from pipelines.search.run import search
 
 __all__ = [
     "Bound",

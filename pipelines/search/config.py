@@ -24,9 +24,12 @@ _OLD = {*_OF_EVALUATION, "search", "num_samples", "metric", "mode", "batch_size"
 
 
 class StudyConfig(Config):
-    """A search over a merge's fields."""
+    """A search over the fields of a merge, or of a training."""
 
-    merge: Path = Field(description="the merge's config; `space` overrides fields of it")
+    merge: Path | None = Field(
+        None, description="a merge's config; `space` overrides fields of it; or align"
+    )
+    align: Path | None = Field(None, description="a config of `poise align`, instead of merge")
     space: dict[str, Entry] = Field(min_length=1, description="what fields may have")
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     num_trials: int | None = Field(None, ge=1, description="required unless the sampler is grid")
@@ -39,7 +42,9 @@ class StudyConfig(Config):
         {}, description="name -> model that is measured beside the candidates"
     )
     baselines: bool = Field(
-        True, description="measure each model alone, their average, and task arithmetic"
+        True,
+        description="measure each model alone, their average, and task arithmetic; of trainings "
+        "the model that they start from",
     )
     racing: bool = Field(False, description="hopeless candidates stop after part of the prompts")
     evaluation: dict[str, Any] = Field(description="fields of `poise evaluate`, without models")
@@ -48,7 +53,9 @@ class StudyConfig(Config):
     )
     retries: int = Field(2, ge=0, description="of a trial that fails, before it is set aside")
     max_concurrent_trials: int | Literal["auto"] = Field(
-        1, description="auto: as many as the cluster has room for"
+        1,
+        description="auto: as many as the cluster has room for; of trainings: how many are chosen "
+        "at once, to train in turn on the same workers",
     )
     seed: int = 0
     storage: Path | None = Field(None, description="where relative outputs live")
@@ -62,6 +69,10 @@ class StudyConfig(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StudyConfig":
+        if (self.merge is None) == (self.align is None):
+            raise ValueError("merge, align: give exactly one of them")
+        if self.align is not None:
+            self._check_training()
         is_grid = self.sampler.name == "grid"
         if is_grid and self.num_trials is not None:
             raise ValueError("num_trials: has no effect with grid, which has as many as points")
@@ -84,6 +95,12 @@ class StudyConfig(Config):
             raise ValueError("max_concurrent_trials: allowed: auto, or 1 or more")
         self._check_split()
         return self
+
+    def _check_training(self) -> None:
+        if self.racing:
+            raise ValueError("racing: has no effect with align, whose cost is the training")
+        if self.max_concurrent_trials == "auto":
+            raise ValueError("max_concurrent_trials: found auto; allowed with align: a number")
 
     def _check_split(self) -> None:
         if "models" in self.evaluation:

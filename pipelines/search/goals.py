@@ -12,7 +12,8 @@ from pipelines.evaluate.groups import Group, Measure, resolve_groups
 from pipelines.search.racing import Bound
 from pipelines.search.racing import Objective as RacingObjective
 
-SECONDS = "seconds"  # a metric of every candidate: what measuring it took
+SECONDS = "seconds"  # a metric of every candidate: what training and measuring it took
+COSTS = (SECONDS, "tokens")  # of a training: tokens of its steps
 _FIXED_RULES = ("mean", "pooled")  # of groups: their weights do not depend on values
 
 
@@ -170,6 +171,7 @@ def check_metrics(
     goals: Sequence[Sum],
     groups: Mapping[str, Group],
     tasks: Mapping[str, Sequence[str] | None],
+    costs: Sequence[str] = (SECONDS,),
 ) -> None:
     """Check the metrics' names before anything is measured.
 
@@ -188,7 +190,7 @@ def check_metrics(
         names += [task] if len(metrics) == 1 else []
         names += [f"{task}.{metric}" for metric in metrics]
         names += [f"{task}.{short}" for short in short_names(metrics)]
-    names.append(SECONDS)
+    names += costs
     for goal in goals:
         field = "constraints" if isinstance(goal, Constraint) else "objectives"
         for metric in goal.terms:

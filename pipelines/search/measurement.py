@@ -80,6 +80,8 @@ class Measurer:
         num_threads: of torch; 0 leaves them.
         directory: which relative paths begin in; Ray starts actors elsewhere.
         offline: fetch nothing of the hub's models.
+        keeps_models: whether they stay open from one candidate to the next; not where they come and
+            go.
 
     Raises:
         InputError: tasks or a model that cannot be read.
@@ -94,6 +96,7 @@ class Measurer:
         num_threads: int = 0,
         directory: str = "",
         offline: bool = False,
+        keeps_models: bool = True,
     ) -> None:
         set_up(num_threads, directory)
         self._config, self._offline = evaluation, offline
@@ -106,6 +109,7 @@ class Measurer:
                 )
         self._tasks: dict[str, EvaluationTask] = {task.name: task for task in tasks}
         self._opened, self._kept = Opened(), Kept(kept_bytes)
+        self._keeps_models = keeps_models
         self._store = None if store is None else _begun(store)
         self._companions: dict[str, str] = {}
         self._engine: Engine | None = None
@@ -155,6 +159,8 @@ class Measurer:
     def _planned(self, candidate: MergeConfig | Mapping[str, Any]) -> MergePlan:
         if not isinstance(candidate, MergeConfig):
             candidate = check(dict(candidate), MergeConfig, CANDIDATE)
+        if not self._keeps_models:
+            self._opened = Opened()
         self._opened.check_unchanged()
         plan = plan_merge(candidate, self._opened)
         for name in plan.named:

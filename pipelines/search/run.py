@@ -7,198 +7,34 @@ again at the same point, and samplers depend on the results alone.
 import json
 import os
 import shutil
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pipelines.commit import lock, make_folder, partial_path, write_atomically
+from pipelines.config import Config
 from pipelines.errors import InputError
 from pipelines.hub.offline import is_offline
 from pipelines.merge import MergeConfig, merge_planned, plan_merge
 from pipelines.merge.run import is_finished, refuse_inputs
-from pipelines.search.goals import Goals, series_of_metrics
+from pipelines.search.driving import Pool, Search, is_done, series_of_study
 from pipelines.search.journal import JOURNAL_FILE
-from pipelines.search.measurement import Measurement
 from pipelines.search.plan import StudyPlan
-from pipelines.search.pool import Failed, LocalPool, MeasurerPool
-from pipelines.search.racing import Race
+from pipelines.search.pool import LocalPool, MeasurerPool
 from pipelines.search.results import OF_TEST, RESULT_FILE, choose, result_of, write_tables
+from pipelines.search.space import Point
 from pipelines.search.study import Study
+from pipelines.search.trainings import (
+    LARGEST_GROUP,
+    TrainingPool,
+    as_it_is,
+    check_workers,
+    publish,
+)
 
-BEST, MERGE_FILE = "best", "merge.yaml"
+BEST, MERGE_FILE, ALIGN_FILE = "best", "merge.yaml", "align.yaml"
 _AUTO = 1 << 16  # workers; the cluster's room is the bound
-
-
-class Pool(Protocol):
-    """Workers that measure candidates, as `MeasurerPool`."""
-
-    @property
-    def size(self) -> int: ...
-
-    def start(
-        self, worker: int, candidate: Any, documents: Any = None, race: Any = None
-    ) -> None: ...
-
-    def finished(self) -> tuple[int, Measurement | Failed]: ...
-
-    def close(self) -> None: ...
-
-
-class Search:
-    """A study while it runs.
-
-    Args:
-        pool: measures on the split that is chosen on.
-        on_change: is called after each event, with this object.
-
-    Attributes:
-        goals: None until the models beside the candidates are measured.
-        running: what each worker measures: a trial's number or a name.
-    """
-
-    def __init__(
-        self, plan: StudyPlan, study: Study, pool: Pool, on_change: Callable[["Search"], None]
-    ) -> None:
-        self.plan, self.study, self._pool, self._on_change = plan, study, pool, on_change
-        self.goals: Goals | None = None
-        self.running: dict[int, int | str] = {}
-        self.began, self.finished_here = time.monotonic(), 0
-        self._race: Race | None = None
-
-    def run(self) -> Goals:
-        """Measure the models beside the candidates, then the candidates."""
-        names = [n for n in self.plan.others if _is_open(self.study, n)]
-        self._drive(iter(names), lambda name: self.plan.others[str(name)])
-        self.goals = goals_of(self.plan, self.study)
-        if self.plan.config.racing:
-            self._race = self._new_race(self.goals)
-        self._drive(self._numbers(self.goals), self._candidate)
-        return self.goals
-
-    def measure(self, models: Mapping[str, MergeConfig]) -> None:
-        """Measure further models beside the candidates, unless they have been."""
-        names = [name for name in models if _is_open(self.study, name)]
-        self._drive(iter(names), lambda name: models[str(name)])
-
-    @property
-    def seconds_left(self) -> float | None:
-        """About how long the trials will take; None before the first one."""
-        if not self.finished_here:
-            return None
-        done = [self.study.trials[number].state != "running" for number in self.study.trials]
-        each = (time.monotonic() - self.began) / self.finished_here
-        return each * (self.study.wanted - sum(done))
-
-    def _candidate(self, number: int | str) -> MergeConfig:
-        assert isinstance(number, int)
-        return self.plan.candidate(self.study.trials[number].point)
-
-    def _numbers(self, goals: Goals) -> Iterator[int]:
-        """Trials to measure: first those that a killed run had begun. The next point is asked for
-        only when there is a worker for it.
-        """
-        yield from self.study.unfinished
-        sampler = self.plan.sampler()
-        while len(self.study.trials) < self.study.wanted:
-            point = sampler.suggest(len(self.study.trials), self.study.told(goals))
-            if point is None:
-                return
-            yield self.study.start(point)
-
-    def _drive(
-        self, jobs: Iterator[int | str], candidate: Callable[[int | str], MergeConfig]
-    ) -> None:
-        """Give idle workers jobs, tries that failed first, until all are done."""
-        idle, again = list(range(self._pool.size)), deque[int | str]()
-        while True:
-            while idle:
-                job = again.popleft() if again else next(jobs, None)
-                if job is None:
-                    break
-                try:
-                    merged = candidate(job)
-                except InputError as error:
-                    self.study.fail(job, Failed("refused", str(error)), 0)
-                    continue
-                self.running[idle[0]] = job
-                self._pool.start(idle.pop(0), merged, None, self._race_of(job))
-                self._on_change(self)
-            if not self.running:
-                return
-            worker, outcome = self._pool.finished()
-            idle.append(worker)
-            job = self.running.pop(worker)
-            if isinstance(outcome, Measurement):
-                self._finish(job, outcome)
-            elif self.study.fail(job, outcome, self.plan.config.retries):
-                again.append(job)
-            self._on_change(self)
-
-    def _finish(self, job: int | str, measured: Measurement) -> None:
-        self.study.finish(job, measured)
-        self.finished_here += isinstance(job, int)
-        if self._race is not None and isinstance(job, int) and not measured.stopped:
-            self._race = self._race.finished(str(job), measured.samples)
-
-    def _race_of(self, job: int | str) -> Race | None:
-        return self._race if isinstance(job, int) else None
-
-    def _new_race(self, goals: Goals) -> Race:
-        """The race as the finished trials have left it."""
-        series, sizes = series_of_study(self.plan, self.study)
-        objectives, bounds = goals.racing(series)
-        race = Race(sizes, objectives, bounds, self.plan.config.seed)
-        for number in self.study.order:
-            if self.study.trials[number].state == "complete":
-                race = race.finished(str(number), self.study.scores(number))
-        return race
-
-
-def goals_of(plan: StudyPlan, study: Study) -> Goals:
-    """The objectives, and the constraints with their bounds.
-
-    Raises:
-        InputError: a metric that the evaluation does not give.
-    """
-    done = {name: study.others[name] for name in plan.others if _is_done(study, name)}
-    for goal in (*plan.config.objectives, *plan.config.constraints):
-        for metric in goal.terms:
-            for trial in done.values():
-                if metric not in trial.values:
-                    raise InputError(
-                        f"objectives: found {metric!r}; allowed: {', '.join(trial.values)}"
-                    )
-    numbers = {name: (trial.values, trial.stderr) for name, trial in done.items()}
-    return Goals(plan.config.objectives, plan.config.constraints, numbers)
-
-
-def series_of_study(
-    plan: StudyPlan, study: Study
-) -> tuple[dict[str, dict[str, float]], dict[str, tuple[str, int]]]:
-    """Metrics as sums of means of scores, and each series' task and number of documents.
-
-    Raises:
-        InputError: no model beside the candidates was measured.
-    """
-    name = next((name for name in plan.others if _is_done(study, name)), None)
-    if name is None:
-        reasons = [study.others[name].reason for name in plan.others]
-        raise InputError(f"racing: no reference or baseline could be measured: {reasons[0]}")
-    scores = study.scores(name)
-    series = series_of_metrics(study.others[name].values, scores, plan.tasks, plan.groups)
-    task_of = {s: max((t for t in plan.tasks if s.startswith(f"{t}.")), key=len) for s in scores}
-    return series, {s: (task_of[s], len(of)) for s, of in scores.items()}
-
-
-def _is_open(study: Study, name: str) -> bool:
-    return name not in study.others or study.others[name].state == "running"
-
-
-def _is_done(study: Study, name: str) -> bool:
-    return name in study.others and study.others[name].state == "complete"
 
 
 def search(
@@ -216,19 +52,22 @@ def search(
         more: so many trials beside those of a finished study.
         force: begin anew where `out` holds something else; that goes when the new study is
             complete.
-        executor: measure in this process, or by Ray actors (Ray must be running).
+        executor: measure in this process, or by Ray actors. Ray must be running for these, and for
+            trainings.
 
     Returns:
         the content of `sweep.json`.
 
     Raises:
-        InputError: `out` holds something else or an input; there is nothing to add to; no trial
-            could be measured.
+        InputError: `out` holds something else or an input; there is nothing to add to; a training
+            can never have its workers; no trial could be measured.
     """
     out = Path(out).absolute()
     refuse_inputs(out, plan.inputs, "sweep")
     if more and not (out / JOURNAL_FILE).is_file():
         raise InputError(f"--continue: {out} holds no study")
+    if plan.trains and (more or not (out / RESULT_FILE).is_file()):
+        check_workers(plan.subject.trainings)
     folder = _folder(out, force=force)
     with lock(folder):
         study = _opened(folder, plan.key, force=force)
@@ -303,49 +142,88 @@ def _run(
 ) -> dict[str, Any]:
     """Search, choose, write the winner, and measure it on test."""
     with closing(_pool(plan, plan.evaluation, executor)) as pool:
-        goals = Search(plan, study, pool, on_change).run()
+        goals = Search(plan, study, pool, on_change, folder).run()
     if not study.complete:
         reasons = [trial.reason for trial in study.trials.values() if trial.reason]
         raise InputError(f"no trial could be measured: {reasons[0] if reasons else 'none began'}")
     best = choose(plan.config, study, goals)
     if best is not None:
-        chosen = plan.candidate(study.trials[best].point)
-        merged = plan_merge(chosen)
-        is_there = (folder / BEST).exists() and not is_finished(merged, folder / BEST)
-        merge_planned(merged, folder / BEST, force=is_there)
+        chosen = _write_best(plan, study.trials[best].point, best, folder)
         if plan.test is not None:
             models = {f"{OF_TEST}{name}": each for name, each in plan.others.items()}
             models[f"{OF_TEST}{best}"] = chosen
             with closing(_pool(plan, plan.test, executor)) as pool:
-                Search(plan, study, pool, on_change).measure(models)
-        _write_merge(folder, chosen, plan.config.choose_on == "test")
-    measured = any(_is_done(study, name) for name in plan.others)
+                Search(plan, study, pool, on_change, folder).measure(models)
+    measured = any(is_done(study, name) for name in plan.others)
     series = series_of_study(plan, study)[0] if measured else {}
     result = result_of(plan, study, goals, best, series)
     write_tables(folder, result)
     return result
 
 
-def _write_merge(folder: Path, chosen: MergeConfig, on_test: bool) -> None:
-    """The winner's config, which `poise merge` takes."""
+def _write_best(plan: StudyPlan, point: Point, number: int, folder: Path) -> MergeConfig:
+    """Write the winner and its config; returns it as a merge.
+
+    Args:
+        folder: of the study.
+    """
+    place, on_test = folder / BEST, plan.config.choose_on == "test"
+    if plan.trains:
+        training = plan.training(number, point, folder)
+        publish(training.out, place)
+        _write_config(folder / ALIGN_FILE, training.config, on_test)
+        return as_it_is(training.out)
+    chosen = plan.candidate(point)
+    merged = plan_merge(chosen)
+    is_there = place.exists() and not is_finished(merged, place)
+    merge_planned(merged, place, force=is_there)
+    _write_config(folder / MERGE_FILE, chosen, on_test)
+    return chosen
+
+
+def _write_config(path: Path, config: Config, on_test: bool) -> None:
+    """The winner's config, which `poise merge` or `poise align` takes."""
     import yaml
 
     mark = "# chosen on the test split\n" if on_test else ""
-    values = chosen.model_dump(mode="json", exclude_unset=True)
-    write_atomically(folder / MERGE_FILE, mark + yaml.safe_dump(values, sort_keys=False))
+    values = config.model_dump(mode="json", exclude_unset=True)
+    write_atomically(path, mark + yaml.safe_dump(values, sort_keys=False))
 
 
 def _pool(plan: StudyPlan, evaluation: Any, executor: Literal["local", "ray"]) -> Pool:
-    arguments = {"offline": is_offline(), "num_threads": _num_threads()}
-    if executor == "local":
+    """What measures candidates, after it has trained them if that is what they are."""
+    measurers = _measurers(plan, evaluation, executor)
+    if not plan.trains:
+        return measurers
+    assert isinstance(plan.config.max_concurrent_trials, int)
+    foreseen = plan.config.sampler.name in ("grid", "random")
+    size = max(plan.config.max_concurrent_trials, LARGEST_GROUP if foreseen else 1)
+    return TrainingPool(measurers, size)
+
+
+def _measurers(
+    plan: StudyPlan, evaluation: Any, executor: Literal["local", "ray"]
+) -> LocalPool | MeasurerPool:
+    arguments = {
+        "offline": is_offline(),
+        "num_threads": _num_threads(),
+        "keeps_models": not plan.trains,
+    }
+    if executor == "local" or (plan.trains and not _has_gpus()):
         return LocalPool(evaluation, **arguments)
-    most = plan.config.max_concurrent_trials
+    most = 1 if plan.trains else plan.config.max_concurrent_trials
     return MeasurerPool(
         [evaluation],
         {**arguments, "directory": str(Path.cwd())},
         evaluation.engine,
         _AUTO if most == "auto" else most,
     )
+
+
+def _has_gpus() -> bool:
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU", 0))
 
 
 def _num_threads() -> int:
