@@ -1,7 +1,7 @@
 """A study as planned: every mistake that can be found before the first trial is found here."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pipelines.evaluate.groups import Group
 from pipelines.evaluate.interface import EvaluationTask
 from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.opened import open_all
+from pipelines.evaluate.scoring import ScoredTask
 from pipelines.fingerprint import fingerprint_work
 from pipelines.merge import MergeConfig, load_merge_config, plan_merge
 from pipelines.merge.pins import Pins, pins_of, with_pins
@@ -145,6 +146,7 @@ def plan_study(config: StudyConfig, *, smoke: bool = False) -> StudyPlan:
     subject = _merges(config, space) if config.merge else _trainings(config, space, smoke)
     evaluation = _evaluation(config, config.choose_on, subject.first, smoke)
     tasks, groups = open_all(evaluation)
+    _check_scorers(tasks)
     names = tuple(task.name for task in tasks)
     metrics = {task.name: _metrics(task) for task in tasks}
     costs = COSTS if config.align else (SECONDS,)
@@ -152,7 +154,7 @@ def plan_study(config: StudyConfig, *, smoke: bool = False) -> StudyPlan:
     test = None
     if config.choose_on != "test":
         test = _evaluation(config, "test", subject.first, smoke)
-        open_all(test)
+        _check_scorers(open_all(test)[0])
     others = _others(config, subject)
     for constraint in config.constraints:
         if constraint.not_below is not None and constraint.not_below not in others:
@@ -233,6 +235,14 @@ def _trainings(config: StudyConfig, space: Space, smoke: bool) -> Subject:
     data = [str(each.path) for run in runs for each in (*run.sets, *run.held_out_sets)]
     inputs = tuple(dict.fromkeys([*paths, *data]))
     return Subject([str(runs[0].model)], inputs, parts, trainings=tuple(runs))
+
+
+def _check_scorers(tasks: Sequence[EvaluationTask]) -> None:
+    """Raise InputError for a scorer that cannot do its work for one candidate."""
+    for task in tasks:
+        if isinstance(task, ScoredTask):
+            task.scorer.check(task.num_documents)
+            task.scorer.close()
 
 
 def _metrics(task: EvaluationTask) -> list[str] | None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pipelines.commit import lock, make_folder, partial_path, write_atomically
 from pipelines.config import Config
 from pipelines.errors import InputError
+from pipelines.evaluate import EvaluateConfig
 from pipelines.hub.offline import is_offline
 from pipelines.merge import MergeConfig, merge_planned, plan_merge
 from pipelines.merge.run import is_finished, refuse_inputs
@@ -33,6 +34,7 @@ from pipelines.search.trainings import (
     publish,
 )
 
+SCORERS = "scorers"  # the folder of what scorers keep, such as verdicts
 BEST, MERGE_FILE, ALIGN_FILE = "best", "merge.yaml", "align.yaml"
 _AUTO = 1 << 16  # workers; the cluster's room is the bound
 
@@ -141,7 +143,7 @@ def _run(
     on_change: Callable[[Search], None],
 ) -> dict[str, Any]:
     """Search, choose, write the winner, and measure it on test."""
-    with closing(_pool(plan, plan.evaluation, executor)) as pool:
+    with closing(_pool(plan, plan.evaluation, executor, folder)) as pool:
         goals = Search(plan, study, pool, on_change, folder).run()
     if not study.complete:
         reasons = [trial.reason for trial in study.trials.values() if trial.reason]
@@ -152,7 +154,7 @@ def _run(
         if plan.test is not None:
             models = {f"{OF_TEST}{name}": each for name, each in plan.others.items()}
             models[f"{OF_TEST}{best}"] = chosen
-            with closing(_pool(plan, plan.test, executor)) as pool:
+            with closing(_pool(plan, plan.test, executor, folder)) as pool:
                 Search(plan, study, pool, on_change, folder).measure(models)
     measured = any(is_done(study, name) for name in plan.others)
     series = series_of_study(plan, study)[0] if measured else {}
@@ -190,9 +192,11 @@ def _write_config(path: Path, config: Config, on_test: bool) -> None:
     write_atomically(path, mark + yaml.safe_dump(values, sort_keys=False))
 
 
-def _pool(plan: StudyPlan, evaluation: Any, executor: Literal["local", "ray"]) -> Pool:
+def _pool(
+    plan: StudyPlan, evaluation: EvaluateConfig, executor: Literal["local", "ray"], folder: Path
+) -> Pool:
     """What measures candidates, after it has trained them if that is what they are."""
-    measurers = _measurers(plan, evaluation, executor)
+    measurers = _measurers(plan, evaluation, executor, folder)
     if not plan.trains:
         return measurers
     assert isinstance(plan.config.max_concurrent_trials, int)
@@ -202,10 +206,11 @@ def _pool(plan: StudyPlan, evaluation: Any, executor: Literal["local", "ray"]) -
 
 
 def _measurers(
-    plan: StudyPlan, evaluation: Any, executor: Literal["local", "ray"]
+    plan: StudyPlan, evaluation: EvaluateConfig, executor: Literal["local", "ray"], folder: Path
 ) -> LocalPool | MeasurerPool:
-    arguments = {
+    arguments: dict[str, Any] = {
         "offline": is_offline(),
+        "scores": str(folder / SCORERS),
         "num_threads": _num_threads(),
         "keeps_models": not plan.trains,
     }
