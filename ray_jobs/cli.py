@@ -392,13 +392,30 @@ def sweep(
     config: ConfigPath,
     overrides: Overrides = None,
     out: Out = Path("runs/sweep"),
+    plan: Annotated[bool, typer.Option("--plan", help="only show the space and the plan")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="few trials and prompts, to try a config")
+    ] = False,
+    more: Annotated[
+        int | None,
+        typer.Option("--continue", metavar="N", min=1, help="add N trials to a finished study"),
+    ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Choose a merge's parameters on the development split with Ray Tune."""
+    """Search a space of merges: measured in memory, chosen on development, the best written."""
     from ray_jobs.sweep import run_sweep
 
-    run_sweep(config, out, overrides or [], force=force, as_json=as_json)
+    run_sweep(
+        config,
+        out,
+        overrides or [],
+        only_plan=plan,
+        smoke=smoke,
+        more=more or 0,
+        force=force,
+        as_json=as_json,
+    )
 
 
 @app.command(epilog="Example: `poise report runs/demo`, `poise report runs/test --out page.html`")
