@@ -61,7 +61,7 @@ def _print_plan(plan: ExpoPlan, out: Path) -> None:
         "" if plan.test_task is None else f"; then two on {plan.test_task.num_documents} of test"
     )
     lines = {
-        "parameter": f"{config.parameter} of {plan.merges[plan.reference].merge_method}",
+        "parameter": f"{config.parameter} of {plan.method}",
         "values": f"{values}; compared with {number_text(plan.reference)}",
         "search": f"{config.search}, {most} candidates at most",
         "prompts": f"{prompts:,} of {config.choose_on}{on_test}",

@@ -90,7 +90,8 @@ def at_equal_length(own: Scored, reference: Scored) -> Values:
 
 
 def histograms(scored: Mapping[str, Scored]) -> dict[str, Values]:
-    """Counts of rewards and of tokens in bins that all candidates share.
+    """Counts of rewards and of tokens in bins that all candidates share; those of tokens are of
+    whole numbers of tokens.
 
     Returns:
         for `reward` and `tokens`: `edges`, and `counts` by candidate.
@@ -98,10 +99,18 @@ def histograms(scored: Mapping[str, Scored]) -> dict[str, Values]:
     found: dict[str, Values] = {}
     for kind, field in (("reward", "rewards"), ("tokens", "tokens")):
         parts = {name: getattr(each, field) for name, each in scored.items()}
-        edges = np.histogram_bin_edges(np.concatenate([*parts.values()]), NUM_BINS)
+        every = np.concatenate([*parts.values()])
+        edges = _token_edges(every) if kind == "tokens" else np.histogram_bin_edges(every, NUM_BINS)
         counts = {name: np.histogram(of, edges)[0].tolist() for name, of in parts.items()}
         found[kind] = {"edges": edges.tolist(), "counts": counts}
     return found
+
+
+def _token_edges(tokens: Array) -> Array:
+    """Edges between whole numbers, so that each bin is of equally many of them."""
+    first, last = float(tokens.min()), float(tokens.max())
+    width = max(1.0, np.ceil((last - first + 1) / NUM_BINS))
+    return first - 0.5 + width * np.arange(np.ceil((last - first + 1) / width) + 1)
 
 
 def best_of(rewards: Mapping[float, float]) -> float:

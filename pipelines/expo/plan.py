@@ -31,6 +31,7 @@ class ExpoPlan:
     """What is measured.
 
     Attributes:
+        method: the merge's.
         values: in rising order.
         reference: the one of them that the others are compared with.
         parameter: the merge method's, which says what values it takes.
@@ -42,6 +43,7 @@ class ExpoPlan:
     """
 
     config: ExpoConfig
+    method: str
     values: tuple[float, ...]
     reference: float
     parameter: Parameter
@@ -85,7 +87,8 @@ def plan_expo(config: ExpoConfig, *, smoke: bool = False) -> ExpoPlan:
     Raises:
         InputError: the first mistake.
     """
-    parameter, is_alpha = _parameter(config)
+    parameter, method = _parameter(config)
+    is_alpha = method == "expo" and config.parameter == "parameters.alpha"
     try:
         values, reference = config.all_values(is_alpha)
     except ValueError as error:
@@ -110,9 +113,12 @@ def plan_expo(config: ExpoConfig, *, smoke: bool = False) -> ExpoPlan:
     if config.choose_on != "test" and isinstance(config.data, Mapping) and "test" in config.data:
         test, test_task = _evaluation(config, "test", first, limit)
     data = config.data.values() if isinstance(config.data, Mapping) else [config.data]
+    if len(set(map(str, data))) < len(data):
+        raise InputError("data: development and test: found one path; allowed: different prompts")
     inputs = (*plan.checkpoints, str(config.merge), str(config.reward), *map(str, data))
     return ExpoPlan(
         config=config,
+        method=method,
         values=tuple(values),
         reference=reference,
         parameter=parameter,
@@ -139,8 +145,8 @@ def number_text(value: float) -> str:
     return f"{value:.10g}"
 
 
-def _parameter(config: ExpoConfig) -> tuple[Parameter, bool]:
-    """What the method says of the parameter, and whether it is ExPO's alpha.
+def _parameter(config: ExpoConfig) -> tuple[Parameter, str]:
+    """What the method says of the parameter, and the method's name.
 
     Raises:
         InputError: a field that is no parameter, a parameter that the method does not take, or one
@@ -153,7 +159,11 @@ def _parameter(config: ExpoConfig) -> tuple[Parameter, bool]:
             f"parameter: found {field!r}; allowed: the field of one of the method's parameters, as "
             "parameters.alpha or models.0.parameters.weight"
         )
-    merge = load_merge_config(config.merge)
+    try:
+        merge = load_merge_config(config.merge)
+    except InputError:  # it may lack the parameter alone, which here gets its values
+        greatest = max(config.listed, key=abs)
+        merge = load_merge_config(config.merge, [f"{field}={json.dumps(greatest)}"])
     if parts[0] == "merges" and len(parts) > 1 and parts[1] in merge.merges:
         merge = merge.merges[parts[1]]
     name, known = parameter_name(field), METHODS[merge.merge_method].parameters
@@ -168,7 +178,7 @@ def _parameter(config: ExpoConfig) -> tuple[Parameter, bool]:
     found = known[name]
     if found.choices or isinstance(found.default, bool):
         raise InputError(f"parameter: {name}: is no number; allowed: {found.allowed}")
-    return found, merge.merge_method == "expo" and name == "alpha"
+    return found, merge.merge_method
 
 
 def _aligned(config: ExpoConfig) -> MergeConfig:
