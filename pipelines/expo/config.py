@@ -132,6 +132,8 @@ class ExpoConfig(Config):
                 f"split: found {self.split}, choose_on: {self.choose_on}; allowed: development for "
                 "both, or test for both, as numbers of the split that was chosen on are too high"
             )
+        if isinstance(self.data, Mapping) and len({*self.data.values()}) < len(self.data):
+            raise ValueError("data: development and test: found one path; allowed: other prompts")
         if self.engine.kind != "generate":
             raise ValueError("engine.kind: found reward; allowed: generate")
         greedy = self.decoding.temperature == 0

@@ -103,7 +103,7 @@ def plan_expo(config: ExpoConfig, *, smoke: bool = False) -> ExpoPlan:
             merges[value] = load_merge_config(config.merge, [override])
         pins = pins_of(merges[value], pins)
     merges = {value: with_pins(each, pins) for value, each in merges.items()}
-    plan = _planned(merges)
+    plan = _planned(merges[values[-1]])  # with the base, which alpha 0 does without
     limit = config.limit
     if smoke:
         limit = SMOKE_LIMIT if limit is None else min(limit, SMOKE_LIMIT)
@@ -113,8 +113,6 @@ def plan_expo(config: ExpoConfig, *, smoke: bool = False) -> ExpoPlan:
     if config.choose_on != "test" and isinstance(config.data, Mapping) and "test" in config.data:
         test, test_task = _evaluation(config, "test", first, limit)
     data = config.data.values() if isinstance(config.data, Mapping) else [config.data]
-    if len(set(map(str, data))) < len(data):
-        raise InputError("data: development and test: found one path; allowed: different prompts")
     inputs = (*plan.checkpoints, str(config.merge), str(config.reward), *map(str, data))
     return ExpoPlan(
         config=config,
@@ -168,7 +166,7 @@ def _parameter(config: ExpoConfig) -> tuple[Parameter, str]:
         merge = merge.merges[parts[1]]
     name, known = parameter_name(field), METHODS[merge.merge_method].parameters
     if name not in known:
-        near = get_close_matches(name, known, 3, 0.5)
+        near = get_close_matches(name, known, 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         allowed = ", ".join(known) or "none"
         raise InputError(
@@ -206,13 +204,13 @@ def _aligned(config: ExpoConfig) -> MergeConfig:
     return check(values, MergeConfig, str(config.merge))
 
 
-def _planned(merges: Mapping[float, MergeConfig]) -> MergePlan:
-    """The plan of one of the merges, which have the same models.
+def _planned(merge: MergeConfig) -> MergePlan:
+    """The plan of one of the merges.
 
     Raises:
         InputError: a merge that cannot be, or that writes named ones on its way.
     """
-    plan = plan_merge(next(iter(merges.values())))
+    plan = plan_merge(merge)
     for name in plan.named:
         raise InputError(f"merges.{name}.out: has no effect in merges that are not written")
     return plan

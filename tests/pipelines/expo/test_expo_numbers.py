@@ -2,6 +2,7 @@
 (Frisch, Waugh, Lovell) with its sandwich written out in loops.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_histograms_count_everything_in_bins_that_all_share() -> None:
             assert counts == [
                 sum(low <= value < high for value in own)
                 + (place == len(counts) - 1) * sum(own == high)
-                for place, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
+                for place, (low, high) in enumerate(itertools.pairwise(edges))
             ]
             assert sum(counts) == 60
     widths = np.diff(found["tokens"]["edges"])
