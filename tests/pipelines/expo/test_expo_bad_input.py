@@ -1,7 +1,5 @@
 """What `poise expo` refuses, before anything is written. Oracle: the exact line."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import yaml
 
 from pipelines.errors import InputError
 from pipelines.expo import expo
+from tests.pipelines.engines.references import save_chatty
 from tests.pipelines.expo.worlds import fields_of, plan_of
 from tests.pipelines.rewards.reward_models import HEADS, save_reward_model
 from tests.ray_jobs.command_line import poise
@@ -139,13 +138,11 @@ def test_an_output_that_is_an_input_or_holds_other_files_is_refused(
 
 
 def test_models_of_other_shapes_are_named(expo_world: Path, tmp_path: Path) -> None:
-    shutil.copytree(expo_world / "dpo", tmp_path / "wide")
-    config = json.loads((tmp_path / "wide/config.json").read_text())
-    (tmp_path / "wide/config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    save_chatty(tmp_path / "wide", 0, intermediate_size=64)
     merge = yaml.safe_load((expo_world / "expo.yaml").read_text())
     merge["models"] = [{"model": str(tmp_path / "wide")}]
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(merge))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="shape"):
         plan_of(expo_world, merge=str(tmp_path / "merge.yaml"), values=[0.1, 0.2])
 
 
