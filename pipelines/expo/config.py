@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from pipelines.config import Config
 from pipelines.engines import EngineConfig
 from pipelines.expo.bracket import needed_values
-from pipelines.rewards.config import reward_engine
+from pipelines.rewards.config import RewardEngine, reward_engine
 from pipelines.rewards.rewarded import Decoding
 
 # How ExPO's paper draws responses (Zheng et al. 2024, appendix F).
@@ -71,7 +71,7 @@ class ExpoConfig(Config):
     head: str | int | None = Field(
         None, description="name or number of the label that is the reward, if there are several"
     )
-    reward_engine: EngineConfig = Field(default_factory=lambda: reward_engine({}))
+    reward_engine: RewardEngine = Field(default_factory=lambda: reward_engine({}))
     too_long: Literal["error", "cut_prompt"] = Field(
         "error", description="conversations that the reward model cannot read"
     )
@@ -115,11 +115,6 @@ class ExpoConfig(Config):
         if given.get("temperature") == 0:
             fields = {name: of for name, of in fields.items() if name not in _OF_SAMPLING} | given
         return fields
-
-    @field_validator("reward_engine", mode="before")
-    @classmethod
-    def _for_rewards(cls, engine: Any) -> Any:
-        return reward_engine(engine) if isinstance(engine, Mapping) else engine
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ExpoConfig":
