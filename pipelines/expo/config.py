@@ -111,10 +111,8 @@ class ExpoConfig(Config):
     def _as_the_paper(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        fields = PAPER | dict(given)
-        if given.get("temperature") == 0:
-            fields = {name: of for name, of in fields.items() if name not in _OF_SAMPLING} | given
-        return fields
+        without = _OF_SAMPLING if given.get("temperature") == 0 else ()
+        return {name: of for name, of in PAPER.items() if name not in without} | dict(given)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ExpoConfig":

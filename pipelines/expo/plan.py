@@ -107,7 +107,8 @@ def plan_expo(config: ExpoConfig, *, smoke: bool = False) -> ExpoPlan:
     limit = config.limit
     if smoke:
         limit = SMOKE_LIMIT if limit is None else min(limit, SMOKE_LIMIT)
-    first = merges[reference].merged_models[0]
+    checkpoints = plan.checkpoints.items()
+    first = next(path for path, found in checkpoints if "peft_type" not in found.config)
     evaluation, task = _evaluation(config, config.choose_on, first, limit)
     test = test_task = None
     if config.choose_on != "test" and isinstance(config.data, Mapping) and "test" in config.data:
@@ -229,7 +230,7 @@ def _evaluation(
     evaluation = EvaluateConfig(
         models={"candidate": Path(first)},
         tasks=[rewarded],
-        split=split,  # type: ignore[arg-type]
+        split=split,
         limit=limit,
         seed=config.seed,
         engine=config.engine,

@@ -104,4 +104,4 @@ def _plain(axes: Axes) -> None:
     axes.grid(color="#eeeeee")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.get_major_locator().set_params(nbins=6)
+    axes.locator_params(axis="y", nbins=6)

@@ -183,7 +183,7 @@ def _write_best(plan: ExpoPlan, out: Path, result: Mapping[str, Any]) -> None:
     best = result["best"]
     merged = plan_merge(plan.merges[best["value"]])
     names = ("parameter", "value", "reference", "search", "split", "reward_model", "decoding")
-    chosen = {name: (result | {"value": best["value"]})[name] for name in names}
+    chosen = {name: best[name] if name == "value" else result[name] for name in names}
     chosen |= {name: best[name] for name in ("reward", "tokens", "difference") if name in best}
     chosen |= {"values": [trial["value"] for trial in result["trials"]], "test": result["test"]}
     chosen["warnings"] = result["warnings"]
