@@ -56,12 +56,13 @@ def expo(
     """
     out = Path(out).absolute()
     refuse_inputs(out, plan.inputs, "choice")
-    is_new = not out.is_dir() or not any(out.iterdir())
-    if not is_new and not (out / DIGESTS_FILE).is_file() and not (out / STORE_FILE).is_file():
+    found = {each.name for each in out.iterdir()} if out.is_dir() else set()
+    names = {name for name in found if not name.startswith(".")}  # a kill may leave hidden ones
+    if DIGESTS_FILE not in names and names - {STORE_FILE}:
         raise InputError(f"{out}: holds other files; choose a new or empty folder")
-    found = finished(plan, out)
-    if found is not None:
-        return found
+    result = finished(plan, out)
+    if result is not None:
+        return result
     if (out / EXPO_FILE).is_file() and not force:
         raise InputError(
             f"{out}: holds another choice: config or models differ; choose another output, or "

@@ -130,11 +130,17 @@ def test_an_output_that_is_an_input_or_holds_other_files_is_refused(
     for name in ("dpo", "sft", "reward"):
         with pytest.raises(InputError, match="is or holds an input of the choice; choose another"):
             expo(plan, expo_world / name)
-    (tmp_path / "mine").write_text("kept")
-    for force in (False, True):
-        with pytest.raises(InputError, match="holds other files; choose a new or empty folder"):
-            expo(plan, tmp_path, force=force)
-    assert [each.name for each in tmp_path.iterdir()] == ["mine"]
+    for names in (["mine"], ["evaluation.json", "store.json"]):  # another's evaluation, too
+        out = tmp_path / names[0]
+        out.mkdir()
+        for name in names:
+            (out / name).write_text("kept")
+        for force in (False, True):
+            with pytest.raises(InputError, match="holds other files; choose a new or empty folder"):
+                expo(plan, out, force=force)
+        assert {each.name: each.read_text() for each in out.iterdir()} == dict.fromkeys(
+            names, "kept"
+        )
 
 
 def test_models_of_other_shapes_are_named(expo_world: Path, tmp_path: Path) -> None:
