@@ -1,7 +1,7 @@
 """A choice of one parameter, ready to run: every input is checked before an engine starts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -23,6 +23,7 @@ from pipelines.rewards.rewarded import RewardedSet
 
 SMOKE_LIMIT = 8  # prompts of `--smoke`
 TASK = "reward"  # the column's name in the evaluation that the output is
+COMPUTES = {"name", "dtype", "max_length"}  # fields of an engine that responses depend on
 _OF_TASK = ("reward", "head", "columns", "decoding", "max_new_tokens", "too_long")
 
 
@@ -71,7 +72,7 @@ class ExpoPlan:
         parts = [
             self.config.search,
             [self.config.parameter, list(self.values), self.reference],
-            [merges, dict(self.identities), self.evaluation.engine.model_dump(mode="json")],
+            [merges, dict(self.identities), self.config.engine.model_dump(include=COMPUTES)],
             [self.task.fingerprint, self.test_task.fingerprint if self.test_task else None],
             self.config.choose_on,
         ]
@@ -93,16 +94,7 @@ def plan_expo(config: ExpoConfig, *, smoke: bool = False) -> ExpoPlan:
         values, reference = config.all_values(is_alpha)
     except ValueError as error:
         raise InputError(str(error)) from None
-    pins: Pins = {}
-    merges: dict[float, MergeConfig] = {}
-    for value in values:
-        if is_alpha and value == 0:
-            merges[value] = _aligned(config)
-        else:
-            override = f"{config.parameter}={json.dumps(value)}"
-            merges[value] = load_merge_config(config.merge, [override])
-        pins = pins_of(merges[value], pins)
-    merges = {value: with_pins(each, pins) for value, each in merges.items()}
+    merges = _merges(config, values, is_alpha)
     plan = _planned(merges[values[-1]])  # with the base, which alpha 0 does without
     limit = config.limit
     if smoke:
@@ -178,6 +170,26 @@ def _parameter(config: ExpoConfig) -> tuple[Parameter, str]:
     if found.choices or isinstance(found.default, bool):
         raise InputError(f"parameter: {name}: is no number; allowed: {found.allowed}")
     return found, merge.merge_method
+
+
+def _merges(
+    config: ExpoConfig, values: Sequence[float], is_alpha: bool
+) -> dict[float, MergeConfig]:
+    """The merges by value; those of hub models with their commits.
+
+    Raises:
+        InputError: a value that the method does not take.
+    """
+    pins: Pins = {}
+    found: dict[float, MergeConfig] = {}
+    for value in values:
+        if is_alpha and value == 0:
+            found[value] = _aligned(config)
+        else:
+            override = f"{config.parameter}={json.dumps(value)}"
+            found[value] = load_merge_config(config.merge, [override])
+        pins = pins_of(found[value], pins)
+    return {value: with_pins(each, pins) for value, each in found.items()}
 
 
 def _aligned(config: ExpoConfig) -> MergeConfig:
