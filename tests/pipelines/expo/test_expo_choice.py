@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as parquet
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines.checkpoints.digests import model_digest
@@ -18,12 +19,13 @@ from pipelines.checkpoints.reader import Checkpoint
 from pipelines.engines import Sampling
 from pipelines.engines.interface import answer_seed
 from pipelines.engines.transformers_engine import TransformersEngine
+from pipelines.engines.weights import MergeWeights, inspect
 from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.evaluate.results import Evaluation
 from pipelines.expo import expo
 from pipelines.expo.config import PAPER
-from pipelines.merge import MergeConfig, load_merge_config, merge
+from pipelines.merge import MergeConfig, load_merge_config, merge, plan_merge
 from pipelines.merge.verify import verify
 from tests.pipelines.expo.worlds import ALPHAS, LengthScorer, plan_of, prompts_of
 
@@ -132,6 +134,28 @@ def test_where_nothing_is_better_than_the_aligned_model_it_is_written_as_it_is(
     assert not any("values: try" in line for line in result["warnings"])
     aligned = model_digest(Checkpoint.open(expo_world / "dpo")).weights
     assert model_digest(Checkpoint.open(tmp_path / "out/best")).weights == aligned
+
+
+def test_alpha_0_of_a_named_merge_is_that_merge(expo_world: Path, tmp_path: Path) -> None:
+    soup = {
+        "merge_method": "linear",
+        "models": [
+            {"model": str(expo_world / name), "parameters": {"weight": 0.5}}
+            for name in ("sft", "dpo")
+        ],
+    }
+    chain = {
+        "merge_method": "expo",
+        "base_model": str(expo_world / "sft"),
+        "models": [{"model": "soup"}],
+        "merges": {"soup": soup},
+    }
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump(chain))
+    plan = plan_of(expo_world, merge=str(tmp_path / "chain.yaml"), values=[0.5, 1.0])
+    assert plan.values == (0.0, 0.5, 1.0) and plan.reference == 0
+    found = inspect(MergeWeights(plan_merge(plan.merges[0.0])))
+    assert found == inspect(MergeWeights(plan_merge(MergeConfig.model_validate(soup))))
+    assert found != inspect(MergeWeights(plan_merge(plan.merges[0.5])))
 
 
 @pytest.mark.slow
