@@ -125,7 +125,7 @@ def main() -> None:
         return
     frozen = NUM_EXPERTS * given.layers * given.width**2 * 4
     print(f"frozen weights: {frozen / 1e6:,.0f} MB")
-    print("| tokens / width | way | step | ratio | memory / activations | total, ratio |")
+    print("| tokens / width | way | step | ratio | memory | memory / activations | total, ratio |")
     print("|---|---|---|---|---|---|---|")
     for share in (64, 32, 16, 8, 2):
         tokens = given.width // share
