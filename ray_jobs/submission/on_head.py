@@ -6,6 +6,7 @@ Poise that it can do without.
 """
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -33,7 +34,7 @@ def installed() -> dict[str, object]:
         found["version"] = tomllib.loads(text).get("project", {}).get("version", found["version"])
         found["sent"] = True
     found["commands"] = sorted(
-        command.name or command.callback.__name__.replace("_", "-")
+        command.name or str(getattr(command.callback, "__name__", "")).replace("_", "-")
         for command in cli.app.registered_commands
     )
     return found
@@ -83,7 +84,7 @@ def main() -> None:
     import ray
 
     address = os.environ["RAY_ADDRESS"]
-    ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     programs = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", os.defpath)
     found = {
