@@ -128,6 +128,20 @@ def merge(
     run_merge(config, out or out_option, given, plan=plan, force=force)
 
 
+@app.command(epilog="Example: `poise dam configs/dam.yaml --out runs/dam`")
+def dam(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Out = Path("runs/dam"),
+    plan: Plan = False,
+    force: Force = False,
+) -> None:
+    """Merge models by coefficients that are learned on a little of each model's data."""
+    from ray_jobs.dam import run_dam
+
+    run_dam(config, out, overrides or [], plan=plan, force=force)
+
+
 @app.command(epilog="Example: `poise extract-lora runs/sft runs/dpo --rank 16 --out runs/lora`")
 def extract_lora(
     base: Annotated[str, typer.Argument(metavar="BASE", help="a checkpoint, or a name on the hub")],
@@ -196,12 +210,34 @@ def tasks(
 
 @app.command(epilog="Example: `poise diff runs/a runs/b --base runs/sft`")
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="a checkpoint or adapter, or ORG/NAME")],
-    b: Annotated[str, typer.Argument(metavar="B", help="another one")],
+    a: Annotated[
+        str | None, typer.Argument(metavar="A", help="a checkpoint or adapter, or ORG/NAME")
+    ] = None,
+    b: Annotated[str | None, typer.Argument(metavar="B", help="another one")] = None,
     base: Annotated[str | None, typer.Option("--base", help="their common ancestor")] = None,
+    coefficients: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="instead of A and B: of `poise dam`; of several the mean"
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="with --coefficients: write a heat map (PNG)")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two models tensor by tensor before merging: norms, cosine, sign conflicts."""
+    if coefficients:
+        if a is not None or base is not None:
+            raise InputError("--coefficients: found with A, B or --base; allowed: alone")
+        from ray_jobs.coefficients import run_coefficients
+
+        run_coefficients(coefficients, plot, as_json=as_json)
+        return
+    if a is None or b is None:
+        raise InputError("A, B: give two models, or --coefficients FILE")
+    if plot is not None:
+        raise InputError("--plot: has no effect without --coefficients")
     from ray_jobs.diff import run_diff
 
     run_diff(a, b, base, as_json=as_json)
@@ -217,6 +253,21 @@ def verify(
     from ray_jobs.verify import run_verify
 
     run_verify(folder, again=again, as_json=as_json)
+
+
+@app.command(epilog="Example: `poise lineage runs/ties --in runs`")
+def lineage(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="DIGEST", help="of weights, or its beginning; or a model's folder"),
+    ],
+    folder: Annotated[Path, typer.Option("--in", help="where records are looked for")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Tell from records what weights are: merge, parents, training runs, data, evaluations."""
+    from ray_jobs.lineage import run_lineage
+
+    run_lineage(what, folder, as_json=as_json)
 
 
 @app.command(epilog="Example: `poise evaluate configs/demo/evaluate-test.yaml --out runs/test`")
@@ -402,14 +453,37 @@ def serve(
 
 @app.command(epilog="Example: `echo 'reverse a b c' | poise chat runs/demo/models/linear`")
 def chat(
-    path: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="a checkpoint, or a name on the hub")
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="a checkpoint, or a name on the hub or the server"),
     ],
+    compare: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="show the answers of another, too")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="of a server, as http://HOST:PORT")] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="with the server's key; default POISE_API_KEY")
+    ] = None,
+    conversation: Annotated[
+        bool, typer.Option("--conversation", help="a line follows on those before it")
+    ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="of an answer; default 256, or the server's own", min=1)
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Talk to a model in the terminal."""
+    """Talk to a model in the terminal, here or on a server, or to two side by side."""
     from ray_jobs.chat import run_chat
 
-    run_chat(path)
+    if not run_chat(
+        [model] if compare is None else [model, compare],
+        url=url,
+        key_file=key_file,
+        conversation=conversation,
+        max_tokens=max_tokens,
+        as_json=as_json,
+    ):
+        raise typer.Exit(1)
 
 
 @app.command(

@@ -47,7 +47,7 @@ class Look:
         ray: version.
         nodes: resources of each living node.
         kinds: what the autoscaler may add, by name; None if unknown, empty if it adds none.
-        programs: the folder of Ray's Python on the head.
+        scripts: the folder of Ray's Python on the head.
         path: PATH of a job there.
         script: whether `poise` is on that path or in that folder.
     """
@@ -58,7 +58,7 @@ class Look:
     ray: str
     nodes: tuple[Mapping[str, float], ...]
     kinds: Mapping[str, Kind] | None
-    programs: str = ""
+    scripts: str = ""
     path: str = ""
     script: bool = True
 
@@ -132,7 +132,7 @@ def parse(text: str) -> Look:
         kinds=None
         if kinds is None
         else {name: Kind(kind["resources"], kind["most"]) for name, kind in kinds.items()},
-        programs=found["programs"],
+        scripts=found["scripts"],
         path=found["path"],
         script=found["script"],
     )
@@ -263,5 +263,5 @@ def as_run_there(command: list[str], found: Look) -> tuple[str, dict[str, str]]:
     """The shell's line for a command, and the variables with which its programs are found."""
     if command[0] == "poise" and not found.script:
         command = ["python", "-m", "ray_jobs.cli", *command[1:]]
-    on_path = found.programs in found.path.split(":")
-    return shlex.join(command), {} if on_path else {"PATH": f"{found.programs}:{found.path}"}
+    on_path = found.scripts in found.path.split(":")
+    return shlex.join(command), {} if on_path else {"PATH": f"{found.scripts}:{found.path}"}

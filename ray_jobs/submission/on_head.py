@@ -36,6 +36,7 @@ def installed() -> dict[str, object]:
     found["commands"] = sorted(
         command.name or str(getattr(command.callback, "__name__", "")).replace("_", "-")
         for command in cli.app.registered_commands
+        if command.callback is not None
     )
     return found
 
@@ -85,14 +86,14 @@ def main() -> None:
 
     address = os.environ["RAY_ADDRESS"]
     ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    programs = str(Path(sys.executable).parent)
+    scripts = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", os.defpath)
     found = {
         "poise": installed(),
         "ray": ray.__version__,
-        "programs": programs,
+        "scripts": scripts,
         "path": path,
-        "script": shutil.which("poise", path=f"{programs}{os.pathsep}{path}") is not None,
+        "script": shutil.which("poise", path=f"{scripts}{os.pathsep}{path}") is not None,
         "nodes": [node["Resources"] for node in ray.nodes() if node["Alive"]],
         "autoscaler": autoscaler(address),
     }

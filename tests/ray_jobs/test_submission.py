@@ -58,7 +58,7 @@ def a_look(**settings: Any) -> Look:
         "ray": here["ray"],
         "nodes": (NODE,),
         "kinds": {},
-        "programs": "/opt/poise/bin",
+        "scripts": "/opt/poise/bin",
         "path": "/usr/bin:/bin",
     }
     return Look(**(standing | settings))
@@ -336,7 +336,7 @@ def test_what_the_head_says_is_read(
     found = {
         "poise": sent,
         "ray": "2.60.0",
-        "programs": "/b",
+        "scripts": "/b",
         "path": "/b",
         "script": True,
         "nodes": [NODE],
