@@ -34,7 +34,7 @@ def installed() -> dict[str, object]:
         found["version"] = tomllib.loads(text).get("project", {}).get("version", found["version"])
         found["sent"] = True
     found["commands"] = sorted(
-        command.name or str(getattr(command.callback, "__name__", "")).replace("_", "-")
+        command.name or command.callback.__name__.replace("_", "-")
         for command in cli.app.registered_commands
         if command.callback is not None
     )
