@@ -6,14 +6,14 @@ frozen weights of T experts, where each expert has a learned coefficient for eac
 The merged weight and its gradient need not exist. With g = dL/dy and u_i = g W_i (tokens, in), the
 gradients are dL/dx = sum_i c_i * u_i and dL/dc_i = sum over tokens of x * u_i: T products each way
 and nothing of a weight's size. Where a batch has many tokens, it is faster to form the weight of
-one layer at a time, for the length of its product alone: one product forward, two backward, and
-passes over the weights. Both ways are the same sums, so they differ by rounding only.
+one layer, a piece at a time, for the length of its product alone: one product forward, two
+backward, and passes over the weights. Both ways are the same sums, so they differ by rounding only.
 
 Coefficients are float32 (or wider) whatever the dtype of the weights; sums over experts and over
 tokens are at least float32. Experts get no gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,9 @@ from torch.nn import functional as F
 Materialise = Literal["auto", "always", "never"]
 # Forming a weight pays from about this many outputs for each token on.
 OUTPUTS_PER_TOKEN = 16
+# Elements of a merged weight that are formed at once: what a core's cache holds; on a GPU few
+# launches count more.
+FORMED_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
 def merged_weight(weights: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -37,7 +40,7 @@ def merged_weight(weights: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     wide = _wide(weights[0].dtype)
     total = weights[0].to(wide) * coefficients[0]
     for weight, own in zip(weights[1:], coefficients[1:], strict=True):
-        total = total + weight.to(wide) * own
+        total.addcmul_(weight.to(wide), own)
     return total
 
 
@@ -61,7 +64,8 @@ def dam_linear(
 
     Args:
         x: (..., in), in the dtype of the weights.
-        weights: T frozen weights (out, in).
+        weights: T frozen weights (out, in). The backward pass takes them from this sequence again,
+            so they may be elsewhere between the two passes.
         coefficients: (T, in).
         biases: T frozen biases (out,), or none.
         bias_coefficients: (T,), beta, where there are biases.
@@ -71,7 +75,7 @@ def dam_linear(
     flat = x.reshape(-1, num_inputs)
     formed = forms_weight(len(flat), num_outputs, materialise)
     multiply = _Formed if formed else _Factored
-    y: Tensor = multiply.apply(flat, coefficients, *weights)  # type: ignore[no-untyped-call]
+    y: Tensor = multiply.apply(flat, coefficients, weights)  # type: ignore[no-untyped-call]
     if bias_coefficients is not None:
         y = y + merged_weight(biases, bias_coefficients[:, None]).to(y.dtype)
     return y.view(*x.shape[:-1], num_outputs)
@@ -96,51 +100,75 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Factored(torch.autograd.Function):
-    """`x, c, W_1, ..., W_T -> sum_i (c_i * x) W_i'` with x (tokens, in), by T products each way."""
+    """`x, c, W -> sum_i (c_i * x) W_i'` with x (tokens, in), by T products each way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, coefficients: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, coefficients, *weights)
+    def forward(ctx: Any, x: Tensor, coefficients: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, coefficients)
+        ctx.weights = weights
         total = x.new_zeros((len(x), len(weights[0])), dtype=_wide(x.dtype))
         for weight, own in zip(weights, coefficients, strict=True):
-            total += (x * own).to(x.dtype) @ weight.t()
+            part = (x * own).to(x.dtype)
+            if part.dtype == total.dtype:
+                total.addmm_(part, weight.t())
+            else:
+                total += part @ weight.t()
         return total.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, coefficients, *weights = ctx.saved_tensors
+        x, coefficients = ctx.saved_tensors
         wide = _wide(x.dtype)
         dx = torch.zeros_like(x, dtype=wide) if ctx.needs_input_grad[0] else None
         dc = torch.zeros_like(coefficients) if ctx.needs_input_grad[1] else None
-        for place, weight in enumerate(weights):
+        for place, weight in enumerate(ctx.weights):
             u = (g @ weight).to(wide)
             if dx is not None:
-                dx += u * coefficients[place]
+                dx.addcmul_(u, coefficients[place])
             if dc is not None:
                 dc[place] = u.mul_(x).sum(0)
-        return (None if dx is None else dx.to(x.dtype), dc, *(None for _ in weights))
+        return (None if dx is None else dx.to(x.dtype), dc, None)
 
 
 class _Formed(torch.autograd.Function):
-    """The same function by a merged weight that lives only during a product; backward forms it
-    again. With G = g' x (out, in), the weight's gradient, dL/dc_i = sum over outputs of G * W_i.
+    """The same function by a merged weight that lives only during a product, some outputs at a
+    time; backward forms it again. With G = g' x (out, in), the weight's gradient, of which as few
+    rows exist at once, dL/dc_i = sum over outputs of G * W_i.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, coefficients: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, coefficients, *weights)
-        return x @ merged_weight(weights, coefficients).to(x.dtype).t()
+    def forward(ctx: Any, x: Tensor, coefficients: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, coefficients)
+        ctx.weights = weights
+        y = x.new_empty((len(x), len(weights[0])))
+        for rows, own in _pieces(weights):
+            y[:, rows] = x @ merged_weight(own, coefficients).to(x.dtype).t()
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, coefficients, *weights = ctx.saved_tensors
-        dx = dc = None
-        if ctx.needs_input_grad[0]:
-            dx = g @ merged_weight(weights, coefficients).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            of_weight = (g.t() @ x).to(_wide(x.dtype))
-            dc = torch.stack([(of_weight * weight).sum(0) for weight in weights])
-            dc = dc.to(coefficients.dtype)
-        return (dx, dc, *(None for _ in weights))
+        x, coefficients = ctx.saved_tensors
+        wide = _wide(x.dtype)
+        dx = torch.zeros_like(x, dtype=wide) if ctx.needs_input_grad[0] else None
+        dc = torch.zeros_like(coefficients) if ctx.needs_input_grad[1] else None
+        for rows, own in _pieces(ctx.weights):
+            part = g[:, rows]
+            if dx is not None:
+                dx += part @ merged_weight(own, coefficients).to(x.dtype)
+            if dc is not None:
+                of_weight = (part.t() @ x).to(wide)
+                for place, weight in enumerate(own):
+                    dc[place] += (of_weight * weight).sum(0)
+        return (None if dx is None else dx.to(x.dtype), dc, None)
+
+
+def _pieces(weights: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Rows of the weights, as many as may be formed at once: their range, and those of each."""
+    whole = list(weights)
+    num_outputs, num_inputs = whole[0].shape
+    step = max(1, FORMED_AT_ONCE[whole[0].device.type] // num_inputs)
+    for start in range(0, num_outputs, step):
+        rows = slice(start, min(start + step, num_outputs))
+        yield rows, [weight[rows] for weight in whole]

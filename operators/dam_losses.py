@@ -82,11 +82,11 @@ DAM_LOSSES: dict[str, DamLoss] = {
 }
 
 
-def mean_over_tokens(values: Tensor, counts: Tensor) -> Tensor:
-    """The mean of the values (...,) where `counts` (...,), bool, is true; what stands elsewhere,
+def sum_over_tokens(values: Tensor, counts: Tensor) -> Tensor:
+    """The sum of the values (...,) where `counts` (...,), bool, is true; what stands elsewhere,
     such as padding, has no effect, be it NaN.
     """
-    return torch.where(counts, values, 0).sum() / counts.sum()
+    return torch.where(counts, values, 0).sum()
 
 
 def coefficient_penalty(

@@ -5,6 +5,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from pipelines.config import load_config
 from pipelines.dam import DamConfig, check_dam, dam, estimate_memory, plan_dam
 from pipelines.provenance import read_record
@@ -39,7 +41,7 @@ def describe_plan(config: DamConfig) -> str:
     lines = {
         "loss": f"{config.loss}, cosine {config.cosine_weight:g} a pair, l1 {config.l1:g}, "
         f"l2 {config.l2:g}",
-        "experts": f"{len(config.experts)} in {config.precision}",
+        "experts": f"{len(config.merged_models)} in {config.precision}, {_place_of(config)}",
         "coefficients": f"{memory.coefficients // 16:,}",
         **{
             f"  {config.sets[place].title}": f"{table.num_rows:,} rows"
@@ -47,14 +49,37 @@ def describe_plan(config: DamConfig) -> str:
         },
         "steps": f"{planned.num_steps:,} of {config.rows_per_set} row(s) of each set",
         "tokens": f"about {round(total):,}",
-        "memory": f"about {_gigabytes(memory.total)}",
+        "memory": f"about {_gigabytes(memory.total)} on each worker",
     }
     lines |= {f"  {f.name}": _gigabytes(getattr(memory, f.name)) for f in fields(memory)}
     found = [f"{name:<15} {value}" for name, value in lines.items()]
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if memory.total > here:
-        found.append(f"note: this machine has {_gigabytes(here)}; fewer experts or bf16 need less")
+    what, most = _device_memory()
+    if memory.total > most:
+        found.append(
+            f"note: {what} has {_gigabytes(most)}; fewer experts, bf16, fsdp2 on more workers or "
+            "experts: source need less"
+        )
     return "\n".join(found)
+
+
+def _place_of(config: DamConfig) -> str:
+    """Where the experts' weights are, in words."""
+    if config.strategy == "fsdp2":
+        where = "" if config.experts == "device" else " in host memory"
+        return f"sharded over {config.num_workers} worker(s){where}"
+    places = {
+        "device": "whole",
+        "host": "brought from host memory",
+        "source": "brought from their files",
+    }
+    return places[config.experts]
+
+
+def _device_memory() -> tuple[str, int]:
+    """What holds a worker's memory here, and its size in bytes."""
+    if torch.cuda.is_available():
+        return "a GPU", torch.cuda.get_device_properties(0).total_memory
+    return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _gigabytes(count: int) -> str:

@@ -2,7 +2,7 @@
 
 from pipelines.dam.config import DamConfig, Expert
 from pipelines.dam.memory import Memory, estimate_memory
-from pipelines.dam.run import Plan, check_dam, dam, plan_dam
+from pipelines.dam.run import Plan, check_dam, dam, dam_in_turn, plan_dam
 
 __all__ = [
     "DamConfig",
@@ -11,6 +11,7 @@ __all__ = [
     "Plan",
     "check_dam",
     "dam",
+    "dam_in_turn",
     "estimate_memory",
     "plan_dam",
 ]

@@ -72,6 +72,15 @@ class DamConfig(Config):
     evaluation: EvaluationConfig | None = Field(
         None, description="a share of each set's rows, measured during the run"
     )
+    strategy: Literal["single", "fsdp2"] = Field(
+        "single", description="fsdp2: the experts' weights are sharded over the workers"
+    )
+    num_workers: int = Field(1, ge=1, description="which share the rows of a step")
+    experts: Literal["device", "host", "source"] = Field(
+        "device",
+        description="where the experts' weights are: on the device, or brought there layer by "
+        "layer from the machine's memory or from the checkpoints' files",
+    )
     checkpoint_every: int = Field(100, ge=1, description="steps between resumable checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of them are kept")
     max_failures: int = Field(1, ge=0, description="restarts in a row without progress; 0: none")
@@ -86,7 +95,7 @@ class DamConfig(Config):
 
     @model_validator(mode="after")
     def _what_fits_together(self) -> "DamConfig":
-        if len(self.experts) < 2:
+        if len(self.merged_models) < 2:
             raise ValueError("models: found one expert alone; allowed: two or more")
         if self.base_data is not None and not self.include_base:
             raise ValueError("base_data: has no effect without include_base: true")
@@ -95,7 +104,7 @@ class DamConfig(Config):
         for name in ("direction", "temperature"):
             if name in self.model_fields_set and name not in self.definition.parameters:
                 raise ValueError(f"{name}: has no effect with loss {self.loss}; allowed with kl")
-        for each in self.experts:
+        for each in self.merged_models:
             if each.data is None and self.definition.needs_experts:
                 where = "base_data" if each.model == self.base_model else "data"
                 raise ValueError(f"models: {each.model}: {where}: required with loss {self.loss}")
@@ -104,6 +113,15 @@ class DamConfig(Config):
         self._check_sets()
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"trackers: found {self.trackers}; allowed: each once")
+        if self.strategy == "single" and self.num_workers != 1:
+            raise ValueError(
+                f"num_workers: found {self.num_workers}; allowed with strategy single: 1"
+            )
+        if self.strategy == "fsdp2" and self.experts == "source":
+            raise ValueError(
+                "experts: found source with strategy fsdp2, which shards them; allowed with it: "
+                "device or host"
+            )
         if (self.attention or "").startswith("flash") and self.precision != "bf16":
             raise ValueError(
                 f"attention: found {self.attention} with precision {self.precision}; allowed with "
@@ -138,15 +156,15 @@ class DamConfig(Config):
         return {name: getattr(self, name) for name in self.definition.parameters}
 
     @property
-    def experts(self) -> list[Expert]:
-        """The models, and the base last if it is an expert."""
+    def merged_models(self) -> list[Expert]:
+        """The experts in their order: the models, and the base last if it is one."""
         base = Expert(model=self.base_model, data=self.base_data)
         return [*self.models, base] if self.include_base else self.models
 
     @property
     def sets(self) -> dict[int, DataSet]:
         """The data, by the position of their expert."""
-        found = {place: each.data for place, each in enumerate(self.experts)}
+        found = {place: each.data for place, each in enumerate(self.merged_models)}
         return {place: data for place, data in found.items() if data is not None}
 
     @property
@@ -154,12 +172,12 @@ class DamConfig(Config):
         """The weight of each pair's cosine."""
         if self.cosine is not None:
             return self.cosine
-        return DEFAULT_COSINE / comb(len(self.experts), 2)
+        return DEFAULT_COSINE / comb(len(self.merged_models), 2)
 
     @property
-    def num_workers(self) -> int:
-        """One process trains."""
-        return 1
+    def only_with_gpu(self) -> str | None:
+        """The setting, if there is one, that has no effect without a GPU."""
+        return "experts: host" if self.experts == "host" else None
 
     @property
     def asynchronous_checkpoints(self) -> bool:

@@ -1,4 +1,4 @@
-"""The training of DAM's coefficients in one process, which Ray Train starts."""
+"""The training of DAM's coefficients in one worker under Ray Train."""
 
 import json
 import math
@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
-from operators.dam_losses import coefficient_penalty, mean_over_tokens
+from operators.dam_losses import coefficient_penalty, sum_over_tokens
 from pipelines.checkpoints.hub import bring
 from pipelines.commit import write_atomically
+from pipelines.dam.build import build
 from pipelines.dam.config import DamConfig
-from pipelines.dam.model import ExpertsModel, build
+from pipelines.dam.model import ExpertsModel
 from pipelines.merge.coefficients import FILE, Coefficients
 from pipelines.train.checkpoints import CheckpointWriter, saved_steps, step_folder
 from pipelines.train.data import PAD, TokenTable, collate, global_batch
@@ -24,10 +26,12 @@ from pipelines.train.evaluation import Evaluations
 from pipelines.train.evaluation_config import PREFIX
 from pipelines.train.files import EXPORTED_FILE
 from pipelines.train.loop import alone, share_of_cores
-from pipelines.train.metrics import Clock, MetricsWriter
+from pipelines.train.metrics import Clock, MetricsWriter, add_up
 from pipelines.train.reference_store import small_batches
+from pipelines.train.strategies import first_rank
 
 STATE_FILE = "state.safetensors"
+Pass = tuple[int, list[int]]  # an expert, and rows of its set
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of torch's AdamW
 
 
@@ -62,9 +66,10 @@ def train_run(settings: dict[str, Any], device: torch.device) -> None:
             run = Run(config, settings, device)
             run.train()
             told = run.evaluations and run.evaluations.told(run.num_steps)
-            run.coefficients().write(folder / FILE)
-            write_atomically(folder / EXPORTED_FILE, json.dumps({"evaluation": told}))
-    except DivergenceError as error:
+            if first_rank():
+                run.coefficients().write(folder / FILE)
+                write_atomically(folder / EXPORTED_FILE, json.dumps({"evaluation": told}))
+    except DivergenceError as error:  # all workers see it at once, so none waits for another
         record_failure(folder, error)
     except Exception as error:
         if comes_again(error):
@@ -80,7 +85,9 @@ class State:
     optimizer: torch.optim.AdamW
 
     def save(self, folder: Path) -> None:
-        """Write the state."""
+        """Write the state, which all ranks have: the first one does."""
+        if not first_rank():
+            return
         tensors = {}
         for name, parameter in self.experts.coefficients.items():
             tensors[name] = parameter.detach()
@@ -107,6 +114,8 @@ class Run:
     def __init__(self, config: DamConfig, settings: dict[str, Any], device: torch.device) -> None:
         self.config, self.device, self.folder = config, device, Path(settings["folder"])
         self.num_steps: int = settings["num_steps"]
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.tables = _opened(settings["tables"])
         self.held_out = _opened(settings["held_out"])
         self.experts = build(config, device)
@@ -137,6 +146,10 @@ class Run:
             MetricsWriter(self.folder, self.first_step, self.config) as out,
             CheckpointWriter(self.folder, self.config) as checkpoints,
         ):
+            evaluation = self.config.evaluation
+            if self.first_step == 0 and evaluation is not None and evaluation.on_start:
+                with clock.stopped():
+                    out.write({"step": 0, **self._measure()})
             for step in range(self.first_step + 1, self.num_steps + 1):
                 if self._is_last(step - 1):
                     break
@@ -163,22 +176,49 @@ class Run:
         }
 
     def _gradients(self, rows: dict[int, list[int]]) -> dict[str, float]:
-        """Gradients of a step's loss; returns its numbers."""
-        record, total = {}, 0.0
-        for place, chosen in rows.items():
-            values, counts = self._per_token(self.tables[place], chosen, place)
-            mean = mean_over_tokens(values, counts)
-            part = self._weight * mean
-            part.backward()
-            record[f"loss_{self._title(place)}"] = mean.item()
-            total += part.item()
+        """Gradients of a step's loss, the same on all ranks; returns its numbers."""
+        share = -(-self.config.rows_per_set // self.world)
+        passes = [
+            (place, chosen[i : i + share])
+            for place, chosen in rows.items()
+            for i in range(0, len(chosen), share)
+        ]
+        whole = {place: self._num_tokens(self.tables[place], each) for place, each in rows.items()}
+        sums = dict.fromkeys(rows, 0.0)
+        for place, part, counts in self._mine(passes):
+            values, tokens = self._per_token(self.tables[place], part, place)
+            mean = counts * sum_over_tokens(values, tokens) / whole[place]
+            (self._weight * mean).backward()
+            sums[place] += mean.item()
+        self._add_up_gradients()
+        means = add_up(torch.tensor([*sums.values()], dtype=torch.float64)).tolist()
         config = self.config
         penalty = coefficient_penalty(
             self._columns(), cosine=config.cosine_weight, l1=config.l1, l2=config.l2
         )
         if penalty.requires_grad:
             penalty.backward()
-        return {"loss": total + penalty.item(), **record, "penalty": penalty.item()}
+        return {
+            "loss": self._weight * sum(means) + penalty.item(),
+            **{f"loss_{self._title(place)}": m for place, m in zip(rows, means, strict=True)},
+            "penalty": penalty.item(),
+        }
+
+    def _mine(self, passes: list[Pass]) -> Iterator[tuple[int, list[int], int]]:
+        """This rank's passes, and whether each counts (1 or 0). All ranks have equally many,
+        because they gather weights together: the last one is repeated without counting.
+        """
+        for number in range(self.rank, -(-len(passes) // self.world) * self.world, self.world):
+            yield *passes[min(number, len(passes) - 1)], int(number < len(passes))
+
+    def _add_up_gradients(self) -> None:
+        """Sum the coefficients' gradients over the workers."""
+        parameters = [*self.experts.coefficients.values()]
+        if self.world > 1:
+            flat = add_up(torch.cat([_gradient(each).view(-1) for each in parameters]))
+            parts = flat.split([each.numel() for each in parameters])
+            for each, part in zip(parameters, parts, strict=True):
+                each.grad = part.view_as(each)
 
     def _per_token(self, table: TokenTable, rows: list[int], place: int) -> tuple[Tensor, Tensor]:
         """The loss of each token of some rows of an expert, and which tokens count: (rows, length)
@@ -197,6 +237,12 @@ class Run:
             return values, counts
         lengths = torch.as_tensor(table.lengths[rows][:, :1], device=self.device)
         return values, torch.arange(batch.ids.shape[1], device=self.device) < lengths
+
+    def _num_tokens(self, table: TokenTable, rows: list[int]) -> int:
+        """How many tokens of some rows count."""
+        if self.config.tokens == "all":
+            return int(table.lengths[rows].sum())
+        return sum(int(marks[1:].sum()) for row in rows for _, marks in table.sequences(row))
 
     def _columns(self) -> Iterator[Tensor]:
         """The coefficients of columns: not those of biases, which are one number each."""
@@ -228,23 +274,31 @@ class Run:
         self.optimizer.zero_grad()
         return norm
 
-    @torch.no_grad()
     def _evaluate(self, step: int) -> dict[str, float]:
-        """The loss on held-out rows without penalties, at steps that have an evaluation."""
+        """Numbers of the held-out rows, at steps that have an evaluation."""
         evaluation = self.config.evaluation
         if evaluation is None or (step % evaluation.every and step < self.num_steps):
             return {}
         assert self.evaluations is not None
+        numbers = self._measure()
+        self.evaluations.add(step, numbers)
+        return numbers
+
+    @torch.no_grad()
+    def _measure(self) -> dict[str, float]:
+        """The loss on held-out rows, without penalties."""
         numbers = {PREFIX + "loss": 0.0}
         for place, table in self.held_out.items():
             total, count = 0.0, 0
-            for rows in small_batches(table, self.device):
-                values, counts = self._per_token(table, rows, place)
-                total += float(torch.where(counts, values, 0).double().sum())
-                count += int(counts.sum())
-            numbers[f"{PREFIX}loss_{self._title(place)}"] = total / count
-            numbers[PREFIX + "loss"] += self._weight * total / count
-        self.evaluations.add(step, numbers)
+            passes = [(place, rows) for rows in small_batches(table, self.device)]
+            for _, rows, counts in self._mine(passes):
+                values, tokens = self._per_token(table, rows, place)
+                total += counts * float(torch.where(tokens, values, 0).double().sum())
+                count += counts * int(tokens.sum())
+            sums = add_up(torch.tensor([total, count], dtype=torch.float64))
+            mean = float(sums[0] / sums[1])
+            numbers[f"{PREFIX}loss_{self._title(place)}"] = mean
+            numbers[PREFIX + "loss"] += self._weight * mean
         return numbers
 
     def _is_due(self, step: int) -> bool:
@@ -264,6 +318,11 @@ class Run:
     def _kept_step(self) -> int | None:
         """The step of the best evaluation so far, if its coefficients are to be written."""
         return None if self.evaluations is None else self.evaluations.kept_step
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """A parameter's gradient; zeros where this rank's passes have given it none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _opened(folders: dict[str, str]) -> dict[int, TokenTable]:

@@ -5,8 +5,8 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -48,16 +48,22 @@ from pipelines.train.data.hub import data_folder
 from pipelines.train.evaluation_config import evaluation_text
 from pipelines.train.files import EXPORTED_FILE, METRICS_FILE, MODEL_FOLDER, TENSORBOARD_FOLDER
 from pipelines.train.inputs import check_vocabulary
-from pipelines.train.run import CACHE_FOLDER, CHECKPOINT_FILES, asked_threads
+from pipelines.train.run import (
+    CACHE_FOLDER,
+    CHECKPOINT_FILES,
+    asked_threads,
+    check_same_workers,
+)
 from pipelines.train.strategies.loading import empty_model
 from pipelines.train.trackers import check_trackers
-from pipelines.train.workers import Job, run_workers
+from pipelines.train.workers import Job, check_cluster, run_workers
 
 COEFFICIENTS_FOLDER = "coefficients"  # of the result: beside its weights, others would load them
 # Settings that may change while a run stays the same run.
 IMMATERIAL = {
     *("storage", "cache", "max_failures", "checkpoint_every", "keep_checkpoints"),
     *("tensorboard", "trackers", "gradient_checkpointing"),
+    *("strategy", "num_workers", "experts"),
 }
 # Fields of config.json that do not change what a model computes from its weights.
 _BOOKKEEPING = {
@@ -106,19 +112,41 @@ def dam(config: DamConfig, out: str | Path, *, force: bool = False) -> Path:
             to another config and `force` is false.
         TrainingError: the run failed; the message is one line with the reason.
     """
-    out = Path(out).absolute()
-    cache = (config.cache or out.parent / CACHE_FOLDER).absolute()
-    plan = plan_dam(config, cache)
-    record = read_record(out) if out.exists() else None
-    if record is not None and record.get("fingerprint") == plan.fingerprint and not force:
-        return out
-    refuse_existing(out, force=force)
-    folder = partial_path(out)
-    with _unfinished_run(folder, plan, force=force):
-        settings = worker_settings(plan, folder)
-        job = Job(out.name, settings, partial(_commit, plan, out, force=force))
-        run_workers(plan.config, [job], dam_worker)
-    return out
+    return dam_in_turn([(config, out)], force=force)[0]
+
+
+def dam_in_turn(runs: Sequence[tuple[DamConfig, str | Path]], *, force: bool = False) -> list[Path]:
+    """As `dam`, for several configs in turn on the same workers (starting workers takes longer than
+    training with small models). Each output has the same bytes as from `dam`, and gets its name as
+    soon as it is finished.
+
+    Raises:
+        InputError, TrainingError: as `dam`; or the configs need different workers.
+    """
+    check_same_workers([config for config, _ in runs])
+    outs, jobs = [Path(out).absolute() for _, out in runs], list[Job]()
+    with ExitStack() as stack:
+        for (config, _), out in zip(runs, outs, strict=True):
+            is_new = not out.exists()
+            if is_new:
+                check_cluster(config)  # early, before all data are read
+            plan = plan_dam(config, (config.cache or out.parent / CACHE_FOLDER).absolute())
+            record = None if is_new else read_record(out)
+            if record is not None and record.get("fingerprint") == plan.fingerprint and not force:
+                continue
+            refuse_existing(out, force=force)
+            if not is_new:
+                check_cluster(config)
+            for table in plan.tables.values():
+                if remark := table.counts.remarks():
+                    print(f"  {remark}", file=sys.stderr)
+            folder = partial_path(out)
+            stack.enter_context(_unfinished_run(folder, plan, force=force))
+            settings = worker_settings(plan, folder)
+            jobs.append(Job(out.name, settings, partial(_commit, plan, out, force=force)))
+        if jobs:
+            run_workers(runs[0][0], jobs, dam_worker)
+    return outs
 
 
 def plan_dam(config: DamConfig, cache: Path | None = None) -> Plan:
@@ -206,6 +234,8 @@ def _check_models(config: DamConfig) -> dict[str, tuple[str, Role]]:
                     f"{own.get(key)!r}, as in {config.base_model}"
                 )
     roles = merged_parameters(model, base)
+    for each in config.models:
+        _check_shapes(each.model, config.base_model, {stored for stored, _ in roles.values()})
     has_head = any(role.kind == "head" for _, role in roles.values())
     if config.lm_head and "lm_head" in config.model_fields_set and not has_head:
         raise InputError(
@@ -213,6 +243,20 @@ def _check_models(config: DamConfig) -> dict[str, tuple[str, Role]]:
             "or embeddings: true, which a tied head follows"
         )
     return roles
+
+
+def _check_shapes(path: Path, base: Path, names: set[str]) -> None:
+    """Raise InputError unless an expert has the base's tensors in the base's shapes; a merge by
+    other methods would fit some vocabularies together.
+    """
+    own, wanted = Checkpoint.open(path), Checkpoint.open(base)
+    for name in sorted(names):
+        found, like = own.find(name), wanted.find(name)
+        if like is not None and (found is None or found.shape != like.shape):
+            shape = "no such tensor" if found is None else f"shape {list(found.shape)}"
+            raise InputError(
+                f"{path}: {name}: found {shape}; allowed: {list(like.shape)}, as in {base}"
+            )
 
 
 def _merge_config(config: DamConfig, method: str, **fields: Any) -> MergeConfig:

@@ -225,6 +225,11 @@ class AlignConfig(ReadingConfig):
         return self
 
     @property
+    def only_with_gpu(self) -> str | None:
+        """The setting, if there is one, that has no effect without a GPU."""
+        return "activation_offload" if self.activation_offload else None
+
+    @property
     def traits(self) -> Traits:
         """The strategy's traits."""
         return STRATEGIES[self.strategy]

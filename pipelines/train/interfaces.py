@@ -18,6 +18,14 @@ class OnWorkers(Protocol):
     def max_failures(self) -> int:
         """Restarts in a row without progress."""
 
+    @property
+    def attention(self) -> str | None:
+        """transformers' name of an implementation."""
+
+    @property
+    def only_with_gpu(self) -> str | None:
+        """The setting, if there is one, that has no effect without a GPU."""
+
 
 class KeepsCheckpoints(Protocol):
     """The config of a run with resumable checkpoints."""

@@ -55,6 +55,7 @@ from pipelines.train.files import (
     TENSORBOARD_FOLDER,
 )
 from pipelines.train.inputs import check_inputs, check_vocabulary, remarks
+from pipelines.train.interfaces import OnWorkers
 from pipelines.train.material import material, material_of
 from pipelines.train.models import model_paths, with_data, with_folders, with_models
 from pipelines.train.random_start import with_start
@@ -133,7 +134,7 @@ def align_in_turn(
     Raises:
         InputError, TrainingError: as `align`; or the configs need different workers.
     """
-    _check_workers([config for config, _ in runs])
+    check_same_workers([config for config, _ in runs])
     runs = [(with_folders(config), out) for config, out in runs]
     outs, jobs = [Path(out).absolute() for _, out in runs], []
     with ExitStack() as stack:
@@ -160,7 +161,7 @@ def align_in_turn(
     return outs
 
 
-def _check_workers(configs: Sequence[AlignConfig]) -> None:
+def check_same_workers(configs: Sequence[OnWorkers]) -> None:
     """Raise InputError if the configs cannot share workers."""
     for name in ("num_workers", "max_failures"):
         values = {getattr(config, name) for config in configs}

@@ -16,7 +16,7 @@ from typing import Any, Self
 from pipelines.errors import InputError
 from pipelines.progress import Progress
 from pipelines.train.checkpoints import saved_steps
-from pipelines.train.config import ATTENTION, AlignConfig
+from pipelines.train.config import ATTENTION
 from pipelines.train.errors import first_line, forget_failure, has_failed, raise_failure
 from pipelines.train.evaluation_config import PREFIX
 from pipelines.train.files import EXPORTED_FILE, METRICS_FILE, REFERENCE_FILE, REMARK_FILE
@@ -168,7 +168,7 @@ def _resources(on_gpu: bool) -> dict[str, float]:
     return {"GPU": 1.0} if on_gpu else {"CPU": 0.9}
 
 
-def check_cluster(config: AlignConfig) -> None:
+def check_cluster(config: OnWorkers) -> None:
     """Check Ray's resources before a run begins.
 
     A cluster may grow: if it is too small now, a line says so and the run waits.
@@ -185,8 +185,10 @@ def check_cluster(config: AlignConfig) -> None:
         raise InputError(
             f"attention: found {config.attention}, which needs a GPU, and {where} has none"
         )
-    if config.activation_offload and not on_gpu:
-        raise InputError(f"activation_offload: has no effect without a GPU, and {where} has none")
+    if config.only_with_gpu is not None and not on_gpu:
+        raise InputError(
+            f"{config.only_with_gpu}: has no effect without a GPU, and {where} has none"
+        )
     ((kind, share),) = _resources(on_gpu).items()
     found = ray.cluster_resources().get(kind, 0.0)
     if share * config.num_workers <= found:

@@ -3,6 +3,7 @@ written merge, and an undisturbed run.
 """
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipelines.dam import DamConfig, dam, estimate_memory, plan_dam
+from pipelines.dam import DamConfig, Memory, dam, dam_in_turn, estimate_memory, plan_dam
 from pipelines.dam import loop as training
+from pipelines.dam.build import build
 from pipelines.dam.loop import Run
-from pipelines.dam.model import build
 from pipelines.dam.run import worker_settings
+from pipelines.dam.stream import Stream
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, merge
 from pipelines.merge.verify import verify
+from pipelines.train import trackers
 from pipelines.train.errors import DivergenceError
 from pipelines.train.metrics import MEASURED
 from tests.pipelines.dam.conftest import Experts, make_experts
+from tests.pipelines.train.processes import run_settings
 
+WORKER = "pipelines.dam.loop:dam_worker"
 CPU = torch.device("cpu")
 IDS = torch.tensor([[7, 8, 30, 9, 12], [5, 6, 11, 7, 10]])
 
@@ -53,13 +58,13 @@ def test_one_model_is_each_expert_and_their_merge(
     experts = make_experts(tmp_path, **sizes)
     config = experts.config(**fields)
     model = build(config, CPU)
-    for place, each in enumerate(config.experts):
+    for place, each in enumerate(config.merged_models):
         with model.acting_as(place):
             assert torch.equal(model.logits(IDS), logits_of(Path(each.model)))
     out = dam(config, tmp_path / "out")
     file = out / "coefficients" / "dam.safetensors"
     trained = load_file(file)
-    assert all((each != 1 / len(config.experts)).any() for each in trained.values())
+    assert all((each != 1 / len(config.merged_models)).any() for each in trained.values())
     with torch.no_grad():
         for name, values in model.coefficients.items():
             values.copy_(trained[name])
@@ -151,6 +156,82 @@ def test_a_killed_run_ends_in_the_same_bytes(
         dam(experts.config(num_steps=3), again)
 
 
+SHARDED: dict[str, Any] = {
+    "evaluation": {"share": 0.3, "every": 2, "on_start": True},
+    "rows_per_set": 3,
+    "num_steps": 6,
+    "loss": "mse",
+    "checkpoint_every": 1,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [{"tokens": "response"}, {"gradient_checkpointing": True, "experts": "host"}]
+)
+def test_shards_on_two_workers_are_one_process(
+    experts: Experts, tmp_path: Path, here: None, fields: dict[str, Any]
+) -> None:
+    """Numbers of each step, coefficients, and both again, byte for byte, after a kill."""
+    alone = dam(experts.config(**SHARDED, **fields), tmp_path / "alone")
+    config = experts.config(**SHARDED, **fields, strategy="fsdp2", num_workers=2)
+    plan = plan_dam(config, tmp_path / "cache")
+
+    def run(name: str, **kill: int) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return run_settings(worker_settings(plan, folder), 2, worker=WORKER, **kill)
+
+    whole = run("whole")
+    for one, other in zip(lines(alone), lines(whole), strict=True):
+        assert one.keys() == other.keys()
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+    found = load_file(whole / "dam.safetensors")
+    for name, values in load_file(alone / "coefficients" / "dam.safetensors").items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=1e-5)
+    killed = run("killed", kill_after=4)
+    assert not (killed / "dam.safetensors").exists()
+    run("killed")
+    assert (killed / "dam.safetensors").read_bytes() == (whole / "dam.safetensors").read_bytes()
+    assert lines(killed) == lines(whole)
+
+
+@pytest.mark.parametrize("experts_are", ["host", "source"])
+@pytest.mark.parametrize("fields", [{"gradient_checkpointing": True}, {"embeddings": True}])
+def test_experts_that_are_brought_layer_by_layer_give_the_same_bytes(
+    tmp_path: Path,
+    here: None,
+    monkeypatch: pytest.MonkeyPatch,
+    experts_are: str,
+    fields: dict[str, Any],
+) -> None:
+    """And at most two blocks of theirs are there at once."""
+    experts = make_experts(tmp_path, num_hidden_layers=4, tied="embeddings" in fields)
+    held_out = {"share": 0.3, "every": 2}
+    whole = dam(experts.config(evaluation=held_out, **fields), tmp_path / "whole")
+    blocks, most = dict[int, weakref.ref[Any]](), 0
+
+    def bring(stream: Stream, key: tuple[int, int | None]) -> Any:
+        nonlocal most
+        found = Brought(real(stream, key))
+        blocks[id(found)] = weakref.ref(found)
+        most = max(most, sum(each() is not None for each in blocks.values()))
+        return found
+
+    real = Stream._bring
+    monkeypatch.setattr(Stream, "_bring", bring)
+    config = experts.config(evaluation=held_out, experts=experts_are, **fields)
+    out = dam(config, tmp_path / "out")
+    assert len(blocks) > 0 and most == 2
+    for name in ("model.safetensors", "coefficients/dam.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert lines(out) == lines(whole)
+
+
+class Brought(list[Any]):
+    """A list that can be seen to go."""
+
+
 def test_the_best_evaluation_is_kept_and_a_run_stops_without_a_better_one(
     experts: Experts, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,42 +278,46 @@ def test_the_plan_and_its_memory(experts: Experts, tmp_path: Path) -> None:
     assert memory.coefficients == 16 * sum(each.numel() for each in run.coefficients.values())
     num_parameters = sum(t.numel() for t in load_file(experts.base / "model.safetensors").values())
     assert 2 * 4 * num_parameters < memory.experts < 3 * 4 * num_parameters
+    assert memory.gathered == memory.host == 0
+
+    def other(**fields: Any) -> Memory:
+        config = plan.config.model_copy(update=fields)
+        return estimate_memory(config, plan.roles, 10)
+
+    sharded = other(strategy="fsdp2", num_workers=2)
+    assert sharded.experts == memory.experts // 2 and sharded.gathered > 0
+    source = other(experts="source")
+    assert (source.experts, source.host) == (0, 0) and source.total < memory.total
+    assert other(experts="host").host == memory.experts
 
 
-FIELDS: list[tuple[dict[str, Any], str]] = [
-    ({"temperature": 2.0, "loss": "mse"}, "temperature: has no effect with loss mse"),
-    ({"base_data": "x"}, "base_data: has no effect without include_base: true"),
-    ({"include_base": True}, "base_data: required with loss kl"),
-    ({"num_epochs": 2}, "give either num_steps or num_epochs"),
-    ({"evaluation": {"data": "x", "every": 1}}, "evaluation.data: allowed here: share"),
-    ({"loss": "js"}, "loss"),
-]
+def test_tokens_are_kept_and_numbers_go_to_trackers(
+    experts: Experts, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
 
+    class Kept:
+        run_id = "1"
 
-@pytest.mark.parametrize(("fields", "message"), FIELDS)
-def test_configs_that_cannot_be(experts: Experts, fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        experts.config(**fields)
+        def __init__(self, config: DamConfig, *_: Any) -> None:
+            told.append(config.model_dump(mode="json"))
 
+        def write(self, step: int, values: dict[str, Any]) -> None:
+            told.append({"step": step, **values})
 
-def test_experts_that_cannot_be(experts: Experts, tmp_path: Path) -> None:
-    fields = experts.fields()
-    with pytest.raises(ValueError, match="found one expert alone; allowed: two or more"):
-        DamConfig.model_validate(fields | {"models": fields["models"][:1]})
-    without = [fields["models"][0], {"model": fields["models"][1]["model"]}]
-    with pytest.raises(ValueError, match=f"{experts.models[1]}: data: required with loss kl"):
-        DamConfig.model_validate(fields | {"models": without})
+        def close(self, *, failed: bool) -> None:
+            told.append({"failed": failed})
 
-    def refused(model: Path, **changes: Any) -> str:
-        models = [fields["models"][0], fields["models"][1] | {"model": str(model)}]
-        with pytest.raises(InputError) as error:
-            plan_dam(experts.config(models=models, **changes), tmp_path / "cache")
-        return str(error.value)
-
-    wide = make_experts(tmp_path / "wide", intermediate_size=40)
-    assert "found shape [32, 40]; allowed: [32, 48]" in refused(wide.models[0])
-    turned = make_experts(tmp_path / "turned", rms_norm_eps=0.5)
-    assert "config.json: rms_norm_eps: found 0.5; allowed: 1e-06" in refused(turned.models[0])
-    tied = make_experts(tmp_path / "tied", tied=True)
-    with pytest.raises(InputError, match=r"^lm_head: found true, but .* has no head of its own"):
-        plan_dam(tied.config(lm_head=True), tmp_path / "cache")
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Kept)
+    monkeypatch.setattr(trackers, "check_trackers", lambda names: None)
+    monkeypatch.setattr("pipelines.dam.run.check_trackers", lambda names: None)
+    out = dam(experts.config(trackers=["wandb"], tensorboard=True), tmp_path / "out")
+    assert told[0]["learning_rate"] == 0.02 and told[-1] == {"failed": False}
+    assert [each["loss"] for each in told[1:-1]] == [each["loss"] for each in lines(out)]
+    assert list((out / "tensorboard").iterdir())
+    monkeypatch.setattr("pipelines.train.data.cache._tokenize_pieces", None)
+    alone = dam(experts.config(seed=1), tmp_path / "alone")  # tokens are there
+    runs = [(experts.config(seed=seed), tmp_path / f"{seed}") for seed in (2, 1)]
+    two, one = (path / "coefficients" / "dam.safetensors" for path in dam_in_turn(runs))
+    assert one.read_bytes() == (alone / "coefficients" / "dam.safetensors").read_bytes()
+    assert one.read_bytes() != two.read_bytes()

@@ -1,6 +1,7 @@
 """Training workers as plain processes: as under Ray Train, but started in a second."""
 
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import resource
@@ -25,6 +26,7 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "deepspeed",
 ]
+ALIGN = "pipelines.train.loop:train_worker"
 DEADLINE_S = 200  # of a worker, which then ends with its stack, before pytest gives up on it
 
 
@@ -43,11 +45,26 @@ def run_workers(
     folder.mkdir(parents=True, exist_ok=True)
     cache = folder.parent / "cache"
     settings = worker_settings(config, plan_alignment(config, cache), folder, cache)
-    arguments = (config.num_workers, _free_port(), [settings], max_file_bytes)
+    return run_settings(
+        settings, config.num_workers, kill_after=kill_after, max_file_bytes=max_file_bytes
+    )
+
+
+def run_settings(
+    settings: dict[str, Any],
+    num_workers: int,
+    *,
+    worker: str = ALIGN,
+    kill_after: int | None = None,
+    max_file_bytes: int | None = None,
+) -> Path:
+    """As `run_workers`, by a run's settings and a worker's function, as MODULE:NAME."""
+    arguments = (num_workers, _free_port(), [settings], max_file_bytes, worker)
     multiprocessing.set_forkserver_preload(PRELOADED)
     context = mp.start_processes(
-        _worker, arguments, config.num_workers, join=False, start_method="forkserver"
+        _worker, arguments, num_workers, join=False, start_method="forkserver"
     )
+    folder = Path(settings["folder"])
     if kill_after is not None:
         path = folder / "metrics.jsonl"
         while not path.is_file() or len(path.read_text().splitlines()) < kill_after:
@@ -73,7 +90,7 @@ def run_workers_in_turn(configs: dict[Path, AlignConfig]) -> None:
         runs.append(worker_settings(config, plan_alignment(config, cache), folder, cache))
     (num_workers,) = {config.num_workers for config in configs.values()}
     multiprocessing.set_forkserver_preload(PRELOADED)
-    arguments = (num_workers, _free_port(), runs, None)
+    arguments = (num_workers, _free_port(), runs, None, ALIGN)
     mp.start_processes(_worker, arguments, num_workers, start_method="forkserver")
 
 
@@ -99,15 +116,20 @@ def _begin(rank: int, world: int, port: int) -> None:
 
 
 def _worker(
-    rank: int, world: int, port: int, runs: list[dict[str, Any]], max_file_bytes: int | None
+    rank: int,
+    world: int,
+    port: int,
+    runs: list[dict[str, Any]],
+    max_file_bytes: int | None,
+    worker: str,
 ) -> None:
     _begin(rank, world, port)
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-    from pipelines.train.loop import train_worker
-
+    module, name = worker.split(":")
+    train = getattr(importlib.import_module(module), name)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    train_worker({"runs": runs})
+    train({"runs": runs})
     dist.destroy_process_group()
 
 
