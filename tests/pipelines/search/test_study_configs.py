@@ -29,7 +29,7 @@ POINTS = {
     "objectives": 2 * 3,
     "offline": 2 * 3 * 5,
     "plus_tau": 5,
-    "random_methods": 3 * 5 * 5,
+    "random_methods": 2 * 5 * 5 + 1,
     "rate": 6,
     "rewarded_soup": 66,
 }
