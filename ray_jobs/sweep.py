@@ -17,6 +17,7 @@ from rich.table import Table
 from pipelines.config import load_config
 from pipelines.progress import PLAIN_INTERVAL_S
 from pipelines.search import Search, StudyConfig, StudyPlan, plan_study, search
+from pipelines.search.page import PAGE_FILE, write_page
 from pipelines.search.results import choose, front
 from pipelines.search.run import ALIGN_FILE, MERGE_FILE
 from pipelines.storage import resolve_output
@@ -50,6 +51,7 @@ def run_sweep(
         result = search(
             plan, out, more=more, force=force, executor=executor, on_change=display.show
         )
+    write_page(out, result)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
@@ -223,4 +225,4 @@ def _tell(result: Mapping[str, Any], out: Path) -> None:
             print(f"the best on test: {text}", file=sys.stderr)
         name = next(name for name in (MERGE_FILE, ALIGN_FILE) if (out / name).is_file())
         print(f"the best model: {out / 'best'}; its config: {out / name}", file=sys.stderr)
-    print(f"sweep: {out / 'sweep.json'}; its trials: {out / 'trials.csv'}", file=sys.stderr)
+    print(f"sweep: {out / 'sweep.json'}; its page: {out / PAGE_FILE}", file=sys.stderr)
