@@ -56,8 +56,9 @@ class Measurement:
         seconds: by part: checks (config, plan, digests), merge, swap, answering, store. With vLLM
             the merge runs in the engine's process and is in swap.
         digest: of the weights.
-        stopped: whether a race ended it before all documents were answered; then values are of the
-            answered ones.
+        stopped: whether a race ended it before all documents were answered, when values are of the
+            answered ones; or a training that was behind ended early.
+        curve: of a training with held-out rows: its metric on them by step.
     """
 
     values: dict[str, float]
@@ -68,6 +69,7 @@ class Measurement:
     clusters: dict[str, list[str]] = field(default_factory=dict)
     documents: dict[str, list[int]] = field(default_factory=dict)
     stopped: bool = False
+    curve: dict[int, float] = field(default_factory=dict)
 
 
 class Measurer:

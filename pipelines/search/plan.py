@@ -22,8 +22,11 @@ from pipelines.search.config import StudyConfig
 from pipelines.search.goals import COSTS, SECONDS, check_metrics
 from pipelines.search.samplers import GridSampler, Sampler, make_sampler
 from pipelines.search.space import Point, Space
+from pipelines.search.stopping import bounds_of
+from pipelines.search.study import Study
 from pipelines.search.trainings import (
     Training,
+    check_stopping,
     identities_of,
     load_training,
     model_of,
@@ -115,18 +118,28 @@ class StudyPlan:
         """
         return with_pins(_merge(self.config, self.space.fields(point)), self.subject.pins)
 
-    def training(self, number: int, point: Point, folder: Path) -> Training:
+    def training(self, number: int, point: Point, folder: Path, study: Study) -> Training:
         """The training of a trial at a point of the space.
 
         Args:
             folder: of the study.
+            study: what is known of other trials.
 
         Raises:
             InputError: fields that do not go together.
         """
         assert self.config.align is not None
         config = load_training(self.config.align, self.space.fields(point), smoke=self.smoke)
-        return Training(config, model_of(folder, number))
+        bounds = None
+        if self.config.stopping is not None and config.evaluation is not None:
+            trials = [study.trials[each] for each in study.order]
+            bounds = bounds_of(
+                self.config.stopping,
+                config.evaluation,
+                [trial.curve for trial in trials],
+                [trial.curve for trial in trials if trial.state == "complete"],
+            )
+        return Training(config, model_of(folder, number), bounds)
 
 
 def plan_study(config: StudyConfig, *, smoke: bool = False) -> StudyPlan:
@@ -230,6 +243,8 @@ def _trainings(config: StudyConfig, space: Space, smoke: bool) -> Subject:
     """
     assert config.align is not None
     runs = [load_training(config.align, fields, smoke=smoke) for fields in space.ends()]
+    if config.stopping is not None:
+        check_stopping(config.align, config.stopping, runs)
     parts = [identities_of(each) for each in runs]
     paths = [str(path) for each in runs for path in model_paths(each).values()]
     data = [str(each.path) for run in runs for each in (*run.sets, *run.held_out_sets)]

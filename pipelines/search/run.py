@@ -24,7 +24,6 @@ from pipelines.search.journal import JOURNAL_FILE
 from pipelines.search.plan import StudyPlan
 from pipelines.search.pool import LocalPool, MeasurerPool
 from pipelines.search.results import OF_TEST, RESULT_FILE, choose, result_of, write_tables
-from pipelines.search.space import Point
 from pipelines.search.study import Study
 from pipelines.search.trainings import (
     LARGEST_GROUP,
@@ -150,7 +149,7 @@ def _run(
         raise InputError(f"no trial could be measured: {reasons[0] if reasons else 'none began'}")
     best = choose(plan.config, study, goals)
     if best is not None:
-        chosen = _write_best(plan, study.trials[best].point, best, folder)
+        chosen = _write_best(plan, study, best, folder)
         if plan.test is not None:
             models = {f"{OF_TEST}{name}": each for name, each in plan.others.items()}
             models[f"{OF_TEST}{best}"] = chosen
@@ -163,15 +162,16 @@ def _run(
     return result
 
 
-def _write_best(plan: StudyPlan, point: Point, number: int, folder: Path) -> MergeConfig:
+def _write_best(plan: StudyPlan, study: Study, number: int, folder: Path) -> MergeConfig:
     """Write the winner and its config; returns it as a merge.
 
     Args:
         folder: of the study.
     """
     place, on_test = folder / BEST, plan.config.choose_on == "test"
+    point = study.trials[number].point
     if plan.trains:
-        training = plan.training(number, point, folder)
+        training = plan.training(number, point, folder, study)
         publish(training.out, place)
         _write_config(folder / ALIGN_FILE, training.config, on_test)
         return as_it_is(training.out)
@@ -200,7 +200,7 @@ def _pool(
     if not plan.trains:
         return measurers
     assert isinstance(plan.config.max_concurrent_trials, int)
-    foreseen = plan.config.sampler.name in ("grid", "random")
+    foreseen = plan.config.sampler.name in ("grid", "random") and plan.config.stopping is None
     size = max(plan.config.max_concurrent_trials, LARGEST_GROUP if foreseen else 1)
     return TrainingPool(measurers, size)
 

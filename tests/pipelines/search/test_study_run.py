@@ -333,6 +333,7 @@ def test_a_race_gets_what_has_finished(
         ({"evaluation": {"split": "test"}}, "split: found test, choose_on: development; allowed"),
         ({"evaluation": {"models": {}}}, "evaluation.models: has no effect"),
         ({"racing": True, "baselines": False}, "racing: needs baselines or references"),
+        ({"stopping": {"name": "asha", "min_steps": 1}}, "stopping: has no effect with merge"),
         ({"max_concurrent_trials": 0}, "max_concurrent_trials: allowed: auto, or 1 or more"),
         ({"tasks": "x", "search": {"a": [1]}}, "are of two forms of this config"),
     ],
