@@ -68,7 +68,8 @@ def _asha(
     stopping form of asynchronous successive halving (Li et al. 2020, arXiv 1810.05934). More is
     better.
     """
-    found, rung = {}, config.min_steps
+    found: dict[int, float] = {}
+    rung = config.min_steps
     while places := [step for step in steps if step >= rung]:
         values = sorted(
             (

@@ -75,7 +75,9 @@ class MadeUpTraining:
     ) -> dict[str, Any] | None:
         """Three steps, whose held-out loss is 1 less the rate, up to where it is behind."""
         evaluation = config.evaluation
-        told = evaluation and Evaluations(evaluation, Path("none"), 0, bounds)
+        told = None
+        if evaluation is not None:
+            told = Evaluations(evaluation, Path("none"), 0, bounds)
         lines: list[dict[str, float]] = [{"step": 0}]
         for step in (1, 2, 3):
             loss = {"eval_loss": 1 - config.optimizer.learning_rate}
