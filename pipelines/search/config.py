@@ -62,6 +62,9 @@ class StudyConfig(Config):
         "at once, to train in turn on the same workers",
     )
     seed: int = 0
+    optuna_storage: str | None = Field(
+        None, description="URL of a storage of Optuna that gets a copy, for its dashboards"
+    )
     storage: Path | None = Field(None, description="where relative outputs live")
 
     @model_validator(mode="before")

@@ -38,6 +38,8 @@ CANDIDATE = "candidate"
 AVERAGE, TASK_ARITHMETIC = "average", "task_arithmetic"
 # Ilharco et al. 2023 (arXiv 2212.04089) find 0.3 to 0.5 good where nothing can be tuned.
 LAMBDA = 0.4
+# Settings that may change while a study stays the same one; configs count by what is in them.
+_IMMATERIAL = {"max_concurrent_trials", "retries", "storage", "optuna_storage", "merge", "align"}
 SMOKE_TRIALS, SMOKE_LIMIT = 4, 8
 _NOT_METHOD = {"dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template"}
 _NOT_METHOD |= {"allow_missing", "allow_nonfinite"}
@@ -175,9 +177,7 @@ def plan_study(config: StudyConfig, *, smoke: bool = False) -> StudyPlan:
                 f"constraints: {constraint.label}: not_below: found {constraint.not_below!r}; "
                 f"allowed: {', '.join(others) or 'none, as there are no references'}"
             )
-    settings = config.model_dump(
-        mode="json", exclude={"max_concurrent_trials", "retries", "storage", "merge", "align"}
-    )
+    settings = config.model_dump(mode="json", exclude=_IMMATERIAL)
     made = [each.model_dump(mode="json") for each in others.values()]
     parts = [settings, smoke, subject.parts, made, [task.fingerprint for task in tasks]]
     count = len(config.objectives), len(config.constraints)

@@ -21,6 +21,7 @@ from pipelines.merge import MergeConfig, merge_planned, plan_merge
 from pipelines.merge.run import is_finished, refuse_inputs
 from pipelines.search.driving import Pool, Search, is_done, series_of_study
 from pipelines.search.journal import JOURNAL_FILE
+from pipelines.search.mirror import Mirror
 from pipelines.search.plan import StudyPlan
 from pipelines.search.pool import LocalPool, MeasurerPool
 from pipelines.search.results import OF_TEST, RESULT_FILE, choose, result_of, write_tables
@@ -79,7 +80,7 @@ def search(
             return finished
         elif not study.wanted:
             study.want(plan.num_trials)
-        result = _run(plan, study, folder, executor, on_change)
+        result = _run(plan, study, folder, out.name, executor, on_change)
         write_atomically(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
         if folder != out:
             shutil.rmtree(out)
@@ -138,12 +139,23 @@ def _run(
     plan: StudyPlan,
     study: Study,
     folder: Path,
+    name: str,
     executor: Literal["local", "ray"],
     on_change: Callable[[Search], None],
 ) -> dict[str, Any]:
     """Search, choose, write the winner, and measure it on test."""
+    url = plan.config.optuna_storage
+    mirror = None if url is None else Mirror(plan, url, name)
+
+    def changed(search: Search) -> None:
+        if mirror is not None and search.goals is not None:
+            mirror.update(study, search.goals)
+        on_change(search)
+
     with closing(_pool(plan, plan.evaluation, executor, folder)) as pool:
-        goals = Search(plan, study, pool, on_change, folder).run()
+        goals = Search(plan, study, pool, changed, folder).run()
+        if mirror is not None:  # what an earlier run had finished
+            mirror.update(study, goals)
     if not study.complete:
         reasons = [trial.reason for trial in study.trials.values() if trial.reason]
         raise InputError(f"no trial could be measured: {reasons[0] if reasons else 'none began'}")
