@@ -46,7 +46,8 @@ def run_sweep(
         _print_plan(plan)
         return
     on_ray = plan.trains or config.max_concurrent_trials != 1 or bool(os.environ.get("RAY_ADDRESS"))
-    with ray_session() if on_ray else nullcontext(), _Display() as display:
+    # A training shows its own progress.
+    with ray_session() if on_ray else nullcontext(), _Display(live=not plan.trains) as display:
         executor: Literal["local", "ray"] = "ray" if on_ray else "local"
         result = search(
             plan, out, more=more, force=force, executor=executor, on_change=display.show
@@ -62,14 +63,19 @@ def run_sweep(
 
 
 class _Display:
-    """A table on a terminal, which changes as the study goes on; elsewhere a line now and then."""
+    """A table on a terminal, which changes as the study goes on; elsewhere a line now and then.
 
-    def __init__(self) -> None:
+    Args:
+        live: whether there may be a table.
+    """
+
+    def __init__(self, *, live: bool) -> None:
         self._live: Live | None = None
+        self._may_live = live
         self._last = time.monotonic()
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
+        if self._may_live and sys.stderr.isatty():
             self._live = Live(console=Console(stderr=True), transient=True, refresh_per_second=2)
             self._live.start()
         return self

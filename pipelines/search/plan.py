@@ -244,7 +244,7 @@ def _trainings(config: StudyConfig, space: Space, smoke: bool) -> Subject:
     assert config.align is not None
     runs = [load_training(config.align, fields, smoke=smoke) for fields in space.ends()]
     if config.stopping is not None:
-        check_stopping(config.align, config.stopping, runs)
+        check_stopping(config.align, config.stopping, runs, smoke=smoke)
     parts = [identities_of(each) for each in runs]
     paths = [str(path) for each in runs for path in model_paths(each).values()]
     data = [str(each.path) for run in runs for each in (*run.sets, *run.held_out_sets)]

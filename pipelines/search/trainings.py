@@ -16,6 +16,7 @@ from typing import Any
 from pipelines.commit import partial_path
 from pipelines.config import check, load_config
 from pipelines.errors import InputError
+from pipelines.evaluate.workers import error_line
 from pipelines.fingerprint import fingerprint_directory, fingerprint_file
 from pipelines.merge import MergeConfig
 from pipelines.provenance import read_record
@@ -93,14 +94,17 @@ def identities_of(config: AlignConfig) -> dict[str, Any]:
     return {"models": models, "data": files, "config": material(config)}
 
 
-def check_stopping(path: Path, stopping: StoppingConfig, runs: Sequence[AlignConfig]) -> None:
-    """Raise InputError for trainings that can never stop early."""
+def check_stopping(
+    path: Path, stopping: StoppingConfig, runs: Sequence[AlignConfig], *, smoke: bool
+) -> None:
+    """Raise InputError for trainings that can never stop early, which short ones to try may."""
     for run in runs:
         if run.evaluation is None:
             raise InputError(
                 f"stopping: needs held-out rows; {path} has none: give it evaluation, with every"
             )
-        if run.num_steps is not None and stopping.min_steps >= run.num_steps:
+        short = run.num_steps is not None and stopping.min_steps >= run.num_steps
+        if short and not smoke:
             raise InputError(
                 f"stopping.min_steps: found {stopping.min_steps}; allowed: less than the "
                 f"{run.num_steps} steps of a training"
@@ -192,6 +196,8 @@ def _train(group: Collection[Training]) -> Failed | None:
         return Failed("refused", str(error))
     except TrainingError as error:
         return Failed("failed", str(error))
+    except Exception as error:  # whatever a library raises: the other trials go on
+        return Failed("failed", error_line(error))
     return None
 
 

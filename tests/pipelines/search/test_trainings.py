@@ -226,6 +226,13 @@ def test_trainings_that_are_behind_stop(
     rates = [0.4, 0.3, 0.5, 0.2, 0.6]
     stopping = {"name": "asha", "min_steps": 1, "reduction": 2}
     plan = plan_of(config, space={RATE: rates}, stopping=stopping)
+    plan_of(config, stopping={"name": "asha", "min_steps": 5})
+    with pytest.raises(InputError, match="min_steps: found 6; allowed: less than the 6 steps"):
+        plan_of(config, stopping={"name": "asha", "min_steps": 6})
+    study = check(
+        config | {"stopping": {"name": "asha", "min_steps": 600}}, StudyConfig, "study.yaml"
+    )
+    plan_study(study, smoke=True)
     result, training = run(plan, tmp_path / "out")
     assert training.groups == [[rate] for rate in rates]  # each knows of those before it
     states = [trial["state"] for trial in result["trials"]]
