@@ -418,6 +418,24 @@ def sweep(
     )
 
 
+@app.command(epilog="Example: `poise expo configs/studies/expo.yaml --out runs/expo`")
+def expo(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Out = Path("runs/expo"),
+    plan: Plan = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="8 prompts, to try a config")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose ExPO's alpha, or another number of a merge, by a reward model; write the winner."""
+    from ray_jobs.expo import run_expo
+
+    run_expo(
+        config, out, overrides or [], only_plan=plan, smoke=smoke, force=force, as_json=as_json
+    )
+
+
 @app.command(epilog="Example: `poise report runs/demo`, `poise report runs/test --out page.html`")
 def report(
     runs: Annotated[

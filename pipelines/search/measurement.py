@@ -7,14 +7,9 @@ that `poise merge` would write: digests, answers and the cells of a store are th
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.checkpoints.digests import ModelDigest
-from pipelines.checkpoints.hub import bring
-from pipelines.config import check
-from pipelines.engines import open_engine
-from pipelines.engines.transformers_engine import TransformersEngine
-from pipelines.engines.weights import MergeWeights, Weights
 from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.graded import GradedTask
@@ -27,20 +22,13 @@ from pipelines.evaluate.plan import cell_of
 from pipelines.evaluate.scoring import ScoredTask
 from pipelines.evaluate.store import Cell, DamagedBlockError, Store
 from pipelines.evaluate.workers import set_up
-from pipelines.fingerprint import fingerprint
-from pipelines.merge import MergeConfig, plan_merge
-from pipelines.merge.card import digest_of_companions
-from pipelines.merge.kept import Kept
-from pipelines.merge.plan import MergePlan, Opened
+from pipelines.merge import MergeConfig
+from pipelines.merge.plan import MergePlan
 from pipelines.search.answering import Documents, answers, series_of
+from pipelines.search.candidates import CANDIDATE, Candidates
 from pipelines.search.goals import short_names
 from pipelines.search.racing import Race
-from pipelines.search.timing import Clock, TimedWeights
-
-if TYPE_CHECKING:
-    from pipelines.engines.interface import Engine
-
-CANDIDATE = "candidate"
+from pipelines.search.timing import Clock
 
 
 @dataclass(frozen=True)
@@ -104,16 +92,20 @@ class Measurer:
         keeps_models: bool = True,
     ) -> None:
         set_up(num_threads, directory)
-        self._config, self._offline = evaluation, offline
+        self._config = evaluation
         tasks, self._groups = open_all(evaluation)
         for task in tasks:
             _check_task(task, has_store=store is not None)
         self._tasks: dict[str, EvaluationTask] = {task.name: task for task in tasks}
-        self._opened, self._kept = Opened(), Kept(kept_bytes)
-        self._keeps_models, self._scores = keeps_models, scores
+        self._scores = scores
+        self._candidates = Candidates(
+            evaluation.engine,
+            next(iter(evaluation.models.values())),
+            kept_bytes=kept_bytes,
+            keeps_models=keeps_models,
+            offline=offline,
+        )
         self._store = None if store is None else _begun(store)
-        self._companions: dict[str, str] = {}
-        self._engine: Engine | None = None
 
     def measure(
         self,
@@ -136,8 +128,8 @@ class Measurer:
             raise InputError("documents: have no effect in a race; give one of them")
         clock = Clock()
         with clock.part("checks"):
-            plan = self._planned(candidate)
-        digest = self._swapped(plan, clock)
+            plan = self._candidates.planned(candidate)
+        digest = self._candidates.put(plan, clock)
         with clock.part("checks"):
             cells = self._cells(plan, digest) if documents is None else {}
         known = self._read(cells, clock)
@@ -148,63 +140,21 @@ class Measurer:
 
     def cells(self, candidate: MergeConfig | Mapping[str, Any]) -> dict[str, Cell]:
         """The cells of a candidate by task, as an evaluation of the written merge has them."""
-        plan = self._planned(candidate)
-        return self._cells(plan, self._swapped(plan, Clock()), always=True)
+        plan = self._candidates.planned(candidate)
+        return self._cells(plan, self._candidates.put(plan, Clock()), always=True)
 
     def close(self) -> None:
         """Free the engine; the next candidate starts it again."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = None
+        self._candidates.close()
         for task in self._tasks.values():
             if isinstance(task, ScoredTask):
                 task.scorer.close()
-
-    def _planned(self, candidate: MergeConfig | Mapping[str, Any]) -> MergePlan:
-        if not isinstance(candidate, MergeConfig):
-            candidate = check(dict(candidate), MergeConfig, CANDIDATE)
-        if not self._keeps_models:
-            self._opened = Opened()
-        self._opened.check_unchanged()
-        plan = plan_merge(candidate, self._opened)
-        for name in plan.named:
-            raise InputError(f"merges.{name}.out: has no effect in a merge that is not written")
-        return plan
-
-    def _swapped(self, plan: MergePlan, clock: Clock) -> str:
-        """Put a candidate into the engine, which may have to start; returns the digest."""
-        weights = TimedWeights(MergeWeights(plan, self._kept))
-        is_local = self._config.engine.name == "transformers"
-        source: Weights = weights if is_local else weights.weights
-        with clock.part("swap"):
-            if self._engine is None and is_local:
-                self._engine = TransformersEngine(source, self._config.engine)
-            else:
-                self._start().swap(source)
-        clock.move("swap", "merge", weights.seconds)
-        assert self._engine is not None
-        return self._engine.weights
-
-    def _start(self) -> "Engine":
-        """The engine; vLLM starts from a folder."""
-        if self._engine is None:
-            path = next(iter(self._config.models.values()))
-            bring([str(path)], offline=self._offline)
-            self._engine = open_engine(path, self._config.engine)
-        return self._engine
 
     def _cells(self, plan: MergePlan, digest: str, always: bool = False) -> dict[str, Cell]:
         """The candidate's cells by task; none where there is no store."""
         if self._store is None and not always:
             return {}
-        files = plan.files
-        copied = {
-            place: [str(path), path.stat().st_mtime_ns] for place, path in files.copied.items()
-        }
-        key = fingerprint([files.config, files.written, copied])
-        if key not in self._companions:
-            self._companions[key] = digest_of_companions(files)
-        model = ModelDigest(digest, self._companions[key])
+        model = ModelDigest(digest, self._candidates.companions(plan))
         return {
             name: cell_of(self._config, CANDIDATE, model, task)
             for name, task in self._tasks.items()
@@ -285,8 +235,7 @@ class Measurer:
             for name, places in documents.items()
         }
         with clock.part("answering"):
-            assert self._engine is not None
-            answered = answers(self._engine, self._tasks, new, self._scores)
+            answered = answers(self._candidates.engine, self._tasks, new, self._scores)
         found = {name: {each.document: each for each in of} for name, of in answered.items()}
         return {
             name: [found[name].get(place) or known[name][place] for place in places]

@@ -23,7 +23,6 @@ POINTS = {
     "density": 2 * 10,
     "ema": 6,
     "evolution": 100,
-    "expo": 5,
     "m3": 3 * 7 * 3,
     "merge_every": 2 * 7,
     "objectives": 2 * 3,
@@ -37,7 +36,7 @@ POINTS = {
 
 def test_all_studies_are_known(project_root: Path) -> None:
     found = {path.stem for path in (project_root / "configs" / "studies").glob("*.yaml")}
-    assert found == POINTS.keys()
+    assert found == POINTS.keys() | {"expo"}  # that is of `poise expo`
 
 
 @pytest.mark.parametrize("name", POINTS)
