@@ -394,7 +394,7 @@ def sweep(
     out: Out = Path("runs/sweep"),
     plan: Annotated[bool, typer.Option("--plan", help="only show the space and the plan")] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="few trials and prompts, to try a config")
+        bool, typer.Option("--smoke", help="few trials, prompts and steps, to try a config")
     ] = False,
     more: Annotated[
         int | None,
@@ -403,7 +403,7 @@ def sweep(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search a space of merges: measured in memory, chosen on development, the best written."""
+    """Search a space of merges, measured in memory, or of trainings; the best is written."""
     from ray_jobs.sweep import run_sweep
 
     run_sweep(

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -46,6 +46,7 @@ from pipelines.train.data import (
     split_table,
     token_table,
 )
+from pipelines.train.evaluation import Bounds
 from pipelines.train.evaluation_config import evaluation_text
 from pipelines.train.export import provenance
 from pipelines.train.files import (
@@ -124,12 +125,18 @@ def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
 
 
 def align_in_turn(
-    runs: Sequence[tuple[AlignConfig, str | Path]], *, force: bool = False
+    runs: Sequence[tuple[AlignConfig, str | Path]],
+    *,
+    force: bool = False,
+    bounds: Mapping[Path, Bounds] | None = None,
 ) -> list[Path]:
     """As `align`, for several configs in turn on the same workers (starting workers takes longer
     than training a small model). Each output has the same bytes as from `align`.
 
     Each output gets its name as soon as it is finished.
+
+    Args:
+        bounds: by output, where a run ends if it is behind others.
 
     Raises:
         InputError, TrainingError: as `align`; or the configs need different workers.
@@ -155,6 +162,7 @@ def align_in_turn(
             folder = partial_path(out)
             stack.enter_context(_unfinished_run(folder, plan, force=force))
             settings = worker_settings(config, plan, folder, cache)
+            settings["bounds"] = (bounds or {}).get(out)
             jobs.append(Job(out.name, settings, partial(_commit, config, plan, out, force=force)))
         if jobs:
             run_workers(runs[0][0], jobs)
