@@ -226,10 +226,8 @@ def require_code(name: str, allow_code: bool) -> None:
     """
     module = GRADERS[name].module
     if module is not None and find_spec(module) is None:
-        raise InputError(
-            f"grader {name!r}: needs the package {module.replace('_', '-')}, which is not "
-            "installed: pip install 'poise[real]'"
-        )
+        package = module.replace("_", "-")
+        raise InputError(f"grader {name!r}: needs the package {package}: pip install {package}")
     if not GRADERS[name].runs_code:
         return
     if not allow_code:

@@ -204,7 +204,7 @@ def _agreement(config: RealConfig, sources: Sources) -> Fields:
     """How well the rule tells refusals, on the beginnings of the labelled responses."""
     said = [(_refuses(text[:_START], config), refuses) for text, refuses in sources.labelled]
     return {
-        "labelled": len(said),
+        "responses": len(said),
         "refusals": sum(refuses for _, refuses in said),
         "missed": sum(refuses and not found for found, refuses in said),
         "wrongly_found": sum(found and not refuses for found, refuses in said),

@@ -29,7 +29,7 @@ def require_packages() -> None:
     missing = [name for module, name in (PACKAGES | _NEEDED).items() if find_spec(module) is None]
     if missing:
         raise InputError(
-            f"real: not installed: {', '.join(missing)}; make real installs them, or: "
+            f"real: not installed: {', '.join(missing)}; `make real` installs them, and so does "
             "pip install --no-deps -r requirements/real.txt"
         )
 
