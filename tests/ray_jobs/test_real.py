@@ -164,6 +164,21 @@ def test_the_whole_run_interrupted_and_gone_on_with(tmp_path: Path) -> None:
         assert (out / name).stat().st_size > 5_000
 
 
+def test_the_documented_settings(project_root: Path) -> None:
+    """docs/real.md: what is given to `make real` is read, and every field has its row."""
+    text = (project_root / "docs" / "real.md").read_text()
+    lines = re.findall(r"^make real.*$", text, re.M)
+    assert len(lines) == 3
+    for line in lines:
+        words = line.partition('ARGS="')[2].rstrip('"').split()
+        overrides = [word for word in words if "=" in word]
+        load_real_config(CONFIGS, overrides)
+    fields = re.findall(
+        r"^\| `(\w+)`(?:, `(\w+)`)? \| [^|]*\|$", text.split("## Settings")[1], re.M
+    )
+    assert {name for row in fields for name in row if name} == set(RealConfig.model_fields)
+
+
 @pytest.mark.long
 def test_the_real_model_becomes_an_ordinary_checkpoint(tmp_path: Path) -> None:
     """Its greedy answer is a sentence that holds what was asked for."""
