@@ -17,8 +17,10 @@ import yaml
 from pipelines.commit import write_atomically
 from pipelines.config import load_config, load_yaml
 from pipelines.evaluate import EvaluateConfig, best_model, evaluate_together, percentages
+from pipelines.evaluate.results import Evaluation
 from pipelines.merge import load_merge_config, merge
 from pipelines.provenance import read_record
+from pipelines.report.results import COLUMNS
 from pipelines.storage import resolve_output
 from pipelines.sweep import SweepConfig, sweep
 from pipelines.tiny_world import SIZES, build_world
@@ -209,10 +211,26 @@ def write_results(out: Path, seed: int, seconds: dict[str, float]) -> None:
         "split": "test",
         "models": models,
         "best_merge": best_model(measured["development"], MERGES),
+        "paired_stderrs": _paired(paths.result("evaluation-test"), list(models)),
         "timings_s": seconds,
         "versions": versions(),
     }
     write_atomically(out / RESULT_FILE, json.dumps(results, indent=2) + "\n")
+
+
+def _paired(place: Path, models: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Standard errors of differences, paired by prompt: column -> model -> each later model."""
+    columns = Evaluation(place).columns(models, COLUMNS)
+    return {
+        name: {
+            first: {
+                second: float(found.difference(first, second).stderr)
+                for second in models[place + 1 :]
+            }
+            for place, first in enumerate(models)
+        }
+        for name, found in columns.items()
+    }
 
 
 def _lengths(model: Path) -> dict[str, float]:

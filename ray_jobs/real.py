@@ -1,6 +1,6 @@
-"""`poise real`: a real small model and real data from packages, aligned, merged, measured, reported.
-It has the same code as the other commands; every step's config is a file below `OUT/configs/`, made
-from configs/real/.
+"""`poise real`: a real small model and real data from packages, aligned, merged and measured, with
+the same code as the other commands. Every step's config is a file below `OUT/configs/`, made from
+configs/real/.
 """
 
 import json
