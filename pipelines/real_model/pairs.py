@@ -10,9 +10,9 @@ from pipelines.evaluate.interface import Sample
 from pipelines.evaluate.results import Evaluation
 from pipelines.real_model.config import RealConfig
 from pipelines.real_model.data import (
-    OWN_ANSWERS,
     OWN_HARMFUL,
     Fields,
+    own_answers,
     read_rows,
     shuffled,
     write_pairs,
@@ -31,9 +31,11 @@ def write_own_pairs(config: RealConfig, answers: Path, data: Path, model: str, o
         InputError: no prompt has an accepted answer and one that is not; or `out` exists.
     """
     evaluation = Evaluation(answers)
-    rows = read_rows(data / "samples" / f"{OWN_ANSWERS}.jsonl")
-    found = checked_pairs(rows, evaluation.samples(model, OWN_ANSWERS), "instructions")
-    pairs = {"helpful": found}
+    rows = read_rows(data / "samples" / f"{own_answers(0)}.jsonl")
+    draws = [
+        evaluation.samples(model, own_answers(draw)) for draw in range(config.training.answers)
+    ]
+    pairs = {"helpful": checked_pairs(rows, draws, "instructions")}
     given = data / "harmless.jsonl"
     if not given.is_file():
         rows = read_rows(data / "samples" / f"{OWN_HARMFUL}.jsonl")
@@ -52,27 +54,24 @@ def write_own_pairs(config: RealConfig, answers: Path, data: Path, model: str, o
             write_pairs(folder / f"{name}.jsonl", most)
 
 
-def checked_pairs(rows: Sequence[Fields], samples: Sequence[Sample], metric: str) -> list[Pair]:
+def checked_pairs(
+    rows: Sequence[Fields], draws: Sequence[Sequence[Sample]], metric: str
+) -> list[Pair]:
     """Of each prompt the accepted answers against the others, each answer in one pair at most, in
     the order in which they were drawn.
 
     Args:
-        rows: `prompt` and its `number`, one for each sample.
+        rows: with a `prompt` each.
+        draws: a sample of each row, several times.
     """
-    prompts: dict[int, str] = {}
-    right: dict[int, list[str]] = {}
-    wrong: dict[int, list[str]] = {}
-    for row, sample in zip(rows, samples, strict=True):
-        number, text = row["number"], _text(sample)
-        prompts[number] = row["prompt"]
-        side = right if sample.values[metric] == 1 else wrong
-        if text and text not in side.setdefault(number, []):
-            side[number].append(text)
-    return [
-        (prompt, chosen, rejected)
-        for number, prompt in prompts.items()
-        for chosen, rejected in zip(right.get(number, ()), wrong.get(number, ()), strict=False)
-    ]
+    found = []
+    for row, *samples in zip(rows, *draws, strict=True):
+        sides: dict[bool, dict[str, None]] = {True: {}, False: {}}  # ordered, each text once
+        for sample in samples:
+            if text := _text(sample):
+                sides[sample.values[metric] == 1][text] = None
+        found += [(row["prompt"], *pair) for pair in zip(sides[True], sides[False], strict=False)]
+    return found
 
 
 def refused_pairs(rows: Sequence[Fields], samples: Sequence[Sample], metric: str) -> list[Pair]:

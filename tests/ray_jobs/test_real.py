@@ -129,7 +129,7 @@ def test_the_whole_run_interrupted_and_gone_on_with(tmp_path: Path) -> None:
     """Pairs come from the packages and from its own answers; GSM8K from a file."""
     packages, out, gsm8k = tmp_path / "packages", tmp_path / "run", tmp_path / "gsm8k.jsonl"
     write_packages(packages)
-    rows = [{"question": f"{n} {n}", "answer": f"#### {n}"} for n in range(6)]
+    rows = [{"question": f"{n} {n}", "answer": f"#### {n}"} for n in range(14)]
     gsm8k.write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = [*SIZES, f"gsm8k={gsm8k}"]
     begin(out, load_real_config(CONFIGS, overrides))

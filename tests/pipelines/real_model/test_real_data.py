@@ -51,8 +51,8 @@ def prepared(out: Path, *overrides: str) -> tuple[Path, dict[str, list[str]]]:
 
 def test_without_files_pairs_come_from_packages(tmp_path: Path, packages: Path) -> None:
     out, prompts = prepared(tmp_path / "data")
-    sizes = {name: len(own) for name, own in prompts.items()}
-    own = {"own_answers": 6 * 3, "own_harmful": 8}
+    sizes = {name: len(own) for name, own in prompts.items() if "development" not in name}
+    own = {**{f"own_answers_{draw}": 6 for draw in range(3)}, "own_harmful": 8}
     assert sizes == {"ifbench": 4, "humaneval": 2, "harmful": 5} | own
     said = json.loads((out / "data.json").read_text())
     assert said["left_out"] == {
@@ -70,8 +70,9 @@ def test_without_files_pairs_come_from_packages(tmp_path: Path, packages: Path) 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_is_trained_on_is_not_measured(tmp_path: Path, packages: Path, seed: int) -> None:
     _, found = prepared(tmp_path / "data", f"seed={seed}")
-    assert not set(found["ifbench"]) & set(found["own_answers"])
-    assert not set(found["harmful"]) & set(found["own_harmful"])
+    for name, own in (("ifbench", "own_answers_0"), ("harmful", "own_harmful")):
+        assert found[f"{name}_development"] == found[own]
+        assert not set(found[name]) & set(found[own])
     pairs = write_dialogues(tmp_path / "hh.jsonl.gz", 30)
     out, found = prepared(tmp_path / "more", f"seed={seed}", f"pairs={pairs}")
     assert "own_harmful" not in found and len(found["hh"]) == 6
@@ -81,11 +82,11 @@ def test_what_is_trained_on_is_not_measured(tmp_path: Path, packages: Path, seed
 
 def test_no_limit_is_all_that_training_leaves(tmp_path: Path, packages: Path) -> None:
     gsm8k, pairs = tmp_path / "gsm8k.jsonl", write_dialogues(tmp_path / "hh.jsonl.gz", 30)
-    rows = [{"question": f"{n} ?", "answer": f"#### {n}"} for n in range(7)]
+    rows = [{"question": f"{n} ?", "answer": f"#### {n}"} for n in range(15)]
     gsm8k.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out, found = prepared(tmp_path / "data", "limit=", f"pairs={pairs}", f"gsm8k={gsm8k}")
     sizes = {name: len(found[name]) for name in ("ifbench", "humaneval", "harmful", "gsm8k", "hh")}
-    assert sizes == {"ifbench": 14, "humaneval": 3, "harmful": 24, "gsm8k": 7, "hh": 22}
+    assert sizes == {"ifbench": 14, "humaneval": 3, "harmful": 16, "gsm8k": 7, "hh": 22}
     assert json.loads((out / "data.json").read_text())["measured"] == sizes
 
 
@@ -101,7 +102,7 @@ def test_lengths_of_the_config_are_those_of_the_tasks(tmp_path: Path, packages: 
     out, _ = prepared(tmp_path / "data", "max_new_tokens.ifbench=9", "max_new_tokens.samples=5")
     settings = [
         yaml.safe_load((out / name).read_text())["generation_kwargs"]
-        for name in ("tasks/ifbench.yaml", "samples/own_answers.yaml")
+        for name in ("tasks/ifbench.yaml", "samples/own_answers_1.yaml")
     ]
     assert settings[0] == {"until": [], "max_gen_toks": 9, "do_sample": False}
     drawn = {"do_sample": True, "temperature": 1.0, "top_p": 0.95}
@@ -113,12 +114,15 @@ def sample(document: int, text: str, value: float) -> Sample:
 
 
 def test_accepted_answers_meet_the_others_of_their_prompt() -> None:
-    rows = [{"prompt": "p", "number": 0}] * 5 + [{"prompt": "q", "number": 1}] * 2
-    samples = [
-        *(sample(0, " one ", 1), sample(1, "two", 0), sample(2, "one", 1)),
-        *(sample(3, "three", 1), sample(4, "four", 0), sample(5, "x", 0), sample(6, "", 1)),
+    rows = [{"prompt": "p"}, {"prompt": "q"}]
+    draws = [
+        [sample(0, " one ", 1), sample(1, "x", 0)],
+        [sample(0, "two", 0), sample(1, "", 1)],
+        [sample(0, "one", 1), sample(1, "x", 0)],
+        [sample(0, "three", 1), sample(1, "y", 0)],
+        [sample(0, "four", 0), sample(1, "z", 0)],
     ]
-    found = checked_pairs(rows, samples, "metric")
+    found = checked_pairs(rows, draws, "metric")
     assert found == [("p", "one", "two"), ("p", "three", "four")]
 
 
