@@ -62,7 +62,7 @@ def prepare_data(config: RealConfig, sources: Sources, templates: Path, out: Pat
             if name in MostTokens.model_fields:
                 settings = {"max_gen_toks": getattr(config.max_new_tokens, name)}
             _write_task(templates / f"{name}.yaml", folder / "tasks", name, part, settings)
-        drawn = {"do_sample": True, "temperature": 1.0, "top_p": 0.95}
+        drawn = {"do_sample": True, "temperature": 0.8}
         drawn |= {"max_gen_toks": config.max_new_tokens.samples}
         for name, template, rows in _answered(config, sources):
             both = Part(rows, rows)  # the model only answers them

@@ -105,7 +105,7 @@ def test_lengths_of_the_config_are_those_of_the_tasks(tmp_path: Path, packages: 
         for name in ("tasks/ifbench.yaml", "samples/own_answers_1.yaml")
     ]
     assert settings[0] == {"until": [], "max_gen_toks": 9, "do_sample": False}
-    drawn = {"do_sample": True, "temperature": 1.0, "top_p": 0.95}
+    drawn = {"do_sample": True, "temperature": 0.8}
     assert settings[1] == {"until": [], "max_gen_toks": 5} | drawn
 
 
