@@ -1,4 +1,4 @@
-"""A checkpoint as judge in an engine of Ray's workers. Oracle: the same evaluation in one process."""
+"""A checkpoint as judge in an engine of Ray's workers. Oracle: the same evaluation in no worker."""
 
 import json
 from pathlib import Path
