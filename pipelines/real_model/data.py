@@ -5,9 +5,11 @@ What is trained on is never measured: training takes the first prompts of a seed
 are a task's development split; the test split takes the next ones.
 """
 
+import io
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -242,12 +244,13 @@ def _agreement(config: RealConfig, sources: Sources) -> Fields:
 def _checkable(rows: Sequence[Fields]) -> tuple[list[Fields], int]:
     """The rows whose checkers run on this machine, and the number of others."""
     found = []
-    for row in rows:
-        try:
-            grade("instructions", "A text.", [json.dumps(row)], {"benchmark": "ifbench"})
-        except InputError:
-            continue
-        found.append(row)
+    with redirect_stderr(io.StringIO()):  # the checkers' package tells of each file it cannot fetch
+        for row in rows:
+            try:
+                grade("instructions", "A text.", [json.dumps(row)], {"benchmark": "ifbench"})
+            except InputError:
+                continue
+            found.append(row)
     return found, len(rows) - len(found)
 
 
