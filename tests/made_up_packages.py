@@ -71,7 +71,8 @@ def write_packages(folder: Path) -> Path:
     (folder / "if_verifiable" / "ifbench" / "instructions_registry.py").write_text(REGISTRY)
     unchecked = {**ifbench_row(0), "prompt": "no", "instruction_id_list": ["count:sentences"]}
     unchecked["kwargs"] = [{}]
-    prompts = [unchecked, *(ifbench_row(number) for number in range(20))]
+    long = {**ifbench_row(0), "prompt": "a " * 600}
+    prompts = [unchecked, long, *(ifbench_row(number) for number in range(20))]
     _write(folder / "ifbench" / "data" / "IFBench_test.jsonl", _lines(prompts))
     problems = [
         {"task_id": f"x/{n}", "prompt": PROGRAM, "test": TEST, "entry_point": "double"}

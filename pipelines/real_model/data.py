@@ -31,6 +31,7 @@ OWN_HARMFUL = "own_harmful"
 DATA_FILE = "data.json"
 _MOST_REFUSAL = 120  # characters of a labelled refusal that fits any request
 _START = 200  # characters: about what 48 tokens hold
+_LONGEST = 1000  # characters of a prompt: one of many thousands pads all others of its batch
 DEVELOPMENT = 8  # rows of a task without training prompts
 Row = TypeVar("Row")
 
@@ -110,7 +111,7 @@ def write_pairs(path: Path, pairs: Sequence[tuple[str, str, str]]) -> None:
 
 def _measured(config: RealConfig, sources: Sources) -> tuple[dict[str, Part[Fields]], Fields]:
     """The rows of each task, and what a reader should know of them."""
-    checked, unchecked = _checkable(sources.ifbench)
+    checked, left_out = _checkable(sources.ifbench)
     parts = {
         "ifbench": _prompts(config, checked).map(
             lambda row: {"prompt": row["prompt"], "row": json.dumps(row)}
@@ -119,9 +120,6 @@ def _measured(config: RealConfig, sources: Sources) -> tuple[dict[str, Part[Fiel
             lambda text: {"prompt": text, "refusals": config.refusals}
         ),
     }
-    left_out = {}
-    if unchecked:
-        left_out["ifbench"] = f"{unchecked} prompts whose checkers need NLTK's data"
     if problem := _no_sandbox():
         left_out["humaneval"] = problem
     else:
@@ -241,17 +239,25 @@ def _agreement(config: RealConfig, sources: Sources) -> Fields:
     }
 
 
-def _checkable(rows: Sequence[Fields]) -> tuple[list[Fields], int]:
-    """The rows whose checkers run on this machine, and the number of others."""
+def _checkable(rows: Sequence[Fields]) -> tuple[list[Fields], dict[str, str]]:
+    """The rows whose checkers run on this machine, without those of very long prompts, and what
+    that leaves out.
+    """
+    short = [row for row in rows if len(row["prompt"]) <= _LONGEST]
     found = []
     with redirect_stderr(io.StringIO()):  # the checkers' package tells of each file it cannot fetch
-        for row in rows:
+        for row in short:
             try:
                 grade("instructions", "A text.", [json.dumps(row)], {"benchmark": "ifbench"})
             except InputError:
                 continue
             found.append(row)
-    return found, len(rows) - len(found)
+    reasons = {
+        f"of more than {_LONGEST} characters": len(rows) - len(short),
+        "whose checkers need NLTK's data": len(short) - len(found),
+    }
+    told = ", ".join(f"{count} prompts {reason}" for reason, count in reasons.items() if count)
+    return found, {"ifbench": told} if told else {}
 
 
 def _no_sandbox() -> str:

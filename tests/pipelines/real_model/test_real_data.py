@@ -56,7 +56,8 @@ def test_without_files_pairs_come_from_packages(tmp_path: Path, packages: Path) 
     assert sizes == {"ifbench": 4, "humaneval": 2, "harmful": 5} | own
     said = json.loads((out / "data.json").read_text())
     assert said["left_out"] == {
-        "ifbench": "1 prompts whose checkers need NLTK's data",
+        "ifbench": "1 prompts of more than 1000 characters, "
+        "1 prompts whose checkers need NLTK's data",
         "gsm8k": "no file",
         "hh": "no file",
     }
