@@ -28,7 +28,8 @@ def convert_gguf(file: Path, out: Path) -> Path:
     stored = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     settings = stored.config.to_dict()
     settings.pop("quantization_config", None)  # of the file; transformers refuses to save it
-    model = LlamaForCausalLM(LlamaConfig.from_dict(settings)).to(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
+    torch.nn.Module.to(model, torch.bfloat16)  # in place; transformers' own is untyped
     model.load_state_dict(stored.state_dict())
     source = {"file": file.name, "sha256": fingerprint_file(file), "versions": package_versions()}
     with staged_directory(out) as partial:

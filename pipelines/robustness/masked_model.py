@@ -187,7 +187,8 @@ def _pieces(tokenizer: "PreTrainedTokenizerBase") -> tuple[dict[int, str], dict[
     tokens = tokenizer.get_vocab()
     mark = next((each for each in _MARKS if any(t.startswith(each) for t in tokens)), "")
     going_on = "" if mark else _GOES_ON
-    first, inner = {}, {}
+    first: dict[int, str] = {}
+    inner: dict[int, str] = {}
     for token, number in sorted(tokens.items(), key=lambda pair: pair[1]):
         begins = token.startswith(mark) if mark else not token.startswith(going_on)
         text = token.removeprefix(mark if begins else going_on)
