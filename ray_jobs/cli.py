@@ -78,6 +78,23 @@ def demo(
     run_demo(out, seed=seed, size="smoke" if smoke else "default", force=force)
 
 
+@app.command(epilog="Example: `poise real pairs=hh/harmless.jsonl.gz gsm8k=test.jsonl`")
+def real(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="over configs/real/real.yaml; limit= is all"),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", callback=_no_address, help="folder of the run")
+    ] = Path("runs/real"),
+    force: Force = False,
+) -> None:
+    """A real small model from packages: aligned twice, merged, measured (`make real`)."""
+    from ray_jobs.real import run_real
+
+    run_real(out, overrides or [], force=force)
+
+
 @app.command(epilog="Example: `poise align configs/demo/align/dpo-helpful.yaml --out runs/helpful`")
 def align(
     config: ConfigPath,

@@ -4,12 +4,10 @@ commands. Every step's config is a file below `OUT/configs/`, made from configs/
 
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,10 +15,12 @@ from typing import Any
 import yaml
 
 from pipelines.commit import write_atomically
-from pipelines.config import apply_overrides, load_config, load_yaml
+from pipelines.config import load_config, load_yaml
 from pipelines.evaluate import EvaluateConfig, best_model, evaluate_together, percentages
+from pipelines.evaluate.results import Evaluation
 from pipelines.merge import load_merge_config, merge
 from pipelines.provenance import read_record
+from pipelines.report.results import COLUMNS
 from pipelines.search import StudyConfig, plan_study, search
 from pipelines.storage import resolve_output
 from pipelines.tiny_world import SIZES, build_world
@@ -28,8 +28,9 @@ from pipelines.train import AlignConfig, align, align_in_turn
 from pipelines.train.files import METRICS_FILE
 from pipelines.versions import versions
 from ray_jobs.report import run_report
-from ray_jobs.session import PROJECT_ROOT, ray_session
-from ray_jobs.steps import STATE_FILE, Step, Steps
+from ray_jobs.run_files import RunFiles
+from ray_jobs.session import ray_session
+from ray_jobs.steps import Step, Steps, move_aside
 
 SINGLE = ("helpful", "honest", "harmless")
 MIXTURES = ("dpo-mixture", "dpo-mixture-ondare", "dpo-mixture-onties")
@@ -38,6 +39,7 @@ SWEPT = ("task_arithmetic", "expo")
 MERGES = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "expo")
 SPLITS = ("development", "test")
 RESULT_FILE = "results.json"
+_NAME = "demo"
 _GPUS = "CUDA_VISIBLE_DEVICES"
 
 
@@ -50,7 +52,7 @@ def run_demo(out: Path, *, seed: int, size: str, force: bool) -> None:
     out = resolve_output(out, None)
     old = out.with_name(f".{out.name}.old")
     if force:
-        _move_aside(out, old)
+        move_aside(out, old, RESULT_FILE)
     settings = {"seed": seed, "size": size}
     state = Steps(out, settings)
     if not (out / RESULT_FILE).is_file():
@@ -77,42 +79,11 @@ def _without_gpus() -> Iterator[None]:
             os.environ[_GPUS] = before
 
 
-def _move_aside(out: Path, old: Path) -> None:
-    """Make room for a new run; the last finished run stays at `old` until the new one finishes."""
-    if not (out / STATE_FILE).is_file():
-        return  # no run: a new one begins here, or `Steps` refuses the other files
-    if old.exists() and not (out / RESULT_FILE).is_file():
-        shutil.rmtree(out)  # a new run that was never finished
-        return
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
-
-
-@dataclass(frozen=True, slots=True)
-class _Paths:
-    """The paths of the demo's files."""
-
-    out: Path
-
-    @property
-    def world(self) -> Path:
-        return self.out / "world"
-
-    def model(self, name: str) -> Path:
-        return self.out / "models" / name
-
-    def config(self, name: str) -> Path:
-        return self.out / "configs" / f"{name}.yaml"
-
-    def result(self, name: str) -> Path:
-        return self.out / "results" / name
-
-
 class Demo:
     """The steps of one run; Ray starts with the first step that needs it."""
 
     def __init__(self, out: Path, seed: int, size: str) -> None:
-        self.paths, self.seed, self.size = _Paths(out), seed, size
+        self.paths, self.seed, self.size = RunFiles(out, _NAME), seed, size
         self._stack = ExitStack()
         self._ray_runs = False
 
@@ -127,7 +98,7 @@ class Demo:
         paths = self.paths
         base_s = 60 if self.size == "smoke" else 110
         steps = [
-            Step("world", paths.world, self._world, 3),
+            Step("world", paths.out / "world", self._world, 3),
             Step("train base", paths.model("base"), self._base, base_s, keeps=True),
             Step("train sft", paths.model("sft"), self._sft, 25, keeps=True),
             Step("align", paths.model(ALIGNED[-1]), self._align, 80, keeps=True),
@@ -148,23 +119,12 @@ class Demo:
             self._ray_runs = True
 
     def _write_config(self, name: str, overrides: Sequence[str] = ()) -> Path:
-        """Write a step's config: a file of configs/demo/ with this run's folder and seed."""
-        text = (demo_configs() / f"{name}.yaml").read_text()
-        comment = text.splitlines()[0]
-        places = {"configs/demo/": f"{self.paths.out}/configs/", "runs/demo": str(self.paths.out)}
-        text = re.sub("|".join(places), lambda found: places[found[0]], text)
-        values = yaml.safe_load(text)
-        if "seed" in values:
-            values["seed"] = self.seed
-        values = apply_overrides(values, overrides)
-        path = self.paths.config(name)
-        write_atomically(path, f"{comment}\n{yaml.safe_dump(values, sort_keys=False)}")
-        return path
+        return self.paths.write_config(name, self.seed, overrides)
 
     def _world(self) -> None:
         settings = {"seed": self.seed, "size": self.size}
         write_atomically(self.paths.config("world"), yaml.safe_dump(settings))
-        build_world(self.paths.world, self.seed, self.size)
+        build_world(self.paths.out / "world", self.seed, self.size)
 
     def _base(self) -> None:
         size = SIZES[self.size]
@@ -216,19 +176,18 @@ class Demo:
 
 def demo_configs() -> Path:
     """The folder configs/demo/: in this package if installed, else at the top of the checkout."""
-    installed = Path(__file__).with_name("configs")
-    return (installed if installed.is_dir() else PROJECT_ROOT / "configs") / "demo"
+    return RunFiles(Path(), _NAME).configs
 
 
 def chosen(out: Path, merge_name: str) -> dict[str, Any]:
     """The parameters that a sweep chose for a merge on development; empty for other merges."""
-    path = _Paths(out).result(f"sweep-{merge_name}") / "sweep.json"
+    path = RunFiles(out, _NAME).result(f"sweep-{merge_name}") / "sweep.json"
     return json.loads(path.read_text())["best"]["parameters"] if path.is_file() else {}
 
 
 def write_results(out: Path, seed: int, seconds: dict[str, float]) -> None:
     """Collect the steps' results in `results.json`."""
-    paths = _Paths(out)
+    paths = RunFiles(out, _NAME)
     measured = {
         split: json.loads((paths.result(f"evaluation-{split}") / "evaluation.json").read_text())
         for split in SPLITS
@@ -251,10 +210,26 @@ def write_results(out: Path, seed: int, seconds: dict[str, float]) -> None:
         "split": "test",
         "models": models,
         "best_merge": best_model(measured["development"], MERGES),
+        "paired_stderrs": _paired(paths.result("evaluation-test"), list(models)),
         "timings_s": seconds,
         "versions": versions(),
     }
     write_atomically(out / RESULT_FILE, json.dumps(results, indent=2) + "\n")
+
+
+def _paired(place: Path, models: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Standard errors of differences, paired by prompt: column -> model -> each later model."""
+    columns = Evaluation(place).columns(models, COLUMNS)
+    return {
+        name: {
+            first: {
+                second: float(found.difference(first, second).stderr)
+                for second in models[place + 1 :]
+            }
+            for place, first in enumerate(models)
+        }
+        for name, found in columns.items()
+    }
 
 
 def _lengths(model: Path) -> dict[str, float]:

@@ -5,8 +5,8 @@ Oracle: the files of a run, looked at after each start.
 
 from pathlib import Path
 
-from ray_jobs.demo import RESULT_FILE, _move_aside
-from ray_jobs.steps import STATE_FILE
+from ray_jobs.demo import RESULT_FILE
+from ray_jobs.steps import STATE_FILE, move_aside
 
 
 def run_in(folder: Path, *, finished: bool) -> Path:
@@ -20,15 +20,15 @@ def run_in(folder: Path, *, finished: bool) -> Path:
 def test_what_is_no_run_stays_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").write_text("years of work")
-    _move_aside(tmp_path / "thesis", tmp_path / ".thesis.old")
+    move_aside(tmp_path / "thesis", tmp_path / ".thesis.old", RESULT_FILE)
     assert (tmp_path / "thesis" / "chapter").is_file()
 
 
 def test_a_finished_run_outlives_a_forced_one_that_never_stood(tmp_path: Path) -> None:
     out, old = run_in(tmp_path / "run", finished=True), tmp_path / ".run.old"
-    _move_aside(out, old)
+    move_aside(out, old, RESULT_FILE)
     assert (old / RESULT_FILE).is_file()
     run_in(out, finished=False)
-    _move_aside(out, old)
+    move_aside(out, old, RESULT_FILE)
     assert (old / RESULT_FILE).is_file()
     assert not out.exists()
