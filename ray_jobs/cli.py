@@ -371,6 +371,25 @@ def report(
     run_report(runs, out, force=force, settings=settings)
 
 
+@app.command(epilog="Example: `poise pipeline configs/demo/pipeline.yaml --plan`")
+def pipeline(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="only show the stages and which of them stand")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="replace results of another config or of other inputs"),
+    ] = False,
+) -> None:
+    """Run stages (align, merge, evaluate, ...) that need each other, from one file."""
+    from ray_jobs.pipeline import run_pipeline_file
+
+    if not run_pipeline_file(config, overrides or [], only_plan=plan, force=force):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: `poise serve runs/demo/models/linear --port 8000`")
 def serve(
     paths: Annotated[
