@@ -202,7 +202,7 @@ def _print_plan(plan: PipelinePlan, state: State) -> None:
         before = state.stages.get(stage.name)
         took = before.seconds if before else None
         seconds = "" if took is None else _duration(took)
-        after = ", ".join(stage.after)
+        after = ", ".join(plan.nearest(stage))
         table.add_row(stage.name, stage.settings.kind, word, after, seconds, stage.out)
     print_table(table)
     open_stages = len(plan.stages) - len(standing)

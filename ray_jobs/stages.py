@@ -68,7 +68,7 @@ def _models_of_merge(config: MergeConfig) -> Iterator[tuple[str, Path]]:
     for each in (config, *config.merges.values()):
         for model in filter(None, [each.base_model, *each.merged_models]):
             if model not in config.merges:
-                yield from (("models", Path(part)) for part in model.split("+"))
+                yield "models", Path(model)
 
 
 def _outs_of_merges(values: Mapping[str, Any]) -> Iterator[str]:

@@ -159,6 +159,17 @@ class PipelinePlan:
         order = TopologicalSorter({name: stage.after for name, stage in self.stages.items()})
         return [self.stages[name] for name in order.static_order()]
 
+    def nearest(self, stage: Stage) -> list[str]:
+        """The stages before one, without those that are before another one of them."""
+        above = {name for each in stage.after for name in self._before(each)}
+        return [name for name in stage.after if name not in above]
+
+    def _before(self, name: str) -> set[str]:
+        found: set[str] = set()
+        for each in self.stages[name].after:
+            found |= {each} | self._before(each)
+        return found
+
 
 def plan_pipeline(config: PipelineConfig, kinds: Mapping[str, Kind], source: str) -> PipelinePlan:
     """Find every mistake that can be found before the first stage.
@@ -300,10 +311,11 @@ def _check_inputs(stage: Stage, written: Sequence[str]) -> None:
     written by a stage.
     """
     for field, path in stage.kind.reads(stage.config):
-        is_made = any(is_inside(str(path), place) for place in written)
-        if not is_made and not path.exists() and hub_name(path) is None:
-            raise InputError(
-                f"{stage.source}: {field}: {path}: no such file, and no stage makes it"
-            )
+        for part in [path] if path.exists() else map(Path, str(path).split("+")):
+            is_made = any(is_inside(str(part), place) for place in written)
+            if not is_made and not part.exists() and hub_name(part) is None:
+                raise InputError(
+                    f"{stage.source}: {field}: {part}: no such file, and no stage makes it"
+                )
     if not stage.after:
         stage.kind.check(stage.config)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.commit import lock, make_folder
@@ -100,19 +99,3 @@ def _read(place: Place) -> dict[str, StageRecord]:
         raise InputError(
             f"{place.address}/{STATE_FILE}: is no state of a pipeline; remove it to begin anew"
         ) from None
-
-
-def is_running(place: Place) -> bool | None:
-    """Whether a run of the pipeline with this place is under way; None where that is not known, in
-    an object store.
-    """
-    if not isinstance(place, Folder):
-        return None
-    path = Path(place.path) / LOCK_FILE
-    if not path.is_file():
-        return False
-    try:
-        with lock(path):
-            return False
-    except InputError:
-        return True
