@@ -52,21 +52,37 @@ def run_command(
     make_folder(partial.parent)
     words = [word.replace(OUT, str(partial)) for word in config.argv]
     with _alone(partial.with_name(f".{out.name}.lock")) as descriptor:
-        try:
-            status = subprocess.run(
-                words,
-                env=_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=sys.stderr.fileno(),
-                pass_fds=(descriptor,),  # so a process that outlives this one keeps the lock
-            ).returncode
-        except OSError as error:
-            raise RuntimeError(f"{words[0]}: cannot be started: {error.strerror}") from None
-        if status != 0:
+        if status := _run(words, descriptor):
             ended = f"status {status}" if status > 0 else f"signal {-status}"
             raise RuntimeError(f"{words[0]}: ended with {ended}")
         if config.makes_output:
             _commit(partial, out, words[0])
+
+
+def _run(words: list[str], descriptor: int) -> int:
+    """The status of a command, whose words go to stderr.
+
+    Args:
+        descriptor: of the lock, which the command keeps where it outlives this process.
+    """
+    try:
+        process = subprocess.Popen(
+            words,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(descriptor,),
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise RuntimeError(f"{words[0]}: cannot be started: {error.strerror}") from None
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(f"  {line.rstrip()}", file=sys.stderr, flush=True)
+    return process.returncode
 
 
 def _commit(partial: Path, out: Path, program: str) -> None:

@@ -32,7 +32,7 @@ TABLES = {
 }
 # Entries of that name in two tables, defaults, and what reads methods from the other tables.
 ELSEWHERE = {
-    "ray_jobs/demo.py": {"merge method", "objective"},  # the demo's own story
+    "ray_jobs/demo_results.py": {"merge method", "objective"},  # the demo's own story
     "operators/merging/table.py": {"sparsifier", "consensus"},
     "operators/optim/options.py": {"sparsifier", "consensus"},
     "operators/merging/method.py": {"sparsifier", "consensus"},

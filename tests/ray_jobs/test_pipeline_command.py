@@ -84,7 +84,7 @@ def test_another_result_is_replaced_by_force_alone(
     config = two_merges_and_a_copy(folder)
     assert poise(monkeypatch, "pipeline", config) == 0
     (folder / "copy.py").write_text(COPY + "  # changed")
-    other = "stages.first.config.seed=1"
+    other = "stages.first.config.models.0.parameters={weight: 0.25}"
     capsys.readouterr()
     assert poise(monkeypatch, "pipeline", config, other) == 1
     said = capsys.readouterr()
@@ -93,7 +93,7 @@ def test_another_result_is_replaced_by_force_alone(
     before = read_record(folder / "runs" / "second")
     assert poise(monkeypatch, "pipeline", config, other, "--force") == 0
     assert capsys.readouterr().out.count(" done ") == 3
-    assert read_record(folder / "runs" / "second")["fingerprint"] == before["fingerprint"]
+    assert read_record(folder / "runs" / "second")["weights"] != before["weights"]
 
 
 COMMANDS = [
@@ -165,7 +165,6 @@ BAD = [
         {"kind": "merge", "config": soup("m0", "none/at/all")},
         "stages.a: models: none/at/all: no such file, and no stage makes it",
     ),
-    ({"kind": "merge", "config": soup("m0"), "out": "/sys/x"}, "/sys"),
     (
         {"kind": "report", "config": {"runs": ["m0"]}, "out": "s3://b/c"},
         "stages.a.out: found the address s3://b/c; allowed: a folder (merge, evaluate alone wri",
@@ -181,8 +180,6 @@ def test_bad_input_is_a_line(
     stage: dict[str, Any],
     line: str,
 ) -> None:
-    if "/sys" in line:
-        pytest.skip("found by its stage")
     config = write(folder / "line.yaml", {"storage": "runs", "stages": {"a": stage}})
     monkeypatch.setattr(sys, "argv", ["poise", "pipeline", str(config)])
     with pytest.raises(SystemExit) as status:
@@ -206,6 +203,7 @@ def test_a_storage_that_takes_nothing(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_evaluations_of_one_engine_run_together(
     ray_cluster: None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
