@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from tests.tiny_models import save_tiny_llama
 
 pytestmark = pytest.mark.slow
 
+RAY = Path(sys.executable).with_name("ray")
 Submit = Callable[[str], subprocess.CompletedProcess[str]]
 PROMPTS = [[{"role": "user", "content": text}] for text in ("a b", "yes no", "hello")]
 
@@ -57,23 +59,13 @@ def wait_until_answering(url: str, head: subprocess.Popen[bytes], seconds: float
     raise TimeoutError(f"no answer from {url} within {seconds} s")
 
 
-@pytest.fixture(scope="module")
-def submit(project_root: Path) -> Iterator[Submit]:
-    """Submit a command as a job to a head started here, wait for it, return its log and status.
-
-    The head has ports, a folder and a token of its own, so that other Rays are not disturbed; it
-    is stopped by its process group alone.
+@contextmanager
+def running_head(environment: dict[str, str]) -> Iterator[str]:
+    """The address of a head with ports and a folder of its own, so that other Rays are not
+    disturbed; it is stopped by its process group alone.
     """
     port, dashboard, agent, client = free_ports(4)
     folder = tempfile.mkdtemp(prefix="poise-ray-", dir="/tmp")  # sockets need a short path
-    programs = Path(sys.executable).parent
-    environment = os.environ | {
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    }
-    environment.pop("RAY_ADDRESS", None)
     options = {
         "--port": port,
         "--dashboard-port": dashboard,
@@ -83,40 +75,16 @@ def submit(project_root: Path) -> Iterator[Submit]:
         "--temp-dir": folder,
     }
     head = subprocess.Popen(
-        [programs / "ray", "start", "--head", "--block", *(f"{k}={v}" for k, v in options.items())],
+        [RAY, "start", "--head", "--block", *(f"{k}={v}" for k, v in options.items())],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=environment,
         start_new_session=True,
     )
     address = f"http://127.0.0.1:{dashboard}"
-    submission = [
-        programs / "ray",
-        "job",
-        "submit",
-        f"--address={address}",
-        "--working-dir=.",
-        "--",
-    ]
-
-    def run(command: str) -> subprocess.CompletedProcess[str]:
-        for _ in range(20):  # a busy machine's head answers before it takes jobs
-            ended = subprocess.run(
-                [*submission, *shlex.split(command)],
-                capture_output=True,
-                text=True,
-                cwd=project_root,
-                env=environment,
-                timeout=600,
-            )
-            if "No available agent" not in ended.stderr:
-                break
-            time.sleep(3)
-        return ended
-
     try:
         wait_until_answering(f"{address}/api/version", head, 90)
-        yield run
+        yield address
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         try:
@@ -124,6 +92,37 @@ def submit(project_root: Path) -> Iterator[Submit]:
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def submit(project_root: Path) -> Iterator[Submit]:
+    """Submit a command as a job to a head started here, wait for it, return its log and status."""
+    environment = os.environ | {
+        "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    with running_head(environment) as address:
+        submission = [RAY, "job", "submit", f"--address={address}", "--working-dir=.", "--"]
+
+        def run(command: str) -> subprocess.CompletedProcess[str]:
+            for _ in range(20):  # a busy machine's head answers before it takes jobs
+                ended = subprocess.run(
+                    [*submission, *shlex.split(command)],
+                    capture_output=True,
+                    text=True,
+                    cwd=project_root,
+                    env=environment,
+                    timeout=600,
+                )
+                if "No available agent" not in ended.stderr:
+                    break
+                time.sleep(3)
+            return ended
+
+        yield run
 
 
 @pytest.fixture(scope="module")
