@@ -3,8 +3,8 @@
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,8 +25,10 @@ from pipelines.pipeline import (
     run_pipeline,
 )
 from pipelines.pipeline.probe import check_storage, on_ray_nodes
+from pipelines.pipeline.run import Listener
 from pipelines.progress import PLAIN_INTERVAL_S, Progress
-from ray_jobs.session import ray_session
+from ray_jobs.session import never_start_ray_again, ray_session
+from ray_jobs.stage_metrics import StageMetrics
 from ray_jobs.tables import print_table
 
 
@@ -66,23 +68,51 @@ def run_planned(plan: PipelinePlan, *, force: bool = False) -> dict[str, StageRe
     """
     check_storage(plan.storage)
     state = State(plan.storage, plan.name)
+    metrics = StageMetrics(plan.name, len(plan.stages))
+
+    def on_start() -> None:
+        check_storage(plan.storage, on_ray_nodes)
+        metrics.start()
+
     with Display(len(plan.stages)) as display:
-        return run_pipeline(
-            plan,
-            state,
-            _Ray(),
-            display,
-            force=force,
-            on_start=lambda: check_storage(plan.storage, on_ray_nodes),
-        )
+        listener = _Both(display, metrics)
+        return run_pipeline(plan, state, _Ray(), listener, force=force, on_start=on_start)
+
+
+class _Both:
+    """Listeners that are told one after the other."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        self._listeners = listeners
+
+    def began(self, names: Sequence[str], left_s: float | None) -> None:
+        """As `Listener.began`."""
+        for each in self._listeners:
+            each.began(names, left_s)
+
+    def progress(self, names: Sequence[str], progress: Progress, note: str) -> None:
+        """As `Listener.progress`."""
+        for each in self._listeners:
+            each.progress(names, progress, note)
+
+    def ended(self, name: str, record: StageRecord) -> None:
+        """As `Listener.ended`."""
+        for each in self._listeners:
+            each.ended(name, record)
 
 
 class _Ray:
     """The Ray of a run."""
 
-    def session(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def session(self) -> Iterator[None]:
         """As `ray_session`."""
-        return ray_session()
+        with ray_session():
+            try:
+                yield
+            except KeyboardInterrupt:
+                never_start_ray_again()
+                raise
 
     def resources(self) -> dict[str, float]:
         """What the cluster has now, by name."""

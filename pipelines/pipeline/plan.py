@@ -119,16 +119,16 @@ class Stage:
 
     @property
     def is_known(self) -> bool:
-        """Whether its config can be read, and is not another stage's result to come."""
+        """Whether its config is there before the run, as no other stage makes it."""
         config = self.settings.config
         if not isinstance(config, Path):
             return True
-        place = with_outputs(str(config), self.outputs, self.source)
-        return not read_outputs(place, self.outputs) or Path(place).is_file()
+        return not read_outputs(with_outputs(str(config), self.outputs, self.source), self.outputs)
 
     @cached_property
     def config(self) -> Any:
-        """Its checked config, with the outputs of other stages.
+        """Its checked config, with the outputs of other stages. Where another stage makes it, that
+        one must stand.
 
         Raises:
             InputError: it cannot be read, or is wrong.

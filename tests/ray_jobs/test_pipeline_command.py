@@ -3,8 +3,12 @@
 Oracle: the outputs of the commands by themselves.
 """
 
+import contextlib
 import json
+import re
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import yaml
 from pipelines.commit import partial_path
 from pipelines.provenance import read_record
 from ray_jobs.cli import main
+from ray_jobs.session import worker_environment
 from tests.ray_jobs.command_line import poise
 from tests.tiny_models import save_tiny_llama
 
@@ -21,8 +26,9 @@ COPY = "import shutil, sys; shutil.copy(sys.argv[1] + '/model.safetensors', sys.
 
 
 def soup(*models: object, **fields: Any) -> dict[str, Any]:
-    """A merge's config."""
-    return {"merge_method": "linear", "models": [{"model": str(m)} for m in models], **fields}
+    """A config of a merge that needs no Ray."""
+    own = {"merge_method": "linear", "executor": "local"} | fields
+    return own | {"models": [{"model": str(model)} for model in models]}
 
 
 @pytest.fixture
@@ -202,6 +208,54 @@ def test_a_storage_that_takes_nothing(
     assert "poise: " in capsys.readouterr().err
 
 
+def wait_for_metrics(*lines: str) -> None:
+    """Wait until a node offers these lines to Prometheus, which it does every few seconds."""
+    import ray
+
+    ports = [node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]]
+    deadline, missing = time.monotonic() + 60, list(lines)
+    while missing and time.monotonic() < deadline:
+        for port in ports:
+            with contextlib.suppress(OSError):
+                text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+                missing = [line for line in missing if not re.search(line, text)]
+        time.sleep(1)
+    assert not missing
+
+
+SECRETS = {
+    "HF_TOKEN": "hf_plantedTokenOfTheHub",
+    "AWS_SECRET_ACCESS_KEY": "planted/Secret/Of/A/Store",
+    "RAY_AUTH_TOKEN": "planted-token-of-a-cluster",
+    "OPENAI_API_KEY": "sk-plantedKeyOfAJudge",
+}
+
+
+def test_no_secret_of_the_environment_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not into the state, the configs as they ran, logs of failures, records, cards, the status or
+    the terminal; nor into what all workers of a Ray are given, which its job's metadata shows.
+    """
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    config = two_merges_and_a_copy(folder)
+    broken = {"kind": "command", "config": {"argv": ["false", "${out}"]}}
+    values = yaml.safe_load(config.read_text())
+    values["stages"]["broken"] = broken
+    write(config, values)
+    assert poise(monkeypatch, "pipeline", config) == 1
+    assert poise(monkeypatch, "status", "runs") == 0
+    said = capsys.readouterr()
+    written = {path: path.read_bytes() for path in (folder / "runs").rglob("*") if path.is_file()}
+    assert any(path.name == "README.md" for path in written)
+    assert any(path.name == "broken.log" for path in written)
+    for secret in SECRETS.values():
+        assert secret not in said.out + said.err
+        assert not [path for path, content in written.items() if secret.encode() in content]
+        assert secret not in json.dumps(worker_environment())
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_evaluations_of_one_engine_run_together(
@@ -226,6 +280,11 @@ def test_evaluations_of_one_engine_run_together(
     assert poise(monkeypatch, "pipeline", config) == 0
     found = json.loads((folder / "runs" / "test" / "evaluation.json").read_text())
     assert found["models"]["soup"]["digest"] == read_record(folder / "runs" / "soup")["weights"]
+    wait_for_metrics(
+        'ray_poise_pipeline_stages{.*Pipeline="line".*State="done".*} 4.0',
+        'ray_poise_stage_done_ratio{.*Stage="test".*} 1.0',
+        'ray_poise_stage_seconds{.*Stage="soup".*} ',
+    )
     page = folder / "runs" / "page.html"
     before = page.stat().st_mtime_ns
     assert poise(monkeypatch, "pipeline", config) == 0

@@ -164,6 +164,15 @@ def test_the_config_as_it_ran_is_kept(tmp_path: Path) -> None:
     assert kept.read_text() == f"reads:\n- {tmp_path}/runs/a\ntext: b\n"
 
 
+def test_a_config_that_a_stage_makes_is_read_when_it_stands(tmp_path: Path) -> None:
+    """Not as it was before the run."""
+    toys = Toys()
+    for text in ("old", "new"):
+        made = {"kind": "toy", "config": {"text": f"text: {text} #"}}
+        plan = toys.plan(tmp_path, {"made": made, "b": {"config": "${stages.made}"}})
+        assert set(run(plan).values()) == {"done"}
+
+
 def run_in_process(folder: Path, stages: dict[str, Any]) -> None:
     run(Toys().plan(folder, stages))
 
