@@ -168,7 +168,7 @@ def test_a_config_that_a_stage_makes_is_read_when_it_stands(tmp_path: Path) -> N
     """Not as it was before the run."""
     toys = Toys()
     for text in ("old", "new"):
-        made = {"kind": "toy", "config": {"text": f"text: {text} #"}}
+        made = {"kind": "toy", "config": {"text": f"text: {text}", "plain": True}}
         plan = toys.plan(tmp_path, {"made": made, "b": {"config": "${stages.made}"}})
         assert set(run(plan).values()) == {"done"}
 

@@ -22,6 +22,7 @@ class ToyConfig(Config):
     need: float = 1.0
     group: str | None = None
     fails: bool = False
+    plain: bool = False
     seconds: float = 0.0
 
 
@@ -81,7 +82,9 @@ class Toys:
 
 
 def _content(config: ToyConfig) -> str:
-    """What a toy writes: its text and what it reads."""
+    """What a toy writes: its text, and unless it is plain what it reads, in brackets."""
+    if config.plain:
+        return config.text
     return f"({config.text} {' '.join(path.read_text() for path in config.reads)})"
 
 
