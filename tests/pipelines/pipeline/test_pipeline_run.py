@@ -171,6 +171,7 @@ def test_a_config_that_a_stage_makes_is_read_when_it_stands(tmp_path: Path) -> N
         made = {"kind": "toy", "config": {"text": f"text: {text}", "plain": True}}
         plan = toys.plan(tmp_path, {"made": made, "b": {"config": "${stages.made}"}})
         assert set(run(plan).values()) == {"done"}
+        assert Path(plan.stages["b"].out).read_text() == f"({text} )"
 
 
 def run_in_process(folder: Path, stages: dict[str, Any]) -> None:
