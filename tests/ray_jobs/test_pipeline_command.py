@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import yaml
 
@@ -291,3 +292,24 @@ def test_evaluations_of_one_engine_run_together(
     before = page.stat().st_mtime_ns
     assert poise(monkeypatch, "pipeline", config) == 0
     assert page.stat().st_mtime_ns == before
+
+
+def test_a_storage_may_be_an_address(
+    folder: Path,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stages = {"soup": {"kind": "merge", "config": soup("m0", "m1")}}
+    config = write(folder / "line.yaml", {"storage": f"{bucket}/runs", "stages": stages})
+    assert poise(monkeypatch, "pipeline", config) == 0
+    assert poise(monkeypatch, "pipeline", config) == 0
+    assert " stands " in capsys.readouterr().out
+    assert poise(monkeypatch, "merge", write(folder / "soup.yaml", soup("m0", "m1")), "soup") == 0
+    record = fsspec.filesystem("s3", skip_instance_cache=True).cat(f"{bucket}/runs/soup/poise.json")
+    assert json.loads(record)["weights"] == read_record(folder / "soup")["weights"]
+    capsys.readouterr()
+    assert poise(monkeypatch, "status", f"{bucket}/runs", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pipelines"][0]["stages"]["soup"]["state"] == "stands"
+    assert [each["state"] for each in found["items"] if each["name"] == "soup"] == ["stands"]
