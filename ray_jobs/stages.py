@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import Field
@@ -12,6 +13,7 @@ from pipelines.config import Config
 from pipelines.evaluate import EvaluateConfig, evaluate_planned, plan_evaluation
 from pipelines.evaluate.places import open_place
 from pipelines.evaluate.store import RESULT_FILE, Store
+from pipelines.fingerprint import fingerprint_directory
 from pipelines.merge import MergeConfig, merge_planned, plan_merge, record_of
 from pipelines.merge.config import read_merge
 from pipelines.merge.run import is_finished
@@ -151,7 +153,16 @@ class WorldConfig(Config):
 
 def _world(jobs: Sequence[Job]) -> None:
     [job] = jobs
-    build_world(job.out, job.config.seed, job.config.size)
+    build_world(job.out, job.config.seed, job.config.size, force=job.force)
+
+
+def _is_world(config: WorldConfig, out: str) -> bool:
+    """Whether `out` has the bytes of a new world of the seed, which takes seconds."""
+    if not Path(out).is_dir():
+        return False
+    with TemporaryDirectory() as folder:
+        new = build_world(Path(folder) / "world", config.seed, config.size)
+        return fingerprint_directory(new) == fingerprint_directory(out)
 
 
 def _command(jobs: Sequence[Job]) -> None:
@@ -220,6 +231,6 @@ KINDS: dict[str, Kind] = {
         need=lambda config, cluster: {"CPU": config.cpus},
         makes_output=lambda config: config.makes_output,
     ),
-    "world": Kind(config=WorldConfig, run=_world, need=_here),
+    "world": Kind(config=WorldConfig, run=_world, stands=_is_world, need=_here),
     "results": Kind(config=ResultsConfig, run=_results, need=_here, always_replaces=True),
 }

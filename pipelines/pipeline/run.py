@@ -10,18 +10,17 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import yaml
 
 from pipelines.errors import InputError
 from pipelines.pipeline.fingerprints import key_of
 from pipelines.pipeline.plan import PipelinePlan, Stage
-from pipelines.pipeline.state import StageRecord, State
+from pipelines.pipeline.state import StageRecord, StageState, State
 from pipelines.progress import Progress, heard_by
 from pipelines.storage import is_address
 
@@ -113,6 +112,7 @@ class _Run:
         self._taken: dict[tuple[str, ...], Resources] = {}  # by the stages of a call
         self._ends: queue.SimpleQueue[tuple[list[Stage], float, Exception | None]]
         self._ends = queue.SimpleQueue()
+        self._keys: dict[str, str] = {}
         self._open: set[str] = set()  # stages that do not stand
         self._alone: set[str] = set()  # of a call that failed
         self._has_ray = False
@@ -164,7 +164,7 @@ class _Run:
 
     def _calls(self, ready: Sequence[Stage]) -> list[list[Stage]]:
         """Stages that run in one call, in the plan's order."""
-        calls: dict[object, list[Stage]] = {}
+        calls: dict[Hashable, list[Stage]] = {}
         for stage in ready:
             group = None if stage.name in self._alone else stage.kind.group(stage.config)
             key = stage.name if group is None else (stage.settings.kind, group)
@@ -189,8 +189,11 @@ class _Run:
         names = tuple(stage.name for stage in call)
         self._taken[names] = need
         for stage in call:
-            own = stage.kind.stands is None
-            key = key_of(stage.settings.kind, stage.job()) if own else ""
+            if stage.kind.stands is None:
+                self._keys[stage.name] = key_of(stage.settings.kind, stage.job())
+            # Of an output that is replaced, the old one must not count as finished after a kill.
+            is_new = is_address(stage.out) or not Path(stage.out).exists()
+            key = self._keys.get(stage.name, "") if is_new else ""
             text = yaml.safe_dump(stage.values, sort_keys=False)
             self._state.place.write(f"{CONFIGS}/{stage.name}.yaml", text)
             self._state.set(stage.name, self._record(stage, "running", key=key))
@@ -209,7 +212,8 @@ class _Run:
 
     def _work(self, call: list[Stage], names: tuple[str, ...]) -> None:
         """Run a call, in its thread."""
-        start, error = time.time(), None
+        start = time.time()
+        error: Exception | None = None
         try:
             with heard_by(lambda progress, note: self._listener.progress(names, progress, note)):
                 jobs = [stage.job(self._force or stage.kind.always_replaces) for stage in call]
@@ -233,6 +237,7 @@ class _Run:
             elif len(call) > 1:
                 self._alone.add(stage.name)
             else:
+                assert error is not None
                 self._fail(stage, error)
 
     def _stands_now(self, stage: Stage) -> bool:
@@ -242,10 +247,12 @@ class _Run:
             return False
 
     def _settle(
-        self, stage: Stage, state: str, *, seconds: float | None = None, reason: str = ""
+        self, stage: Stage, state: StageState, *, seconds: float | None = None, reason: str = ""
     ) -> None:
         before = self._state.stages.get(stage.name)
         key = before.key if before else ""
+        if state == "done":
+            key = self._keys.get(stage.name, "")
         if seconds is None and before:
             seconds = before.seconds
         record = self._record(stage, state, key=key, seconds=seconds, reason=reason)
@@ -262,10 +269,8 @@ class _Run:
             line = f"{type(error).__name__}: {line}"
         self._settle(stage, "failed", reason=line)
 
-    def _record(self, stage: Stage, state: str, **fields: object) -> StageRecord:
-        return replace(
-            StageRecord(stage.settings.kind, stage.out, "waiting"), state=state, **fields
-        )
+    def _record(self, stage: Stage, state: StageState, **fields: Any) -> StageRecord:
+        return StageRecord(stage.settings.kind, stage.out, state, **fields)
 
     def _seconds_left(self) -> float | None:
         """By the seconds that stages are expected to take, and this machine's pace so far; None if

@@ -7,6 +7,7 @@ Oracle: the calls that toys remember, and the texts that they nest.
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ def test_the_pipeline_keeps_fingerprints_where_the_command_keeps_none(
         stages["b" if change == "config" else "a"]["config"]["text"] = "other"
     assert run(toys.plan(tmp_path, stages))["b"] == "done"
     assert toys.calls[-1] == ["b"]
+
+
+def test_an_old_output_is_not_taken_for_the_new_one_after_a_kill(tmp_path: Path) -> None:
+    """The state as a kill leaves it while an output is replaced."""
+    toys = Toys()
+    run(toys.plan(tmp_path, {"b": {"kind": "noted", **reading(text="old")}}))
+    plan = toys.plan(tmp_path, {"b": {"kind": "noted", **reading(text="new")}})
+    toys.breaks = {"b"}
+    assert run(plan) == {"b": "failed"}
+    state = State(plan.storage, plan.name)
+    state.set("b", replace(state.stages["b"], state="running"))
+    toys.breaks = set()
+    assert run(plan) == {"b": "done"}
+    assert text(plan, "b") == "(new )"
 
 
 def test_stages_of_a_group_run_in_one_call(tmp_path: Path) -> None:

@@ -32,11 +32,13 @@ class Toys:
     Attributes:
         calls: the names of each call of `run`.
         most: the greatest need at once.
+        breaks: names of stages that fail, for a reason beside their configs.
     """
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
         self.most = self._now = 0.0
+        self.breaks: set[str] = set()
         self._lock = threading.Lock()
 
     @property
@@ -74,7 +76,7 @@ class Toys:
     def _make(self, job: Job) -> None:
         with Progress(1, "toys") as progress:
             time.sleep(job.config.seconds)
-            if job.config.fails:
+            if job.config.fails or job.name in self.breaks:
                 raise RuntimeError(f"{job.name} broke")
             Path(job.out).parent.mkdir(parents=True, exist_ok=True)
             Path(job.out).write_text(_content(job.config))
