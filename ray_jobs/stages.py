@@ -16,7 +16,7 @@ from pipelines.evaluate.store import RESULT_FILE, Store
 from pipelines.fingerprint import fingerprint_directory
 from pipelines.merge import MergeConfig, merge_planned, plan_merge, record_of
 from pipelines.merge.config import read_merge
-from pipelines.merge.run import is_finished
+from pipelines.merge.run import ExecutorName, is_finished
 from pipelines.pipeline.plan import Job, Kind
 from pipelines.pipeline.run import DRIVER, Resources
 from pipelines.report import Settings
@@ -46,7 +46,7 @@ def _merge(jobs: Sequence[Job]) -> None:
     plan = plan_merge(job.config)
     for notice in plan.notices():
         print(f"  {job.name}: {notice}", file=sys.stderr)
-    executor = "ray" if runs_on_ray(job.config) else "local"
+    executor: ExecutorName = "ray" if runs_on_ray(job.config) else "local"
     merge_planned(plan, job.out, force=job.force, executor=executor)
 
 
