@@ -7,7 +7,6 @@ Oracle: the weights of the same pipeline when nobody disturbs it, on one machine
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -93,12 +92,11 @@ def test_a_killed_pipeline_goes_on(
         assert read_record(runs / name)["weights"] == read_record(plain / name)["weights"]
     left = {path.name for path in runs.iterdir()}
     assert left == {".pipelines", ".poise-cache", "dpo", "soup", "wait"}
-    shutil.rmtree(runs)
 
 
 def write_whole_pipeline(folder: Path) -> Path:
     """align -> merge -> matrix, each on two workers, as a file."""
-    rows = [{"id": str(i), "prompt": "a b " * (i % 5), "cluster": str(i)} for i in range(40)]
+    rows = [{"id": str(i), "prompt": "a b " * (1 + i % 5), "cluster": str(i)} for i in range(40)]
     write_rows(folder / "prompts.jsonl", rows)
     task = {"name": "words", "dimension": "honesty", "prompt": "text"}
     task |= {"grader": {"name": "not_phrase", "phrases": ["yes"]}}
