@@ -7,6 +7,7 @@ with by their own commands, and what stands is found by fingerprints.
 
 import contextvars
 import queue
+import re
 import threading
 import time
 import traceback
@@ -26,6 +27,7 @@ from pipelines.storage import is_address
 
 Resources = dict[str, float]
 DRIVER = "driver"  # this process, in which one call at a time may compute
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in messages of Ray
 LOGS = "logs"  # in the pipeline's place: why stages failed
 CONFIGS = "configs"  # in the pipeline's place: each stage's config as it ran
 
@@ -264,7 +266,7 @@ class _Run:
     def _fail(self, stage: Stage, error: Exception) -> None:
         text = "".join(traceback.format_exception(error))
         self._state.place.write(f"{LOGS}/{stage.name}.log", text)
-        line = (str(error).strip().splitlines() or [""])[0][:300]
+        line = _COLOURS.sub("", (str(error).strip().splitlines() or [""])[0])[:300]
         if not isinstance(error, InputError):
             line = f"{type(error).__name__}: {line}"
         self._settle(stage, "failed", reason=line)
