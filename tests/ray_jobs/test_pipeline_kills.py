@@ -159,4 +159,6 @@ def test_a_node_dies_in_each_stage(tmp_path: Path, project_root: Path) -> None:
     assert read_record(Path(soup))["weights"] == read_record(runs / "soup")["weights"]
     matrix = yaml.safe_load((runs / ".pipelines/whole/configs/matrix.yaml").read_text())
     summary = evaluate(EvaluateConfig(**matrix), tmp_path / "matrix", executor="local")
-    assert json.loads((runs / "matrix" / "evaluation.json").read_text()) == summary
+    assert json.loads((runs / "matrix" / "evaluation.json").read_text()) == json.loads(
+        json.dumps(summary)
+    )

@@ -181,6 +181,25 @@ def test_pipelines_run_or_are_interrupted(tmp_path: Path, bucket: str) -> None:
         assert (ended.stages["a"]["state"], ended.stages["b"]["state"]) == ("done", "interrupted")
 
 
+def test_what_was_written_before_a_kill_is_done(tmp_path: Path) -> None:
+    """Of stages in one call, which end together in the state."""
+    state = State(str(tmp_path), "line")
+    for name in ("a", "b", "c"):
+        state.set(name, StageRecord("align", str(tmp_path / name), "running"))
+    for name, age in (("a", 0), ("b", 3600)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "poise.json").write_text("{}")
+        then = time.time() - age + 1
+        os.utime(tmp_path / name / "poise.json", (then, then))
+    storage = Storage(str(tmp_path))
+    [found] = pipelines_of(storage, storage.files())
+    assert [each["state"] for each in found.stages.values()] == [
+        "done",
+        "interrupted",
+        "interrupted",
+    ]
+
+
 def test_bad_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
