@@ -1,6 +1,7 @@
 """The kinds of stages of `poise pipeline`: each is one line in `KINDS`."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 from pydantic import Field
 
 from pipelines.config import Config
+from pipelines.engines import EngineConfig
 from pipelines.evaluate import EvaluateConfig, evaluate_planned, plan_evaluation
 from pipelines.evaluate.places import open_place
 from pipelines.evaluate.store import RESULT_FILE, Store
+from pipelines.expo import ExpoConfig, expo, finished, plan_expo
+from pipelines.expo.run import EXPO_FILE
 from pipelines.fingerprint import fingerprint_directory
 from pipelines.merge import MergeConfig, merge_planned, plan_merge, record_of
 from pipelines.merge.config import read_merge
@@ -20,10 +24,9 @@ from pipelines.merge.run import ExecutorName, is_finished
 from pipelines.pipeline.plan import Job, Kind
 from pipelines.pipeline.run import DRIVER, Resources
 from pipelines.report import Settings
+from pipelines.search import StudyConfig, plan_study, search
+from pipelines.search.results import RESULT_FILE as SWEEP_FILE
 from pipelines.storage import is_address
-from pipelines.sweep import SweepConfig, plan_sweep, sweep_planned
-from pipelines.sweep.run import RESULT_FILE as SWEEP_FILE
-from pipelines.sweep.run import trial_need
 from pipelines.tiny_world import SIZES, build_world
 from pipelines.train import AlignConfig, align_in_turn, check_inputs, is_aligned
 from pipelines.train.workers import resources_of
@@ -110,19 +113,40 @@ def _need_of_evaluation(config: EvaluateConfig, cluster: Resources) -> Resources
 
 def _sweep(jobs: Sequence[Job]) -> None:
     [job] = jobs
-    sweep_planned(plan_sweep(job.config), job.out, force=job.force)
+    executor: ExecutorName = "ray" if _sweeps_on_ray(job.config) else "local"
+    search(plan_study(job.config), job.out, force=job.force, executor=executor)
 
 
-def _is_swept(config: SweepConfig, out: str) -> bool:
+def _sweeps_on_ray(config: StudyConfig) -> bool:
+    """As `poise sweep`: trainings, several candidates at once, and on a cluster."""
+    is_alone = config.align is None and config.max_concurrent_trials == 1
+    return not is_alone or bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _is_swept(config: StudyConfig, out: str) -> bool:
     path = Path(out) / SWEEP_FILE
     if not path.is_file():
         return False
-    return bool(json.loads(path.read_text())["fingerprint"] == plan_sweep(config).fingerprint)
+    return bool(json.loads(path.read_text())["fingerprint"] == plan_study(config).key)
 
 
-def _need_of_sweep(config: SweepConfig, cluster: Resources) -> Resources:
-    need = trial_need(config, cluster)
-    return {kind: amount * config.max_concurrent_trials for kind, amount in need.items()}
+def _need_of_sweep(config: StudyConfig, cluster: Resources) -> Resources:
+    if not _sweeps_on_ray(config):
+        return _here(config, cluster)
+    if config.align is not None or config.max_concurrent_trials == "auto":
+        return dict(cluster)
+    engine = EngineConfig(**config.evaluation.get("engine", {}))
+    bundle = engine.need(cluster).bundle
+    return {kind: amount * config.max_concurrent_trials for kind, amount in bundle.items()}
+
+
+def _expo(jobs: Sequence[Job]) -> None:
+    [job] = jobs
+    expo(plan_expo(job.config), job.out, force=job.force)
+
+
+def _is_chosen(config: ExpoConfig, out: str) -> bool:
+    return (Path(out) / EXPO_FILE).is_file() and finished(plan_expo(config), Path(out)) is not None
 
 
 class ReportConfig(Config):
@@ -217,13 +241,14 @@ KINDS: dict[str, Kind] = {
         on_ray=_on_ray,
     ),
     "sweep": Kind(
-        config=SweepConfig,
+        config=StudyConfig,
         run=_sweep,
         stands=_is_swept,
         need=_need_of_sweep,
-        nested=("merge",),
-        on_ray=_on_ray,
+        nested=("merge", "align"),
+        on_ray=_sweeps_on_ray,
     ),
+    "expo": Kind(config=ExpoConfig, run=_expo, stands=_is_chosen, need=_here, nested=("merge",)),
     "report": Kind(config=ReportConfig, run=_report, need=_here, always_replaces=True),
     "command": Kind(
         config=CommandConfig,

@@ -14,8 +14,9 @@ from pipelines.merge.journal import JOURNAL_FILE
 from pipelines.merge.journal import PLAN_FILE as MERGE_PLAN
 from pipelines.merge.remote import MARKER_FILE
 from pipelines.pipeline.state import FOLDER as PIPELINES
+from pipelines.search.journal import JOURNAL_FILE as STUDY_FILE
+from pipelines.search.results import RESULT_FILE as SWEEP_FILE
 from pipelines.status.listing import File, Storage
-from pipelines.sweep.run import RESULT_FILE as SWEEP_FILE
 from pipelines.train.errors import FAILURE_FILE
 from pipelines.train.files import METRICS_FILE
 from pipelines.train.run import CACHE_FOLDER
@@ -65,7 +66,7 @@ def items_of(storage: Storage, files: Mapping[str, File]) -> list[Item]:
 
 def _roots(files: Mapping[str, File]) -> set[str]:
     """The topmost folders that are a result, an unfinished run or a cache."""
-    marks = {RECORD_FILE, EVALUATION_FILE, STORE_FILE, SWEEP_FILE, MARKER_FILE}
+    marks = {RECORD_FILE, EVALUATION_FILE, STORE_FILE, SWEEP_FILE, STUDY_FILE, MARKER_FILE}
     found = set()
     for name in files:
         parts = name.split("/")
@@ -123,6 +124,9 @@ def _described(storage: Storage, root: str, inside: set[str]) -> tuple[str, Item
     for mark, described in _FINISHED.items():
         if mark in inside:
             return described(storage, f"{root}/{mark}")
+    if STUDY_FILE in inside:
+        events = storage.read(f"{root}/{STUDY_FILE}").count(b"\n")
+        return "sweep", "unfinished", f"{events} events in its journal"
     if MARKER_FILE in inside:
         shards = len(_json(storage, f"{root}/{MARKER_FILE}").get("shards", ()))
         return "merge", "unfinished", f"{shards} shards are there"
@@ -141,9 +145,6 @@ def _partial(storage: Storage, root: str, inside: set[str]) -> tuple[str, ItemSt
     if {JOURNAL_FILE, MERGE_PLAN} & inside:
         items = storage.read(f"{root}/{JOURNAL_FILE}").count(b"\n")
         return "merge", "unfinished", f"{items} parts are written"
-    if any(name.startswith(("tune/", "trials/")) for name in inside):
-        trials = sum(name.startswith("trials/") and name.endswith(".json") for name in inside)
-        return "sweep", "unfinished", f"{trials} trials"
     return "result", "unfinished", ""
 
 

@@ -168,7 +168,7 @@ def test_a_named_merge_with_an_output_comes_before_who_reads_it(
 
 
 BAD = [
-    ({"kind": "merg"}, "stages.a.kind: found 'merg'; allowed: align, merge, evaluate, sweep, rep"),
+    ({"kind": "merg"}, "stages.a.kind: found 'merg'; allowed: align, merge, evaluate, sweep, exp"),
     ({"kind": "align", "config": {"model": "m0"}}, "stages.a: data: required, not given"),
     (
         {"kind": "merge", "config": soup("m0", "none/at/all")},

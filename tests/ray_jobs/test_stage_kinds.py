@@ -14,11 +14,13 @@ from ray_jobs.stages import KINDS
 CPUS = {"CPU": 8.0}
 ALIGN = {"model": "m", "data": "d", "num_steps": 1, "optimizer": {"learning_rate": 1e-3}}
 MATRIX = {"models": {"a": "m"}, "tasks": "tasks.yaml"}
+STUDY = {"space": {"seed": [0, 1]}, "sampler": {"name": "grid"}, "evaluation": {"tasks": "t.yaml"}}
 SOUP = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]}
 
 
 def config(kind: str, **fields: Any) -> Any:
     values = {"align": ALIGN, "evaluate": MATRIX, "merge": SOUP, "command": {"argv": ["true"]}}
+    values |= {"sweep": STUDY}
     return check(values[kind] | fields, KINDS[kind].config, kind)
 
 
@@ -27,6 +29,10 @@ NEEDS: list[tuple[str, dict[str, Any], dict[str, float]]] = [
     ("evaluate", {"num_workers": 3}, {"CPU": 2.7}),
     ("merge", {"num_workers": 2, "executor": "ray"}, {"CPU": 1.8}),
     ("merge", {"num_workers": 2, "executor": "local"}, {DRIVER: 1.0, "CPU": 2.0}),
+    ("sweep", {"merge": "m.yaml"}, {DRIVER: 1.0}),
+    ("sweep", {"merge": "m.yaml", "max_concurrent_trials": 3}, {"CPU": 2.7}),
+    ("sweep", {"merge": "m.yaml", "max_concurrent_trials": "auto"}, CPUS),
+    ("sweep", {"align": "a.yaml"}, CPUS),
     ("command", {"cpus": 0.5}, {"CPU": 0.5}),
 ]
 
@@ -45,6 +51,8 @@ def test_ray_starts_for_what_runs_on_it() -> None:
     assert KINDS["align"].on_ray(config("align"))
     assert KINDS["merge"].on_ray(config("merge", executor="ray"))
     assert not KINDS["merge"].on_ray(config("merge", executor="local"))
+    assert KINDS["sweep"].on_ray(config("sweep", align="a.yaml"))
+    assert not KINDS["sweep"].on_ray(config("sweep", merge="m.yaml"))
     assert not KINDS["command"].on_ray(config("command"))
 
 

@@ -42,6 +42,7 @@ FILES = {
     "test/samples/t/key/00000.parquet": "s",
     "matrix/store.json": {},
     "alpha/sweep.json": {"trials": [{}, {}]},
+    "beta/journal.jsonl": "{}\n{}\n",
     "notes.txt": "n" * 10,
     ".weights.partial": "half a file",
 }
@@ -55,6 +56,7 @@ STATES = {
     "test": ("evaluation", "failed", "a on u: out of memory"),
     "matrix": ("evaluation", "unfinished", "its numbers are not written"),
     "alpha": ("sweep", "stands", "2 trials"),
+    "beta": ("sweep", "unfinished", "2 events in its journal"),
     ".weights.partial": ("result", "unfinished", ""),
     "other files": ("", "other", ""),
 }
