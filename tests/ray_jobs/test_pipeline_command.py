@@ -211,6 +211,44 @@ def test_a_storage_that_takes_nothing(
     assert "poise: " in capsys.readouterr().err
 
 
+def write_tasks(folder: Path) -> None:
+    """A `tasks.yaml` of one task with two prompts."""
+    rows = [{"id": str(i), "prompt": "a b", "cluster": str(i)} for i in range(2)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grader = {"name": "not_phrase", "phrases": ["yes"]}
+    task = {"name": "words", "dimension": "honesty", "prompt": "text", "grader": grader}
+    files = {"development": "rows.jsonl", "test": "rows.jsonl"}
+    write(folder / "tasks.yaml", [task | {"files": files}])
+
+
+def test_a_sweep_makes_the_config_of_a_merge(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process; a second run finds both."""
+    write_tasks(folder)
+    write(folder / "soup.yaml", soup("m0", "m1"))
+    study = {
+        "merge": "soup.yaml",
+        "space": {"models.0.parameters.weight": [0.25, 0.75]},
+        "sampler": {"name": "grid"},
+        "objectives": [{"metric": "words"}],
+        "baselines": False,
+        "evaluation": {"tasks": "tasks.yaml", "max_new_tokens": 2},
+    }
+    stages = {
+        "best": {"kind": "merge", "config": "${stages.search}/merge.yaml"},
+        "search": {"kind": "sweep", "config": study},
+    }
+    config = write(folder / "line.yaml", {"storage": "runs", "stages": stages})
+    assert poise(monkeypatch, "pipeline", config) == 0, capsys.readouterr().err
+    runs = folder / "runs"
+    best = read_record(runs / "best")
+    assert best["weights"] == read_record(runs / "search" / "best")["weights"]
+    capsys.readouterr()
+    assert poise(monkeypatch, "pipeline", config) == 0
+    assert capsys.readouterr().out.count(" stands ") == 2
+
+
 def wait_for_metrics(*lines: str) -> None:
     """Wait until a node offers these lines to Prometheus, which it does every few seconds."""
     import ray
@@ -264,12 +302,7 @@ def test_no_secret_of_the_environment_is_written(
 def test_evaluations_of_one_engine_run_together(
     ray_cluster: None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"id": str(i), "prompt": "a b", "cluster": str(i)} for i in range(2)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    grader = {"name": "not_phrase", "phrases": ["yes"]}
-    task = {"name": "words", "dimension": "honesty", "prompt": "text", "grader": grader}
-    files = {"development": "rows.jsonl", "test": "rows.jsonl"}
-    write(folder / "tasks.yaml", [task | {"files": files}])
+    write_tasks(folder)
     matrix = {"models": {"soup": "${stages.soup}"}, "tasks": "tasks.yaml", "max_new_tokens": 2}
     stages = {"soup": {"kind": "merge", "config": soup("m0", "m1")}}
     for split in ("development", "test"):
