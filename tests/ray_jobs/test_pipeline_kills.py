@@ -1,12 +1,9 @@
-"""A pipeline that is killed while it trains and while a command of the user's own runs; and one
-that loses a node in each of its stages.
+"""A pipeline that is killed while it trains and while a command of the user's own runs.
 
 Oracle: the weights of the same pipeline when nobody disturbs it, on one machine.
 """
 
-import json
 import os
-import random
 import signal
 import sys
 import time
@@ -15,14 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.config import load_config
-from pipelines.evaluate import EvaluateConfig, evaluate
-from pipelines.merge import MergeConfig, merge
 from pipelines.provenance import read_record
-from pipelines.train import AlignConfig
-from ray_jobs.session import worker_environment
-from tests.pipelines.train.processes import run_workers
-from tests.pipelines.train.training_files import write_rows
 from tests.ray_jobs.alignments import Started, write_run
 from tests.ray_jobs.command_line import poise
 
@@ -92,73 +82,3 @@ def test_a_killed_pipeline_goes_on(
         assert read_record(runs / name)["weights"] == read_record(plain / name)["weights"]
     left = {path.name for path in runs.iterdir()}
     assert left == {".pipelines", ".poise-cache", "dpo", "soup", "wait"}
-
-
-def write_whole_pipeline(folder: Path) -> Path:
-    """align -> merge -> matrix, each on two workers, as a file."""
-    rows = [{"id": str(i), "prompt": "a b " * (1 + i % 5), "cluster": str(i)} for i in range(40)]
-    write_rows(folder / "prompts.jsonl", rows)
-    task = {"name": "words", "dimension": "honesty", "prompt": "text"}
-    task |= {"grader": {"name": "not_phrase", "phrases": ["yes"]}}
-    task |= {"files": {"development": "prompts.jsonl", "test": "prompts.jsonl"}}
-    tasks = folder / "tasks.yaml"
-    tasks.write_text(yaml.safe_dump([task]))
-    soup = {
-        "merge_method": "linear",
-        "models": [{"model": "${stages.dpo}"}, {"model": str(folder / "model")}],
-        "executor": "ray",
-    }
-    matrix = {"models": {"dpo": "${stages.dpo}", "soup": "${stages.soup}"}, "tasks": str(tasks)}
-    stages = {
-        "dpo": {"kind": "align", "config": str(folder / "config.yaml")},
-        "soup": {"kind": "merge", "config": soup},
-        "matrix": {"kind": "evaluate", "config": matrix | {"max_new_tokens": 8}},
-    }
-    path = folder / "whole.yaml"
-    path.write_text(yaml.safe_dump({"storage": str(folder / "whole"), "stages": stages}))
-    return path
-
-
-def test_a_node_dies_in_each_stage(tmp_path: Path, project_root: Path) -> None:
-    """One of two, drawn by a seed; another one comes. The pipeline goes on by itself, and its
-    weights and values are those of plain processes and threads on one machine.
-    """
-    from ray.cluster_utils import Cluster
-
-    write_run(tmp_path, num_steps=200, checkpoint_every=10)
-    config, draw = write_whole_pipeline(tmp_path), random.Random(0)
-    runs = tmp_path / "whole"
-    begins = {
-        "dpo": (runs / ".dpo.partial" / "metrics.jsonl", draw.randint(15, 60)),
-        "soup": (runs / ".soup.partial" / ".plan.json", 0),
-        "matrix": (runs / "matrix" / "store.json", 0),
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (worker_environment() | {"OMP_NUM_THREADS": "1"}).items():
-            patch.setenv(name, value)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        try:
-            nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-            command = [sys.executable, "-m", "ray_jobs.cli", "pipeline", str(config)]
-            run = Started(command, project_root, RAY_ADDRESS=cluster.address)
-            for name, (file, lines) in begins.items():
-                wait_for(file, run, lines)
-                assert not (runs / name / "poise.json").exists()
-                assert not (runs / name / "evaluation.json").exists()
-                cluster.remove_node(nodes.pop(draw.randrange(2)), allow_graceful=False)
-                nodes.append(cluster.add_node(num_cpus=1))
-            run.end()
-        finally:
-            cluster.shutdown()
-    assert run.process.returncode == 0, run.said
-    trained = run_workers(load_config(tmp_path / "config.yaml", AlignConfig), tmp_path / "plain")
-    weights = (trained / "model" / "model.safetensors").read_bytes()
-    assert (runs / "dpo" / "model.safetensors").read_bytes() == weights
-    merged = yaml.safe_load((runs / ".pipelines/whole/configs/soup.yaml").read_text())
-    soup = merge(MergeConfig(**merged), tmp_path / "soup")
-    assert read_record(Path(soup))["weights"] == read_record(runs / "soup")["weights"]
-    matrix = yaml.safe_load((runs / ".pipelines/whole/configs/matrix.yaml").read_text())
-    summary = evaluate(EvaluateConfig(**matrix), tmp_path / "matrix", executor="local")
-    assert json.loads((runs / "matrix" / "evaluation.json").read_text()) == json.loads(
-        json.dumps(summary)
-    )
