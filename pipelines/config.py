@@ -152,6 +152,18 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
     return result
 
 
+def apply_values(values: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """As `apply_overrides`, for values by `key.sub` that have been read.
+
+    Raises:
+        InputError: a key whose path does not lead into a mapping or list.
+    """
+    result = copy.deepcopy(values)
+    for key, value in fields.items():
+        _set(result, key.split("."), value, key)
+    return result
+
+
 def _set(target: Any, keys: list[str], value: Any, override: str) -> None:
     """Put `value` at the path `keys` inside nested dictionaries and lists."""
     for depth, key in enumerate(keys):

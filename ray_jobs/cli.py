@@ -489,6 +489,45 @@ def report(
     run_report(runs, out, force=force, settings=settings)
 
 
+@app.command(epilog="Example: `poise pipeline configs/demo/pipeline.yaml --plan`")
+def pipeline(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="only show the stages and which of them stand")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="replace results of another config or of other inputs"),
+    ] = False,
+) -> None:
+    """Run stages (align, merge, evaluate, ...) that need each other, from one file."""
+    from ray_jobs.pipeline import run_pipeline_file
+
+    if not run_pipeline_file(config, overrides or [], only_plan=plan, force=force):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `poise status runs/demo` or `poise status runs --prune`")
+def status(
+    storage: Annotated[
+        str, typer.Argument(metavar="STORAGE", help="a folder of results, or its address")
+    ],
+    prune: Annotated[
+        bool, typer.Option("--prune", help="show which unfinished runs are old; --yes removes")
+    ] = False,
+    days: Annotated[float, typer.Option(help="with --prune: not changed for so long", min=0)] = 7,
+    yes: Annotated[bool, typer.Option("--yes", help="with --prune: remove them")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What runs, what stands, what failed and why, and what it takes on the disk."""
+    from ray_jobs.status import run_status
+
+    if yes and not prune:
+        raise InputError("--yes: has no effect without --prune")
+    run_status(storage, prune=prune, days=days, yes=yes, as_json=as_json)
+
+
 @app.command(epilog="Example: `poise serve runs/demo/models/linear --port 8000`")
 def serve(
     paths: Annotated[

@@ -32,7 +32,7 @@ TABLES = {
 }
 # Entries of that name in two tables, defaults, and what reads methods from the other tables.
 ELSEWHERE = {
-    "ray_jobs/demo.py": {"merge method", "objective"},  # the demo's own story
+    "ray_jobs/demo_results.py": {"merge method", "objective"},  # the demo's own story
     "pipelines/real_model/data.py": {"grader of tasks"},  # of the real model's tasks
     "pipelines/real_model/pairs.py": {"grader of tasks"},
     "operators/merging/table.py": {"sparsifier", "consensus"},

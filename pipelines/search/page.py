@@ -153,8 +153,10 @@ def _front(result: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Fi
     on_front = [trial for trial in trials if trial["number"] in result["front"]]
     for (x, y), axes in zip(pairs, places, strict=False):
         axes.plot(*_columns(trials, x, y), "o", color=FAINT, markersize=3)
+        across, up = _columns(on_front, x, y)
         axes.errorbar(
-            *_columns(on_front, x, y),
+            across,
+            up,
             xerr=[trial["stderr"][x] or 0.0 for trial in on_front],
             yerr=[trial["stderr"][y] or 0.0 for trial in on_front],
             fmt="o",

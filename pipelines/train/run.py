@@ -146,7 +146,7 @@ def align_in_turn(
     outs, jobs = [Path(out).absolute() for _, out in runs], []
     with ExitStack() as stack:
         for (config, _), out in zip(runs, outs, strict=True):
-            cache = (config.cache or out.parent / CACHE_FOLDER).absolute()
+            cache = _cache_of(config, out)
             is_new = not out.exists()
             if is_new:
                 check_cluster(config)  # early, before all data are read
@@ -167,6 +167,23 @@ def align_in_turn(
         if jobs:
             run_workers(runs[0][0], jobs)
     return outs
+
+
+def is_aligned(config: AlignConfig, out: str | Path) -> bool:
+    """Whether `out` is the finished result of a config and its inputs, which are read.
+
+    Raises:
+        InputError: as `align`.
+    """
+    out = Path(out).absolute()
+    if read_record(out) is None:
+        return False
+    return _finished(out, plan_alignment(with_folders(config), _cache_of(config, out)))
+
+
+def _cache_of(config: AlignConfig, out: Path) -> Path:
+    """The folder for tokens of a run."""
+    return (config.cache or out.parent / CACHE_FOLDER).absolute()
 
 
 def check_same_workers(configs: Sequence[OnWorkers]) -> None:
