@@ -46,7 +46,7 @@ class ServedConfig(Config):
     head: str | int | None = Field(
         None, description="of a reward model with several labels: the one that is the reward"
     )
-    replicas: int | Replicas = Field(
+    replicas: Annotated[int, Field(ge=1)] | Replicas = Field(
         1, description="engines; `{min, max}` lets their number follow the load"
     )
     cpus: int = Field(1, ge=1, description="cores of each engine, where it runs on a CPU")
@@ -57,15 +57,6 @@ class ServedConfig(Config):
         True, description="models of the same shapes share engines, which change their weights"
     )
 
-    @field_validator("replicas")
-    @classmethod
-    def _bounds(cls, found: int | Replicas) -> Replicas:
-        if isinstance(found, int):
-            if found < 1:
-                raise ValueError("Input should be 1 or more, or {min, max}")
-            return Replicas(min=found, max=found)
-        return found
-
     @model_validator(mode="after")
     def _has_effect(self) -> "ServedConfig":
         if self.head is not None and self.kind != "reward":
@@ -75,8 +66,9 @@ class ServedConfig(Config):
     @property
     def bounds(self) -> Replicas:
         """The fewest and the most engines."""
-        assert isinstance(self.replicas, Replicas)
-        return self.replicas
+        if isinstance(self.replicas, Replicas):
+            return self.replicas
+        return Replicas(min=self.replicas, max=self.replicas)
 
 
 class Limits(Config):
