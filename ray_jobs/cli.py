@@ -386,18 +386,23 @@ def report(
     run_report(runs, out, force=force, settings=settings)
 
 
-@app.command(epilog="Example: `poise serve runs/demo/models/linear --port 8000`")
+@app.command(epilog="Example: `poise serve serve.yaml`, `poise serve runs/demo/models/linear`")
 def serve(
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="MODEL...", help="checkpoints, or names on the hub")
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG|MODEL... [KEY=VALUE]...",
+            help="a YAML file; or checkpoints, also on the hub; then fields of the config",
+        ),
     ],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
 ) -> None:
-    """Serve checkpoints through an OpenAI-compatible API with Ray Serve and vLLM."""
+    """Serve answers and rewards over HTTP (OpenAI's API), each signed by its weights."""
     from ray_jobs.serve import run_serve
 
-    run_serve(paths, host=host, port=port)
+    paths = [Path(word) for word in words if "=" not in word]
+    run_serve(paths, [word for word in words if "=" in word], host=host, port=port)
 
 
 @app.command(epilog="Example: `echo 'reverse a b c' | poise chat runs/demo/models/linear`")

@@ -1,116 +1,109 @@
-"""The Ray Serve application: an OpenAI-compatible ingress and one vLLM engine per model."""
+"""The Ray Serve applications of a server: the gateway, and one of engines for each group of models.
 
-import os
+They are applications of their own, so that a group can be added or taken away while the others run.
+"""
+
 from typing import TYPE_CHECKING, Any
 
-from pipelines.engines.vllm_requests import vllm_device
-from pipelines.errors import InputError
-from pipelines.serve.models import ServedModel
+from pipelines.serve.calls import application
+from pipelines.serve.config import Limits
+from pipelines.serve.gateway import Gateway
+from pipelines.serve.groups import Group
+from pipelines.serve.plan import GATEWAY_CPUS, ServerPlan, cpus_of
+from pipelines.serve.replica import GATEWAY, EngineReplica
 
 if TYPE_CHECKING:
     from ray.serve import Application
-    from ray.serve.llm import LLMConfig
 
-# CPUs of a replica, which only forwards requests. The engine has its own CPU.
-_REPLICA_CPUS = 0.1
-# An engine does not answer health checks while it works on a long batch.
-_HEALTH_CHECK = {"health_check_period_s": 30, "health_check_timeout_s": 300}
-_KV_CACHE_GIB = "1"
+# A gateway holds as many requests as it has let in, and connections beside them.
+_CONNECTIONS = 100_000
+_HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 120}
+_TARGET_SHARE = 0.5  # of the requests that an engine works on at once, at which others are added
 
 
-def engine_device() -> str:
-    """The device of the installed vLLM build: "gpu" or "cpu".
-
-    Raises:
-        InputError: vLLM is not installed.
-    """
-    return "cpu" if vllm_device("serve: vLLM") == "cpu" else "gpu"
-
-
-def check_servable(models: list[ServedModel], device: str) -> None:
-    """Refuse models that the engine would load but could not run.
-
-    Raises:
-        InputError: a head size that vLLM's CPU attention does not support.
-    """
-    if device != "cpu":
-        return
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    allowed = CPUAttentionBackend.get_supported_head_sizes()
-    for model in models:
-        if model.head_size is not None and model.head_size not in allowed:
-            raise InputError(
-                f"model {model.path}: config.json: attention heads of {model.head_size}; "
-                f"vLLM on the CPU serves {', '.join(map(str, allowed))}"
-            )
-
-
-def needed_resources(models: list[ServedModel], device: str) -> dict[str, float]:
-    """The Ray resources that `build_app` needs, including one CPU for Serve's own actors."""
-    needed = {"CPU": len(models) * (1 + _REPLICA_CPUS) + _REPLICA_CPUS + 1}
-    return needed | ({"GPU": len(models)} if device == "gpu" else {})
-
-
-def build_app(models: list[ServedModel], device: str, environment: dict[str, str]) -> "Application":
-    """The application: GET /v1/models, POST /v1/chat/completions and /v1/completions.
+def build_gateway(
+    plan: ServerPlan, keys: dict[str, bytes], environment: dict[str, str]
+) -> "Application":
+    """The application that listens.
 
     Args:
-        models: from `find_models`; each is served under its name.
-        device: from `engine_device`.
-        environment: environment variables of the engines' processes.
+        keys: digests of keys that stand in no file.
+        environment: variables of its process.
     """
-    from ray.serve.llm import build_openai_app
+    from ray import serve
 
-    return build_openai_app(
-        {
-            "llm_configs": [_llm_config(model, device, environment) for model in models],
-            "ingress_deployment_config": {
-                "num_replicas": 1,
-                "autoscaling_config": None,
-                "ray_actor_options": {"num_cpus": _REPLICA_CPUS},
-            },
-        }
+    deployment = serve.deployment(Gateway).options(
+        name="gateway",
+        num_replicas=1,
+        max_ongoing_requests=_CONNECTIONS,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": GATEWAY_CPUS, "runtime_env": {"env_vars": environment}},
+        **_HEALTH,
     )
+    return deployment.bind(plan.config, plan.groups, plan.configured, keys)
 
 
-def _llm_config(model: ServedModel, device: str, environment: dict[str, str]) -> "LLMConfig":
-    """The `ray.serve.llm` config of one model."""
-    from ray.serve.llm import LLMConfig
+def build_engines(
+    group: Group, limits: Limits, locks: str, environment: dict[str, str]
+) -> "Application":
+    """The application of one group's engines.
 
-    bundle = {"CPU": 1, "GPU": 1} if device == "gpu" else {"CPU": 1}
-    return LLMConfig.model_validate(
-        {
-            "model_loading_config": {"model_id": model.name, "model_source": str(model.path)},
-            "accelerator_config": {"kind": device},
-            "placement_group_config": {"bundles": [bundle]},
-            "deployment_config": {
-                **_HEALTH_CHECK,
-                "num_replicas": 1,
-                "max_constructor_retry_count": 1,  # a failed load would only fail again
-                "ray_actor_options": {"num_cpus": _REPLICA_CPUS},
-            },
-            "engine_kwargs": _engine_arguments(model, device),
-            "runtime_env": {"env_vars": _engine_environment(device) | environment},
-            "callback_config": {"callback_class": "pipelines.serve.local_files.LocalFiles"},
-            "log_engine_metrics": False,
-        }
-    )
-
-
-def _engine_arguments(model: ServedModel, device: str) -> dict[str, Any]:
-    """vLLM's engine arguments: safetensors only; on the CPU the checkpoint's own dtype.
-
-    So a float32 checkpoint gives the same greedy answers as in `poise evaluate`. On a GPU vLLM
-    chooses the dtype, because its fast attention has no float32.
+    Args:
+        locks: the folder in which engines share out a machine's cores.
+        environment: variables of their processes.
     """
-    common = {"load_format": "safetensors", "max_model_len": -1}  # -1: as much as the cache holds
-    if device == "gpu":
-        return common
-    return common | {"dtype": model.dtype, "enforce_eager": True}
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
+    need = group.engine.need()
+    actor: dict[str, Any] = {"num_cpus": cpus_of(group), "num_gpus": need.num_gpus}
+    router = RequestRouterConfig(
+        request_router_class="pipelines.serve.router.ByWeights",
+        request_routing_stats_period_s=0.3,
+    )
+    deployment = serve.deployment(EngineReplica).options(
+        name="engine",
+        max_ongoing_requests=limits.max_running,
+        max_constructor_retry_count=2,  # a failed load would only fail again
+        graceful_shutdown_timeout_s=max(limits.grace_s, 1),
+        graceful_shutdown_wait_loop_s=0.5,
+        request_router_config=router,
+        ray_actor_options={**actor, "runtime_env": {"env_vars": environment}},
+        **_HEALTH,
+        **_size(group, limits),
+    )
+    return deployment.bind(group, limits, locks)
 
 
-def _engine_environment(device: str) -> dict[str, str]:
-    """vLLM's environment variables: the user's values, or defaults."""
-    names = {"VLLM_CPU_KVCACHE_SPACE": _KV_CACHE_GIB} if device == "cpu" else {}
-    return {name: os.environ.get(name, value) for name, value in names.items()}
+def _size(group: Group, limits: Limits) -> dict[str, Any]:
+    """How many engines, or between which bounds."""
+    if group.replicas.min == group.replicas.max:
+        return {"num_replicas": group.replicas.min}
+    return {
+        "autoscaling_config": {
+            "min_replicas": group.replicas.min,
+            "initial_replicas": group.replicas.min,
+            "max_replicas": group.replicas.max,
+            "target_ongoing_requests": max(1, limits.max_running * _TARGET_SHARE),
+            "upscale_delay_s": 5,
+            "downscale_delay_s": 120,
+        }
+    }
+
+
+def targets(
+    plan: ServerPlan, keys: dict[str, bytes], locks: str, environment: dict[str, str]
+) -> list[Any]:
+    """All applications, as `serve.run_many` takes them."""
+    from ray.serve import RunTarget
+
+    engines = [
+        RunTarget(
+            build_engines(group, plan.config.limits, locks, environment),
+            name=application(group.key),
+            route_prefix=None,
+        )
+        for group in plan.groups
+    ]
+    gateway = build_gateway(plan, keys, environment)
+    return [*engines, RunTarget(gateway, name=GATEWAY, route_prefix="/")]

@@ -1,0 +1,404 @@
+"""The gateway: what clients speak to. It checks a request, resolves its name to weights, passes it
+to a replica with these weights, and shapes and signs the answer.
+
+There is one gateway in a server. It owns the table of names (`names.py`) and knows the replicas by
+their reports (`fleet.py`). A request is pinned to the weights that its name means when it comes.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager, aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from pipelines.serve import answers
+from pipelines.serve.admission import Admission
+from pipelines.serve.calls import Pool, plain_error
+from pipelines.serve.config import ServeConfig
+from pipelines.serve.failures import ApiError, unknown_model
+from pipelines.serve.fleet import Fleet, Report
+from pipelines.serve.groups import Group
+from pipelines.serve.keys import Keys
+from pipelines.serve.metrics import CONTENT_TYPE, Metrics
+from pipelines.serve.names import Names, Version
+from pipelines.serve.protocol import (
+    Body,
+    Chat,
+    Classify,
+    Generation,
+    Reward,
+    TextCompletion,
+    read_body,
+)
+from pipelines.serve.replica import Scores, Started
+from pipelines.serve.request_log import RequestLog
+
+SIGNATURE = "x-poise-weights"
+OPEN = ("/health", "/ready")  # routes that need no key
+BodyT = TypeVar("BodyT", bound=Body)
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one request, for its line in the log and for the metrics."""
+
+    route: str
+    started: float
+    key: str | None = None
+    model: str = ""
+    weights: str = ""
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Since the request came."""
+        return time.time() - self.started
+
+
+class Gateway:
+    """The ingress deployment's class.
+
+    Args:
+        config: of the server.
+        groups: of models that share engines.
+        configured: what the names mean by the config.
+        keys: digests of the keys that stand in no file.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        groups: list[Group],
+        configured: dict[str, Version],
+        keys: dict[str, bytes],
+    ) -> None:
+        self.config, self.limits = config, config.limits
+        self.names = Names(configured, Path(config.state))
+        self.fleet, self.metrics, self.admission = Fleet(), Metrics(), Admission()
+        self.groups = {name: group for group in groups for name in group.names}
+        self._pools = {group.key: Pool(group.key, self.metrics.retries) for group in groups}
+        self._keys = Keys(None if config.keys_file is None else Path(config.keys_file), keys)
+        self._log = RequestLog(config.log, Path(config.state))
+        self._created, self._is_ending = int(time.time()), False
+        self._routes: dict[tuple[str, str], Callable[[Request, Record], Awaitable[Response]]] = {
+            ("GET", "/health"): self._health,
+            ("GET", "/ready"): self._ready,
+            ("GET", "/metrics"): self._metrics,
+            ("GET", "/v1/models"): self._models,
+            ("POST", "/v1/chat/completions"): self._chat,
+            ("POST", "/v1/completions"): self._complete,
+            ("POST", "/v1/rewards"): self._rewards,
+            ("POST", "/classify"): self._classify,
+            ("POST", "/pooling"): self._pooling,
+        }
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer one HTTP request."""
+        record = Record(request.url.path, time.time())
+        try:
+            return await self._routed(request, record)
+        except ApiError as error:
+            return self._failed(record, error)
+        except asyncio.CancelledError:  # the client went away
+            self._ended(record, 499)
+            raise
+        except Exception as error:
+            return self._failed(record, plain_error(error))
+
+    async def report(self, report: Report) -> Version | None:
+        """Called by replicas: how one of them is; returns what it is to change to."""
+        return self.fleet.report(report)
+
+    async def without_engine(self) -> list[str]:
+        """Called at the start: the models that no engine answers for yet."""
+        return [n for n, group in self.groups.items() if not self.fleet.replicas(group.key)]
+
+    async def drain(self, grace_s: float) -> int:
+        """Called at the end: take no new requests, wait for those under way; returns how many are
+        still not answered.
+        """
+        self._is_ending = True
+        end = time.monotonic() + grace_s
+        while self.admission.total and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        return self.admission.total
+
+    async def _routed(self, request: Request, record: Record) -> Response:
+        """Find what answers a request, after its key."""
+        path, method = request.url.path, request.method
+        if path not in OPEN and not self._keys.is_open:
+            record.key = self._keys.owner(request.headers.get("authorization"))
+            if record.key is None:
+                given = "wrong" if "authorization" in request.headers else "missing"
+                raise ApiError(401, f"the API key is {given}; allowed: Authorization: Bearer KEY")
+        if method == "GET" and path.startswith("/v1/models/"):
+            return self._model(path.removeprefix("/v1/models/"))
+        handler = self._routes.get((method, path))
+        if handler is None:
+            methods = [known for known, place in self._routes if place == path]
+            if methods:
+                raise ApiError(405, f"{path}: found {method}; allowed: {methods[0]}")
+            paths = ", ".join(sorted({place for _, place in self._routes}))
+            raise ApiError(404, f"{path}: no such route; allowed: {paths}")
+        if self._is_ending and method == "POST":
+            raise ApiError(503, "the server is stopping", code="stopping", retry_after=5)
+        return await handler(request, record)
+
+    async def _health(self, request: Request, record: Record) -> Response:
+        """Whether the gateway lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def _ready(self, request: Request, record: Record) -> Response:
+        """Whether each model has an engine."""
+        missing = await self.without_engine()
+        is_ready = not missing and not self._is_ending
+        state = "ready" if is_ready else "stopping" if self._is_ending else "starting"
+        return JSONResponse({"status": state, "without_engine": missing}, 200 if is_ready else 503)
+
+    async def _metrics(self, request: Request, record: Record) -> Response:
+        text = self.metrics.text(self.names, self.admission.inside, self.fleet.replicas())
+        return Response(text, headers={"content-type": CONTENT_TYPE})
+
+    async def _models(self, request: Request, record: Record) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described(n) for n in self.names]})
+
+    def _model(self, name: str) -> Response:
+        if name not in self.groups:
+            raise unknown_model(name, list(self.groups))
+        return JSONResponse(self._described(name))
+
+    def _described(self, name: str) -> dict[str, Any]:
+        """A model as in /v1/models."""
+        version, group = self.names.resolve(name), self.groups[name]
+        engines = self.fleet.replicas(group.key)
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "poise",
+            "kind": group.engine.kind,
+            "weights": version.weights,
+            "residency": {
+                "engines": len(engines),
+                "resident": sum(each.version == version for each in engines),
+            },
+        }
+
+    async def _chat(self, request: Request, record: Record) -> Response:
+        return await self._generated(await self._body(request, record, Chat), record, "chat")
+
+    async def _complete(self, request: Request, record: Record) -> Response:
+        body = await self._body(request, record, TextCompletion)
+        return await self._generated(body, record, "text")
+
+    async def _rewards(self, request: Request, record: Record) -> Response:
+        body = await self._body(request, record, Reward)
+        scores = await self._scored(body.model, body.conversations, record)
+        return self._answered(record, answers.rewards(body.model, scores), scores.prompt_tokens)
+
+    async def _classify(self, request: Request, record: Record) -> Response:
+        body = await self._body(request, record, Classify)
+        scores = await self._scored(body.model, body.conversations, record)
+        found = answers.classify(body.model, scores, body.use_activation)
+        return self._answered(record, found, scores.prompt_tokens)
+
+    async def _pooling(self, request: Request, record: Record) -> Response:
+        body = await self._body(request, record, Classify)
+        scores = await self._scored(body.model, body.conversations, record)
+        found = answers.pooling(body.model, scores, body.use_activation)
+        return self._answered(record, found, scores.prompt_tokens)
+
+    async def _body(self, request: Request, record: Record, form: type[BodyT]) -> BodyT:
+        """A request's body, for a model that there is; the record is pinned to its weights."""
+        content = await self._content(request)
+        body = read_body(content, form, self.limits)
+        group = self.groups.get(body.model)
+        if group is None:
+            raise unknown_model(body.model, list(self.groups))
+        record.model = body.model
+        if group.engine.kind != body.kind:
+            right = "/v1/rewards" if group.engine.kind == "reward" else "/v1/chat/completions"
+            raise ApiError(
+                400,
+                f"model: {body.model} is of kind {group.engine.kind}; allowed: {body.kind} "
+                f"({body.model} answers at {right})",
+                "model",
+            )
+        if self._log.has_prompts:
+            record.fields["request"] = json.loads(content)
+        return body
+
+    async def _content(self, request: Request) -> bytes:
+        """The bytes of a request's body, as many as are allowed."""
+        most = int(self.limits.max_body_mib * (1 << 20))
+        too_large = ApiError(
+            413, f"body: allowed: up to {self.limits.max_body_mib:g} MiB", code="body_too_large"
+        )
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > most:
+            raise too_large
+        found = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_timeout_s):
+                async for part in request.stream():
+                    found += part
+                    if len(found) > most:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(
+                408, f"body: did not arrive within {self.limits.body_timeout_s:g} s"
+            ) from None
+        except ClientDisconnect:
+            raise ApiError(400, "body: the client went away") from None
+        return bytes(found)
+
+    def _entered(self, name: str) -> AbstractContextManager[None]:
+        """A place in the queue of a model."""
+        at_once = self.groups[name].replicas.max * self.limits.max_running
+        return self.admission.entered(name, at_once, self.config.models[name].max_queued)
+
+    async def _scored(self, name: str, conversations: list[Any], record: Record) -> Scores:
+        """Raw scores of conversations."""
+        with self._entered(name):
+            version = self._pin(name, record)
+            scores: Scores = await self._timed(
+                self._pools[self.groups[name].key].once(
+                    "score", version, conversations, record.started
+                )
+            )
+        return scores
+
+    async def _generated(self, body: Generation, record: Record, kind: Any) -> Response:
+        """Answers to a chat or a completion."""
+        drawing = body.drawing(self.limits)
+        record.fields |= {"n": len(drawing.draws), "seed": drawing.draws[0].seed}
+        pool = self._pools[self.groups[body.model].key]
+        place = self._entered(body.model)
+        place.__enter__()  # left by the stream, where there is one
+        is_left = False
+        try:
+            version = self._pin(body.model, record)
+            shape = answers.Shape(kind, body.model, version.weights, body.top is not None)
+            record.fields["id"] = shape.id
+            if not body.stream:
+                started, deltas = await self._timed(
+                    pool.once("answer", version, drawing, record.started)
+                )
+                if self._log.has_prompts:
+                    record.fields["answers"] = [each.text for each in deltas]
+                tokens = sum(each.tokens for each in deltas)
+                whole = shape.whole(deltas, started.prompt_tokens)
+                return self._answered(record, whole, started.prompt_tokens, tokens)
+            parts = pool.stream("stream", version, drawing, record.started)
+            first = await self._timed(anext(parts))  # what can be refused is refused by now
+            has_usage = body.stream_options is not None and body.stream_options.include_usage
+            events = self._events(parts, first, shape, record, place, has_usage)
+            await anext(events)  # begun, it is closed in any case, and leaves its place
+            is_left = True
+            headers = {SIGNATURE: version.weights, "cache-control": "no-cache"}
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        finally:
+            if not is_left:
+                place.__exit__(None, None, None)
+
+    async def _events(
+        self,
+        parts: AsyncGenerator[Any, None],
+        first: Started,
+        shape: answers.Shape,
+        record: Record,
+        place: AbstractContextManager[None],
+        has_usage: bool,
+    ) -> AsyncGenerator[bytes, None]:
+        """Nothing, and then the events of a stream. An error on the way is its last event."""
+        tokens, status, seen = 0, 499, set[int]()
+        texts: dict[int, str] = {}
+        try:
+            yield b""
+            async with aclosing(parts), asyncio.timeout(self._left(record)):
+                async for delta in parts:
+                    if delta.index not in seen:
+                        seen.add(delta.index)
+                        for chunk in shape.first([delta.index]):
+                            yield answers.event(chunk)
+                    tokens += delta.tokens
+                    if self._log.has_prompts:
+                        texts[delta.index] = texts.get(delta.index, "") + delta.text
+                    yield answers.event(shape.chunk(delta))
+            if has_usage:
+                yield answers.event(shape.last(first.prompt_tokens, tokens))
+            yield answers.DONE
+            status = 200
+        except Exception as error:
+            found = self._late() if isinstance(error, TimeoutError) else plain_error(error)
+            status = found.status
+            record.fields["error"] = found.message
+            yield answers.event(found.body)
+        finally:
+            place.__exit__(None, None, None)
+            if texts:
+                record.fields["answers"] = [texts[index] for index in sorted(texts)]
+            self._ended(record, status, first.prompt_tokens, tokens)
+
+    def _pin(self, name: str, record: Record) -> Version:
+        """The weights that answer a request."""
+        version = self.names.resolve(name)
+        record.weights = version.weights
+        return version
+
+    async def _timed(self, work: Awaitable[Any]) -> Any:
+        """The result of work that may not take longer than the limits allow."""
+        try:
+            async with asyncio.timeout(self.limits.timeout_s):
+                return await work
+        except TimeoutError:
+            raise self._late() from None
+
+    def _left(self, record: Record) -> float:
+        return max(0.0, self.limits.timeout_s - record.seconds)
+
+    def _late(self) -> ApiError:
+        return ApiError(504, f"no whole answer within {self.limits.timeout_s:g} s", code="timeout")
+
+    def _answered(
+        self, record: Record, content: Mapping[str, Any], prompt_tokens: int, tokens: int = 0
+    ) -> Response:
+        """A whole response, signed."""
+        self._ended(record, 200, prompt_tokens, tokens)
+        return JSONResponse(content, headers={SIGNATURE: record.weights})
+
+    def _failed(self, record: Record, error: ApiError) -> Response:
+        record.fields["error"] = error.message
+        if error.__cause__ is not None:  # not foreseen: for Ray's log of this process
+            logging.getLogger(__name__).error("request failed", exc_info=error)
+        self._ended(record, error.status)
+        headers = error.headers | ({SIGNATURE: record.weights} if record.weights else {})
+        return JSONResponse(error.body, error.status, headers)
+
+    def _ended(self, record: Record, status: int, prompt_tokens: int = 0, tokens: int = 0) -> None:
+        """Count and write down a request that has ended."""
+        answer = (record.route, record.model, record.weights)
+        self.metrics.requests.labels(*answer, str(status)).inc()
+        if status == 200:
+            self.metrics.seconds.labels(*answer).observe(record.seconds)
+            self.metrics.tokens_in.labels(*answer[1:]).inc(prompt_tokens)
+            self.metrics.tokens_out.labels(*answer[1:]).inc(tokens)
+            self.admission.took(record.model, record.seconds)
+        self._log.write(
+            route=record.route,
+            status=status,
+            seconds=round(record.seconds, 4),
+            key=record.key,
+            model=record.model or None,
+            weights=record.weights or None,
+            prompt_tokens=prompt_tokens,
+            answer_tokens=tokens,
+            **record.fields,
+        )

@@ -1,0 +1,82 @@
+"""Which models share engines: those whose weights can be changed for one another."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.engines import EngineConfig
+from pipelines.engines.models import check_kind
+from pipelines.engines.text import Text, tokens_key
+from pipelines.engines.weights import CheckpointWeights, comparable_config, stored_dtype
+from pipelines.fingerprint import fingerprint
+from pipelines.serve.config import Replicas, ServeConfig, ServedConfig
+from pipelines.serve.names import Version
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Models that share engines.
+
+    Attributes:
+        key: of the group; part of the name of its Serve application.
+        engine: with the kind of the models, and the label of reward models.
+        replicas: bounds of the number of engines.
+        cpus: cores of each, where it runs on a CPU.
+        first: the weights that engines start with.
+        names: of its models.
+    """
+
+    key: str
+    engine: EngineConfig
+    replicas: Replicas
+    cpus: int
+    first: Version
+    names: tuple[str, ...]
+
+
+def shape_key(version: Version, model: ServedConfig, engine: EngineConfig) -> str:
+    """What weights must have in common to be changed for one another: names and shapes of tensors,
+    the architecture, the numbers of tokens, the dtype, and what is asked of the model.
+
+    Raises:
+        InputError: no checkpoint of this kind.
+    """
+    weights = CheckpointWeights.open(version.path)
+    check_kind(weights, engine)
+    shapes = sorted((name, list(shape)) for name, (_, shape) in weights.tensors.items())
+    tokens = tokens_key(Text(weights, 1))
+    config = comparable_config(weights.config)
+    described: list[Any] = [shapes, config, tokens, model.kind, model.head]
+    dtype = str(stored_dtype(weights)) if engine.dtype == "auto" else engine.dtype
+    return fingerprint([*described, dtype])[:12]
+
+
+def engine_of(model: ServedConfig, config: ServeConfig) -> EngineConfig:
+    """The engine of one model. Rewards are computed in float32 unless the config says otherwise."""
+    fields = config.engine.model_dump(exclude_unset=True)
+    fields |= {"name": config.engine.name, "kind": model.kind, "head": model.head}
+    if model.kind == "reward" and config.engine.dtype == "auto":
+        fields["dtype"] = "float32"
+    return EngineConfig.model_validate(fields)
+
+
+def groups_of(config: ServeConfig, versions: dict[str, Version]) -> list[Group]:
+    """The groups of a server's models, in the order of the config.
+
+    Args:
+        versions: what each name means now.
+    """
+    found: dict[str, Group] = {}
+    for name, model in config.models.items():
+        version, engine = versions[name], engine_of(model, config)
+        key = shape_key(version, model, engine)
+        key = key if model.share else fingerprint([key, name])[:12]
+        old = found.get(key)
+        if old is None:
+            found[key] = Group(key, engine, model.bounds, model.cpus, version, (name,))
+            continue
+        bounds = Replicas(
+            min=max(old.replicas.min, model.bounds.min), max=max(old.replicas.max, model.bounds.max)
+        )
+        cpus = max(old.cpus, model.cpus)
+        found[key] = Group(key, engine, bounds, cpus, old.first, (*old.names, name))
+    return list(found.values())

@@ -1,0 +1,108 @@
+"""What a served name means: which weights, in which folder. It survives a restart.
+
+The file `names.json` in the server's state folder holds, for each name that was changed,
+
+    configured   the path in the config at that time; where it is another now, the config counts
+    current      weights (the digest) and path
+    previous     those before, the newest last
+
+It is written before a change takes effect, in one step.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.commit import write_atomically
+from pipelines.errors import InputError
+
+FILE = "names.json"
+KEPT = 20  # versions before the current one
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """Weights that a name can mean.
+
+    Attributes:
+        weights: their digest.
+        path: of the checkpoint's folder.
+    """
+
+    weights: str
+    path: str
+
+
+@dataclass(slots=True)
+class Meaning:
+    """What one name means, and meant."""
+
+    configured: str
+    current: Version
+    previous: list[Version] = field(default_factory=list)
+
+
+class Names:
+    """The table of names; only the gateway has one that it changes.
+
+    Args:
+        configured: what the config says, by name.
+        folder: of the state.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+
+    def __init__(self, configured: Mapping[str, Version], folder: Path) -> None:
+        self._file = folder / FILE
+        self._meanings = {name: Meaning(v.path, v) for name, v in configured.items()}
+        for name, meaning in _read(self._file).items():
+            if name in configured and meaning.configured == configured[name].path:
+                self._meanings[name] = meaning
+
+    def __iter__(self) -> Any:
+        return iter(self._meanings)
+
+    def resolve(self, name: str) -> Version:
+        """What a request for a name is pinned to.
+
+        Raises:
+            KeyError: no such name.
+        """
+        return self._meanings[name].current
+
+    def meaning(self, name: str) -> Meaning:
+        """With what it meant before."""
+        return self._meanings[name]
+
+    def change(self, name: str, version: Version) -> None:
+        """Let a name mean another version from now on; the file has it first."""
+        old = self._meanings[name]
+        kept = [*old.previous, old.current][-KEPT:]
+        self._write(name, Meaning(old.configured, version, kept))
+
+    def _write(self, name: str, meaning: Meaning) -> None:
+        changed = {**self._meanings, name: meaning}
+        stored = _read(self._file) | {n: m for n, m in changed.items() if m.previous}
+        content = {"schema": 1, "names": {n: asdict(m) for n, m in stored.items()}}
+        write_atomically(self._file, json.dumps(content, indent=2) + "\n")
+        self._meanings = changed
+
+
+def _read(file: Path) -> dict[str, Meaning]:
+    """The names in a file; none where there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        return {
+            name: Meaning(
+                found["configured"],
+                Version(**found["current"]),
+                [Version(**each) for each in found["previous"]],
+            )
+            for name, found in json.loads(file.read_text())["names"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); move it away to begin anew") from None
