@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipelines.serve.replica import Scores
+from pipelines.serve.host import Scores
 from pipelines.serve.writing import Delta, TokenLogprob
 
 DONE = b"data: [DONE]\n\n"

@@ -4,7 +4,7 @@ waits any more.
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import Counter
 
@@ -21,8 +21,22 @@ def application(group: str) -> str:
     return f"poise-{group}"
 
 
-class Pool:
-    """The replicas of one group.
+class Pool(Protocol):
+    """The way to the engines of one group."""
+
+    async def once(self, method: str, version: Version, *arguments: Any) -> Any:
+        """The result of an engine's method.
+
+        Raises:
+            ApiError: what the engine says, or that none is left.
+        """
+
+    def stream(self, method: str, version: Version, *arguments: Any) -> AsyncGenerator[Any, None]:
+        """What an engine's method yields; closed, the engine works no longer for it."""
+
+
+class ServePool:
+    """The replicas of one group, by Ray Serve.
 
     Args:
         group: its key.
@@ -34,11 +48,7 @@ class Pool:
         self._handle: Any = None
 
     async def once(self, method: str, version: Version, *arguments: Any) -> Any:
-        """The result of a replica's method.
-
-        Raises:
-            ApiError: what the replica says, or that none is left.
-        """
+        """As `Pool.once`."""
         for attempt in range(ATTEMPTS):
             response = getattr(self._to(version), method).remote(version, *arguments)
             try:
@@ -53,7 +63,7 @@ class Pool:
     async def stream(
         self, method: str, version: Version, *arguments: Any
     ) -> AsyncGenerator[Any, None]:
-        """What a replica's method yields; it begins anew only where nothing has come yet."""
+        """As `Pool.stream`; it begins anew only where nothing has come yet."""
         for attempt in range(ATTEMPTS):
             handle = self._to(version).options(stream=True)
             response = getattr(handle, method).remote(version, *arguments)

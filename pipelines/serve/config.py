@@ -29,6 +29,16 @@ class Replicas(Config):
     min: int = Field(1, ge=1, description="engines that are always there")
     max: int = Field(1, ge=1, description="engines at the most")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed(cls, found: Any) -> Any:
+        """A number alone is a fixed one, and so is `min` without `max`."""
+        if isinstance(found, int):
+            return {"min": found, "max": found}
+        if isinstance(found, dict) and "max" not in found and "min" in found:
+            return {**found, "max": found["min"]}
+        return found
+
     @model_validator(mode="after")
     def _in_order(self) -> "Replicas":
         if self.max < self.min:
@@ -46,10 +56,15 @@ class ServedConfig(Config):
     head: str | int | None = Field(
         None, description="of a reward model with several labels: the one that is the reward"
     )
-    replicas: Annotated[int, Field(ge=1)] | Replicas = Field(
-        1, description="engines; `{min, max}` lets their number follow the load"
+    replicas: Replicas = Field(
+        default_factory=Replicas,
+        description="engines: a number, or `{min, max}`, between which it follows the load",
     )
-    cpus: int = Field(1, ge=1, description="cores of each engine, where it runs on a CPU")
+    cpus: int | None = Field(
+        None,
+        ge=1,
+        description="cores of each engine, where it runs on a CPU; default: an equal share of them",
+    )
     max_queued: int = Field(
         64, ge=0, description="requests that may wait; further ones are told to come back (429)"
     )
@@ -62,13 +77,6 @@ class ServedConfig(Config):
         if self.head is not None and self.kind != "reward":
             raise ValueError("head: has no effect with kind generate")
         return self
-
-    @property
-    def bounds(self) -> Replicas:
-        """The fewest and the most engines."""
-        if isinstance(self.replicas, Replicas):
-            return self.replicas
-        return Replicas(min=self.replicas, max=self.replicas)
 
 
 class Limits(Config):

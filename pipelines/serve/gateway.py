@@ -15,16 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from prometheus_client import Counter
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pipelines.serve import answers
 from pipelines.serve.admission import Admission
-from pipelines.serve.calls import Pool, plain_error
+from pipelines.serve.calls import Pool, ServePool, plain_error
 from pipelines.serve.config import ServeConfig
 from pipelines.serve.failures import ApiError, unknown_model
 from pipelines.serve.fleet import Fleet, Report
 from pipelines.serve.groups import Group
+from pipelines.serve.host import Scores, Started
 from pipelines.serve.keys import Keys
 from pipelines.serve.metrics import CONTENT_TYPE, Metrics
 from pipelines.serve.names import Names, Version
@@ -37,7 +39,6 @@ from pipelines.serve.protocol import (
     TextCompletion,
     read_body,
 )
-from pipelines.serve.replica import Scores, Started
 from pipelines.serve.request_log import RequestLog
 
 SIGNATURE = "x-poise-weights"
@@ -70,6 +71,7 @@ class Gateway:
         groups: of models that share engines.
         configured: what the names mean by the config.
         keys: digests of the keys that stand in no file.
+        pool: makes the way to a group's engines.
     """
 
     def __init__(
@@ -78,12 +80,13 @@ class Gateway:
         groups: list[Group],
         configured: dict[str, Version],
         keys: dict[str, bytes],
+        pool: Callable[[str, Counter], Pool] = ServePool,
     ) -> None:
         self.config, self.limits = config, config.limits
         self.names = Names(configured, Path(config.state))
         self.fleet, self.metrics, self.admission = Fleet(), Metrics(), Admission()
         self.groups = {name: group for group in groups for name in group.names}
-        self._pools = {group.key: Pool(group.key, self.metrics.retries) for group in groups}
+        self._pools = {group.key: pool(group.key, self.metrics.retries) for group in groups}
         self._keys = Keys(None if config.keys_file is None else Path(config.keys_file), keys)
         self._log = RequestLog(config.log, Path(config.state))
         self._created, self._is_ending = int(time.time()), False

@@ -1,6 +1,6 @@
 """Which models share engines: those whose weights can be changed for one another."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.engines import EngineConfig
@@ -59,11 +59,12 @@ def engine_of(model: ServedConfig, config: ServeConfig) -> EngineConfig:
     return EngineConfig.model_validate(fields)
 
 
-def groups_of(config: ServeConfig, versions: dict[str, Version]) -> list[Group]:
+def groups_of(config: ServeConfig, versions: dict[str, Version], cores: int) -> list[Group]:
     """The groups of a server's models, in the order of the config.
 
     Args:
         versions: what each name means now.
+        cores: of the machine, which engines share equally where the config does not say.
     """
     found: dict[str, Group] = {}
     for name, model in config.models.items():
@@ -72,11 +73,12 @@ def groups_of(config: ServeConfig, versions: dict[str, Version]) -> list[Group]:
         key = key if model.share else fingerprint([key, name])[:12]
         old = found.get(key)
         if old is None:
-            found[key] = Group(key, engine, model.bounds, model.cpus, version, (name,))
+            found[key] = Group(key, engine, model.replicas, model.cpus or 0, version, (name,))
             continue
-        bounds = Replicas(
-            min=max(old.replicas.min, model.bounds.min), max=max(old.replicas.max, model.bounds.max)
-        )
-        cpus = max(old.cpus, model.cpus)
+        one, other = old.replicas, model.replicas
+        bounds = Replicas(min=max(one.min, other.min), max=max(one.max, other.max))
+        cpus = max(old.cpus, model.cpus or 0)
         found[key] = Group(key, engine, bounds, cpus, old.first, (*old.names, name))
-    return list(found.values())
+    num_engines = sum(group.replicas.max for group in found.values())
+    share = max(1, cores // num_engines)
+    return [replace(group, cpus=group.cpus or share) for group in found.values()]

@@ -68,8 +68,9 @@ def plan_server(config: ServeConfig) -> ServerPlan:
     if config.engine.name == "vllm":
         device = engine_device()
         check_servable([look_at(Path(each.path)) for each in now.values()], device)
-    groups = groups_of(config, now)
-    if not os.environ.get("RAY_ADDRESS"):
+    is_local = not os.environ.get("RAY_ADDRESS")
+    groups = groups_of(config, now, len(os.sched_getaffinity(0)) if is_local else 1)
+    if is_local:
         check_memory(groups, available_memory())
     return ServerPlan(config, configured, groups, notes)
 

@@ -1,67 +1,22 @@
-"""One engine behind Ray Serve: it answers requests by the weights that they are pinned to.
-
-What comes in has a `Version`; the engine changes to it when it is its turn (`turns.py`), and says
-afterwards which weights made the answer. A replica needs no table of names and keeps nothing.
-"""
+"""An engine behind Ray Serve: a host with cores of its own, which tells the gateway how it is."""
 
 import asyncio
 import os
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
-from pipelines.checkpoints.hub import bring
-from pipelines.engines import LiveEngine, open_live
-from pipelines.engines.models import head_of, label_names
-from pipelines.engines.text import Text
-from pipelines.engines.weights import CheckpointWeights
-from pipelines.errors import InputError
-from pipelines.hub.offline import is_offline
 from pipelines.serve.config import Limits
 from pipelines.serve.cores import Cores
-from pipelines.serve.failures import ApiError
-from pipelines.serve.fleet import REPORT_S, Report
+from pipelines.serve.fleet import REPORT_S
 from pipelines.serve.groups import Group
+from pipelines.serve.host import EngineHost, Scores, Started
 from pipelines.serve.names import Version
-from pipelines.serve.protocol import Draw, Drawing
-from pipelines.serve.turns import Turns
-from pipelines.serve.writing import Delta, Writer
-from pipelines.train.data.tokens import tokenize
-from pipelines.train.rows.examples import Example
+from pipelines.serve.protocol import Drawing
+from pipelines.serve.writing import Delta
 
 GATEWAY = "poise"  # the Serve application in front of all
-SETTLE_S = 1.0  # until requests go to other replicas, after a change was announced
-RETRY_S = 2  # told to a client whose request waited too long
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The first of an answer's parts: what made it, and how long its prompts are."""
-
-    weights: str
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Raw scores.
-
-    Attributes:
-        weights: the digest of what made them.
-        rows: of all labels, for each conversation.
-        head: the label that is the reward.
-        labels: names of the labels.
-        prompt_tokens: of all conversations.
-    """
-
-    weights: str
-    rows: list[list[float]]
-    head: int
-    labels: list[str]
-    prompt_tokens: int
 
 
 class EngineReplica:
@@ -76,229 +31,45 @@ class EngineReplica:
     async def __init__(self, group: Group, limits: Limits, locks: str) -> None:
         from ray import serve
 
-        self._group, self._limits = group, limits
-        self._id = serve.get_replica_context().replica_id.unique_id
         self._cores = _own_cores(group, Path(locks))
-        await asyncio.to_thread(bring, [group.first.path], offline=is_offline())
-        self._engine: LiveEngine = await open_live(group.first.path, group.engine)
-        self._check(group.first)
-        self._turns = Turns(self._change, group.first, limits.turn_s)
-        self._announced = group.first
-        self._swaps, self._swap_s, self._answered, self._cancelled = 0, 0.0, 0, 0
-        self._longest_wait_s, self._started = 0.0, time.time()
+        name = serve.get_replica_context().replica_id.unique_id
+        self._host = await EngineHost.started(group, limits, name)
         self._reporting = asyncio.create_task(self._report_for_ever())
 
     async def stream(
         self, version: Version, drawing: Drawing, arrived: float
     ) -> AsyncGenerator[Started | Delta, None]:
-        """Draw answers in pieces.
-
-        Args:
-            arrived: when the request came to the server, in Unix seconds.
-
-        Raises:
-            ApiError: it waited too long, or does not fit.
-        """
-        async with self._turn(version, arrived):
-            prompts, total = self._prompts(drawing)
-            yield Started(version.weights, total)
-            async with aclosing(self._drawn(drawing, prompts)) as deltas:
-                async for delta in deltas:
-                    yield delta
+        """As `EngineHost.stream`."""
+        async with aclosing(self._host.stream(version, drawing, arrived)) as parts:
+            async for part in parts:
+                yield part
 
     async def answer(
         self, version: Version, drawing: Drawing, arrived: float
     ) -> tuple[Started, list[Delta]]:
-        """As `stream`, all at once: one whole delta for each answer."""
-        async with self._turn(version, arrived):
-            prompts, total = self._prompts(drawing)
-            whole: dict[int, list[Delta]] = {each.index: [] for each in drawing.draws}
-            async with aclosing(self._drawn(drawing, prompts)) as deltas:
-                async for delta in deltas:
-                    whole[delta.index].append(delta)
-            return Started(version.weights, total), [_joined(each) for each in whole.values()]
+        """As `EngineHost.answer`."""
+        return await self._host.answer(version, drawing, arrived)
 
     async def score(self, version: Version, conversations: list[Any], arrived: float) -> Scores:
-        """Score conversations: messages, texts, tokens, or pairs of a prompt and a response.
-
-        Raises:
-            ApiError: it waited too long, or does not fit.
-        """
-        async with self._turn(version, arrived):
-            with told():
-                encoded = [_conversation(self._engine.text, each) for each in conversations]
-                for place, tokens in enumerate(encoded):
-                    self._check_room(tokens, 0, f"conversation {place}")
-                rows = await self._engine.scores(encoded)
-            head = head_of(self._model, self._group.engine.head)
-            total = sum(map(len, encoded))
-            return Scores(version.weights, rows, head, label_names(self._model), total)
+        """As `EngineHost.score`."""
+        return await self._host.score(version, conversations, arrived)
 
     def record_routing_stats(self) -> dict[str, str]:
         """For the router: which weights this replica has, or is about to have."""
-        return {"weights": self._announced.weights}
+        return {"weights": self._host.announced.weights}
 
     async def check_health(self) -> None:
-        """For Serve: raise an error where the engine has died; the replica is started anew."""
-        if self._announced == self._turns.version:
-            await self._engine.check_health()
+        """For Serve, which starts a replica anew where this raises an error."""
+        await self._host.check_health()
 
     def __del__(self) -> None:
-        """Serve calls it when a replica is to end: give everything back."""
-        for name in ("_reporting", "_engine", "_cores"):  # as many as were made
-            found = getattr(self, name, None)
-            if isinstance(found, asyncio.Task):
-                found.cancel()
-            elif isinstance(found, Cores):
-                found.release()
-            elif found is not None:
-                found.close()
-
-    @asynccontextmanager
-    async def _turn(self, version: Version, arrived: float) -> AsyncIterator[None]:
-        """In the block, the engine has these weights, and not longer than the limits allow."""
-        left = arrived + self._limits.max_wait_s - time.time()
-        turn = self._turns.of(version)
-        try:
-            async with asyncio.timeout(max(left, 0)):
-                await turn.__aenter__()
-        except InputError as error:
-            raise ApiError(503, str(error), code="weights_unavailable") from None
-        except TimeoutError:
-            raise ApiError(
-                503,
-                f"model: no engine had time for it within {self._limits.max_wait_s:g} s",
-                code="waited_too_long",
-                retry_after=RETRY_S,
-            ) from None
-        self._longest_wait_s = max(self._longest_wait_s, time.time() - arrived)
-        is_whole = False
-        try:
-            yield
-            is_whole = True
-        finally:
-            self._answered += is_whole
-            self._cancelled += not is_whole
-            await turn.__aexit__(None, None, None)
-
-    def _prompts(self, drawing: Drawing) -> tuple[dict[int, list[int]], int]:
-        """The tokens of a request's prompts by their places, and how many there are.
-
-        Raises:
-            ApiError: a prompt that does not fit, with the answer that is wanted.
-        """
-        found: dict[int, list[int]] = {}
-        wanted = drawing.asked_tokens or 1
-        for draw in drawing.draws:
-            if draw.place not in found:
-                with told():
-                    tokens = self._engine.encode(draw.prompt)
-                self._check_room(tokens, wanted, f"prompt {draw.place}")
-                found[draw.place] = tokens
-        return found, sum(map(len, found.values()))
-
-    def _check_room(self, tokens: list[int], wanted: int, what: str) -> None:
-        """Raise ApiError for tokens that do not fit into the context, or that are unknown."""
-        most = self._engine.context
-        if not tokens:
-            raise ApiError(400, f"{what}: has no token")
-        if len(tokens) + wanted > most:
-            more = f" and {wanted} of the answer" if wanted else ""
-            raise ApiError(
-                400,
-                f"{what}: found {len(tokens)} tokens{more}; allowed: together up to {most}, the "
-                "model's context",
-                code="context_length_exceeded",
-            )
-        known = len(self._engine.text.tokenizer)
-        wrong = next((token for token in tokens if not 0 <= token < known), None)
-        if wrong is not None:
-            raise ApiError(400, f"{what}: found token {wrong}; allowed: 0 to {known - 1}")
-
-    async def _drawn(
-        self, drawing: Drawing, prompts: dict[int, list[int]]
-    ) -> AsyncGenerator[Delta, None]:
-        """The answers of one request, side by side, as they come."""
-        found: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
-
-        async def draw(one: Draw) -> None:
-            try:
-                async for delta in self._one(drawing, one, prompts[one.place]):
-                    found.put_nowait(delta)
-            except Exception as error:
-                found.put_nowait(error)
-
-        tasks = [asyncio.create_task(draw(each)) for each in drawing.draws]
-        left = len(tasks)
-        try:
-            while left:
-                delta = await found.get()
-                if isinstance(delta, BaseException):
-                    raise delta
-                left -= delta.finish is not None
-                yield delta
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _one(
-        self, drawing: Drawing, draw: Draw, prompt: list[int]
-    ) -> AsyncGenerator[Delta, None]:
-        """One answer; the engine stops working for it where this is closed."""
-        sampling = drawing.sampling
-        room = min(sampling.max_tokens, self._engine.context - len(prompt))
-        sampling = replace(sampling, max_tokens=room)
-        seed = None if sampling.temperature == 0 else draw.seed
-        top = sampling.top_logprobs
-        writer = Writer(draw.index, self._engine.text, sampling.stop, top)
-        with told():
-            pieces = self._engine.stream(prompt, sampling, seed, drawing.schema)
-            async with aclosing(pieces):
-                async for piece in pieces:
-                    if (delta := writer.write(piece)) is not None:
-                        yield delta
-                    if writer.is_ended:
-                        return
-        yield writer.end()
-
-    async def _change(self, version: Version) -> None:
-        """Put a version's weights into the engine; the old ones stay, or come back, where they do
-        not go in.
-        """
-        old, self._announced = self._turns.version, version
-        started = time.monotonic()
-        try:
-            await asyncio.to_thread(bring, [version.path], offline=is_offline())
-            await self._engine.swap(version.path)
-            self._check(version)
-        except Exception:
-            self._announced = old
-            if not self._has(old):
-                await self._engine.swap(old.path)  # if this fails, Serve starts a new replica
-            raise
-        finally:
-            self._swaps += 1
-            self._swap_s += time.monotonic() - started
-
-    def _has(self, version: Version) -> bool:
-        """Whether the engine is whole and has these weights."""
-        try:
-            return self._engine.weights == version.weights
-        except InputError:
-            return False
-
-    def _check(self, version: Version) -> None:
-        """Raise InputError where the files in a version's folder are no longer what they were.
-
-        The engine has other weights then than those that are asked for, and does not answer.
-        """
-        if self._engine.weights != version.weights:
-            raise InputError(
-                f"model {version.path}: found weights {self._engine.weights}; allowed: "
-                f"{version.weights}, as they were when the server looked at them"
-            )
-        self._model = CheckpointWeights.open(version.path).config
+        """Serve calls it when a replica is to end; only as much is there as was made."""
+        if hasattr(self, "_reporting"):
+            self._reporting.cancel()
+        if hasattr(self, "_host"):
+            self._host.close()
+        if hasattr(self, "_cores"):
+            self._cores.release()
 
     async def _report_for_ever(self) -> None:
         """Tell the gateway twice a second how things are, and change as it says."""
@@ -309,46 +80,9 @@ class EngineReplica:
             await asyncio.sleep(REPORT_S)
             with suppress(Exception):  # the gateway may be starting anew
                 gateway = serve.get_app_handle(GATEWAY)
-                order = await gateway.report.remote(self.described())
+                order = await gateway.report.remote(self._host.described())
                 if order is not None and (change is None or change.done()):
-                    change = asyncio.create_task(self._become(order))
-
-    async def _become(self, version: Version) -> None:
-        """Change to other weights with nobody waiting: tell the router, go on for a moment, end
-        what runs, swap.
-        """
-        self._announced = version
-        await asyncio.sleep(SETTLE_S)
-        try:
-            await self._turns.become(version)
-        finally:
-            self._announced = self._turns.version
-
-    def described(self) -> Report:
-        """How things are."""
-        return Report(
-            self._id,
-            self._group.key,
-            self._turns.version,
-            self._announced,
-            self._turns.running,
-            self._turns.waiting,
-            self._swaps,
-            self._swap_s,
-            self._answered,
-            self._cancelled,
-            self._longest_wait_s,
-            self._started,
-        )
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """In the block, a user's mistake becomes what the client is told."""
-    try:
-        yield
-    except InputError as error:
-        raise ApiError(400, str(error)) from None
+                    change = asyncio.create_task(self._host.become(order))
 
 
 def _own_cores(group: Group, locks: Path) -> Cores:
@@ -364,23 +98,3 @@ def _own_cores(group: Group, locks: Path) -> Cores:
         os.environ["OMP_NUM_THREADS"] = str(len(cores.taken))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores.taken))
     return cores
-
-
-def _conversation(text: Text, found: Any) -> list[int]:
-    """The tokens of a conversation, or of a prompt with a response as `poise score` reads them."""
-    if isinstance(found, tuple):
-        prompt, response = found
-        [sequence] = tokenize(Example(prompt, (response,)), text.tokenizer).sequences
-        return sequence.ids
-    return text.conversation(found)
-
-
-def _joined(deltas: list[Delta]) -> Delta:
-    """All of an answer in one."""
-    return Delta(
-        deltas[0].index,
-        "".join(each.text for each in deltas),
-        sum(each.tokens for each in deltas),
-        tuple(found for each in deltas for found in each.logprobs),
-        deltas[-1].finish,
-    )
