@@ -108,6 +108,20 @@ class LogConfig(Config):
     max_mib: float = Field(100.0, gt=0, description="of a file, of which five are kept")
 
 
+class DeployConfig(Config):
+    """Who may change what a name means, and to what."""
+
+    section = "deploy."
+
+    folders: list[str] = Field(min_length=1, description="checkpoints below these may be deployed")
+    keys_file: str | None = Field(
+        None, description="keys for `poise deploy` alone; POISE_DEPLOY_KEYS has further ones"
+    )
+    spare_engines: int = Field(
+        1, ge=0, description="engines for which a local Ray keeps room, for models of other shapes"
+    )
+
+
 Named = Annotated[str, Field(min_length=1)]
 
 
@@ -118,6 +132,9 @@ class ServeConfig(Config):
     engine: ServedEngine = Field(default_factory=ServedEngine)
     keys_file: str | None = Field(
         None, description="API keys, one a line; POISE_API_KEYS has further ones"
+    )
+    deploy: DeployConfig | None = Field(
+        None, description="without it names mean what stands here until the server ends"
     )
     state: str = Field("runs/serve", description="the folder of what survives a restart")
     limits: Limits = Field(default_factory=Limits)

@@ -15,6 +15,15 @@ LOST_S = 10.0  # a replica that has not reported for so long is gone
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Weights that did not go into an engine, why, and at which Unix time."""
+
+    version: Version
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a replica says of itself.
 
@@ -28,6 +37,7 @@ class Report:
         answered, cancelled: requests so far that ended, that nobody wanted any more.
         longest_wait_s: for the engine, so far.
         restarts_at: when it started, in Unix seconds.
+        refused: the last order that it could not follow.
     """
 
     replica: str
@@ -42,6 +52,7 @@ class Report:
     cancelled: int
     longest_wait_s: float
     restarts_at: float
+    refused: Refusal | None = None
 
 
 class Fleet:
@@ -51,19 +62,32 @@ class Fleet:
         self._clock = clock
         self._reports: dict[str, tuple[float, Report]] = {}
         self._orders: dict[str, Version] = {}
+        self._refused: dict[str, Refusal | None] = {}  # known when the order was given
 
     def report(self, report: Report) -> Version | None:
         """Take a replica's report; returns what it is to change to."""
         self._reports[report.replica] = (self._clock(), report)
         order = self._orders.get(report.replica)
-        if order is not None and order == report.version:
+        if order is not None and (order == report.version or self.refusal(report.replica)):
             del self._orders[report.replica]
             return None
         return order
 
     def order(self, replica: str, version: Version) -> None:
         """Let a replica change its weights: it ends what it has, then swaps."""
+        found = self._reports.get(replica)
+        self._refused[replica] = None if found is None else found[1].refused
         self._orders[replica] = version
+
+    def cancel(self, replica: str) -> None:
+        """Take an order back; a change that has begun goes on."""
+        self._orders.pop(replica, None)
+
+    def refusal(self, replica: str) -> Refusal | None:
+        """Why a replica did not follow the last order."""
+        found = self._reports.get(replica)
+        refused = None if found is None else found[1].refused
+        return None if refused == self._refused.get(replica) else refused
 
     def has(self, replica: str, version: Version) -> bool:
         """Whether a replica has reported these weights."""

@@ -9,10 +9,12 @@ import asyncio
 import json
 import logging
 import time
+from collections import Counter as Tally
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from prometheus_client import Counter
@@ -23,6 +25,7 @@ from pipelines.serve import answers
 from pipelines.serve.admission import Admission
 from pipelines.serve.calls import Pool, ServePool, plain_error
 from pipelines.serve.config import ServeConfig
+from pipelines.serve.deployment import DeployBody, Deployments, Engines, NameBody
 from pipelines.serve.failures import ApiError, unknown_model
 from pipelines.serve.fleet import Fleet, Report
 from pipelines.serve.groups import Group
@@ -38,11 +41,13 @@ from pipelines.serve.protocol import (
     Reward,
     TextCompletion,
     read_body,
+    read_form,
 )
 from pipelines.serve.request_log import RequestLog
 
 SIGNATURE = "x-poise-weights"
 OPEN = ("/health", "/ready")  # routes that need no key
+ADMIN = "/admin/"  # routes that need a key of their own
 BodyT = TypeVar("BodyT", bound=Body)
 
 
@@ -55,6 +60,7 @@ class Record:
     key: str | None = None
     model: str = ""
     weights: str = ""
+    pinned: tuple[Version, str] | None = None  # with the group whose engines answer
     fields: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -72,6 +78,13 @@ class Gateway:
         configured: what the names mean by the config.
         keys: digests of the keys that stand in no file.
         pool: makes the way to a group's engines.
+        engines: starts and stops them; without it nothing can be deployed.
+        deploy_keys: as `keys`, of those who may deploy.
+
+    Attributes:
+        groups: of what each name means now.
+        trials: of the canaries, by name.
+        pinned: requests under way, by the weights that answer them.
     """
 
     def __init__(
@@ -81,12 +94,21 @@ class Gateway:
         configured: dict[str, Version],
         keys: dict[str, bytes],
         pool: Callable[[str, Counter], Pool] = ServePool,
+        engines: Engines | None = None,
+        deploy_keys: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         self.config, self.limits = config, config.limits
         self.names = Names(configured, Path(config.state))
         self.fleet, self.metrics, self.admission = Fleet(), Metrics(), Admission()
         self.groups = {name: group for group in groups for name in group.names}
-        self._pools = {group.key: pool(group.key, self.metrics.retries) for group in groups}
+        self.trials = {name: group for group in groups for name in group.trials}
+        self.pinned: Tally[Version] = Tally()
+        self._waited_for: Tally[str] = Tally()  # requests by the groups whose engines answer
+        self._pool = pool
+        self.pools = {group.key: pool(group.key, self.metrics.retries) for group in groups}
+        self.deployments = None if engines is None else Deployments(self, engines)
+        deploy_file = None if config.deploy is None else config.deploy.keys_file
+        self._deploy_keys = Keys(None if deploy_file is None else Path(deploy_file), deploy_keys)
         self._keys = Keys(None if config.keys_file is None else Path(config.keys_file), keys)
         self._log = RequestLog(config.log, Path(config.state))
         self._created, self._is_ending = int(time.time()), False
@@ -100,6 +122,9 @@ class Gateway:
             ("POST", "/v1/rewards"): self._rewards,
             ("POST", "/classify"): self._classify,
             ("POST", "/pooling"): self._pooling,
+            ("POST", "/admin/deploy"): self._deploy,
+            ("POST", "/admin/promote"): self._promote,
+            ("POST", "/admin/rollback"): self._roll_back,
         }
 
     async def __call__(self, request: Request) -> Response:
@@ -123,6 +148,26 @@ class Gateway:
         """Called at the start: the models that no engine answers for yet."""
         return [n for n, group in self.groups.items() if not self.fleet.replicas(group.key)]
 
+    async def starting(self, key: str) -> Version | None:
+        """Called by replicas: the weights that one of a group is to start with."""
+        found = [
+            self.names.resolve(name) for name, group in self.groups.items() if group.key == key
+        ]
+        tried = [self.names.meaning(name).canary for name, g in self.trials.items() if g.key == key]
+        return next((each for each in [*found, *tried] if each is not None), None)
+
+    def known_groups(self) -> dict[str, Group]:
+        """Those that some name means or tries, by their keys."""
+        return {each.key: each for each in [*self.groups.values(), *self.trials.values()]}
+
+    def add_pool(self, key: str) -> None:
+        """Know the way to the engines of a new group."""
+        self.pools[key] = self._pool(key, self.metrics.retries)
+
+    def waits_for(self, key: str) -> bool:
+        """Whether requests are under way that the engines of a group answer."""
+        return self._waited_for[key] > 0
+
     async def drain(self, grace_s: float) -> int:
         """Called at the end: take no new requests, wait for those under way; returns how many are
         still not answered.
@@ -136,8 +181,12 @@ class Gateway:
     async def _routed(self, request: Request, record: Record) -> Response:
         """Find what answers a request, after its key."""
         path, method = request.url.path, request.method
-        if path not in OPEN and not self._keys.is_open:
-            record.key = self._keys.owner(request.headers.get("authorization"))
+        is_admin = path.startswith(ADMIN)
+        if is_admin and self.config.deploy is None:
+            raise ApiError(403, "deploy: is off; allowed: where the server's config has deploy")
+        keys = self._deploy_keys if is_admin else self._keys
+        if is_admin or (path not in OPEN and not keys.is_open):
+            record.key = keys.owner(request.headers.get("authorization"))
             if record.key is None:
                 given = "wrong" if "authorization" in request.headers else "missing"
                 raise ApiError(401, f"the API key is {given}; allowed: Authorization: Bearer KEY")
@@ -179,7 +228,8 @@ class Gateway:
 
     def _described(self, name: str) -> dict[str, Any]:
         """A model as in /v1/models."""
-        version, group = self.names.resolve(name), self.groups[name]
+        meaning, group = self.names.meaning(name), self.groups[name]
+        version, canary = meaning.current, meaning.canary
         engines = self.fleet.replicas(group.key)
         return {
             "id": name,
@@ -192,7 +242,11 @@ class Gateway:
                 "engines": len(engines),
                 "resident": sum(each.version == version for each in engines),
             },
-        }
+        } | (
+            {}
+            if canary is None
+            else {"canary": {"weights": canary.weights, "share": meaning.share}}
+        )
 
     async def _chat(self, request: Request, record: Record) -> Response:
         return await self._generated(await self._body(request, record, Chat), record, "chat")
@@ -217,6 +271,31 @@ class Gateway:
         scores = await self._scored(body.model, body.conversations, record)
         found = answers.pooling(body.model, scores, body.use_activation)
         return self._answered(record, found, scores.prompt_tokens)
+
+    async def _deploy(self, request: Request, record: Record) -> Response:
+        body = read_form(await self._content(request), DeployBody)
+        return await self._changed(record, body.name, lambda d: d.deploy(*body.arguments))
+
+    async def _promote(self, request: Request, record: Record) -> Response:
+        body = read_form(await self._content(request), NameBody)
+        return await self._changed(record, body.name, lambda d: d.promote(body.name))
+
+    async def _roll_back(self, request: Request, record: Record) -> Response:
+        body = read_form(await self._content(request), NameBody)
+        return await self._changed(record, body.name, lambda d: d.rollback(body.name))
+
+    async def _changed(
+        self,
+        record: Record,
+        name: str,
+        change: Callable[[Deployments], Awaitable[Mapping[str, Any]]],
+    ) -> Response:
+        """What a name means after a change; the log has it, too."""
+        assert self.deployments is not None
+        record.model = name
+        told = await self.deployments.run(change(self.deployments))
+        record.weights, record.fields["change"] = told["weights"], dict(told)
+        return self._answered(record, told, 0)
 
     async def _body(self, request: Request, record: Record, form: type[BodyT]) -> BodyT:
         """A request's body, for a model that there is; the record is pinned to its weights."""
@@ -270,11 +349,9 @@ class Gateway:
     async def _scored(self, name: str, conversations: list[Any], record: Record) -> Scores:
         """Raw scores of conversations."""
         with self._entered(name):
-            version = self._pin(name, record)
+            version, pool = await self._pin(name, record)
             scores: Scores = await self._timed(
-                self._pools[self.groups[name].key].once(
-                    "score", version, conversations, record.started
-                )
+                pool.once("score", version, conversations, record.started)
             )
         return scores
 
@@ -282,12 +359,11 @@ class Gateway:
         """Answers to a chat or a completion."""
         drawing = body.drawing(self.limits)
         record.fields |= {"n": len(drawing.draws), "seed": drawing.draws[0].seed}
-        pool = self._pools[self.groups[body.model].key]
         place = self._entered(body.model)
         place.__enter__()  # left by the stream, where there is one
         is_left = False
         try:
-            version = self._pin(body.model, record)
+            version, pool = await self._pin(body.model, record)
             shape = answers.Shape(kind, body.model, version.weights, body.top is not None)
             record.fields["id"] = shape.id
             if not body.stream:
@@ -350,11 +426,17 @@ class Gateway:
                 record.fields["answers"] = [texts[index] for index in sorted(texts)]
             self._ended(record, status, first.prompt_tokens, tokens)
 
-    def _pin(self, name: str, record: Record) -> Version:
-        """The weights that answer a request."""
-        version = self.names.resolve(name)
-        record.weights = version.weights
-        return version
+    async def _pin(self, name: str, record: Record) -> tuple[Version, Pool]:
+        """The weights that answer a request, and the way to the engines that have them."""
+        if self.deployments is not None:
+            await self.deployments.may_pin(name)
+        version = self.names.pick(name)
+        is_tried = version == self.names.meaning(name).canary
+        group = self.trials[name] if is_tried else self.groups[name]
+        record.weights, record.pinned = version.weights, (version, group.key)
+        self.pinned[version] += 1
+        self._waited_for[group.key] += 1
+        return version, self.pools[group.key]
 
     async def _timed(self, work: Awaitable[Any]) -> Any:
         """The result of work that may not take longer than the limits allow."""
@@ -387,6 +469,11 @@ class Gateway:
 
     def _ended(self, record: Record, status: int, prompt_tokens: int = 0, tokens: int = 0) -> None:
         """Count and write down a request that has ended."""
+        if record.pinned is not None:
+            version, group = record.pinned
+            self.pinned[version] -= 1
+            self._waited_for[group] -= 1
+            record.pinned = None
         answer = (record.route, record.model, record.weights)
         self.metrics.requests.labels(*answer, str(status)).inc()
         if status == 200:

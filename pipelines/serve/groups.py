@@ -1,5 +1,6 @@
 """Which models share engines: those whose weights can be changed for one another."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ class Group:
         cpus: cores of each, where it runs on a CPU.
         first: the weights that engines start with.
         names: of its models.
+        trials: names of which a canary has this shape.
     """
 
     key: str
@@ -31,6 +33,7 @@ class Group:
     cpus: int
     first: Version
     names: tuple[str, ...]
+    trials: tuple[str, ...] = ()
 
 
 def shape_key(version: Version, model: ServedConfig, engine: EngineConfig) -> str:
@@ -59,26 +62,39 @@ def engine_of(model: ServedConfig, config: ServeConfig) -> EngineConfig:
     return EngineConfig.model_validate(fields)
 
 
-def groups_of(config: ServeConfig, versions: dict[str, Version], cores: int) -> list[Group]:
+def groups_of(
+    config: ServeConfig,
+    versions: Mapping[str, Version],
+    cores: int,
+    canaries: Mapping[str, Version] | None = None,
+) -> list[Group]:
     """The groups of a server's models, in the order of the config.
 
     Args:
         versions: what each name means now.
         cores: of the machine, which engines share equally where the config does not say.
+        canaries: what is tried on a part of a name's requests.
     """
     found: dict[str, Group] = {}
-    for name, model in config.models.items():
-        version, engine = versions[name], engine_of(model, config)
+    asked = [(name, versions[name], False) for name in config.models]
+    asked += [(name, version, True) for name, version in (canaries or {}).items()]
+    for name, version, is_trial in asked:
+        model = config.models[name]
+        names: tuple[str, ...] = () if is_trial else (name,)
+        trials: tuple[str, ...] = (name,) if is_trial else ()
+        engine = engine_of(model, config)
         key = shape_key(version, model, engine)
         key = key if model.share else fingerprint([key, name])[:12]
         old = found.get(key)
         if old is None:
-            found[key] = Group(key, engine, model.replicas, model.cpus or 0, version, (name,))
+            bounds, cpus = model.replicas, model.cpus or 0
+            found[key] = Group(key, engine, bounds, cpus, version, names, trials)
             continue
         one, other = old.replicas, model.replicas
         bounds = Replicas(min=max(one.min, other.min), max=max(one.max, other.max))
         cpus = max(old.cpus, model.cpus or 0)
-        found[key] = Group(key, engine, bounds, cpus, old.first, (*old.names, name))
+        names, trials = (*old.names, *names), (*old.trials, *trials)
+        found[key] = Group(key, engine, bounds, cpus, old.first, names, trials)
     num_engines = sum(group.replicas.max for group in found.values())
     share = max(1, cores // num_engines)
     return [replace(group, cpus=group.cpus or share) for group in found.values()]

@@ -20,7 +20,7 @@ from pipelines.errors import InputError
 from pipelines.hub.offline import is_offline
 from pipelines.serve.config import Limits
 from pipelines.serve.failures import ApiError
-from pipelines.serve.fleet import Report
+from pipelines.serve.fleet import Refusal, Report
 from pipelines.serve.groups import Group
 from pipelines.serve.names import Version
 from pipelines.serve.protocol import Draw, Drawing
@@ -74,6 +74,7 @@ class EngineHost:
         self.announced = group.first
         self._swaps, self._swap_s, self._answered, self._cancelled = 0, 0.0, 0, 0
         self._longest_wait_s, self._began = 0.0, time.time()
+        self._refused: Refusal | None = None
 
     @classmethod
     async def started(cls, group: Group, limits: Limits, name: str) -> "EngineHost":
@@ -297,6 +298,9 @@ class EngineHost:
         await asyncio.sleep(SETTLE_S)
         try:
             await self._turns.become(version)
+        except Exception as error:
+            self._refused = Refusal(version, str(error) or type(error).__name__, time.time())
+            raise
         finally:
             self.announced = self._turns.version
 
@@ -315,6 +319,7 @@ class EngineHost:
             self._cancelled,
             self._longest_wait_s,
             self._began,
+            self._refused,
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from pipelines.errors import InputError
 
 VARIABLE = "POISE_API_KEYS"
+DEPLOY_VARIABLE = "POISE_DEPLOY_KEYS"
 SHORTEST = 16
 Digests = dict[str, bytes]  # name -> SHA-256 of the key
 
@@ -94,7 +95,7 @@ def keys_in_environment(variable: str = VARIABLE) -> Digests:
     return {f"{variable}-{name}": key for name, key in read_keys(text, variable).items()}
 
 
-def check_file(file: str | None) -> None:
+def check_file(file: str | None, field: str = "keys_file") -> None:
     """Raise InputError where a file of keys cannot be used."""
     if file is None:
         return
@@ -102,6 +103,6 @@ def check_file(file: str | None) -> None:
         found = read_keys(Path(file).read_text(), file)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise InputError(f"keys_file: {file}: cannot be read: {reason}") from None
+        raise InputError(f"{field}: {file}: cannot be read: {reason}") from None
     if not found:
-        raise InputError(f"keys_file: {file}: holds no key; allowed: at least one")
+        raise InputError(f"{field}: {file}: holds no key; allowed: at least one")

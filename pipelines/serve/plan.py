@@ -18,7 +18,7 @@ from pipelines.errors import InputError
 from pipelines.provenance import read_record
 from pipelines.serve.config import ServeConfig
 from pipelines.serve.groups import Group, groups_of
-from pipelines.serve.keys import check_file
+from pipelines.serve.keys import DEPLOY_VARIABLE, check_file, keys_in_environment
 from pipelines.serve.models import check_servable, engine_device, look_at
 from pipelines.serve.names import Names, Version
 
@@ -53,6 +53,10 @@ def plan_server(config: ServeConfig) -> ServerPlan:
             engine that is not installed; keys or a state that cannot be read.
     """
     check_file(config.keys_file)
+    if config.deploy is not None:
+        check_file(config.deploy.keys_file, "deploy.keys_file")
+        if config.deploy.keys_file is None and not keys_in_environment(DEPLOY_VARIABLE):
+            raise InputError(f"deploy: needs a key; allowed: deploy.keys_file or {DEPLOY_VARIABLE}")
     state = Path(config.state)
     looked = {name: look_at(Path(model.path)) for name, model in config.models.items()}
     notes = [
@@ -65,22 +69,30 @@ def plan_server(config: ServeConfig) -> ServerPlan:
     memory.write()
     names = Names(configured, state)
     now = {name: names.resolve(name) for name in names}
+    tried = {name: found for name in names if (found := names.meaning(name).canary) is not None}
     if config.engine.name == "vllm":
         device = engine_device()
-        check_servable([look_at(Path(each.path)) for each in now.values()], device)
+        check_servable(
+            [look_at(Path(each.path)) for each in [*now.values(), *tried.values()]], device
+        )
     is_local = not os.environ.get("RAY_ADDRESS")
-    groups = groups_of(config, now, len(os.sched_getaffinity(0)) if is_local else 1)
+    groups = groups_of(config, now, len(os.sched_getaffinity(0)) if is_local else 1, tried)
     if is_local:
         check_memory(groups, available_memory())
     return ServerPlan(config, configured, groups, notes)
 
 
-def needed_resources(groups: list[Group]) -> dict[str, float]:
-    """The Ray resources that a server needs at least."""
+def needed_resources(groups: list[Group], spare_engines: int = 0) -> dict[str, float]:
+    """The Ray resources that a server needs at least.
+
+    Args:
+        spare_engines: further ones, on CPUs alone, that are to have room.
+    """
     needs = [(group.replicas.min, group.engine.need()) for group in groups]
     cpus = sum(count * cpus_of(group) for (count, _), group in zip(needs, groups, strict=True))
     gpus = sum(count * need.num_gpus for count, need in needs)
-    needed = {"CPU": cpus + GATEWAY_CPUS + SERVE_CPUS}
+    spare = spare_engines * max(map(cpus_of, groups))
+    needed = {"CPU": cpus + GATEWAY_CPUS + SERVE_CPUS + spare}
     return needed | ({"GPU": gpus} if gpus else {})
 
 
@@ -104,7 +116,7 @@ def check_memory(groups: list[Group], free: int) -> None:
         total += group.replicas.min * (weights + cache)
         if total > _NEEDED_FREE * free:
             raise InputError(
-                f"models.{group.names[0]}: needs {(weights + cache) / GIB:.2f} GiB for each of "
+                f"models.{(group.names or group.trials)[0]}: needs {(weights + cache) / GIB:.2f} GiB for each of "
                 f"{group.replicas.min} engines ({weights / GIB:.2f} of weights), with the models "
                 f"before it {total / GIB:.2f}; allowed: {_NEEDED_FREE * free / GIB:.2f}, "
                 "95% of the free memory"

@@ -374,6 +374,7 @@ class Classify(Body):
 
 
 BodyT = TypeVar("BodyT", bound=Body)
+FormT = TypeVar("FormT", bound=BaseModel)
 
 
 def read_body(content: bytes, form: type[BodyT], limits: Limits) -> BodyT:
@@ -381,6 +382,17 @@ def read_body(content: bytes, form: type[BodyT], limits: Limits) -> BodyT:
 
     Raises:
         ApiError: not JSON, unknown or wrong fields, or more than the server allows.
+    """
+    body = read_form(content, form)
+    body.check(limits)
+    return body
+
+
+def read_form(content: bytes, form: type[FormT]) -> FormT:
+    """JSON of a form, without a look at the server's limits.
+
+    Raises:
+        ApiError: not JSON, or unknown or wrong fields.
     """
     try:
         values = json.loads(content)
@@ -390,13 +402,11 @@ def read_body(content: bytes, form: type[BodyT], limits: Limits) -> BodyT:
         kind = type(values).__name__
         raise ApiError(400, f"body: found {kind}; allowed: a JSON object", code="invalid_json")
     try:
-        body = form.model_validate(values)
+        return form.model_validate(values)
     except ValidationError as error:
         line = describe(error, form, values)
         param = line.partition(":")[0]
         raise ApiError(400, line[:1000], param if " " not in param else None) from None
-    body.check(limits)
-    return body
 
 
 def _at_most(field: str, found: int, most: int, what: str = "") -> None:

@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipelines.serve.protocol import Drawing
 from pipelines.serve.writing import Delta
 
 GATEWAY = "poise"  # the Serve application in front of all
+GATEWAY_S = 5.0  # that a new engine waits for its answer
 
 
 class EngineReplica:
@@ -33,7 +35,8 @@ class EngineReplica:
 
         self._cores = _own_cores(group, Path(locks))
         name = serve.get_replica_context().replica_id.unique_id
-        self._host = await EngineHost.started(group, limits, name)
+        first = await _first(group)
+        self._host = await EngineHost.started(replace(group, first=first), limits, name)
         self._reporting = asyncio.create_task(self._report_for_ever())
 
     async def stream(
@@ -83,6 +86,20 @@ class EngineReplica:
                 order = await gateway.report.remote(self._host.described())
                 if order is not None and (change is None or change.done()):
                     change = asyncio.create_task(self._host.become(order))
+
+
+async def _first(group: Group) -> Version:
+    """The weights to start with: what the group's names mean now, which may be others than when
+    the group was made.
+    """
+    from ray import serve
+
+    with suppress(Exception):  # at the start of a server there is no gateway yet
+        gateway = serve.get_app_handle(GATEWAY)
+        async with asyncio.timeout(GATEWAY_S):
+            found: Version | None = await gateway.starting.remote(group.key)
+        return found or group.first
+    return group.first
 
 
 def _own_cores(group: Group, locks: Path) -> Cores:
