@@ -129,7 +129,9 @@ class Gateway:
 
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP request."""
-        record = Record(request.url.path, time.time())
+        known = {path for _, path in self._routes}
+        path = request.url.path
+        record = Record(path if path in known else "other", time.time())
         try:
             return await self._routed(request, record)
         except ApiError as error:

@@ -51,42 +51,42 @@ class Writer:
         self._written = ""  # what the client has
         self._decoded = ""  # what the tokens so far say, without what may change
         self._from = self._read = 0  # tokens in the window, tokens that are in `_decoded`
+        self._told = 0  # tokens that the client knows of
         self.is_ended = False
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the answer so far."""
-        return len(self._tokens)
 
     def write(self, piece: Piece) -> Delta | None:
         """What a piece adds; None where nothing can be shown yet."""
         fresh: list[TokenLogprob] = []
-        before = len(self._tokens)
         for place, token in enumerate(piece.tokens):
             self._tokens.append(token)
             if piece.logprobs is not None and self._top is not None:
                 fresh.append(self._logprob(token, piece.logprobs[place]))
             if token in self._text.ends or self._is_stopped():
                 self.is_ended = True
-                return self._end(len(self._tokens) - before, fresh)
+                return self._end(fresh)
         self._decode()
         shown = self._decoded[: len(self._decoded) - _held(self._decoded, self._stop)]
         new = shown[len(self._written) :]
         if not new and not fresh:
             return None
         self._written += new
-        return Delta(self._index, new, len(self._tokens) - before, tuple(fresh), None)
+        return Delta(self._index, new, self._untold(), tuple(fresh), None)
 
     def end(self) -> Delta:
         """The end of an answer that ran into its limit."""
-        return self._end(0, [])
+        return self._end([])
 
-    def _end(self, tokens: int, fresh: list[TokenLogprob]) -> Delta:
+    def _end(self, fresh: list[TokenLogprob]) -> Delta:
         """The rest, and what ended it."""
         whole, finish = self._text.answer(self._tokens, self._stop)
         rest = whole[len(self._written) :] if whole.startswith(self._written) else ""
         self._written += rest
-        return Delta(self._index, rest, tokens, tuple(fresh), finish)
+        return Delta(self._index, rest, self._untold(), tuple(fresh), finish)
+
+    def _untold(self) -> int:
+        """How many tokens are new to the client, who knows of them then."""
+        new, self._told = len(self._tokens) - self._told, len(self._tokens)
+        return new
 
     def _is_stopped(self) -> bool:
         if not self._stop:

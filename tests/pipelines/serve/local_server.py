@@ -1,0 +1,170 @@
+"""A running server in this process: the gateway on a real socket, engines without Ray."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.requests import Request
+
+from pipelines.config import check
+from pipelines.serve.calls import plain_error
+from pipelines.serve.config import ServeConfig
+from pipelines.serve.gateway import Gateway
+from pipelines.serve.host import EngineHost
+from pipelines.serve.names import Version
+from pipelines.serve.plan import ServerPlan, plan_server
+
+
+class LocalPool:
+    """The way to the engines of one group, in this process; the first one that is free."""
+
+    def __init__(self, hosts: list[EngineHost]) -> None:
+        self.hosts = hosts
+
+    def _host(self, version: Version) -> EngineHost:
+        """As the router: one that has the weights, and of those the one with the least work."""
+        having = [each for each in self.hosts if each.announced == version]
+        reports = [(each.described(), each) for each in having or self.hosts]
+        return min(reports, key=lambda each: each[0].running + each[0].waiting)[1]
+
+    async def once(self, method: str, version: Version, *arguments: Any) -> Any:
+        try:
+            return await getattr(self._host(version), method)(version, *arguments)
+        except Exception as error:
+            raise plain_error(error) from error
+
+    async def stream(
+        self, method: str, version: Version, *arguments: Any
+    ) -> AsyncGenerator[Any, None]:
+        try:
+            async with aclosing(getattr(self._host(version), method)(version, *arguments)) as parts:
+                async for part in parts:
+                    yield part
+        except Exception as error:
+            raise plain_error(error) from error
+
+
+class LocalServer:
+    """A server that runs.
+
+    Attributes:
+        gateway: its gateway; its methods belong into `call`.
+        url: its address.
+    """
+
+    def __init__(self, plan: ServerPlan, keys: dict[str, bytes]) -> None:
+        self._plan, self._keys = plan, keys
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._error: BaseException | None = None
+        self.gateway: Gateway
+        self.hosts: dict[str, list[EngineHost]] = {}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Start it and wait until all engines have reported."""
+        self._thread.start()
+        assert self._ready.wait(60)
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """End the server and its engines."""
+        self._server.should_exit = True
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def call(self, coroutine: Any) -> Any:
+        """The result of a coroutine in the server's event loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve())
+        except BaseException as error:
+            self._error = error
+            self._ready.set()
+
+    async def _serve(self) -> None:
+        plan = self._plan
+        for group in plan.groups:
+            self.hosts[group.key] = [
+                await EngineHost.started(group, plan.config.limits, f"{group.key}-{number}")
+                for number in range(group.replicas.min)
+            ]
+        self.gateway = Gateway(
+            plan.config,
+            plan.groups,
+            plan.configured,
+            self._keys,
+            pool=lambda key, _: LocalPool(self.hosts[key]),
+        )
+        reporting = [
+            asyncio.create_task(self._report(each))
+            for hosts in self.hosts.values()
+            for each in hosts
+        ]
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            response = await self.gateway(Request(scope, receive))
+            await response(scope, receive, send)
+
+        config = uvicorn.Config(app, "127.0.0.1", self.port, log_level="error", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._server.install_signal_handlers = lambda: None
+        serving = asyncio.create_task(self._server.serve())
+        while not self._server.started or await self.gateway.without_engine():
+            await asyncio.sleep(0.01)
+        self._ready.set()
+        await serving
+        for task in reporting:
+            task.cancel()
+        for hosts in self.hosts.values():
+            for host in hosts:
+                host.close()
+
+    async def _report(self, host: EngineHost) -> None:
+        """As replicas do."""
+        change: asyncio.Task[None] | None = None
+        while True:
+            order = await self.gateway.report(host.described())
+            if order is not None and (change is None or change.done()):
+                change = asyncio.create_task(host.become(order))
+            await asyncio.sleep(0.05)
+
+
+@contextmanager
+def local_server(
+    models: dict[str, dict[str, Any]],
+    folder: Path,
+    keys: dict[str, bytes] | None = None,
+    **fields: Any,
+) -> Iterator[LocalServer]:
+    """A server of these models, as in a config, on transformers; its state is in the folder."""
+    values = {"models": models, "engine": {"name": "transformers"}, "state": str(folder)} | fields
+    server = LocalServer(plan_server(check(values, ServeConfig, "test")), keys or {})
+    server.start()
+    try:
+        yield server
+    finally:
+        with suppress(AttributeError):
+            server.stop()
+
+
+def wait_for(condition: Any, seconds: float = 10) -> None:
+    """Wait until something is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
