@@ -22,7 +22,7 @@ from pipelines.config import apply_overrides, check, load_config
 from pipelines.errors import InputError
 from pipelines.serve import ServeConfig, ServerPlan, find_models, needed_resources, plan_server
 from pipelines.serve.app import targets
-from pipelines.serve.keys import keys_in_environment
+from pipelines.serve.keys import DEPLOY_VARIABLE, keys_in_environment
 from ray_jobs.session import quiet_environment, ray_session, worker_environment
 
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -52,19 +52,26 @@ def run_serve(paths: list[Path], overrides: Sequence[str] = (), *, host: str, po
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     _quiet_loggers()
     with _config_of(paths, overrides) as config:
-        keys = keys_in_environment()
+        keys, deploy_keys = keys_in_environment(), keys_in_environment(DEPLOY_VARIABLE)
         _check_port(host, port)
         plan = plan_server(config)
         if host not in LOOPBACK and not keys and config.keys_file is None:
             _say(f"note: listening on {host} without authentication")
         for note in plan.notes:
             _say(f"note: {note}")
-        _serve(plan, keys, host, port)
+        _serve(plan, keys, deploy_keys, host, port)
 
 
-def _serve(plan: ServerPlan, keys: dict[str, bytes], host: str, port: int) -> None:
+def _serve(
+    plan: ServerPlan,
+    keys: dict[str, bytes],
+    deploy_keys: dict[str, bytes],
+    host: str,
+    port: int,
+) -> None:
     """Start everything, wait for the end, stop everything."""
-    needed = needed_resources(plan.groups)
+    spare = 0 if plan.config.deploy is None else plan.config.deploy.spare_engines
+    needed = needed_resources(plan.groups, spare)
     num_cpus = max(math.ceil(needed["CPU"]), os.cpu_count() or 1)
     stdout = sys.stdout
     # Ray prints its own notices, which do not belong on stdout.
@@ -79,7 +86,7 @@ def _serve(plan: ServerPlan, keys: dict[str, bytes], host: str, port: int) -> No
             start = time.monotonic()
             names = list(plan.config.models)
             _say(f"loading {', '.join(names)} (about a minute with vLLM on a CPU)")
-            gateway = _deploy(targets(plan, keys, locks, worker_environment()))
+            gateway = _deploy(targets(plan, keys, deploy_keys, locks, worker_environment()))
             _say(f"ready after {time.monotonic() - start:.0f} s; Ctrl-C stops it")
             ready = f"serving {_url(host, port)}  try: {_curl(host, port, plan)}"
             print(ready, file=stdout, flush=True)

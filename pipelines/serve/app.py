@@ -3,13 +3,24 @@
 They are applications of their own, so that a group can be added or taken away while the others run.
 """
 
+import asyncio
+import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipelines.errors import InputError
 from pipelines.serve.calls import application
-from pipelines.serve.config import Limits
+from pipelines.serve.config import Limits, ServeConfig
+from pipelines.serve.deployment import examine
 from pipelines.serve.gateway import Gateway
 from pipelines.serve.groups import Group
-from pipelines.serve.plan import GATEWAY_CPUS, ServerPlan, cpus_of
+from pipelines.serve.plan import (
+    GATEWAY_CPUS,
+    ServerPlan,
+    available_memory,
+    check_memory,
+    cpus_of,
+)
 from pipelines.serve.replica import GATEWAY, EngineReplica
 
 if TYPE_CHECKING:
@@ -22,12 +33,17 @@ _TARGET_SHARE = 0.5  # of the requests that an engine works on at once, at which
 
 
 def build_gateway(
-    plan: ServerPlan, keys: dict[str, bytes], environment: dict[str, str]
+    plan: ServerPlan,
+    keys: dict[str, bytes],
+    deploy_keys: dict[str, bytes],
+    locks: str,
+    environment: dict[str, str],
 ) -> "Application":
     """The application that listens.
 
     Args:
-        keys: digests of keys that stand in no file.
+        keys, deploy_keys: digests of keys that stand in no file.
+        locks: the folder in which engines share out a machine's cores.
         environment: variables of its process.
     """
     from ray import serve
@@ -40,7 +56,16 @@ def build_gateway(
         ray_actor_options={"num_cpus": GATEWAY_CPUS, "runtime_env": {"env_vars": environment}},
         **_HEALTH,
     )
-    return deployment.bind(plan.config, plan.groups, plan.configured, keys)
+    engines = None if plan.config.deploy is None else ServeEngines(plan.config, locks, environment)
+    return deployment.bind(
+        plan.config,
+        plan.groups,
+        plan.configured,
+        keys,
+        meant=plan.meant,
+        engines=engines,
+        deploy_keys=deploy_keys,
+    )
 
 
 def build_engines(
@@ -75,6 +100,70 @@ def build_engines(
     return deployment.bind(group, limits, locks)
 
 
+@dataclass(frozen=True, slots=True)
+class ServeEngines:
+    """Starts and stops groups' engines on Ray Serve, from inside the gateway.
+
+    Attributes:
+        locks: the folder in which engines share out a machine's cores.
+        environment: variables of their processes.
+    """
+
+    config: ServeConfig
+    locks: str
+    environment: dict[str, str]
+
+    async def examined(self, name: str, path: str) -> Group:
+        """As `examine`, in a process of its own."""
+        import ray
+
+        task = ray.remote(examine).options(
+            num_cpus=0, max_retries=2, runtime_env={"env_vars": self.environment}
+        )
+        try:
+            found: Group = await task.remote(name, path, self.config)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, InputError):
+                raise error.cause from None
+            raise
+        return found
+
+    async def start(self, group: Group) -> None:
+        """As `Engines.start`."""
+        from ray import serve
+
+        if not os.environ.get("RAY_ADDRESS"):
+            check_memory([group], available_memory())
+            _check_room(group)
+        target = build_engines(group, self.config.limits, self.locks, self.environment)
+        where = application(group.key)
+        try:
+            await asyncio.to_thread(serve.run, target, name=where, route_prefix=None)
+        except RuntimeError:  # Serve's word for engines that do not start
+            await self.stop(group.key)
+            raise InputError(f"path: {group.first.path}: its engines did not start") from None
+
+    async def stop(self, key: str) -> None:
+        """As `Engines.stop`."""
+        from ray import serve
+
+        await asyncio.to_thread(serve.delete, application(key))
+
+
+def _check_room(group: Group) -> None:
+    """Raise InputError where a local Ray has no room for a group's engines, which would wait."""
+    import ray
+
+    free = ray.available_resources()
+    needs = {"CPU": cpus_of(group), "GPU": group.engine.need().num_gpus}
+    for name, each in needs.items():
+        if (amount := group.replicas.min * each) > free.get(name, 0):
+            raise InputError(
+                f"path: its shape needs engines of its own, with {amount:g} {name}; found "
+                f"{free.get(name, 0):g} free (deploy.spare_engines keeps room)"
+            )
+
+
 def _size(group: Group, limits: Limits) -> dict[str, Any]:
     """How many engines, or between which bounds."""
     if group.replicas.min == group.replicas.max:
@@ -92,7 +181,11 @@ def _size(group: Group, limits: Limits) -> dict[str, Any]:
 
 
 def targets(
-    plan: ServerPlan, keys: dict[str, bytes], locks: str, environment: dict[str, str]
+    plan: ServerPlan,
+    keys: dict[str, bytes],
+    deploy_keys: dict[str, bytes],
+    locks: str,
+    environment: dict[str, str],
 ) -> list[Any]:
     """All applications, as `serve.run_many` takes them."""
     from ray.serve import RunTarget
@@ -105,5 +198,5 @@ def targets(
         )
         for group in plan.groups
     ]
-    gateway = build_gateway(plan, keys, environment)
+    gateway = build_gateway(plan, keys, deploy_keys, locks, environment)
     return [*engines, RunTarget(gateway, name=GATEWAY, route_prefix="/")]

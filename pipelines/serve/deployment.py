@@ -1,11 +1,11 @@
 """What a name means is changed while requests come: tried out, rolled out, rolled back.
 
-A checkpoint is read whole first (`validation.py`). Then engines change to it one after another: each
-stops taking requests, ends what it has, swaps (`fleet.py`); when half of them have it and one has
-answered a question, the name means it, and the others follow. Where there is only one engine, new
-requests wait for its swap. Weights of another shape get engines of their own, which start before the
-old ones stop. Whatever fails before the name has changed leaves the name as it was. Every request is
-answered by the weights that it was pinned to when it came.
+A checkpoint is read whole first (`validation.py`). Then engines change to it one after another:
+each stops taking requests, ends what it has, swaps (`fleet.py`); when half of them have it and one
+has answered a question, the name means it, and the others follow. Where there is only one engine,
+new requests wait for its swap. Weights of another shape get engines of their own, which start
+before the old ones stop. Whatever fails before the name has changed leaves the name as it was.
+Every request is answered by the weights that it was pinned to when it came.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from pipelines.serve.failures import ApiError, unknown_model
 from pipelines.serve.groups import Group, groups_of
 from pipelines.serve.models import check_servable, engine_device, look_at
 from pipelines.serve.names import Version
-from pipelines.serve.protocol import Draw, Drawing
+from pipelines.serve.protocol import Draw, Drawing, read_form
 from pipelines.serve.validation import validated
 
 if TYPE_CHECKING:
@@ -46,11 +46,6 @@ class DeployBody(BaseModel):
     name: str
     path: str
     canary: int | None = Field(None, ge=1, le=99)
-
-    @property
-    def arguments(self) -> tuple[str, str, int | None]:
-        """Of `Deployments.deploy`."""
-        return self.name, self.path, self.canary
 
 
 class NameBody(BaseModel):
@@ -94,7 +89,7 @@ def examine(name: str, path: str, config: ServeConfig) -> Group:
         check_servable([look_at(folder)], engine_device())
     version = Version(found.weights, str(folder))
     alone = config.model_copy(update={"models": {name: model}})
-    [group] = groups_of(alone, {name: version}, 1)
+    [group] = groups_of(alone, {name: version}, {}, 1)
     return group
 
 
@@ -117,9 +112,14 @@ class Deployments:
         self._held: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def run(self, work: Awaitable[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The result of `deploy`, `promote` or `rollback`, which goes on where the client leaves."""
-        task = asyncio.ensure_future(work)
+    async def answer(self, route: str, content: bytes) -> dict[str, Any]:
+        """What a name means after the change that is asked for, which goes on where the client
+        leaves.
+
+        Raises:
+            ApiError: it was refused, and nothing has changed.
+        """
+        task = asyncio.ensure_future(CHANGES[route](self, content))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
@@ -140,7 +140,7 @@ class Deployments:
                 503, f"{name}: its weights are being changed", code="waited_too_long", retry_after=2
             ) from None
 
-    async def deploy(self, name: str, path: str, share: int | None = None) -> Mapping[str, Any]:
+    async def deploy(self, name: str, path: str, share: int | None = None) -> dict[str, Any]:
         """Let a name mean a checkpoint, or give it a share of the requests, in percent.
 
         Raises:
@@ -162,7 +162,7 @@ class Deployments:
                     raise
             return self._told(name, old)
 
-    async def promote(self, name: str) -> Mapping[str, Any]:
+    async def promote(self, name: str) -> dict[str, Any]:
         """Let a name mean its canary.
 
         Raises:
@@ -177,7 +177,7 @@ class Deployments:
             await self._switch(name, version, home, self._promoted)
             return self._told(name, old)
 
-    async def rollback(self, name: str) -> Mapping[str, Any]:
+    async def rollback(self, name: str) -> dict[str, Any]:
         """End a name's canary; where it has none, let it mean what it meant before.
 
         Raises:
@@ -395,3 +395,24 @@ class Deployments:
             if canary is None
             else {"weights": canary.weights, "path": canary.path, "share": meaning.share},
         }
+
+
+async def _deploy(deployments: Deployments, content: bytes) -> dict[str, Any]:
+    body = read_form(content, DeployBody)
+    return await deployments.deploy(body.name, body.path, body.canary)
+
+
+async def _promote(deployments: Deployments, content: bytes) -> dict[str, Any]:
+    return await deployments.promote(read_form(content, NameBody).name)
+
+
+async def _rollback(deployments: Deployments, content: bytes) -> dict[str, Any]:
+    return await deployments.rollback(read_form(content, NameBody).name)
+
+
+# By their routes.
+CHANGES: Mapping[str, Callable[[Deployments, bytes], Awaitable[dict[str, Any]]]] = {
+    "/admin/deploy": _deploy,
+    "/admin/promote": _promote,
+    "/admin/rollback": _rollback,
+}

@@ -25,14 +25,14 @@ from pipelines.serve import answers
 from pipelines.serve.admission import Admission
 from pipelines.serve.calls import Pool, ServePool, plain_error
 from pipelines.serve.config import ServeConfig
-from pipelines.serve.deployment import DeployBody, Deployments, Engines, NameBody
+from pipelines.serve.deployment import CHANGES, Deployments, Engines
 from pipelines.serve.failures import ApiError, unknown_model
 from pipelines.serve.fleet import Fleet, Report
-from pipelines.serve.groups import Group
+from pipelines.serve.groups import Group, groups_of, num_cores
 from pipelines.serve.host import Scores, Started
 from pipelines.serve.keys import Keys
 from pipelines.serve.metrics import CONTENT_TYPE, Metrics
-from pipelines.serve.names import Names, Version
+from pipelines.serve.names import Meant, Names, Version
 from pipelines.serve.protocol import (
     Body,
     Chat,
@@ -41,7 +41,6 @@ from pipelines.serve.protocol import (
     Reward,
     TextCompletion,
     read_body,
-    read_form,
 )
 from pipelines.serve.request_log import RequestLog
 
@@ -77,6 +76,7 @@ class Gateway:
         groups: of models that share engines.
         configured: what the names mean by the config.
         keys: digests of the keys that stand in no file.
+        meant: what the names meant when the groups were made, as `Names.meant`.
         pool: makes the way to a group's engines.
         engines: starts and stops them; without it nothing can be deployed.
         deploy_keys: as `keys`, of those who may deploy.
@@ -93,12 +93,15 @@ class Gateway:
         groups: list[Group],
         configured: dict[str, Version],
         keys: dict[str, bytes],
+        meant: Mapping[str, Meant] | None = None,
         pool: Callable[[str, Counter], Pool] = ServePool,
         engines: Engines | None = None,
         deploy_keys: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         self.config, self.limits = config, config.limits
         self.names = Names(configured, Path(config.state))
+        if meant is not None and self.names.meant != meant:  # started anew after a change
+            groups = groups_of(config, *self.names.versions, num_cores())
         self.fleet, self.metrics, self.admission = Fleet(), Metrics(), Admission()
         self.groups = {name: group for group in groups for name in group.names}
         self.trials = {name: group for group in groups for name in group.trials}
@@ -122,9 +125,7 @@ class Gateway:
             ("POST", "/v1/rewards"): self._rewards,
             ("POST", "/classify"): self._classify,
             ("POST", "/pooling"): self._pooling,
-            ("POST", "/admin/deploy"): self._deploy,
-            ("POST", "/admin/promote"): self._promote,
-            ("POST", "/admin/rollback"): self._roll_back,
+            **{("POST", route): self._change for route in CHANGES},
         }
 
     async def __call__(self, request: Request) -> Response:
@@ -152,10 +153,9 @@ class Gateway:
 
     async def starting(self, key: str) -> Version | None:
         """Called by replicas: the weights that one of a group is to start with."""
-        found = [
-            self.names.resolve(name) for name, group in self.groups.items() if group.key == key
-        ]
-        tried = [self.names.meaning(name).canary for name, g in self.trials.items() if g.key == key]
+        meaning = self.names.meaning
+        found = [meaning(name).current for name, group in self.groups.items() if group.key == key]
+        tried = [meaning(name).canary for name, group in self.trials.items() if group.key == key]
         return next((each for each in [*found, *tried] if each is not None), None)
 
     def known_groups(self) -> dict[str, Group]:
@@ -233,6 +233,7 @@ class Gateway:
         meaning, group = self.names.meaning(name), self.groups[name]
         version, canary = meaning.current, meaning.canary
         engines = self.fleet.replicas(group.key)
+        tried = {} if canary is None else {"weights": canary.weights, "share": meaning.share}
         return {
             "id": name,
             "object": "model",
@@ -244,11 +245,7 @@ class Gateway:
                 "engines": len(engines),
                 "resident": sum(each.version == version for each in engines),
             },
-        } | (
-            {}
-            if canary is None
-            else {"canary": {"weights": canary.weights, "share": meaning.share}}
-        )
+        } | ({"canary": tried} if tried else {})
 
     async def _chat(self, request: Request, record: Record) -> Response:
         return await self._generated(await self._body(request, record, Chat), record, "chat")
@@ -274,29 +271,12 @@ class Gateway:
         found = answers.pooling(body.model, scores, body.use_activation)
         return self._answered(record, found, scores.prompt_tokens)
 
-    async def _deploy(self, request: Request, record: Record) -> Response:
-        body = read_form(await self._content(request), DeployBody)
-        return await self._changed(record, body.name, lambda d: d.deploy(*body.arguments))
-
-    async def _promote(self, request: Request, record: Record) -> Response:
-        body = read_form(await self._content(request), NameBody)
-        return await self._changed(record, body.name, lambda d: d.promote(body.name))
-
-    async def _roll_back(self, request: Request, record: Record) -> Response:
-        body = read_form(await self._content(request), NameBody)
-        return await self._changed(record, body.name, lambda d: d.rollback(body.name))
-
-    async def _changed(
-        self,
-        record: Record,
-        name: str,
-        change: Callable[[Deployments], Awaitable[Mapping[str, Any]]],
-    ) -> Response:
-        """What a name means after a change; the log has it, too."""
+    async def _change(self, request: Request, record: Record) -> Response:
+        """Change what a name means; the log has it, too."""
         assert self.deployments is not None
-        record.model = name
-        told = await self.deployments.run(change(self.deployments))
-        record.weights, record.fields["change"] = told["weights"], dict(told)
+        told = await self.deployments.answer(record.route, await self._content(request))
+        record.model, record.weights = told["name"], told["weights"]
+        record.fields["change"] = told
         return self._answered(record, told, 0)
 
     async def _body(self, request: Request, record: Record, form: type[BodyT]) -> BodyT:

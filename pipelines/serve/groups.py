@@ -1,5 +1,6 @@
 """Which models share engines: those whose weights can be changed for one another."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,22 +63,27 @@ def engine_of(model: ServedConfig, config: ServeConfig) -> EngineConfig:
     return EngineConfig.model_validate(fields)
 
 
+def num_cores() -> int:
+    """Cores that engines share: of this machine, or one on a cluster, whose machines may differ."""
+    return 1 if os.environ.get("RAY_ADDRESS") else len(os.sched_getaffinity(0))
+
+
 def groups_of(
     config: ServeConfig,
     versions: Mapping[str, Version],
+    canaries: Mapping[str, Version],
     cores: int,
-    canaries: Mapping[str, Version] | None = None,
 ) -> list[Group]:
     """The groups of a server's models, in the order of the config.
 
     Args:
         versions: what each name means now.
-        cores: of the machine, which engines share equally where the config does not say.
         canaries: what is tried on a part of a name's requests.
+        cores: of the machine, which engines share equally where the config does not say.
     """
     found: dict[str, Group] = {}
     asked = [(name, versions[name], False) for name in config.models]
-    asked += [(name, version, True) for name, version in (canaries or {}).items()]
+    asked += [(name, version, True) for name, version in canaries.items()]
     for name, version, is_trial in asked:
         model = config.models[name]
         names: tuple[str, ...] = () if is_trial else (name,)

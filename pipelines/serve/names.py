@@ -48,6 +48,9 @@ class Meaning:
     share: int = 0
 
 
+Meant = tuple[Version, Version | None]  # current, canary
+
+
 class Names:
     """The table of names; only the gateway has one that it changes.
 
@@ -70,6 +73,20 @@ class Names:
 
     def __iter__(self) -> Any:
         return iter(self._meanings)
+
+    @property
+    def versions(self) -> tuple[dict[str, Version], dict[str, Version]]:
+        """What each name means now, and the canaries of those that have one."""
+        found = self._meanings.items()
+        return (
+            {name: meaning.current for name, meaning in found},
+            {name: meaning.canary for name, meaning in found if meaning.canary is not None},
+        )
+
+    @property
+    def meant(self) -> dict[str, Meant]:
+        """The same by name, with None for no canary."""
+        return {name: (each.current, each.canary) for name, each in self._meanings.items()}
 
     def resolve(self, name: str) -> Version:
         """What a request for a name is pinned to.

@@ -17,10 +17,10 @@ from pipelines.engines.weights import CheckpointWeights, stored_dtype
 from pipelines.errors import InputError
 from pipelines.provenance import read_record
 from pipelines.serve.config import ServeConfig
-from pipelines.serve.groups import Group, groups_of
+from pipelines.serve.groups import Group, groups_of, num_cores
 from pipelines.serve.keys import DEPLOY_VARIABLE, check_file, keys_in_environment
 from pipelines.serve.models import check_servable, engine_device, look_at
-from pipelines.serve.names import Names, Version
+from pipelines.serve.names import Meant, Names, Version
 
 DIGESTS = "digests.json"
 GIB = 1 << 30
@@ -35,12 +35,14 @@ class ServerPlan:
 
     Attributes:
         configured: what the names mean by the config.
+        meant: what they mean now, as `Names.meant`.
         groups: of models that share engines, by what the names mean now.
         notes: for the user, one line each.
     """
 
     config: ServeConfig
     configured: dict[str, Version]
+    meant: dict[str, Meant]
     groups: list[Group]
     notes: list[str]
 
@@ -68,18 +70,14 @@ def plan_server(config: ServeConfig) -> ServerPlan:
     configured = {name: Version(memory.weights(m.path), str(m.path)) for name, m in looked.items()}
     memory.write()
     names = Names(configured, state)
-    now = {name: names.resolve(name) for name in names}
-    tried = {name: found for name in names if (found := names.meaning(name).canary) is not None}
+    now, tried = names.versions
     if config.engine.name == "vllm":
-        device = engine_device()
-        check_servable(
-            [look_at(Path(each.path)) for each in [*now.values(), *tried.values()]], device
-        )
-    is_local = not os.environ.get("RAY_ADDRESS")
-    groups = groups_of(config, now, len(os.sched_getaffinity(0)) if is_local else 1, tried)
-    if is_local:
+        looked_at = [look_at(Path(each.path)) for each in [*now.values(), *tried.values()]]
+        check_servable(looked_at, engine_device())
+    groups = groups_of(config, now, tried, num_cores())
+    if not os.environ.get("RAY_ADDRESS"):
         check_memory(groups, available_memory())
-    return ServerPlan(config, configured, groups, notes)
+    return ServerPlan(config, configured, names.meant, groups, notes)
 
 
 def needed_resources(groups: list[Group], spare_engines: int = 0) -> dict[str, float]:
@@ -115,8 +113,9 @@ def check_memory(groups: list[Group], free: int) -> None:
         weights, cache = engine_bytes(group)
         total += group.replicas.min * (weights + cache)
         if total > _NEEDED_FREE * free:
+            name = (*group.names, *group.trials)[0]
             raise InputError(
-                f"models.{(group.names or group.trials)[0]}: needs {(weights + cache) / GIB:.2f} GiB for each of "
+                f"models.{name}: needs {(weights + cache) / GIB:.2f} GiB for each of "
                 f"{group.replicas.min} engines ({weights / GIB:.2f} of weights), with the models "
                 f"before it {total / GIB:.2f}; allowed: {_NEEDED_FREE * free / GIB:.2f}, "
                 "95% of the free memory"
