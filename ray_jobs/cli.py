@@ -405,6 +405,39 @@ def serve(
     run_serve(paths, [word for word in words if "=" in word], host=host, port=port)
 
 
+@app.command(
+    epilog="Example: `poise deploy linear runs/ties --url http://127.0.0.1:8000 --canary 10`"
+)
+def deploy(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="of a served model")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="PATH", help="the checkpoint that it is to mean")
+    ] = None,
+    url: Annotated[
+        str, typer.Option(help="of the server, as http://HOST:PORT")
+    ] = "http://127.0.0.1:8000",
+    canary: Annotated[
+        int | None, typer.Option(help="percent of the requests; all", min=1, max=99)
+    ] = None,
+    promote: Annotated[
+        str | None, typer.Option(metavar="NAME", help="let it mean its canary")
+    ] = None,
+    rollback: Annotated[
+        str | None, typer.Option(metavar="NAME", help="end its canary, or its last change")
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="with the server's key; default POISE_DEPLOY_KEY")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change what a name means on a running server, which goes on answering."""
+    from ray_jobs.deploy import Asked, run_deploy
+
+    asked = Asked(name, path, canary, promote, rollback)
+    if not run_deploy(asked, url, key_file=key_file, as_json=as_json):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: `echo 'reverse a b c' | poise chat runs/demo/models/linear`")
 def chat(
     model: Annotated[

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import InputError
 from pipelines.serve.calls import application
 from pipelines.serve.config import Limits, ServeConfig
-from pipelines.serve.deployment import examine
 from pipelines.serve.gateway import Gateway
 from pipelines.serve.groups import Group
 from pipelines.serve.plan import (
@@ -22,6 +21,7 @@ from pipelines.serve.plan import (
     cpus_of,
 )
 from pipelines.serve.replica import GATEWAY, EngineReplica
+from pipelines.serve.validation import examine
 
 if TYPE_CHECKING:
     from ray.serve import Application

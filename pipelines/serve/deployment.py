@@ -14,20 +14,16 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.engines import Sampling
 from pipelines.errors import InputError
-from pipelines.serve.config import DeployConfig, ServeConfig
 from pipelines.serve.failures import ApiError, unknown_model
-from pipelines.serve.groups import Group, groups_of
-from pipelines.serve.models import check_servable, engine_device, look_at
+from pipelines.serve.groups import Group
 from pipelines.serve.names import Version
 from pipelines.serve.protocol import Draw, Drawing, read_form
-from pipelines.serve.validation import validated
 
 if TYPE_CHECKING:
     from pipelines.serve.gateway import Gateway
@@ -71,35 +67,6 @@ class Engines(Protocol):
 
     async def stop(self, key: str) -> None:
         """Stop the engines of a group."""
-
-
-def examine(name: str, path: str, config: ServeConfig) -> Group:
-    """Read a checkpoint whole that a name is to mean; returns the group that its shape makes.
-
-    Raises:
-        InputError: it is outside the allowed folders, or not fit to be served under this name.
-    """
-    model = config.models[name]
-    assert config.deploy is not None
-    folder = _allowed(path, config.deploy)
-    found = validated(folder, kind=model.kind, head=model.head)
-    for file in {tensor.file for tensor in found.checkpoint.tensors.values()}:
-        _allowed(str(file), config.deploy)  # where a link leads
-    if config.engine.name == "vllm":
-        check_servable([look_at(folder)], engine_device())
-    version = Version(found.weights, str(folder))
-    alone = config.model_copy(update={"models": {name: model}})
-    [group] = groups_of(alone, {name: version}, {}, 1)
-    return group
-
-
-def _allowed(path: str, config: DeployConfig) -> Path:
-    """A path without its links, below one of the allowed folders."""
-    found = Path(path).expanduser().resolve()
-    folders = [Path(each).expanduser().resolve() for each in config.folders]
-    if not any(found.is_relative_to(folder) for folder in folders):
-        raise InputError(f"path: found {path}; allowed: below {', '.join(config.folders)}")
-    return found
 
 
 class Deployments:
