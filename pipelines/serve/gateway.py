@@ -443,7 +443,7 @@ class Gateway:
 
     def _failed(self, record: Record, error: ApiError) -> Response:
         record.fields["error"] = error.message
-        if error.__cause__ is not None:  # not foreseen: for Ray's log of this process
+        if error.status == 500:  # not foreseen: for Ray's log of this process
             logging.getLogger(__name__).error("request failed", exc_info=error)
         self._ended(record, error.status)
         headers = error.headers | ({SIGNATURE: record.weights} if record.weights else {})

@@ -318,7 +318,7 @@ class Reward(Body):
             (self.prompt is None) != (self.responses is None)
         ):
             raise ValueError("messages, or prompt with responses: allowed: just one of the two")
-        if not self.conversations or not all(self.conversations):
+        if not self.conversations or not all((*self.conversations, *(self.responses or ()))):
             raise ValueError("messages or responses: allowed: at least one, and none empty")
         return self
 

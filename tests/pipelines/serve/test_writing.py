@@ -4,7 +4,7 @@ Oracle: the engines' own text of a whole answer (`Text.answer`, and where it sto
 """
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -59,9 +59,7 @@ def check(text: Text, tokens: list[int], stop: tuple[str, ...], step: int) -> No
     assert {each.index for each in deltas} == {3}
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(2, 46), min_size=1, max_size=30),
     st.lists(st.sampled_from(["a b", "c", "d e f", " g", "yes no"]), max_size=2),
@@ -73,9 +71,7 @@ def test_pieces_of_words_are_the_whole_answer(
     check(words, tokens, tuple(stop), step)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None)
 @given(st.text("aé漢😀 b", min_size=1, max_size=12), st.sampled_from([(), ("漢",), ("b b",)]))
 def test_pieces_of_characters_are_the_whole_answer(
     byte_text: Text, said: str, stop: tuple[str, ...]
