@@ -16,9 +16,11 @@ from pipelines.config import check
 from pipelines.serve.calls import plain_error
 from pipelines.serve.config import ServeConfig
 from pipelines.serve.gateway import Gateway
+from pipelines.serve.groups import Group
 from pipelines.serve.host import EngineHost
 from pipelines.serve.names import Version
 from pipelines.serve.plan import ServerPlan, plan_server
+from pipelines.serve.validation import examine
 
 
 class LocalPool:
@@ -65,6 +67,7 @@ class LocalServer:
         self._error: BaseException | None = None
         self.gateway: Gateway
         self.hosts: dict[str, list[EngineHost]] = {}
+        self._reporting: list[asyncio.Task[None]] = []
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -99,22 +102,16 @@ class LocalServer:
     async def _serve(self) -> None:
         plan = self._plan
         for group in plan.groups:
-            self.hosts[group.key] = [
-                await EngineHost.started(group, plan.config.limits, f"{group.key}-{number}")
-                for number in range(group.replicas.min)
-            ]
+            await self.start_engines(group)
         self.gateway = Gateway(
             plan.config,
             plan.groups,
             plan.configured,
             self._keys,
+            meant=plan.meant,
             pool=lambda key, _: LocalPool(self.hosts[key]),
+            engines=None if plan.config.deploy is None else LocalEngines(self, plan.config),
         )
-        reporting = [
-            asyncio.create_task(self._report(each))
-            for hosts in self.hosts.values()
-            for each in hosts
-        ]
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             response = await self.gateway(Request(scope, receive))
@@ -128,20 +125,52 @@ class LocalServer:
             await asyncio.sleep(0.01)
         self._ready.set()
         await serving
-        for task in reporting:
+        for task in self._reporting:
             task.cancel()
-        for hosts in self.hosts.values():
-            for host in hosts:
-                host.close()
+        for key in list(self.hosts):
+            self.stop_engines(key)
+
+    async def start_engines(self, group: Group) -> None:
+        """Start a group's engines."""
+        limits = self._plan.config.limits
+        hosts = [
+            await EngineHost.started(group, limits, f"{group.key}-{number}")
+            for number in range(group.replicas.min)
+        ]
+        self.hosts[group.key] = hosts
+        self._reporting += [asyncio.create_task(self._report(each)) for each in hosts]
+
+    def stop_engines(self, key: str) -> None:
+        """End a group's engines."""
+        for host in self.hosts.pop(key):
+            host.close()
 
     async def _report(self, host: EngineHost) -> None:
         """As replicas do."""
         change: asyncio.Task[None] | None = None
-        while True:
+        while not hasattr(self, "gateway"):
+            await asyncio.sleep(0.01)
+        while any(host in hosts for hosts in self.hosts.values()):
             order = await self.gateway.report(host.described())
             if order is not None and (change is None or change.done()):
                 change = asyncio.create_task(host.become(order))
             await asyncio.sleep(0.05)
+
+
+class LocalEngines:
+    """As `ServeEngines`, in this process."""
+
+    def __init__(self, server: LocalServer, config: ServeConfig) -> None:
+        self._server, self._config = server, config
+
+    async def examined(self, name: str, path: str) -> Group:
+        return await asyncio.to_thread(examine, name, path, self._config)
+
+    async def start(self, group: Group) -> None:
+        await self._server.start_engines(group)
+
+    async def stop(self, key: str) -> None:
+        self._server.stop_engines(key)
 
 
 @contextmanager
