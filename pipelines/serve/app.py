@@ -113,7 +113,7 @@ class ServeEngines:
     locks: str
     environment: dict[str, str]
 
-    async def examined(self, name: str, path: str) -> Group:
+    async def examined(self, name: str, path: str, *, is_known: bool) -> Group:
         """As `examine`, in a process of its own."""
         import ray
 
@@ -121,7 +121,7 @@ class ServeEngines:
             num_cpus=0, max_retries=2, runtime_env={"env_vars": self.environment}
         )
         try:
-            found: Group = await task.remote(name, path, self.config)
+            found: Group = await task.remote(name, path, self.config, is_known=is_known)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, InputError):
                 raise error.cause from None

@@ -55,7 +55,7 @@ class NameBody(BaseModel):
 class Engines(Protocol):
     """Looks at checkpoints, starts and stops the engines of groups."""
 
-    async def examined(self, name: str, path: str) -> Group:
+    async def examined(self, name: str, path: str, *, is_known: bool) -> Group:
         """As `examine`, where it does not disturb requests."""
 
     async def start(self, group: Group) -> None:
@@ -120,13 +120,12 @@ class Deployments:
                 )
             group = await self._examined(name, path)
             version, old = group.first, self._names.resolve(name)
-            if version != old:
+            if version != old and share is None:
                 home = await self._home(name, group)
-                try:
-                    await self._bring(name, version, home, share)
-                except BaseException:
-                    await self._leave(home)
-                    raise
+                await self._switch(name, version, home, lambda: self._names.change(name, version))
+            elif version != old:
+                home = await self._home(name, group)
+                await self._try_out(name, version, home, share or 0)
             return self._told(name, old)
 
     async def promote(self, name: str) -> dict[str, Any]:
@@ -140,8 +139,12 @@ class Deployments:
             if meaning.canary is None:
                 raise ApiError(409, f"{name}: has no canary to promote")
             old, version = meaning.current, meaning.canary
-            home = self._gateway.trials[name]
-            await self._switch(name, version, home, self._promoted)
+
+            def change() -> None:
+                self._names.change(name, version)
+                self._gateway.trials.pop(name)
+
+            await self._switch(name, version, self._gateway.trials[name], change)
             return self._told(name, old)
 
     async def rollback(self, name: str) -> dict[str, Any]:
@@ -163,7 +166,7 @@ class Deployments:
             if not meaning.previous:
                 raise ApiError(409, f"{name}: has nothing to roll back to")
             before = meaning.previous[-1]
-            group = await self._examined(name, before.path)
+            group = await self._examined(name, before.path, is_known=True)
             if group.first.weights != before.weights:
                 raise ApiError(
                     409,
@@ -171,73 +174,61 @@ class Deployments:
                     f"{before.weights}, which it had when {name} meant it",
                 )
             home = await self._home(name, group)
-            try:
-                await self._bring(name, before, home, None, self._names.back)
-            except BaseException:
-                await self._leave(home)
-                raise
+            await self._switch(name, before, home, lambda: self._names.back(name))
             return self._told(name, old)
 
-    async def _bring(
-        self,
-        name: str,
-        version: Version,
-        home: Group,
-        share: int | None,
-        change: Callable[[str], None] | None = None,
-    ) -> None:
-        """Get weights into engines, ask them, and give the name's requests to them."""
-        if share is None:
-            await self._switch(name, version, home, change or self._changed(version))
-            return
-        await self._warm(name, version, home, share)
-        await self._probe(version, home)
-        self._names.try_out(name, version, share)
-        self._gateway.trials[name] = home
+    async def _try_out(self, name: str, version: Version, home: Group, share: int) -> None:
+        """Give a share of a name's requests to a version."""
+        async with self._going_back(name, version, home):
+            await self._warm(name, version, home, share)
+            await self._probe(version, home)
+            self._names.try_out(name, version, share)
+            self._gateway.trials[name] = home
 
     async def _switch(
-        self, name: str, version: Version, home: Group, change: Callable[[str], None]
+        self, name: str, version: Version, home: Group, change: Callable[[], None]
     ) -> None:
-        """Let a name mean a version, and bring all its engines there."""
+        """Let a name mean a version, by `change`, and bring all its engines there."""
         old, old_home = self._names.resolve(name), self._gateway.groups[name]
         is_alone = home.key == old_home.key and len(self._fleet.replicas(home.key)) < 2
-        async with self._holding(name, is_alone):
+        async with self._going_back(name, version, home), self._holding(name, is_alone):
             if not is_alone:
                 await self._warm(name, version, home, 50)
             await self._probe(version, home)
-            change(name)
+            change()
             self._gateway.groups[name] = home
         if home.key == old_home.key:
             await self._follow(old, version, home)
         await self._leave(old_home)
 
-    def _changed(self, version: Version) -> Callable[[str], None]:
-        return lambda name: self._names.change(name, version)
-
-    def _promoted(self, name: str) -> None:
-        """Its canary becomes what a name means."""
-        canary = self._names.meaning(name).canary
-        assert canary is not None
-        self._names.change(name, canary)
-        self._gateway.trials.pop(name, None)
+    @asynccontextmanager
+    async def _going_back(self, name: str, version: Version, home: Group) -> AsyncIterator[None]:
+        """If the block fails, engines that have taken a version go back to what the name means, and
+        those that were started for it end.
+        """
+        try:
+            yield
+        except BaseException:
+            now, own = self._names.resolve(name), self._gateway.groups[name]
+            uses_it = any(self._names.uses(each, version) for each in self._names)
+            for each in self._fleet.replicas(home.key):
+                if home.key == own.key and version in (each.version, each.announced):
+                    self._fleet.cancel(each.replica)
+                    if not uses_it:
+                        self._fleet.order(each.replica, now)
+            await self._leave(home)
+            raise
 
     async def _warm(self, name: str, version: Version, home: Group, share: int) -> None:
-        """Change a share, in percent, of the engines of a name that has several to other weights,
-        one after another; if one does not follow, those before it go back.
+        """Change a share, in percent, of the engines that have a name's weights to a version, one
+        after another; at least one of them stays.
         """
-        old = self._names.resolve(name)
-        engines = [each for each in self._fleet.replicas(home.key) if each.version == old]
-        have = sum(each.version == version for each in self._fleet.replicas(home.key))
-        wanted = max(1, math.floor((len(engines) + have) * share / 100 + 0.5))
-        moved: list[str] = []
-        try:
-            for each in engines[: max(0, min(wanted - have, len(engines) - 1))]:
-                moved.append(each.replica)
-                await self._move(each.replica, version)
-        except BaseException:
-            for replica in moved:
-                self._fleet.order(replica, old)
-            raise
+        old, engines = self._names.resolve(name), self._fleet.replicas(home.key)
+        having = [each for each in engines if each.version == old]
+        done = sum(each.version == version for each in engines)
+        wanted = max(1, math.floor((len(having) + done) * share / 100 + 0.5))
+        for each in having[: max(0, min(wanted - done, len(having) - 1))]:
+            await self._move(each.replica, version)
 
     async def _follow(self, old: Version, version: Version, home: Group) -> None:
         """Change all engines that have old weights, one after another. What goes wrong now is no
@@ -295,9 +286,10 @@ class Deployments:
         while self._gateway.pinned[version] and time.monotonic() < end:
             await asyncio.sleep(POLL_S)
 
-    async def _examined(self, name: str, path: str) -> Group:
+    async def _examined(self, name: str, path: str, *, is_known: bool = False) -> Group:
+        """As `examine`, for the client."""
         try:
-            return await self._engines.examined(name, path)
+            return await self._engines.examined(name, path, is_known=is_known)
         except InputError as error:
             raise ApiError(400, str(error), "path") from None
 

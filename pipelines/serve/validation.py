@@ -92,18 +92,22 @@ def validated(
     )
 
 
-def examine(name: str, path: str, config: ServeConfig) -> Group:
+def examine(name: str, path: str, config: ServeConfig, *, is_known: bool = False) -> Group:
     """Read a checkpoint whole that a name is to mean; returns the group that its shape makes.
+
+    Args:
+        is_known: it was served already, wherever it lies.
 
     Raises:
         InputError: it is outside the allowed folders, or not fit to be served under this name.
     """
     model = config.models[name]
     assert config.deploy is not None
-    folder = _allowed(path, config.deploy)
+    folder = Path(path) if is_known else _allowed(path, config.deploy)
     found = validated(folder, kind=model.kind, head=model.head)
     for file in {tensor.file for tensor in found.checkpoint.tensors.values()}:
-        _allowed(str(file), config.deploy)  # where a link leads
+        if not is_known:
+            _allowed(str(file), config.deploy)  # where a link leads
     if config.engine.name == "vllm":
         check_servable([look_at(folder)], engine_device())
     version = Version(found.weights, str(folder))

@@ -106,7 +106,7 @@ def test_updates_of_vllm_under_load(
 def test_the_life_of_a_name(
     world: World, tmp_path: Path, project_root: Path, monkeypatch, capsys
 ) -> None:
-    """Updated, tried out, talked to, given another shape; the gateway killed, the server restarted."""
+    """Updates, a canary, a chat, another shape; the gateway is killed, the server restarted."""
     monkeypatch.setenv("POISE_DEPLOY_KEY", KEY)
     a, b, c, deep = (world.digests[name] for name in ("a", "b", "c", "deep"))
 

@@ -163,8 +163,8 @@ class LocalEngines:
     def __init__(self, server: LocalServer, config: ServeConfig) -> None:
         self._server, self._config = server, config
 
-    async def examined(self, name: str, path: str) -> Group:
-        return await asyncio.to_thread(examine, name, path, self._config)
+    async def examined(self, name: str, path: str, *, is_known: bool) -> Group:
+        return await asyncio.to_thread(examine, name, path, self._config, is_known=is_known)
 
     async def start(self, group: Group) -> None:
         await self._server.start_engines(group)

@@ -271,7 +271,7 @@ def test_weights_that_the_engine_does_not_take(
     with serving(world, tmp_path) as (server, http):
         [group] = server.gateway.known_groups().values()
 
-        async def examined(name: str, path: str) -> Any:
+        async def examined(name: str, path: str, *, is_known: bool) -> Any:
             return type(group)(group.key, group.engine, group.replicas, 1, version, (name,))
 
         deployments = server.gateway.deployments
@@ -335,6 +335,46 @@ def test_what_cannot_be_deployed(
 
 def save_outside(folder: Path) -> Path:
     return folder if folder.exists() else save_model(folder, 1)
+
+
+def test_rolling_back_to_where_nothing_may_be_deployed_from(world: World, tmp_path: Path) -> None:
+    """The config's own model lies elsewhere; one that has changed since is not taken."""
+    outside = Path(shutil.copytree(world.paths["a"], tmp_path / "outside"))
+    models = {"m": {"path": str(outside)}}
+    headers = {"authorization": f"Bearer {KEY}"}
+    with (
+        local_server(models, tmp_path, deploy=deploying(world, tmp_path)) as server,
+        httpx2.Client(base_url=server.url, headers=headers) as http,
+    ):
+        deploy(http, world.paths["b"])
+        assert "allowed: below" in change(http, "deploy", path=str(outside)).text
+        assert change(http, "rollback").json()["weights"] == world.digests["a"]
+        deploy(http, world.paths["b"])
+        shutil.copy(world.paths["c"] / WEIGHTS, outside / WEIGHTS)
+        response = change(http, "rollback")
+        assert response.status_code == 409
+        assert f"holds the weights {world.digests['c']}; allowed: " in response.text
+        assert ask(http, "a b").weights == world.digests["b"]
+
+
+def test_a_model_that_does_not_answer(world: World, tmp_path: Path, monkeypatch) -> None:
+    """The engine takes it, but the first question gets no numbers."""
+    with serving(world, tmp_path) as (server, http):
+        [pool] = server.gateway.pools.values()
+        once = pool.once
+
+        async def silent(method: str, version: Version, *arguments: Any) -> Any:
+            found = await once(method, version, *arguments)
+            if version.weights == world.digests["b"]:
+                return found[0], []
+            return found
+
+        monkeypatch.setattr(pool, "once", silent)
+        response = change(http, "deploy", path=str(world.paths["b"]))
+        assert response.status_code == 400 and "answers with no finite numbers" in response.text
+        [hosts] = server.hosts.values()
+        wait_for(lambda: {h.announced.weights for h in hosts} == {world.digests["a"]})
+        assert ask(http, "a b").weights == world.digests["a"]
 
 
 def test_keys_for_deploying_are_others(world: World, tmp_path: Path) -> None:
