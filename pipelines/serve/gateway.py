@@ -121,6 +121,11 @@ class Gateway:
         """Called by replicas: how one of them is; returns what it is to change to."""
         return self.fleet.report(report)
 
+    async def current(self, key: str) -> Version:
+        """Called by replicas that start: the weights that a group's engine is to begin with."""
+        group = next(each for each in self.groups.values() if each.key == key)
+        return self.names.resolve(group.names[0])
+
     async def without_engine(self) -> list[str]:
         """Called at the start: the models that no engine answers for yet."""
         return [n for n, group in self.groups.items() if not self.fleet.replicas(group.key)]

@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipelines.serve.protocol import Drawing
 from pipelines.serve.writing import Delta
 
 GATEWAY = "poise"  # the Serve application in front of all
+_GATEWAY_S = 3.0  # for its answer
 
 
 class EngineReplica:
@@ -33,6 +35,7 @@ class EngineReplica:
 
         self._cores = _own_cores(group, Path(locks))
         name = serve.get_replica_context().replica_id.unique_id
+        group = replace(group, first=await _current(group))
         self._host = await EngineHost.started(group, limits, name)
         self._reporting = asyncio.create_task(self._report_for_ever())
 
@@ -83,6 +86,19 @@ class EngineReplica:
                 order = await gateway.report.remote(self._host.described())
                 if order is not None and (change is None or change.done()):
                     change = asyncio.create_task(self._host.become(order))
+
+
+async def _current(group: Group) -> Version:
+    """What a new engine is to begin with: what its models mean now, by the gateway; where there is
+    none yet, what they meant when the server started.
+    """
+    from ray import serve
+
+    with suppress(Exception):  # of the many kinds of errors of one that does not answer
+        async with asyncio.timeout(_GATEWAY_S):
+            found: Version = await serve.get_app_handle(GATEWAY).current.remote(group.key)
+            return found
+    return group.first
 
 
 def _own_cores(group: Group, locks: Path) -> Cores:
