@@ -147,16 +147,16 @@ class Gateway:
         """Called by replicas: how one of them is; returns what it is to change to."""
         return self.fleet.report(report)
 
-    async def without_engine(self) -> list[str]:
-        """Called at the start: the models that no engine answers for yet."""
-        return [n for n, group in self.groups.items() if not self.fleet.replicas(group.key)]
-
-    async def starting(self, key: str) -> Version | None:
-        """Called by replicas: the weights that one of a group is to start with."""
+    async def current(self, key: str) -> Version | None:
+        """Called by replicas that start: the weights that a group's engine is to begin with."""
         meaning = self.names.meaning
         found = [meaning(name).current for name, group in self.groups.items() if group.key == key]
         tried = [meaning(name).canary for name, group in self.trials.items() if group.key == key]
         return next((each for each in [*found, *tried] if each is not None), None)
+
+    async def without_engine(self) -> list[str]:
+        """Called at the start: the models that no engine answers for yet."""
+        return [n for n, group in self.groups.items() if not self.fleet.replicas(group.key)]
 
     def known_groups(self) -> dict[str, Group]:
         """Those that some name means or tries, by their keys."""

@@ -15,29 +15,36 @@ class Metrics:
     """The counters of one gateway."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+        self._registry = own = CollectorRegistry()
         by_answer = ["route", "model", "weights", "status"]
-        own = {"registry": self._registry}
-        self.requests = Counter("poise_requests", "Requests that ended", by_answer, **own)
+        self.requests = Counter("poise_requests", "Requests that ended", by_answer, registry=own)
         self.seconds = Histogram(
             "poise_request_seconds",
             "From a request's arrival to the end of its answer",
             ["route", "model", "weights"],
             buckets=_SECONDS,
-            **own,
+            registry=own,
         )
         of_model = ["model", "weights"]
-        self.tokens_in = Counter("poise_prompt_tokens", "Tokens of prompts", of_model, **own)
-        self.tokens_out = Counter("poise_answer_tokens", "Tokens of answers", of_model, **own)
-        self.retries = Counter("poise_retries", "Requests sent anew, as an engine died", **own)
-        self.inside = Gauge("poise_requests_inside", "Requests in the server", ["model"], **own)
-        self.names = Gauge("poise_model", "1: what a name means", ["model", "weights"], **own)
+        self.tokens_in = Counter("poise_prompt_tokens", "Tokens of prompts", of_model, registry=own)
+        self.tokens_out = Counter(
+            "poise_answer_tokens", "Tokens of answers", of_model, registry=own
+        )
+        self.retries = Counter(
+            "poise_retries", "Requests sent anew, as an engine died", registry=own
+        )
+        self.inside = Gauge(
+            "poise_requests_inside", "Requests in the server", ["model"], registry=own
+        )
+        self.names = Gauge(
+            "poise_model", "1: what a name means", ["model", "weights"], registry=own
+        )
         engine = ["group", "replica"]
         self._resident = Gauge(
-            "poise_resident", "1: the weights in an engine", [*engine, "weights"], **own
+            "poise_resident", "1: the weights in an engine", [*engine, "weights"], registry=own
         )
         self._engines = {
-            name: Gauge(f"poise_engine_{name}", text, engine, **own)
+            name: Gauge(f"poise_engine_{name}", text, engine, registry=own)
             for name, text in (
                 ("running", "Requests that an engine works on"),
                 ("waiting", "Requests that wait for an engine's weights"),

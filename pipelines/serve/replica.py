@@ -18,7 +18,7 @@ from pipelines.serve.protocol import Drawing
 from pipelines.serve.writing import Delta
 
 GATEWAY = "poise"  # the Serve application in front of all
-GATEWAY_S = 5.0  # that a new engine waits for its answer
+_GATEWAY_S = 3.0  # for its answer
 
 
 class EngineReplica:
@@ -35,8 +35,8 @@ class EngineReplica:
 
         self._cores = _own_cores(group, Path(locks))
         name = serve.get_replica_context().replica_id.unique_id
-        first = await _first(group)
-        self._host = await EngineHost.started(replace(group, first=first), limits, name)
+        group = replace(group, first=await _current(group))
+        self._host = await EngineHost.started(group, limits, name)
         self._reporting = asyncio.create_task(self._report_for_ever())
 
     async def stream(
@@ -88,17 +88,17 @@ class EngineReplica:
                     change = asyncio.create_task(self._host.become(order))
 
 
-async def _first(group: Group) -> Version:
-    """The weights to start with: what the group's names mean now, which may be others than when
-    the group was made.
+async def _current(group: Group) -> Version:
+    """What a new engine is to begin with: what its models mean now, by the gateway; where there is
+    none yet, what they meant when the server started.
     """
     from ray import serve
 
-    with suppress(Exception):  # at the start of a server there is no gateway yet
-        gateway = serve.get_app_handle(GATEWAY)
-        async with asyncio.timeout(GATEWAY_S):
-            found: Version | None = await gateway.starting.remote(group.key)
-        return found or group.first
+    with suppress(Exception):  # of the many kinds of errors of one that does not answer
+        async with asyncio.timeout(_GATEWAY_S):
+            found: Version | None = await serve.get_app_handle(GATEWAY).current.remote(group.key)
+        if found is not None:
+            return found
     return group.first
 
 

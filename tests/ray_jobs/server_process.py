@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,15 +70,23 @@ def _hear_interrupts() -> None:
 
 
 @contextmanager
-def server(paths: list[Path], port: int, root: Path, mark: str) -> Iterator[subprocess.Popen[str]]:
-    """`poise serve PATHS --port PORT` in a process group of its own, killed at the latest here."""
+def server(
+    arguments: Sequence[str | Path], port: int, folder: Path, mark: str, path: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """`poise serve ARGUMENTS --port PORT` in a process group of its own, killed at the latest here.
+
+    Args:
+        folder: where it runs.
+        path: of the project, where that is another one.
+    """
+    paths = [str(path or folder), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ray_jobs.cli", "serve", *map(str, paths), "--port", str(port)],
+        [sys.executable, "-m", "ray_jobs.cli", "serve", *map(str, arguments), "--port", str(port)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=root,
-        env={**os.environ, MARK: mark},
+        cwd=folder,
+        env={**os.environ, MARK: mark, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         start_new_session=True,
         preexec_fn=_hear_interrupts,
     )
