@@ -54,6 +54,7 @@ def plan_server(config: ServeConfig) -> ServerPlan:
         InputError: a checkpoint that cannot be served, or that does not fit into the memory; an
             engine that is not installed; keys or a state that cannot be read.
     """
+    config = _absolute(config)
     check_file(config.keys_file)
     if config.deploy is not None:
         check_file(config.deploy.keys_file, "deploy.keys_file")
@@ -78,6 +79,21 @@ def plan_server(config: ServeConfig) -> ServerPlan:
     if not os.environ.get("RAY_ADDRESS"):
         check_memory(groups, available_memory())
     return ServerPlan(config, configured, names.meant, groups, notes)
+
+
+def _absolute(config: ServeConfig) -> ServeConfig:
+    """The config with absolute paths, as other processes may run in other folders."""
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).expanduser().absolute())
+
+    deploy = config.deploy
+    if deploy is not None:
+        folders = [absolute(folder) for folder in deploy.folders]
+        fields = {"folders": folders, "keys_file": absolute(deploy.keys_file)}
+        deploy = deploy.model_copy(update=fields)
+    update = {"state": absolute(config.state), "keys_file": absolute(config.keys_file)}
+    return config.model_copy(update=update | {"deploy": deploy})
 
 
 def needed_resources(groups: list[Group], spare_engines: int = 0) -> dict[str, float]:
