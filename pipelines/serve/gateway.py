@@ -199,7 +199,8 @@ class Gateway:
             methods = [known for known, place in self._routes if place == path]
             if methods:
                 raise ApiError(405, f"{path}: found {method}; allowed: {methods[0]}")
-            paths = ", ".join(sorted({place for _, place in self._routes}))
+            known = {place for _, place in self._routes}
+            paths = ", ".join(sorted(each for each in known if each.startswith(ADMIN) == is_admin))
             raise ApiError(404, f"{path}: no such route; allowed: {paths}")
         if self._is_ending and method == "POST":
             raise ApiError(503, "the server is stopping", code="stopping", retry_after=5)
