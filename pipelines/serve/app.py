@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # A gateway holds as many requests as it has let in, and connections beside them.
 _CONNECTIONS = 100_000
-_HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 120}
+_HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 120}
 _TARGET_SHARE = 0.5  # of the requests that an engine works on at once, at which others are added
 
 
@@ -48,14 +48,14 @@ def build_gateway(
     """
     from ray import serve
 
-    deployment = serve.deployment(Gateway).options(
+    deployment = serve.deployment(
         name="gateway",
         num_replicas=1,
         max_ongoing_requests=_CONNECTIONS,
         graceful_shutdown_timeout_s=5,
         ray_actor_options={"num_cpus": GATEWAY_CPUS, "runtime_env": {"env_vars": environment}},
         **_HEALTH,
-    )
+    )(Gateway)
     engines = None if plan.config.deploy is None else ServeEngines(plan.config, locks, environment)
     return deployment.bind(
         plan.config,
@@ -82,21 +82,21 @@ def build_engines(
 
     need = group.engine.need()
     actor: dict[str, Any] = {"num_cpus": cpus_of(group), "num_gpus": need.num_gpus}
-    router = RequestRouterConfig(
-        request_router_class="pipelines.serve.router.ByWeights",
-        request_routing_stats_period_s=0.3,
-    )
-    deployment = serve.deployment(EngineReplica).options(
+    router: dict[str, Any] = {
+        "request_router_class": "pipelines.serve.router.ByWeights",
+        "request_routing_stats_period_s": 0.3,
+    }
+    deployment = serve.deployment(
         name="engine",
         max_ongoing_requests=limits.max_running,
         max_constructor_retry_count=2,  # a failed load would only fail again
         graceful_shutdown_timeout_s=max(limits.grace_s, 1),
         graceful_shutdown_wait_loop_s=0.5,
-        request_router_config=router,
+        request_router_config=RequestRouterConfig(**router),
         ray_actor_options={**actor, "runtime_env": {"env_vars": environment}},
         **_HEALTH,
         **_size(group, limits),
-    )
+    )(EngineReplica)
     return deployment.bind(group, limits, locks)
 
 

@@ -14,19 +14,19 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.engines import Sampling
 from pipelines.errors import InputError
+from pipelines.serve.config import Limits
 from pipelines.serve.failures import ApiError, unknown_model
+from pipelines.serve.fleet import Fleet
 from pipelines.serve.groups import Group
-from pipelines.serve.names import Version
+from pipelines.serve.homes import Homes
+from pipelines.serve.names import Names, Version
 from pipelines.serve.protocol import Draw, Drawing, read_form
-
-if TYPE_CHECKING:
-    from pipelines.serve.gateway import Gateway
 
 POLL_S = 0.05
 DRAIN_S = 5.0  # for requests of old weights that no engine has begun, before engines leave these
@@ -70,11 +70,13 @@ class Engines(Protocol):
 
 
 class Deployments:
-    """Changes the meaning of a gateway's names, one at a time."""
+    """Changes the meaning of names, one at a time."""
 
-    def __init__(self, gateway: "Gateway", engines: Engines) -> None:
-        self._gateway, self._engines = gateway, engines
-        self._names, self._fleet = gateway.names, gateway.fleet
+    def __init__(
+        self, names: Names, fleet: Fleet, homes: Homes, limits: Limits, engines: Engines
+    ) -> None:
+        self._names, self._fleet, self._homes = names, fleet, homes
+        self._limits, self._engines = limits, engines
         self._busy = ""
         self._held: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -100,7 +102,7 @@ class Deployments:
         if (held := self._held.get(name)) is None:
             return
         try:
-            async with asyncio.timeout(self._gateway.limits.max_wait_s):
+            async with asyncio.timeout(self._limits.max_wait_s):
                 await held.wait()
         except TimeoutError:
             raise ApiError(
@@ -142,9 +144,9 @@ class Deployments:
 
             def change() -> None:
                 self._names.change(name, version)
-                self._gateway.trials.pop(name)
+                self._homes.trials.pop(name)
 
-            await self._switch(name, version, self._gateway.trials[name], change)
+            await self._switch(name, version, self._homes.trials[name], change)
             return self._told(name, old)
 
     async def rollback(self, name: str) -> dict[str, Any]:
@@ -157,9 +159,9 @@ class Deployments:
             meaning = self._names.meaning(name)
             old = meaning.current
             if meaning.canary is not None:
-                home = self._gateway.trials.pop(name)
+                home = self._homes.trials.pop(name)
                 self._names.drop(name)
-                if home.key == self._gateway.groups[name].key:
+                if home.key == self._homes.groups[name].key:
                     await self._follow(meaning.canary, old, home)
                 await self._leave(home)
                 return self._told(name, meaning.canary)
@@ -183,20 +185,20 @@ class Deployments:
             await self._warm(name, version, home, share)
             await self._probe(version, home)
             self._names.try_out(name, version, share)
-            self._gateway.trials[name] = home
+            self._homes.trials[name] = home
 
     async def _switch(
         self, name: str, version: Version, home: Group, change: Callable[[], None]
     ) -> None:
         """Let a name mean a version, by `change`, and bring all its engines there."""
-        old, old_home = self._names.resolve(name), self._gateway.groups[name]
+        old, old_home = self._names.resolve(name), self._homes.groups[name]
         is_alone = home.key == old_home.key and len(self._fleet.replicas(home.key)) < 2
         async with self._going_back(name, version, home), self._holding(name, is_alone):
             if not is_alone:
                 await self._warm(name, version, home, 50)
             await self._probe(version, home)
             change()
-            self._gateway.groups[name] = home
+            self._homes.groups[name] = home
         if home.key == old_home.key:
             await self._follow(old, version, home)
         await self._leave(old_home)
@@ -209,7 +211,7 @@ class Deployments:
         try:
             yield
         except BaseException:
-            now, own = self._names.resolve(name), self._gateway.groups[name]
+            now, own = self._names.resolve(name), self._homes.groups[name]
             uses_it = any(self._names.uses(each, version) for each in self._names)
             for each in self._fleet.replicas(home.key):
                 if home.key == own.key and version in (each.version, each.announced):
@@ -251,7 +253,7 @@ class Deployments:
             ApiError: it does not take them, or has died.
         """
         self._fleet.order(replica, version)
-        end = time.monotonic() + self._gateway.limits.timeout_s + self._gateway.limits.max_wait_s
+        end = time.monotonic() + self._limits.timeout_s + self._limits.max_wait_s
         while not self._fleet.has(replica, version):
             if (refusal := self._fleet.refusal(replica)) is not None:
                 raise ApiError(400, f"path: {refusal.reason}", "path")
@@ -268,7 +270,7 @@ class Deployments:
         Raises:
             ApiError: they do not answer, or not with numbers.
         """
-        pool = self._gateway.pools[home.key]
+        pool = self._homes.pools[home.key]
         if home.engine.kind == "reward":
             scores = await pool.once("score", version, [PROBE_TOKENS], time.time())
             numbers = [value for row in scores.rows for value in row]
@@ -283,7 +285,7 @@ class Deployments:
     async def _drained(self, version: Version, seconds: float) -> None:
         """Wait until no request is pinned to a version any more, at the most so long."""
         end = time.monotonic() + seconds
-        while self._gateway.pinned[version] and time.monotonic() < end:
+        while self._homes.pinned[version] and time.monotonic() < end:
             await asyncio.sleep(POLL_S)
 
     async def _examined(self, name: str, path: str, *, is_known: bool = False) -> Group:
@@ -295,31 +297,31 @@ class Deployments:
 
     async def _home(self, name: str, found: Group) -> Group:
         """The group of a shape, whose engines run; new ones start where there are none."""
-        known = self._gateway.known_groups()
+        known = self._homes.known()
         if found.key in known:
             return known[found.key]
-        group = replace(found, cpus=self._gateway.groups[name].cpus)
+        group = replace(found, cpus=self._homes.groups[name].cpus)
         try:
             await self._engines.start(group)
         except InputError as error:
             raise ApiError(400, str(error), "path") from None
-        self._gateway.add_pool(group.key)
+        self._homes.add(group.key)
         return group
 
     async def _leave(self, home: Group) -> None:
         """Stop the engines of a group that no name means any more, when they have answered."""
-        if home.key in self._gateway.known_groups():
+        if home.key in self._homes.known():
             return
-        end = time.monotonic() + self._gateway.limits.timeout_s
-        while self._gateway.waits_for(home.key) and time.monotonic() < end:
+        end = time.monotonic() + self._limits.timeout_s
+        while self._homes.waits_for(home.key) and time.monotonic() < end:
             await asyncio.sleep(POLL_S)
         await self._engines.stop(home.key)
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
         """In the block, nothing else is deployed."""
-        if name not in self._gateway.groups:
-            raise unknown_model(name, list(self._gateway.groups))
+        if name not in self._homes.groups:
+            raise unknown_model(name, list(self._homes.groups))
         if self._busy:
             raise ApiError(409, f"{self._busy}: is being changed; try again later", retry_after=5)
         self._busy = name

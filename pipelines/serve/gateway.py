@@ -9,7 +9,6 @@ import asyncio
 import json
 import logging
 import time
-from collections import Counter as Tally
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from pipelines.serve.deployment import CHANGES, Deployments, Engines
 from pipelines.serve.failures import ApiError, unknown_model
 from pipelines.serve.fleet import Fleet, Report
 from pipelines.serve.groups import Group, groups_of, num_cores
+from pipelines.serve.homes import Homes, Pin
 from pipelines.serve.host import Scores, Started
 from pipelines.serve.keys import Keys
 from pipelines.serve.metrics import CONTENT_TYPE, Metrics
@@ -59,7 +59,7 @@ class Record:
     key: str | None = None
     model: str = ""
     weights: str = ""
-    pinned: tuple[Version, str] | None = None  # with the group whose engines answer
+    pin: Pin | None = None
     fields: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -83,8 +83,6 @@ class Gateway:
 
     Attributes:
         groups: of what each name means now.
-        trials: of the canaries, by name.
-        pinned: requests under way, by the weights that answer them.
     """
 
     def __init__(
@@ -103,13 +101,13 @@ class Gateway:
         if meant is not None and self.names.meant != meant:  # started anew after a change
             groups = groups_of(config, *self.names.versions, num_cores())
         self.fleet, self.metrics, self.admission = Fleet(), Metrics(), Admission()
-        self.groups = {name: group for group in groups for name in group.names}
-        self.trials = {name: group for group in groups for name in group.trials}
-        self.pinned: Tally[Version] = Tally()
-        self._waited_for: Tally[str] = Tally()  # requests by the groups whose engines answer
-        self._pool = pool
-        self.pools = {group.key: pool(group.key, self.metrics.retries) for group in groups}
-        self.deployments = None if engines is None else Deployments(self, engines)
+        self.homes = Homes(self.names, groups, lambda key: pool(key, self.metrics.retries))
+        self.groups = self.homes.groups
+        self.deployments = (
+            None
+            if engines is None
+            else Deployments(self.names, self.fleet, self.homes, self.limits, engines)
+        )
         deploy_file = None if config.deploy is None else config.deploy.keys_file
         self._deploy_keys = Keys(None if deploy_file is None else Path(deploy_file), deploy_keys)
         self._keys = Keys(None if config.keys_file is None else Path(config.keys_file), keys)
@@ -149,26 +147,11 @@ class Gateway:
 
     async def current(self, key: str) -> Version | None:
         """Called by replicas that start: the weights that a group's engine is to begin with."""
-        meaning = self.names.meaning
-        found = [meaning(name).current for name, group in self.groups.items() if group.key == key]
-        tried = [meaning(name).canary for name, group in self.trials.items() if group.key == key]
-        return next((each for each in [*found, *tried] if each is not None), None)
+        return self.homes.current(key)
 
     async def without_engine(self) -> list[str]:
         """Called at the start: the models that no engine answers for yet."""
         return [n for n, group in self.groups.items() if not self.fleet.replicas(group.key)]
-
-    def known_groups(self) -> dict[str, Group]:
-        """Those that some name means or tries, by their keys."""
-        return {each.key: each for each in [*self.groups.values(), *self.trials.values()]}
-
-    def add_pool(self, key: str) -> None:
-        """Know the way to the engines of a new group."""
-        self.pools[key] = self._pool(key, self.metrics.retries)
-
-    def waits_for(self, key: str) -> bool:
-        """Whether requests are under way that the engines of a group answer."""
-        return self._waited_for[key] > 0
 
     async def drain(self, grace_s: float) -> int:
         """Called at the end: take no new requests, wait for those under way; returns how many are
@@ -413,13 +396,9 @@ class Gateway:
         """The weights that answer a request, and the way to the engines that have them."""
         if self.deployments is not None:
             await self.deployments.may_pin(name)
-        version = self.names.pick(name)
-        is_tried = version == self.names.meaning(name).canary
-        group = self.trials[name] if is_tried else self.groups[name]
-        record.weights, record.pinned = version.weights, (version, group.key)
-        self.pinned[version] += 1
-        self._waited_for[group.key] += 1
-        return version, self.pools[group.key]
+        pin = record.pin = self.homes.pin(name)
+        record.weights = pin.version.weights
+        return pin.version, pin.pool
 
     async def _timed(self, work: Awaitable[Any]) -> Any:
         """The result of work that may not take longer than the limits allow."""
@@ -452,11 +431,9 @@ class Gateway:
 
     def _ended(self, record: Record, status: int, prompt_tokens: int = 0, tokens: int = 0) -> None:
         """Count and write down a request that has ended."""
-        if record.pinned is not None:
-            version, group = record.pinned
-            self.pinned[version] -= 1
-            self._waited_for[group] -= 1
-            record.pinned = None
+        if record.pin is not None:
+            self.homes.unpin(record.pin)
+            record.pin = None
         answer = (record.route, record.model, record.weights)
         self.metrics.requests.labels(*answer, str(status)).inc()
         if status == 200:

@@ -1,6 +1,7 @@
 """Metrics in the text form of Prometheus: what the gateway counts, and what replicas report."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -15,36 +16,29 @@ class Metrics:
     """The counters of one gateway."""
 
     def __init__(self) -> None:
-        self._registry = own = CollectorRegistry()
+        self._registry = CollectorRegistry()
+        own: dict[str, Any] = {"registry": self._registry}
         by_answer = ["route", "model", "weights", "status"]
-        self.requests = Counter("poise_requests", "Requests that ended", by_answer, registry=own)
+        self.requests = Counter("poise_requests", "Requests that ended", by_answer, **own)
         self.seconds = Histogram(
             "poise_request_seconds",
             "From a request's arrival to the end of its answer",
             ["route", "model", "weights"],
             buckets=_SECONDS,
-            registry=own,
+            **own,
         )
         of_model = ["model", "weights"]
-        self.tokens_in = Counter("poise_prompt_tokens", "Tokens of prompts", of_model, registry=own)
-        self.tokens_out = Counter(
-            "poise_answer_tokens", "Tokens of answers", of_model, registry=own
-        )
-        self.retries = Counter(
-            "poise_retries", "Requests sent anew, as an engine died", registry=own
-        )
-        self.inside = Gauge(
-            "poise_requests_inside", "Requests in the server", ["model"], registry=own
-        )
-        self.names = Gauge(
-            "poise_model", "1: what a name means", ["model", "weights"], registry=own
-        )
+        self.tokens_in = Counter("poise_prompt_tokens", "Tokens of prompts", of_model, **own)
+        self.tokens_out = Counter("poise_answer_tokens", "Tokens of answers", of_model, **own)
+        self.retries = Counter("poise_retries", "Requests sent anew, as an engine died", **own)
+        self.inside = Gauge("poise_requests_inside", "Requests in the server", ["model"], **own)
+        self.names = Gauge("poise_model", "1: what a name means", ["model", "weights"], **own)
         engine = ["group", "replica"]
         self._resident = Gauge(
-            "poise_resident", "1: the weights in an engine", [*engine, "weights"], registry=own
+            "poise_resident", "1: the weights in an engine", [*engine, "weights"], **own
         )
         self._engines = {
-            name: Gauge(f"poise_engine_{name}", text, engine, registry=own)
+            name: Gauge(f"poise_engine_{name}", text, engine, **own)
             for name, text in (
                 ("running", "Requests that an engine works on"),
                 ("waiting", "Requests that wait for an engine's weights"),

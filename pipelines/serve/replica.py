@@ -30,7 +30,9 @@ class EngineReplica:
         locks: the folder in which engines of one machine share out its cores.
     """
 
-    async def __init__(self, group: Group, limits: Limits, locks: str) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, group: Group, limits: Limits, locks: str
+    ) -> None:
         from ray import serve
 
         self._cores = _own_cores(group, Path(locks))

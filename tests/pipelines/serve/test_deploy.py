@@ -269,7 +269,7 @@ def test_weights_that_the_engine_does_not_take(
     folder = spoiled(world, tmp_path, "nan")
     version = Version("f" * 32, str(folder))
     with serving(world, tmp_path) as (server, http):
-        [group] = server.gateway.known_groups().values()
+        [group] = server.gateway.homes.known().values()
 
         async def examined(name: str, path: str, *, is_known: bool) -> Any:
             return type(group)(group.key, group.engine, group.replicas, 1, version, (name,))
@@ -360,7 +360,7 @@ def test_rolling_back_to_where_nothing_may_be_deployed_from(world: World, tmp_pa
 def test_a_model_that_does_not_answer(world: World, tmp_path: Path, monkeypatch) -> None:
     """The engine takes it, but the first question gets no numbers."""
     with serving(world, tmp_path) as (server, http):
-        [pool] = server.gateway.pools.values()
+        [pool] = server.gateway.homes.pools.values()
         once = pool.once
 
         async def silent(method: str, version: Version, *arguments: Any) -> Any:
