@@ -16,8 +16,8 @@ import httpx2
 
 from pipelines.engines.interface import Message
 from pipelines.errors import InputError
+from pipelines.serve.names import SIGNATURE
 
-SIGNATURE = "x-poise-weights"
 KEY_VARIABLE = "POISE_API_KEY"
 CONNECT_S, ANSWER_S = 10.0, 900.0
 ATTEMPTS, MOST_WAIT_S = 5, 30.0  # where the server says that it is busy (429, 503)

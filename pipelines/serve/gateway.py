@@ -32,7 +32,7 @@ from pipelines.serve.homes import Homes, Pin
 from pipelines.serve.host import Scores, Started
 from pipelines.serve.keys import Keys
 from pipelines.serve.metrics import CONTENT_TYPE, Metrics
-from pipelines.serve.names import Meant, Names, Version
+from pipelines.serve.names import SIGNATURE, Meant, Names, Version
 from pipelines.serve.protocol import (
     Body,
     Chat,
@@ -44,7 +44,6 @@ from pipelines.serve.protocol import (
 )
 from pipelines.serve.request_log import RequestLog
 
-SIGNATURE = "x-poise-weights"
 OPEN = ("/health", "/ready")  # routes that need no key
 ADMIN = "/admin/"  # routes that need a key of their own
 BodyT = TypeVar("BodyT", bound=Body)

@@ -21,6 +21,7 @@ from pipelines.commit import write_atomically
 from pipelines.errors import InputError
 
 FILE = "names.json"
+SIGNATURE = "x-poise-weights"  # the header of an answer with the digest of what made it
 KEPT = 20  # versions before the current one
 
 

@@ -84,7 +84,7 @@ class Terminal:
         return line
 
 
-def test_updates_of_vllm_under_load(
+def test_updates_in_the_life_of_vllm(
     world: World, tmp_path: Path, project_root: Path, monkeypatch, capsys
 ) -> None:
     """Prompts are longer than a block of the cache, which must not outlive its weights."""

@@ -61,7 +61,7 @@ class LocalServer:
     """
 
     def __init__(self, plan: ServerPlan, keys: dict[str, bytes]) -> None:
-        self._plan, self._keys = plan, keys
+        self.plan, self._keys = plan, keys
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._error: BaseException | None = None
@@ -100,7 +100,7 @@ class LocalServer:
             self._ready.set()
 
     async def _serve(self) -> None:
-        plan = self._plan
+        plan = self.plan
         for group in plan.groups:
             await self.start_engines(group)
         self.gateway = Gateway(
@@ -132,7 +132,7 @@ class LocalServer:
 
     async def start_engines(self, group: Group) -> None:
         """Start a group's engines."""
-        limits = self._plan.config.limits
+        limits = self.plan.config.limits
         hosts = [
             await EngineHost.started(group, limits, f"{group.key}-{number}")
             for number in range(group.replicas.min)

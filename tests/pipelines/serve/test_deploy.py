@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.serve import host
-from pipelines.serve.gateway import SIGNATURE
+from pipelines.serve.gateway import SIGNATURE, Gateway
 from pipelines.serve.keys import read_keys
 from pipelines.serve.names import FILE, Names, Version
 from tests.pipelines.serve.conftest import save_model, save_reward
@@ -183,8 +183,19 @@ def test_another_shape_gets_engines_before_the_old_ones_stop(world: World, tmp_p
         assert change(http, "rollback").json()["weights"] == world.digests["a"]
         assert set(server.hosts) == {old}
     world.check(answers)
-    with serving(world, tmp_path) as (server, http):  # a gateway that starts anew knows it
+    with serving(world, tmp_path) as (server, http):
         deploy(http, world.paths["deep"])
+        plan, first = server.plan, server.gateway
+        anew = Gateway(
+            plan.config,
+            plan.groups,
+            plan.configured,
+            {},
+            plan.meant,
+            lambda key, _: server.hosts[key],
+        )
+        assert anew.groups["m"].key == new  # one that died and is started as it was at first
+        assert anew.homes.current(new) == first.homes.current(new)
     with serving(world, tmp_path) as (server, http):
         assert set(server.hosts) == {new}
         assert ask(http, "a b").weights == world.digests["deep"]
