@@ -104,10 +104,9 @@ def examine(name: str, path: str, config: ServeConfig, *, is_known: bool = False
     model = config.models[name]
     assert config.deploy is not None
     folder = Path(path) if is_known else _allowed(path, config.deploy)
+    for file in [] if is_known else sorted(folder.glob("*")):
+        _allowed(str(file), config.deploy)  # where a link leads
     found = validated(folder, kind=model.kind, head=model.head)
-    for file in {tensor.file for tensor in found.checkpoint.tensors.values()}:
-        if not is_known:
-            _allowed(str(file), config.deploy)  # where a link leads
     if config.engine.name == "vllm":
         check_servable([look_at(folder)], engine_device())
     version = Version(found.weights, str(folder))
