@@ -53,6 +53,7 @@ def plan_server(config: ServeConfig) -> ServerPlan:
             engine that is not installed; keys or a state that cannot be read.
     """
     check_file(config.keys_file)
+    config = _absolute(config)
     state = Path(config.state)
     looked = {name: look_at(Path(model.path)) for name, model in config.models.items()}
     notes = [
@@ -73,6 +74,17 @@ def plan_server(config: ServeConfig) -> ServerPlan:
     if is_local:
         check_memory(groups, available_memory())
     return ServerPlan(config, configured, groups, notes)
+
+
+def _absolute(config: ServeConfig) -> ServeConfig:
+    """The config with whole paths, as the server's processes run elsewhere."""
+
+    def whole(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).expanduser().absolute())
+
+    log = config.log.model_copy(update={"file": whole(config.log.file)})
+    paths = {"state": whole(config.state), "keys_file": whole(config.keys_file), "log": log}
+    return config.model_copy(update=paths)
 
 
 def needed_resources(groups: list[Group]) -> dict[str, float]:
