@@ -9,7 +9,7 @@ from pipelines.serve.calls import application
 from pipelines.serve.config import Limits
 from pipelines.serve.gateway import Gateway
 from pipelines.serve.groups import Group
-from pipelines.serve.plan import GATEWAY_CPUS, ServerPlan, cpus_of
+from pipelines.serve.plan import ServerPlan, cpus_of
 from pipelines.serve.replica import GATEWAY, EngineReplica
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def build_gateway(
         max_ongoing_requests=_CONNECTIONS,
         graceful_shutdown_timeout_s=5,
         ray_actor_options={
-            "num_cpus": GATEWAY_CPUS,
+            "num_cpus": 0,  # a cluster's head may have none to give
             "resources": {HEAD: 0.001},  # where the state, the keys and the log are
             "runtime_env": {"env_vars": environment},
         },

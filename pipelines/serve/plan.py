@@ -24,8 +24,7 @@ from pipelines.serve.names import Names, Version
 
 DIGESTS = "digests.json"
 GIB = 1 << 30
-GATEWAY_CPUS = 0.1
-SERVE_CPUS = 1.0  # of Serve's own actors
+SERVE_CPUS = 1.0  # of Serve's own actors and the gateway
 _NEEDED_FREE = 0.95  # share of the free memory that engines may take
 
 
@@ -92,7 +91,7 @@ def needed_resources(groups: list[Group]) -> dict[str, float]:
     needs = [(group.replicas.min, group.engine.need()) for group in groups]
     cpus = sum(count * cpus_of(group) for (count, _), group in zip(needs, groups, strict=True))
     gpus = sum(count * need.num_gpus for count, need in needs)
-    needed = {"CPU": cpus + GATEWAY_CPUS + SERVE_CPUS}
+    needed = {"CPU": cpus + SERVE_CPUS}
     return needed | ({"GPU": gpus} if gpus else {})
 
 
