@@ -13,13 +13,7 @@ from pipelines.serve.calls import application
 from pipelines.serve.config import Limits, ServeConfig
 from pipelines.serve.gateway import Gateway
 from pipelines.serve.groups import Group
-from pipelines.serve.plan import (
-    GATEWAY_CPUS,
-    ServerPlan,
-    available_memory,
-    check_memory,
-    cpus_of,
-)
+from pipelines.serve.plan import ServerPlan, available_memory, check_memory, cpus_of
 from pipelines.serve.replica import GATEWAY, EngineReplica
 from pipelines.serve.validation import examine
 
@@ -28,6 +22,7 @@ if TYPE_CHECKING:
 
 # A gateway holds as many requests as it has let in, and connections beside them.
 _CONNECTIONS = 100_000
+HEAD = "node:__internal_head__"  # Ray's own resource, of the head alone
 _HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 120}
 _TARGET_SHARE = 0.5  # of the requests that an engine works on at once, at which others are added
 
@@ -53,7 +48,11 @@ def build_gateway(
         num_replicas=1,
         max_ongoing_requests=_CONNECTIONS,
         graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": GATEWAY_CPUS, "runtime_env": {"env_vars": environment}},
+        ray_actor_options={
+            "num_cpus": 0,  # a cluster's head may have none to give
+            "resources": {HEAD: 0.001},  # where the state, the keys and the log are
+            "runtime_env": {"env_vars": environment},
+        },
         **_HEALTH,
     )(Gateway)
     engines = None if plan.config.deploy is None else ServeEngines(plan.config, locks, environment)

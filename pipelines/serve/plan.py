@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,8 +25,7 @@ from pipelines.serve.names import Meant, Names, Version
 
 DIGESTS = "digests.json"
 GIB = 1 << 30
-GATEWAY_CPUS = 0.1
-SERVE_CPUS = 1.0  # of Serve's own actors
+SERVE_CPUS = 1.0  # of Serve's own actors and the gateway
 _NEEDED_FREE = 0.95  # share of the free memory that engines may take
 
 
@@ -54,12 +54,12 @@ def plan_server(config: ServeConfig) -> ServerPlan:
         InputError: a checkpoint that cannot be served, or that does not fit into the memory; an
             engine that is not installed; keys or a state that cannot be read.
     """
-    config = _absolute(config)
     check_file(config.keys_file)
     if config.deploy is not None:
         check_file(config.deploy.keys_file, "deploy.keys_file")
         if config.deploy.keys_file is None and not keys_in_environment(DEPLOY_VARIABLE):
             raise InputError(f"deploy: needs a key; allowed: deploy.keys_file or {DEPLOY_VARIABLE}")
+    config = _absolute(config)
     state = Path(config.state)
     looked = {name: look_at(Path(model.path)) for name, model in config.models.items()}
     notes = [
@@ -82,18 +82,17 @@ def plan_server(config: ServeConfig) -> ServerPlan:
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:
-    """The config with absolute paths, as other processes may run in other folders."""
+    """The config with whole paths, as the server's processes run elsewhere."""
 
-    def absolute(path: str | None) -> str | None:
+    def whole(path: str | None) -> str | None:
         return None if path is None else str(Path(path).expanduser().absolute())
 
-    deploy = config.deploy
-    if deploy is not None:
-        folders = [absolute(folder) for folder in deploy.folders]
-        fields = {"folders": folders, "keys_file": absolute(deploy.keys_file)}
-        deploy = deploy.model_copy(update=fields)
-    update = {"state": absolute(config.state), "keys_file": absolute(config.keys_file)}
-    return config.model_copy(update=update | {"deploy": deploy})
+    log = config.log.model_copy(update={"file": whole(config.log.file)})
+    paths: dict[str, Any] = {"state": whole(config.state), "keys_file": whole(config.keys_file)}
+    if (deploy := config.deploy) is not None:
+        own = {"folders": list(map(whole, deploy.folders)), "keys_file": whole(deploy.keys_file)}
+        paths["deploy"] = deploy.model_copy(update=own)
+    return config.model_copy(update=paths | {"log": log})
 
 
 def needed_resources(groups: list[Group], spare_engines: int = 0) -> dict[str, float]:
@@ -106,7 +105,7 @@ def needed_resources(groups: list[Group], spare_engines: int = 0) -> dict[str, f
     cpus = sum(count * cpus_of(group) for (count, _), group in zip(needs, groups, strict=True))
     gpus = sum(count * need.num_gpus for count, need in needs)
     spare = spare_engines * max(map(cpus_of, groups))
-    needed = {"CPU": cpus + GATEWAY_CPUS + SERVE_CPUS + spare}
+    needed = {"CPU": cpus + SERVE_CPUS + spare}
     return needed | ({"GPU": gpus} if gpus else {})
 
 
