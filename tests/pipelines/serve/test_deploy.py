@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipelines.errors import InputError
 from pipelines.serve import host
 from pipelines.serve.gateway import SIGNATURE, Gateway
 from pipelines.serve.keys import read_keys
@@ -463,3 +464,23 @@ def test_the_command(world: World, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("POISE_DEPLOY_KEY", KEY)
     status, _, err = run("--rollback", "m")  # the server has ended
     assert status == 1 and "cannot be reached" in err
+
+
+def test_a_server_where_nobody_could_deploy_does_not_start(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("POISE_DEPLOY_KEYS", raising=False)
+    models = {"m": {"path": str(world.paths["a"])}}
+    for keys, said in (
+        ({}, r"deploy: needs a key; allowed: deploy\.keys_file or POISE_DEPLOY_KEYS"),
+        ({"keys_file": str(tmp_path / "absent")}, r"deploy\.keys_file: .* cannot be read"),
+    ):
+        allowed = {"folders": [str(world.folder)], **keys}
+        with (
+            pytest.raises(InputError, match=said),
+            local_server(models, tmp_path, deploy=allowed),
+        ):
+            pass
+    monkeypatch.setenv("POISE_DEPLOY_KEYS", KEY)
+    with local_server(models, tmp_path, deploy={"folders": [str(world.folder)]}):
+        pass
