@@ -67,7 +67,7 @@ def running(
         },
         "engine": {"name": "transformers"},
         "state": str(folder / "state"),
-        "limits": {"turn_s": 0.2, "max_running": 4, "timeout_s": 40, "body_timeout_s": 2},
+        "limits": {"turn_s": 0.2, "max_running": 4, "timeout_s": 40},
     }
     file = folder / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
