@@ -149,8 +149,8 @@ def test_twice_what_it_can_do(running: tuple, expected: dict) -> None:
     with load(url, expected, 2) as quiet:
         quiet.wait_for(30, 60)
     before = memory()
-    with load(url, expected, 200) as outcome:
-        time.sleep(8)
+    with load(url, expected, 170) as outcome:
+        time.sleep(6)
     assert set(outcome.counts) <= {"right", "refused"}, outcome
     assert set(outcome.errors) <= {"429"}, outcome
     assert memory() < before + (400 << 20)
