@@ -1,4 +1,4 @@
-"""What a GPU does: kernels, optimizer steps, training memory, attention, engine, merges.
+"""What a GPU does: kernels, optimizer steps, training memory, engine, merges.
 
     python benchmarks/gpu.py [--only PART ...] [--small]
 
@@ -136,9 +136,9 @@ def steps(small: bool) -> None:
             for _ in range(2)
         ]
         print(
-            f"\n| {count / 1e6:.0f}M float32 parameters | first step, ms | a step after 20, ms | "
+            f"\n| {count / 1e6:.0f}M float32 parameters | first step, ms | a step after 20, ms "
+            "| of fused AdamW | bytes of state a parameter |\n|---|---|---|---|---|"
         )
-        print("| of fused AdamW | bytes of state a parameter |\n|---|---|---|---|---|")
         fused_ms = 0.0
         makers: dict[str, Callable[[], Any]] = {
             "AdamW fused": lambda p=parameters: torch.optim.AdamW(p, lr=1e-6, fused=True)
@@ -351,15 +351,8 @@ def merge(small: bool) -> None:
                 path = folder / f"{method}-{device}.yaml"
                 path.write_text(yaml.safe_dump(config))
                 out = folder / f"{method}-{device}"
-                command = [
-                    sys.executable,
-                    "-m",
-                    "ray_jobs.cli",
-                    "merge",
-                    str(path),
-                    "--out",
-                    str(out),
-                ]
+                own = [sys.executable, "-m", "ray_jobs.cli", "merge"]
+                command = [*own, str(path), "--out", str(out)]
                 start = time.perf_counter()
                 ended = subprocess.run(command, capture_output=True, text=True)
                 times.append(time.perf_counter() - start)

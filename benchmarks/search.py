@@ -83,21 +83,9 @@ def parsed() -> argparse.Namespace:
 def made(folder: Path) -> tuple[Path, list[Path]]:
     """The tasks of a tiny world, and random models near each other."""
     world = build_world(folder / "world", 0, "smoke")
-    tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(world / "model"))
     paths = [folder / name for name in PARENTS]
     for path in paths:
         model.save_pretrained(path)

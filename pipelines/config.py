@@ -28,6 +28,7 @@ class Config(BaseModel):
     section: ClassVar[str] = ""  # prefix of the fields' names in messages, such as "optimizer."
     old_fields: ClassVar[Mapping[str, str]] = {}  # old name: new name
     old_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # field: old value: new value
+    other_names: ClassVar[Mapping[str, str]] = {}  # what other tools call a field: its name here
 
     @model_validator(mode="before")
     @classmethod
@@ -196,17 +197,19 @@ def describe(error: ValidationError, model: type[BaseModel], values: Any = None)
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     places = {id(problem): _written(problem["loc"], values) for problem in problems}
     top = places[id(problems[0])]
-    # Of a field with several forms, each one that does not fit is a problem: the deepest says most.
+    # Of a field with several forms, each one that does not fit is a problem: the deepest says most,
+    # and of equally deep ones our own line, whose form fits but for what it says.
     same = [p for p in problems if places[id(p)][: len(top)] == top]
-    first = max(same, key=lambda problem: len(places[id(problem)]))
+    first = max(same, key=lambda p: (len(places[id(p)]), p["type"] == "value_error"))
     parts = places[id(first)]
     field = ".".join(parts)
     others = [p for p in problems if parts[: len(places[id(p)])] != places[id(p)]]
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, parts[:-1])
-        near = get_close_matches(parts[-1], known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        elsewhere = {} if parts[:-1] else getattr(model, "other_names", {})
+        near = elsewhere.get(field) or next(iter(get_close_matches(parts[-1], known, 1)), None)
+        hint = f"; did you mean {near}?" if near else ""
         return f"{field}: unknown field; allowed: {', '.join(known)}{hint}{more}"
     if first["type"] == "missing":
         return f"{field}: required, not given{more}"

@@ -1,7 +1,6 @@
 """`poise judges`: the bias and noise of the judges of a finished evaluation."""
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from pipelines.errors import InputError
 from pipelines.evaluate.results import Evaluation
 from pipelines.judges.noise import Agreement, Noise, agreements, judged_tasks, noise
 from pipelines.storage import is_address
-from ray_jobs.tables import print_table
+from ray_jobs.tables import known, print_table
 
 
 def run_judges(folder: Path, labels: Path | None, *, as_json: bool) -> None:
@@ -61,7 +60,7 @@ def _print_agreement(found: list[Agreement]) -> None:
     """A row for each pair."""
     table = Table("first", "second", "items", "equal", "kappa")
     for each in found:
-        kappa = _shown(None if math.isnan(each.kappa) else each.kappa)
+        kappa = _shown(known(each.kappa))
         table.add_row(each.first, each.second, f"{each.items:,}", _shown(each.share), kappa)
     print_table(table)
 
@@ -76,4 +75,4 @@ def _without_nan(value: Any) -> Any:
         return {key: _without_nan(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return known(value) if isinstance(value, float) else value

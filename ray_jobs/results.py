@@ -1,7 +1,6 @@
 """`poise results`: list, compare and export finished evaluations."""
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from rich.table import Table
 from pipelines.errors import InputError
 from pipelines.evaluate.results import GROUP, Evaluation, Row, as_csv, as_latex
 from ray_jobs.studies import Asked, run_study
-from ray_jobs.tables import print_table
+from ray_jobs.tables import known, print_table
 
 FORMS = ("table", "csv", "latex", "json")
 
@@ -157,11 +156,6 @@ def _head(task: str, metric: str, columns: Sequence[tuple[str, str]]) -> str:
     return task if alone or metric == GROUP else f"{task} {metric}"
 
 
-def _known(error: float) -> float | None:
-    """A standard error; JSON has no NaN."""
-    return None if math.isnan(error) else error
-
-
 def _print_differences(
     evaluations: Sequence[Evaluation], compare: str, tasks: Sequence[str], form: str
 ) -> None:
@@ -176,7 +170,7 @@ def _print_differences(
     first, second = names
     found = evaluations[0].differences(first, second)
     rows = [
-        Row(f"{first} - {second}", task, metric, each.value, _known(each.stderr), None)
+        Row(f"{first} - {second}", task, metric, each.value, known(each.stderr), None)
         for (task, metric), each in found.items()
     ]
     rows = _selected(rows, (), tasks)

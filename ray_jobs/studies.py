@@ -22,7 +22,7 @@ from pipelines.evaluate.studies import (
     rank_correlations,
     relations,
 )
-from ray_jobs.tables import print_table
+from ray_jobs.tables import known, print_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,7 @@ Found = tuple[Any, list[Table]]  # as JSON can hold it, and for the terminal
 def _undominated(evaluation: Evaluation, groups: list[str], models: Sequence[str]) -> Found:
     """Each model's groups, and whether and how surely no other model beats it."""
     own = _with_all(evaluation, groups, models)
-    columns = evaluation.columns(own, groups)
-    support = evaluation.undominated(own, groups)
+    columns, support = evaluation.undominated(own, groups)
     title = "undominated: no other model is at least as good in all and better in one"
     table = Table("model", *groups, "undominated", "support", title=title)
     values: list[dict[str, Any]] = []
@@ -168,7 +167,7 @@ def _relations(
             {
                 "goals": [pair.first, pair.second],
                 "verdict": pair.verdict,
-                "rank_correlation": _known(ranks[pair.first][pair.second]),
+                "rank_correlation": known(ranks[pair.first][pair.second]),
             }
             for pair in pairs
         ],
@@ -252,11 +251,7 @@ def _effect(effect: Effect) -> dict[str, Any]:
 
 def _plain(contrast: Contrast) -> dict[str, float | None]:
     """A number for JSON, which has no NaN."""
-    return {"value": contrast.value, "stderr": _known(contrast.stderr)}
-
-
-def _known(number: float) -> float | None:
-    return None if math.isnan(number) else number
+    return {"value": contrast.value, "stderr": known(contrast.stderr)}
 
 
 def _shown(contrast: Contrast) -> str:

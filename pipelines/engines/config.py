@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPUS_OF_AN_ENGINE = 0.9  # two engines and a driver fit on two cores
+# Fields that say where and how fast an engine runs, not what it answers.
+_ONLY_SPEED = {"device", "batch_size", "tensor_parallel", "gpu_memory", "cache_gib"}
 _BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}  # Intel's, AMD's, ARM's
 
 
@@ -77,6 +79,11 @@ class EngineConfig(Config):
             if field in given and getattr(self, field) != type(self).model_fields[field].default:
                 raise ValueError(f"engine.{field}: has no effect with {self.name}")
         return self
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the answers of its models depend on, for keys and records."""
+        return self.model_dump(mode="json", exclude=_ONLY_SPEED)
 
     def need(self, cluster: dict[str, float] | None = None) -> Need:
         """What an engine of this config needs.

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -182,29 +183,28 @@ class TransformersEngine:
 
     def _load(self, weights: Weights) -> None:
         """Make the model from the stream of its weights."""
-        self._state.lost("its weights are being changed")
-        self._model = self._places = None  # frees the old weights before the new ones are read
-        dtype = computing_dtype(self.config, self._state.stored, self._device)
-        inspection = Inspection(weights)
-        try:
-            tensors = dict(inspection.stream())
+        with self._changing(weights) as stream:
+            self._model = self._places = None  # frees the old weights before the new ones are read
+            dtype = computing_dtype(self.config, self._state.stored, self._device)
+            tensors = dict(stream)
             self._model = _made(weights, tensors, dtype, self.config.kind)
             self._model.to(self._device)  # type: ignore[arg-type] # wrapped by transformers
             self._places = Places.of(self._model, tensors)
-        except BaseException as error:
-            self._model = None
-            self._state.lost(f"a swap failed ({_first_line(error)})")
-            raise
-        self._state.loaded(inspection.digest)
 
     @torch.no_grad()
-    def _copy(self, weights: Weights, places: "Places") -> None:
+    def _copy(self, weights: Weights, places: Places) -> None:
         """Copy the stream of other weights into the model."""
+        with self._changing(weights) as stream:
+            for name, tensor in stream:
+                places.tensors[name].copy_(tensor)
+
+    @contextmanager
+    def _changing(self, weights: Weights) -> Iterator[Iterator[tuple[str, Tensor]]]:
+        """In the block the model takes the stream of weights, and has none of them if it fails."""
         self._state.lost("its weights are being changed")
         inspection = Inspection(weights)
         try:
-            for name, tensor in inspection.stream():
-                places.tensors[name].copy_(tensor)
+            yield inspection.stream()
         except BaseException as error:
             self._model = self._places = None
             self._state.lost(f"a swap failed ({_first_line(error)})")

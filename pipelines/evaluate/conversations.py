@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.engines.interface import Message, Sampling, answer_seed
@@ -94,6 +95,13 @@ class ConversationTask:
                 prompt = _messages(row, turn, [""] * turn)
                 found += len(text.encode(prompt)) + (turn + 1) * most
         return found
+
+
+def file_of_split(data: Path | Mapping[Any, Path] | None, split: str) -> Path | None:
+    """The file of a split; a file by itself is that of the test split."""
+    if isinstance(data, Mapping):
+        return data.get(split)
+    return data if split == "test" else None
 
 
 def _messages(row: Conversation, turn: int, answers: Sequence[str]) -> list[Message]:

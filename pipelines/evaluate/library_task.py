@@ -15,6 +15,7 @@ from pipelines.evaluate.harness import (
     measure_range,
     requests_of,
 )
+from pipelines.evaluate.harness.averages import filtered_metrics, metric_name
 from pipelines.evaluate.interface import Number, Sample
 from pipelines.evaluate.statistics import Estimates, aggregates, make_sheet, means
 from pipelines.fingerprint import fingerprint
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from pipelines.engines.text import Text
 
 BOOTSTRAPS = 100  # samples of clusters for the error of a metric that is no mean
-_UNFILTERED = ",none"
 
 
 class LibraryTask:
@@ -51,7 +51,7 @@ class LibraryTask:
                 requests=[asdict(each) for each in requests if each.document == place],
                 answers=[asdict(each) for each in answers if each.document == place],
                 values={
-                    _named(metric, score.filter): item
+                    metric_name(metric, score.filter): item
                     for score in scores
                     if score.document == place
                     for metric, item in score.metrics.items()
@@ -64,11 +64,11 @@ class LibraryTask:
         """As `EvaluationTask.numbers`: by the task's own aggregation. Errors are by clusters: of a
         mean in closed form, of another metric from bootstrap samples.
         """
-        errors = self.estimates({"": samples})
-        return {
-            name: Number(metric.value, float(errors[name].stderrs[0]), metric.n)
-            for name, metric in self.values(samples).items()
-        }
+        found = {}
+        for name, metric in self.values(samples).items():
+            [error] = self._estimates(name, metric, {"": samples}).stderrs
+            found[name] = Number(metric.value, float(error), metric.n)
+        return found
 
     def estimates(self, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Estimates]:
         """The joint estimates of several rows of samples of the same documents, by metric; errors
@@ -82,10 +82,14 @@ class LibraryTask:
 
     @property
     def metric_names(self) -> list[str]:
-        """The names of its metrics of which more is better; functions may give others."""
-        filters = [each.name for each in self.task.library._filters]
-        names = [name for name in self.task.metrics if self.task.higher_is_better(name)]
-        return [_named(name, filtered) for filtered in filters for name in names]
+        """The names of its metrics; functions may give others."""
+        return [metric_name(*each) for each in filtered_metrics(self.task)]
+
+    @property
+    def rising_metrics(self) -> list[str]:
+        """The names of those of which more is better."""
+        better = self.task.higher_is_better
+        return [metric_name(*each) for each in filtered_metrics(self.task) if better(each[0])]
 
     def num_cut(self, samples: Sequence[Sample]) -> int:
         """As `EvaluationTask.num_cut`."""
@@ -115,7 +119,7 @@ class LibraryTask:
             for filtered, metrics in _by_filter(sample.values).items()
         ]
         found = self.task.aggregate(scores)
-        return {_named(*key.split(",", 1)): metric for key, metric in found.items()}
+        return {metric_name(*key.split(",", 1)): metric for key, metric in found.items()}
 
     def _estimates(
         self, name: str, metric: Metric, samples: Mapping[str, Sequence[Sample]]
@@ -143,11 +147,6 @@ class LibraryTask:
         clusters = [sample.cluster for sample in first]
         seed = self.task.seed
         return aggregates(self.name, aggregate, items, clusters, BOOTSTRAPS, seed)[0]
-
-
-def _named(metric: str, filtered: str) -> str:
-    """A metric's name; the filter "none" is left out."""
-    return f"{metric},{filtered}".removesuffix(_UNFILTERED)
 
 
 def _by_filter(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

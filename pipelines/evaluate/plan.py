@@ -27,8 +27,6 @@ from pipelines.robustness.task import AttackedTask
 from pipelines.versions import versions
 
 MODELS_FILE = "models.json"  # in the output: the models' files and digests
-# Fields of an engine's config that say where and how fast it runs, not what it answers.
-_ONLY_SPEED = {"device", "batch_size", "tensor_parallel", "gpu_memory", "cache_gib"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,7 @@ def cell_of(config: EvaluateConfig, name: str, digest: ModelDigest, task: Evalua
         name: the model's in the config.
         digest: the model's, be it written or in memory.
     """
-    engine = config.engine.model_dump(mode="json", exclude=_ONLY_SPEED)
+    engine = config.engine.identity
     key = cell_key(asdict(digest), task.fingerprint, engine)
     described: dict[str, Any] = {
         "model": name,

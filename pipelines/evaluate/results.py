@@ -153,30 +153,25 @@ class Evaluation:
             InputError: as `sheets`; an unknown group, or one that has a metric that is no mean or
                 that a model lacks.
         """
-        self.check_names(models, groups or ())
-        leaves = {leaf: means(each) for leaf, each in self._sheets_of(models, groups).items()}
-        found = group_estimates(self._groups, leaves)
-        for name in groups or ():
-            self._check_whole(name, leaves)
-        return {name: found[name] for name in groups or found}
+        return self._columns(self._sheets_of(models, groups), groups)
 
     def undominated(
         self, models: Sequence[str], groups: Sequence[str], seed: int = 0
-    ) -> dict[str, tuple[bool, float]]:
-        """For each model whether no other beats it over groups, and in which share of bootstrap
-        samples so.
+    ) -> tuple[dict[str, Estimates], dict[str, tuple[bool, float]]]:
+        """The groups as `columns` has them, and for each model whether no other beats it over them,
+        and in which share of bootstrap samples so.
 
         Raises:
             InputError: as `columns`.
         """
-        columns = self.columns(models, groups)
-        points = np.stack([columns[name].values for name in groups], axis=-1)
         sheets = self._sheets_of(models, groups)
+        columns = self._columns(sheets, groups)
+        points = np.stack([columns[name].values for name in groups], axis=-1)
         draws = {leaf: mean_draws(each, seed=seed) for leaf, each in sheets.items()}
         sizes = {leaf: each.values.shape[1] for leaf, each in sheets.items()}
         shares = undominated_support(self._groups, groups, draws, sizes)
         best = undominated(points)
-        return {
+        return columns, {
             model: (bool(is_best), float(share))
             for model, is_best, share in zip(models, best, shares, strict=True)
         }
@@ -193,8 +188,19 @@ class Evaluation:
 
     def _sheets_of(self, models: Sequence[str], groups: Sequence[str] | None) -> dict[Leaf, Sheet]:
         """The sheets that groups, or all of them, need."""
+        self.check_names(models, groups or ())
         names = self._groups.groups if groups is None else groups
         return self.sheets(models, [task for n in names for task, _ in self._groups.reached(n)])
+
+    def _columns(
+        self, sheets: Mapping[Leaf, Sheet], groups: Sequence[str] | None
+    ) -> dict[str, Estimates]:
+        """As `columns`, of the sheets that these groups need."""
+        leaves = {leaf: means(each) for leaf, each in sheets.items()}
+        found = group_estimates(self._groups, leaves)
+        for name in groups or ():
+            self._check_whole(name, leaves)
+        return {name: found[name] for name in groups or found}
 
     def _check_whole(self, group: str, leaves: Mapping[Leaf, Any]) -> None:
         """Raise InputError for a group with a metric that is not among leaves."""

@@ -199,13 +199,14 @@ class _Open:
         """
         found = []
         for each in of_all:
+            if each.run != self.number:
+                continue
             tasks = [
                 task
                 for (model, task), answers in self.plan.answers.items()
                 if (model, answers.task) == (each.model, each.task)
             ]
-            if each.run == self.number:
-                found += [replace(each, task=task) for task in tasks or [each.task]]
+            found += [replace(each, task=task) for task in tasks or [each.task]]
         for (model, task), cell in self.plan.cells.items():
             if reason := self._lost(cell, self.plan.answers.get((model, task))):
                 reason = f"damaged {ATTEMPTS} times: {reason}"

@@ -15,10 +15,10 @@ To add a kind of scorer:
    `conversations(sample)`. Where it needs an engine, `engine` says which, so that Ray gives its
    worker the room; the scorer opens it on first use, keeps it, and frees it in `close`. With
    `engine = None` blocks are scored by threads of this process: `score` must bear that.
-2. Write a config class with a field that no other entry of `tasks:` has, and give it a line in
-   `pipelines/evaluate/config.py` (`SCORED_ENTRIES`) and one in `pipelines/evaluate/opened.py`
-   (`OPENERS`), which makes a `ScoredTask` of the entry. `ConversationTask` has prompts that are
-   answered in a chat, of any origin.
+2. Write a config class with a field that no other entry of `tasks:` has, and give it a line each in
+   `SCORED_ENTRIES` and `TaskEntry` of `pipelines/evaluate/config.py`, and one in `OPENERS` of
+   `pipelines/evaluate/opened.py`, which makes a `ScoredTask` of the entry. `ConversationTask` has
+   prompts that are answered in a chat, of any origin.
 """
 
 from collections.abc import Sequence

@@ -90,16 +90,11 @@ class Worker:
         directory: str = "",
         offline: bool = False,
     ) -> None:
-        if num_threads:
-            import torch
-
-            torch.set_num_threads(num_threads)
-        if directory and Path(directory).is_dir():
-            os.chdir(directory)
+        set_up(num_threads, directory)
         self._runs, self._stores = runs, [Store(run.place) for run in runs]
         self._asked = self._config = engine
         self._offline = offline
-        self._tasks: dict[int, dict[tuple[str, str], EvaluationTask]] = {}  # by name, fingerprint
+        self._tasks: dict[int, dict[tuple[str, str], EvaluationTask]] = {}  # by run
         self._engine: Engine | None = None
         self._model: Model | None = None
 
@@ -120,7 +115,7 @@ class Worker:
             return Outcome("refused", reason=str(error))
         except Exception as error:  # whatever a library raises: the rest of the matrix goes on
             self._free(block)
-            return Outcome("failed", reason=_first_line(error))
+            return Outcome("failed", reason=error_line(error))
         return Outcome("done", len(samples))
 
     def close(self) -> None:
@@ -216,7 +211,23 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _first_line(error: BaseException) -> str:
+def set_up(num_threads: int, directory: str) -> None:
+    """Make a process that Ray has started like the one that started it.
+
+    Args:
+        num_threads: of torch; 0 leaves them.
+        directory: which relative paths begin in, if it is there.
+    """
+    if num_threads:
+        import torch
+
+        torch.set_num_threads(num_threads)
+    if directory and Path(directory).is_dir():
+        os.chdir(directory)
+
+
+def error_line(error: BaseException) -> str:
+    """An error's type and first line."""
     text = str(error).strip()
     name = type(error).__name__
     return f"{name}: {text.splitlines()[0]}" if text else name

@@ -138,13 +138,9 @@ def length_controlled(
     at_zero = own.copy()
     at_zero[:, 0] = 0.0
     known = ~np.isnan(preferences)
-    X, y, weight = own[known], preferences[known], np.ones(int(known.sum()))
-    if gamed is not None:
-        X = np.concatenate([gamed.design, X])
-        y = np.concatenate([gamed.preference, y])
-        weight = np.concatenate([np.full(len(gamed.preference), WEIGHT_OF_GAMED), weight])
-    C = choose_c(X, y, weight)
-    w = fit(X, y, weight, C)
+    rows = _with_gamed(own[known], preferences[known], gamed)
+    C = choose_c(*rows)
+    w = fit(*rows, C)
     rates = 100 * _sigmoid(at_zero @ w)
     error = _bootstrap_error(own[known], at_zero[known], preferences[known], gamed, C)
     weights = dict(zip([*names, "constant"], map(float, w), strict=True))
@@ -213,6 +209,19 @@ def fit(X: Array, y: Array, weight: Array, C: float) -> Array:
     return np.asarray(model.coef_[0], np.float64)
 
 
+def _with_gamed(X: Array, y: Array, gamed: Gamed | None) -> tuple[Array, Array, Array]:
+    """Features, preferences and weights of the model's rows, after those of the published file."""
+    weight = np.ones(len(y))
+    if gamed is None:
+        return X, y, weight
+    light = np.full(len(gamed.preference), WEIGHT_OF_GAMED)
+    return (
+        np.concatenate([gamed.design, X]),
+        np.concatenate([gamed.preference, y]),
+        np.concatenate([light, weight]),
+    )
+
+
 def _bootstrap_error(
     own: Array, at_zero: Array, preferences: Array, gamed: Gamed | None, C: float
 ) -> float:
@@ -224,12 +233,8 @@ def _bootstrap_error(
     rates = []
     for _ in range(BOOTSTRAPS):
         drawn = generator.integers(n, size=n)
-        X, y, weight = own[drawn], preferences[drawn], np.ones(n)
-        if gamed is not None:
-            X = np.concatenate([gamed.design, X])
-            y = np.concatenate([gamed.preference, y])
-            weight = np.concatenate([np.full(len(gamed.preference), WEIGHT_OF_GAMED), weight])
-        rates.append(100 * _sigmoid(at_zero[drawn] @ fit(X, y, weight, C)).mean())
+        rows = _with_gamed(own[drawn], preferences[drawn], gamed)
+        rates.append(100 * _sigmoid(at_zero[drawn] @ fit(*rows, C)).mean())
     return float(np.std(rates, ddof=1))
 
 

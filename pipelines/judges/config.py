@@ -1,6 +1,5 @@
 """The config of judged tasks: entries of `tasks:` with the field `judged`."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,10 +121,3 @@ class JudgedSet(Config):
     def column(self) -> str:
         """The task's name."""
         return self.name or self.judged
-
-    def file(self, split: str) -> Path | None:
-        """The data of a split."""
-        if isinstance(self.data, Mapping):
-            found: Mapping[str, Path] = {str(key): value for key, value in self.data.items()}
-            return found.get(split)
-        return self.data if split == "test" else None

@@ -64,11 +64,6 @@ class Endpoint:
         self._client: httpx2.Client | None = None
         self._threads: ThreadPoolExecutor | None = None
 
-    @property
-    def num_calls(self) -> int:
-        """How many calls were made, with those that failed."""
-        return self._num_calls
-
     def check(self) -> None:
         """Look whether anybody is there and takes the key, by a request that costs nothing.
 

@@ -1,12 +1,12 @@
 """Who judges: one interface for an endpoint and for a checkpoint in an engine here."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.checkpoints import Checkpoint
-from pipelines.checkpoints.digests import DigestMemory
+from pipelines.checkpoints.digests import model_digest
 from pipelines.checkpoints.hub import folder_of
 from pipelines.engines import Engine, EngineConfig, Sampling, open_engine
 from pipelines.engines.interface import Message
@@ -97,15 +97,15 @@ class LocalJudge:
         self._folder = folder_of(Path(config.model))
         if not (self._folder / "config.json").is_file():
             raise InputError(f"judge.model: {self._folder}: no Hugging Face checkpoint there")
-        check_kind(CheckpointWeights(Checkpoint.open(self._folder)), self.engine)
+        self._weights = CheckpointWeights.open(self._folder)
+        check_kind(self._weights, self.engine)
         self._opened: Engine | None = None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """As `Judge.identity`."""
-        digest = DigestMemory().digest(Checkpoint.open(self._folder))
-        engine = self.engine.model_dump(mode="json", include={"name", "dtype", "max_length"})
-        return {"weights": digest.weights, "companions": digest.companions, "engine": engine}
+        digest = model_digest(self._weights.checkpoint)
+        return {**asdict(digest), "engine": self.engine.identity}
 
     def parameters(self, parser: Parser) -> dict[str, Any]:
         """As `Judge.parameters`."""

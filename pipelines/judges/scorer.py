@@ -40,9 +40,8 @@ class Asking:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """A question about a part of a document."""
+    """A question about a part of a document's answers."""
 
-    document: int
     part: str
     way: str
     swapped: bool
@@ -104,25 +103,20 @@ class JudgeScorer:
     def score(self, samples: Sequence[Sample], folder: str) -> list[Sample]:
         """As `Scorer.score`."""
         known = self._opened(folder)
-        questions = [each for sample in samples for each in self._questions(sample)]
-        self._ask(questions, known)
-        by_document: dict[int, list[Verdict]] = {sample.document: [] for sample in samples}
-        for each in questions:
-            reply = known.get(each.key)
-            assert reply is not None
-            by_document[each.document].append(self._verdict(each, reply))
+        questions = [list(self._questions(sample)) for sample in samples]
+        self._ask([each for own in questions for each in own], known)
         scored = []
-        for sample in samples:
-            own, row = by_document[sample.document], self._protocol.rows[sample.document]
-            keys = [each.key for each in questions if each.document == sample.document]
-            values = self._protocol.values(row, sample.answers, own)
-            scored.append(replace(sample, requests=keys, answers=own, values=values))
+        for sample, own in zip(samples, questions, strict=True):
+            verdicts = [self._verdict(each, known[each.key]) for each in own]
+            row = self._protocol.rows[sample.document]
+            values = self._protocol.values(row, sample.answers, verdicts)
+            keys = [each.key for each in own]
+            scored.append(replace(sample, requests=keys, answers=verdicts, values=values))
         return scored
 
     def numbers(self, samples: Sequence[Sample]) -> dict[str, Number]:
         """As `Scorer.numbers`."""
-        verdicts = [each for sample in samples for each in sample.answers]
-        invalid = sum(each["value"] is None for each in verdicts)
+        verdicts, invalid = _verdicts_of(samples)
         if invalid > self._asking.max_invalid * len(verdicts) or invalid == len(verdicts):
             example = next(each["text"] for each in verdicts if each["value"] is None)
             raise UnreadableScoresError(
@@ -135,8 +129,7 @@ class JudgeScorer:
         """As `Scorer.notes`: numbers of verdicts and labels, bounds of the means where some
         verdicts are unreadable, the models that the endpoint named.
         """
-        verdicts = [each for sample in samples for each in sample.answers]
-        invalid = sum(each["value"] is None for each in verdicts)
+        verdicts, invalid = _verdicts_of(samples)
         found: dict[str, Any] = {"verdicts": len(verdicts), "invalid": invalid}
         labels = Counter(each["value"] for each in verdicts if isinstance(each["value"], str))
         if labels:
@@ -175,8 +168,7 @@ class JudgeScorer:
 
     def _told(self, samples: Sequence[Sample]) -> str:
         """How many verdicts are unreadable, in words."""
-        verdicts = [each for sample in samples for each in sample.answers]
-        invalid = sum(each["value"] is None for each in verdicts)
+        verdicts, invalid = _verdicts_of(samples)
         bounds = [f"{n} {low:.4g} to {high:.4g}" for n, (low, high) in self.bounds(samples).items()]
         return f"{invalid} of {len(verdicts)} verdicts are unreadable: {', '.join(bounds)}"
 
@@ -200,9 +192,7 @@ class JudgeScorer:
                 messages = part.messages(self._protocol.ways, swapped)
                 for repeat in range(asking.repeats):
                     key = question_key(messages, parameters, repeat)
-                    yield _Question(
-                        sample.document, part.name, part.way, swapped, repeat, messages, key
-                    )
+                    yield _Question(part.name, part.way, swapped, repeat, messages, key)
 
     def _parameters(self, way: str) -> dict[str, Any]:
         return self._judge.parameters(self._protocol.ways[way][1])
@@ -223,7 +213,7 @@ class JudgeScorer:
         wanted = {each.key: each for each in questions}
         while True:
             with self._changed:
-                open_ = [key for key in wanted if known.get(key) is None]
+                open_ = [key for key in wanted if key not in known]
                 mine = [key for key in open_ if key not in self._pending]
                 others = set(open_) - set(mine)
                 self._pending |= set(mine)
@@ -250,6 +240,12 @@ class JudgeScorer:
             self._parameters(way),
             lambda number, reply: known.add(questions[number].key, reply),
         )
+
+
+def _verdicts_of(samples: Sequence[Sample]) -> tuple[list[Verdict], int]:
+    """The verdicts on all samples, and how many are unreadable."""
+    verdicts = [each for sample in samples for each in sample.answers]
+    return verdicts, sum(each["value"] is None for each in verdicts)
 
 
 def _named(identity: Mapping[str, Any]) -> str:

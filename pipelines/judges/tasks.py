@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.engines.interface import Sampling
 from pipelines.errors import InputError
-from pipelines.evaluate.conversations import Conversation, ConversationTask
+from pipelines.evaluate.conversations import Conversation, ConversationTask, file_of_split
 from pipelines.evaluate.scoring import ScoredTask
 from pipelines.fingerprint import fingerprint
 from pipelines.judges.alpaca import read_gamed, require_sklearn
@@ -57,7 +57,7 @@ def judged_task(entry: JudgedSet, split: str, *, limit: int | None, seed: int) -
     Raises:
         InputError: data, a template or a judge that cannot be had or does not fit.
     """
-    path = entry.file(split)
+    path = file_of_split(entry.data, split)
     if path is None:
         raise InputError(
             f"tasks: {entry.column}: data: has no {split} file; allowed: data: {{{split}: PATH}}"

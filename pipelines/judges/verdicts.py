@@ -38,9 +38,13 @@ class Verdicts:
         for path in sorted(self._folder.glob("*.jsonl")):
             self._read(path)
 
-    def get(self, key: str) -> Reply | None:
-        """The reply to a question, if it was asked."""
-        return self._known.get(key)
+    def __contains__(self, key: str) -> bool:
+        """Whether a question was answered."""
+        return key in self._known
+
+    def __getitem__(self, key: str) -> Reply:
+        """The reply to a question that was answered."""
+        return self._known[key]
 
     def add(self, key: str, reply: Reply) -> None:
         """Keep a reply; it is on disk when this returns."""

@@ -262,13 +262,3 @@ def _num_bytes(value: Any) -> int:
     if parts and all(isinstance(part, Tensor) for part in parts):
         return sum(map(_num_bytes, parts))
     return len(pickle.dumps(value))
-
-
-def deltas_bytes(tensors: Mapping[str, TensorMerge]) -> int:
-    """The memory that all inputs and task vectors of a merge take."""
-    total = 0
-    for tensor in tensors.values():
-        specs = [operand.spec for operand in tensor.operands]
-        total += sum(spec.num_elements * spec.dtype.itemsize for spec in specs)
-        total += 0 if tensor.base is None else 4 * tensor.num_elements * len(tensor.models)
-    return total

@@ -43,20 +43,9 @@ function support(row, x, y) {
 /** Better is higher: a value with its column's direction. */
 const directed = (row, column) => (COLUMNS[column].lower ? -1 : 1) * value(row, column);
 
-/**
- * The ends between which almost all of a column's values lie: no farther from the middle half than
- * three times its width, so that one broken model does not make all others look alike.
- */
-const FENCES = COLUMNS.map((_, c) => {
-  const found = Array.from({ length: R }, (_, row) => value(row, c)).filter(Number.isFinite).sort((a, b) => a - b);
-  if (!found.length) return [0, 0];
-  const at = (share) => {
-    const place = share * (found.length - 1), below = Math.floor(place);
-    return found[below] + (place - below) * ((found[below + 1] ?? found[below]) - found[below]);
-  };
-  const [low, high] = [found[0], found.at(-1)], width = 3 * (at(0.75) - at(0.25));
-  return found.length < 5 || width === 0 ? [low, high] : [Math.max(low, at(0.25) - width), Math.min(high, at(0.75) + width)];
-});
+/** The ends between which almost all of a column's values lie (`Matrix.fences`). */
+const FENCE_ENDS = unpack(P.fences, Float32Array);
+const FENCES = COLUMNS.map((_, c) => [FENCE_ENDS[2 * c], FENCE_ENDS[2 * c + 1]]);
 
 /** Digits after the point: one of percentages, else so many that three figures show. */
 const DIGITS = COLUMNS.map((column, c) => {

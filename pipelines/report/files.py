@@ -49,9 +49,9 @@ def _files(matrix: Pictures, tradeoff: Pictures) -> dict[str, bytes]:
     }
 
 
-def is_page(out: Path | None) -> bool:
+def _is_page(out: Path) -> bool:
     """Whether an `out` names a page, not a folder."""
-    return out is not None and out.suffix == ".html"
+    return out.suffix == ".html"
 
 
 def write_reports(
@@ -78,7 +78,7 @@ def write_reports(
             other files and `force` is false.
     """
     settings = settings or Settings()
-    if out is not None and is_page(out):
+    if out is not None and _is_page(out):
         if len(runs) > 1:
             raise InputError(
                 f"--out: found the page {out} for {len(runs)} runs of `poise demo`; allowed: a "
@@ -110,13 +110,13 @@ def write_report_of_evaluations(
     Raises:
         InputError: as `write_reports`, or `out` is missing for several evaluations.
     """
-    report_places(folders, None)  # none is given twice
+    _check_each_once(folders)
     if out is None and len(folders) > 1:
         raise InputError(
             f"--out: required for {len(folders)} evaluations; give a folder, or page.html"
         )
     evaluations = [Evaluation(folder) for folder in folders]
-    if out is not None and is_page(out):
+    if out is not None and _is_page(out):
         files = make_report_of_evaluations(evaluations, settings, pictures=False)
         return _write_page(out, files[PAGE_FILE], force=force)
     place = folders[0] if out is None else out
@@ -148,18 +148,23 @@ def report_places(folders: Sequence[Path], out: Path | None) -> dict[Path, Path]
     Raises:
         InputError: a run is given twice, or two runs would share a folder below `out`.
     """
-    seen: set[Path] = set()
+    _check_each_once(folders)
     places: dict[Path, Path] = {}
     for folder in folders:
-        absolute = folder.resolve()
-        if absolute in seen:
-            raise InputError(f"{folder}: given twice; each run once")
-        seen.add(absolute)
-        below = Path() if len(folders) == 1 else Path(absolute.name)
+        below = Path() if len(folders) == 1 else Path(folder.resolve().name)
         places[folder] = folder if out is None else out / below
     if len(set(places.values())) < len(folders):
         raise InputError(f"{out}: two of the runs have the same name; report them one by one")
     return places
+
+
+def _check_each_once(folders: Sequence[Path]) -> None:
+    """Raise InputError for a run that is given twice."""
+    seen: set[Path] = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise InputError(f"{folder}: given twice; each run once")
+        seen.add(folder.resolve())
 
 
 def _refuse_other_content(out: Path, files: Mapping[Path, bytes], *, force: bool) -> None:

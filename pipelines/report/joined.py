@@ -47,7 +47,7 @@ class Set:
     places: dict[str, dict[Frame, dict[str, tuple[Evaluation, str]]]] = field(default_factory=dict)
     numbers: dict[str, dict[Frame, dict[str, dict[str, Measure]]]] = field(default_factory=dict)
     groups: dict[Frame, dict[str, Group]] = field(default_factory=dict)
-    documents: dict[tuple[Frame, str], "Documents"] = field(default_factory=dict)
+    documents: dict[tuple[Frame, str], Documents] = field(default_factory=dict)
 
     @property
     def frames(self) -> list[Frame]:

@@ -78,7 +78,7 @@ class Matrix:
     def fences(self) -> Array:
         """(C, 2) the ends between which almost all values of each column lie: no farther from the
         middle half than three times its width, so that one broken model does not make all others
-        look alike. (The page's script has the same.)
+        look alike.
         """
         found = np.zeros((len(self.columns), 2))
         for column, values in enumerate(self.values.T):
@@ -114,7 +114,7 @@ def matrix_of_results(results: Results) -> Matrix:
             for task in tasks
         ),
     )
-    found = [_measurements(results.models[name], tasks) for name in rows]
+    found = [measurements(results.models[name], tasks) for name in rows]
     num_rows, num_columns = len(rows), len(columns)
     return Matrix(
         rows=rows,
@@ -127,7 +127,8 @@ def matrix_of_results(results: Results) -> Matrix:
     )
 
 
-def _measurements(model: ModelResults, tasks: Sequence[str]) -> list[Measurement]:
+def measurements(model: ModelResults, tasks: Sequence[str]) -> list[Measurement]:
+    """A row of the matrix."""
     return [*(model.measurement(column) for column in COLUMNS), *(model.tasks[t] for t in tasks)]
 
 

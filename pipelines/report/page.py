@@ -142,6 +142,7 @@ def _content(page: Page) -> dict[str, Any]:
         ],
         "values": _packed(matrix.values, "<f4"),
         "stderrs": _packed(matrix.stderrs, "<f4"),
+        "fences": _packed(matrix.fences(), "<f4"),
         "support": _packed(matrix.support[x, y], "<u2") if has_support else None,
         "draws": matrix.num_draws,
         "reference": page.reference,

@@ -17,7 +17,8 @@ from matplotlib.lines import Line2D
 
 from pipelines.report.comparison import own_strength, pareto_front
 from pipelines.report.labels import label_points
-from pipelines.report.results import COLUMNS, KINDS, STRENGTHS, Measurement, ModelResults, Results
+from pipelines.report.matrix import measurements
+from pipelines.report.results import COLUMNS, KINDS, STRENGTHS, Measurement, Results
 
 DPI = 150
 Pictures = dict[str, bytes]  # by form, "png" and "svg"
@@ -64,7 +65,7 @@ def plot_matrix(results: Results) -> Pictures:
     """The heat map of models x (strengths, average; tasks), with numbers and standard errors."""
     names = [name for kind in KINDS for name in results.of_kind(kind)]
     tasks = list(results.sft.tasks)
-    rows = [_measurements(results.models[name], tasks) for name in names]
+    rows = [measurements(results.models[name], tasks) for name in names]
     figure = empty_figure(3.2 + 0.92 * len(rows[0]), 1.6 + 0.44 * len(rows))
     axes = figure.subplots()
     values = [[measured.value for measured in row] for row in rows]
@@ -85,11 +86,6 @@ def plot_matrix(results: Results) -> Pictures:
     bar.outline.set_visible(False)
     bar.set_label(f"percent, {results.split} split; small: standard error")
     return saved(figure)
-
-
-def _measurements(model: ModelResults, tasks: Sequence[str]) -> list[Measurement]:
-    """A row of the matrix."""
-    return [*(model.measurement(column) for column in COLUMNS), *(model.tasks[t] for t in tasks)]
 
 
 def _number(axes: Axes, x: int, y: int, measured: Measurement) -> None:

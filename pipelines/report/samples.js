@@ -32,7 +32,7 @@ function answerBox(document, row, other, names) {
   if (!answer) return el("div", { class: "answer" }, head, el("p", { class: "faint" }, "not measured"));
   const values = names.map((name, i) => {
     const found = answer[1][i];
-    if (found === null || found === undefined) return name in SUMMARY_METRICS ? el("span", { class: "badge" }, `${name}: none`) : "";
+    if (found === null || found === undefined) return el("span", { class: "badge" }, `${name}: none`);
     if (typeof found !== "number") return el("div", { class: "said" }, el("b", {}, `${name}: `), el("bdi", { dir: "auto" }, text(found[0])));
     const rival = other && other[1][i];
     const wins = typeof rival === "number" && found > rival;
@@ -41,7 +41,6 @@ function answerBox(document, row, other, names) {
   const own = answer[2] ? [el("p", { class: "faint" }, "asked in other words:"), ...messages(answer[2])] : [];
   return el("div", { class: "answer" }, head, own, el("pre", { dir: "auto" }, text(answer[0]) || " "), el("div", { class: "values" }, values));
 }
-const SUMMARY_METRICS = {};
 
 const messages = (prompt) => prompt.map(([role, place]) => el("div", { class: "message" }, role ? el("span", { class: "role" }, role) : "", el("pre", { dir: "auto" }, text(place))));
 
@@ -58,8 +57,6 @@ function samplesSection() {
   const metricPlace = el("span");
   const draw = () => {
     const task = tasks[SAMPLES.task], found = chosenDocuments();
-    for (const name of Object.keys(SUMMARY_METRICS)) delete SUMMARY_METRICS[name];
-    for (const name of task.metrics) SUMMARY_METRICS[name] = true;
     list.replaceChildren(...found.slice(0, SAMPLES.most).map((each) => sampleCard(each, task.metrics)));
     more.hidden = found.length <= SAMPLES.most;
     const out = task.total - task.documents.length;

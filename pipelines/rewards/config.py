@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipelines.engines import EngineConfig
 from pipelines.train.data.sets import ReadingConfig
@@ -12,6 +12,26 @@ from pipelines.train.data.tokens import TooLong
 from pipelines.train.rows.readers import READERS
 
 BATCH_SIZE = 16  # conversations are longer than the prompts of tasks
+
+
+def reward_engine(given: Mapping[str, Any]) -> EngineConfig:
+    """The config of an engine for rewards, from the fields that a user gives.
+
+    Raises:
+        ValueError: fields that say something else.
+    """
+    if "head" in given:
+        raise ValueError("head: is a field of its own: head, not engine.head")
+    if given.get("kind", "reward") != "reward":
+        raise ValueError(f"kind: found {given['kind']}; allowed: reward")
+    small = {} if given.get("name") == "vllm" else {"batch_size": BATCH_SIZE}
+    return EngineConfig.model_validate({**small, **given, "kind": "reward"})
+
+
+RewardEngine = Annotated[
+    EngineConfig,
+    BeforeValidator(lambda given: reward_engine(given) if isinstance(given, Mapping) else given),
+]
 
 
 class ScoreConfig(ReadingConfig):
@@ -36,29 +56,10 @@ class ScoreConfig(ReadingConfig):
     max_bad_share: float = Field(0.0, ge=0, le=1, description="of rows that may be bad")
     limit: int | None = Field(None, ge=1, description="only so many rows, from the first on")
     seed: int = Field(0, ge=0, description="of readers that draw")
-    engine: EngineConfig = Field(default_factory=lambda: reward_engine({}))
-
-    @field_validator("engine", mode="before")
-    @classmethod
-    def _for_rewards(cls, engine: Any) -> Any:
-        return reward_engine(engine) if isinstance(engine, Mapping) else engine
+    engine: RewardEngine = Field(default_factory=lambda: reward_engine({}))
 
     @model_validator(mode="after")
     def _draws(self) -> "ScoreConfig":
         if self.seed and not (self.reader and READERS[self.reader].draws):
             raise ValueError("seed: has no effect with rows of which none is drawn")
         return self
-
-
-def reward_engine(given: Mapping[str, Any]) -> EngineConfig:
-    """The config of an engine for rewards, from the fields that a user gives.
-
-    Raises:
-        ValueError: fields that say something else.
-    """
-    if "head" in given:
-        raise ValueError("head: is a field of its own: head, not engine.head")
-    if given.get("kind", "reward") != "reward":
-        raise ValueError(f"kind: found {given['kind']}; allowed: reward")
-    small = {} if given.get("name") == "vllm" else {"batch_size": BATCH_SIZE}
-    return EngineConfig.model_validate({**small, **given, "kind": "reward"})

@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
@@ -118,11 +117,6 @@ def finished(out: Path, key: str) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if is_it else None
-
-
-def frame(table: pa.Table) -> pd.DataFrame:
-    """Scores for the statistics."""
-    return table.to_pandas()
 
 
 def _parquet(table: pa.Table) -> memoryview:

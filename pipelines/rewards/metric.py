@@ -1,6 +1,5 @@
 """Rewards as a task's metric: stored answers are scored by a reward model."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,13 +8,13 @@ from operators.statistics import clustered_mean
 from pipelines.engines import EngineConfig
 from pipelines.engines.interface import Message, Sampling
 from pipelines.errors import InputError
-from pipelines.evaluate.conversations import Conversation, ConversationTask
+from pipelines.evaluate.conversations import Conversation, ConversationTask, file_of_split
 from pipelines.evaluate.harness import load_tasks
 from pipelines.evaluate.interface import EvaluationTask, Number, Sample
 from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.scoring import ScoredTask, conversations
 from pipelines.fingerprint import fingerprint
-from pipelines.rewards.model import RewardModel
+from pipelines.rewards.model import RewardModel, check_finite
 from pipelines.rewards.rewarded import RewardedSet
 from pipelines.rewards.summary import correlation
 from pipelines.train.data.hub import data_folder
@@ -72,11 +71,7 @@ class RewardScorer:
         for sample, own in zip(samples, cut, strict=True):
             values = [next(rewards) for _ in own]
             for value in values:
-                if not math.isfinite(value):
-                    raise InputError(
-                        f"document {sample.id}: found the reward {value}; allowed: a finite number "
-                        "(engine.dtype: float32 has the widest range)"
-                    )
+                check_finite(value, f"document {sample.id}")
             numbers = {
                 "reward": sum(values) / len(values),
                 "reward_tokens": sum(length for _, length, _ in own) / len(own),
@@ -168,7 +163,7 @@ def _library_task(of: str | dict[str, Any], config: "EvaluateConfig") -> Library
 
 def _prompts(entry: RewardedSet, name: str, config: "EvaluateConfig") -> ConversationTask:
     """The prompts of a file, answered greedily in a chat."""
-    file = entry.file(config.split)
+    file = file_of_split(entry.data, config.split)
     if file is None:
         raise InputError(f"tasks: data: {entry.data}: has no {config.split} split")
     given: Mapping[Any, str] = entry.columns

@@ -18,9 +18,6 @@ from pipelines.fingerprint import fingerprint
 if TYPE_CHECKING:
     from pipelines.engines import Engine
 
-# Fields of an engine's config that say where and how fast it runs, not what it computes.
-_ONLY_SPEED = {"device", "batch_size", "tensor_parallel", "gpu_memory", "cache_gib"}
-
 
 @dataclass(frozen=True)
 class RewardModel:
@@ -72,7 +69,7 @@ class RewardModel:
         """32 hex digits of all that the rewards of given conversations depend on: weights,
         tokenizer, chat template, label, and how the engine computes.
         """
-        engine = self.engine.model_dump(mode="json", exclude={*_ONLY_SPEED, "head"})
+        engine = self.engine.model_copy(update={"head": None}).identity  # `head` is its number
         template = self.text.tokenizer.chat_template
         return fingerprint([asdict(self.digest), self.head, template, engine])
 
@@ -98,3 +95,12 @@ class RewardModel:
             engine.close()
             raise InputError(f"model {self.folder}: has changed since the start")
         return engine
+
+
+def check_finite(reward: float, place: str) -> None:
+    """Raise InputError for a reward that is no finite number."""
+    if not math.isfinite(reward):
+        raise InputError(
+            f"{place}: found the reward {reward}; allowed: a finite number (engine.dtype: float32 "
+            "has the widest range)"
+        )

@@ -1,14 +1,12 @@
 """The config of rewarded tasks: entries of an evaluation's `tasks:` with the field `reward`."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from pipelines.config import Config
-from pipelines.engines import EngineConfig
-from pipelines.rewards.config import reward_engine
+from pipelines.rewards.config import RewardEngine, reward_engine
 
 
 class RewardedSet(Config):
@@ -36,12 +34,7 @@ class RewardedSet(Config):
     too_long: Literal["error", "cut_prompt"] = Field(
         "error", description="conversations that the reward model cannot read"
     )
-    engine: EngineConfig = Field(default_factory=lambda: reward_engine({}))
-
-    @field_validator("engine", mode="before")
-    @classmethod
-    def _for_rewards(cls, engine: Any) -> Any:
-        return reward_engine(engine) if isinstance(engine, Mapping) else engine
+    engine: RewardEngine = Field(default_factory=lambda: reward_engine({}))
 
     @model_validator(mode="after")
     def _one_source(self) -> "RewardedSet":
@@ -52,10 +45,3 @@ class RewardedSet(Config):
             if self.of is not None and getattr(self, field) != default:
                 raise ValueError(f"{field}: has no effect with of")
         return self
-
-    def file(self, split: str) -> Path | None:
-        """The data of a split."""
-        if isinstance(self.data, Mapping):
-            found: Mapping[str, Path] = {str(key): value for key, value in self.data.items()}
-            return found.get(split)
-        return self.data if split == "test" else None

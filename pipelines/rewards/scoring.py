@@ -1,6 +1,5 @@
 """Scoring a file: what is to do, and doing it block by block, so that a killed run goes on."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint_file, fingerprint_work
 from pipelines.progress import Progress
 from pipelines.rewards.config import ScoreConfig
-from pipelines.rewards.files import Blocks, check_name, finished, frame, write_scores
-from pipelines.rewards.model import RewardModel
+from pipelines.rewards.files import Blocks, check_name, finished, write_scores
+from pipelines.rewards.model import RewardModel, check_finite
 from pipelines.rewards.rows import ReadRows, Scorable, read_rows
 from pipelines.rewards.summary import summary
 from pipelines.train.data.hub import data_folder
@@ -101,7 +100,7 @@ def score(plan: ScorePlan) -> dict[str, Any]:
         if missing := plan.missing:
             _fill(plan, blocks, missing)
         table = blocks.table(plan.num_blocks)
-        record = _record(plan) | {"summary": summary(frame(table))}
+        record = _record(plan) | {"summary": summary(table.to_pandas())}
         write_scores(plan.out, table, record)
         blocks.remove()
     return record
@@ -139,11 +138,7 @@ def scored(rows: Sequence[Scorable], engine: "Engine") -> list[dict[str, Any]]:
     for row in rows:
         for role, tokens, length in zip(row.roles, row.tokens, row.lengths, strict=True):
             reward = next(rewards)
-            if not math.isfinite(reward):
-                raise InputError(
-                    f"{row.place}: {role}: found the reward {reward}; allowed: a finite number "
-                    "(engine.dtype: float32 has the widest range)"
-                )
+            check_finite(reward, f"{row.place}: {role}")
             found.append(
                 {
                     "number": row.number,

@@ -50,7 +50,7 @@ def drops(
 ) -> dict[str, Drop]:
     """The drop of each metric of which more is better."""
     joint = task.of.estimates(dict(zip(_ROWS, (unattacked, attacked), strict=True)))
-    return {name: drop(joint[name]) for name in task.of.metric_names if name in joint}
+    return {name: drop(joint[name]) for name in task.of.rising_metrics if name in joint}
 
 
 def plain(found: Drop) -> dict[str, float | int | None]:

@@ -204,7 +204,7 @@ def labels_of(task: Task) -> list[str]:
 
 def _metric(config: AttackConfig, of: LibraryTask) -> str:
     """The metric that an attack lowers."""
-    known = of.metric_names
+    known = of.rising_metrics
     if config.metric in known:
         return config.metric
     if config.metric is None and len(known) == 1:

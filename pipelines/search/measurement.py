@@ -5,10 +5,8 @@ answers the prompts of an evaluation's tasks. Nothing is written, and yet a cand
 that `poise merge` would write: digests, answers and the cells of a store are the same.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.checkpoints.digests import ModelDigest
@@ -27,6 +25,7 @@ from pipelines.evaluate.opened import open_all
 from pipelines.evaluate.places import Folder, open_place
 from pipelines.evaluate.plan import cell_of
 from pipelines.evaluate.store import Cell, DamagedBlockError, Store
+from pipelines.evaluate.workers import set_up
 from pipelines.fingerprint import fingerprint
 from pipelines.merge import MergeConfig, plan_merge
 from pipelines.merge.card import digest_of_companions
@@ -95,12 +94,7 @@ class Measurer:
         directory: str = "",
         offline: bool = False,
     ) -> None:
-        if num_threads:
-            import torch
-
-            torch.set_num_threads(num_threads)
-        if directory and Path(directory).is_dir():
-            os.chdir(directory)
+        set_up(num_threads, directory)
         self._config, self._offline = evaluation, offline
         tasks, self._groups = open_all(evaluation)
         for task in tasks:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pipelines.engines import EngineConfig
 from pipelines.errors import InputError
+from pipelines.evaluate.workers import error_line
 from pipelines.search.measurement import Measurement, Measurer
 
 REST_S = 60.0
@@ -36,8 +37,7 @@ class _Actor(Measurer):
             return Failed("refused", str(error))
         except Exception as error:  # whatever a library raises: the other candidates go on
             self.close()
-            text = str(error).strip().splitlines()
-            return Failed("failed", f"{type(error).__name__}: {text[0] if text else 'no message'}")
+            return Failed("failed", error_line(error))
 
 
 class MeasurerPool:

@@ -17,7 +17,6 @@ from pipelines.engines import EngineConfig
 from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate_planned, percentages, plan_evaluation
 from pipelines.evaluate.groups import Group, Measure, resolve_groups
-from pipelines.evaluate.harness.averages import metric_names
 from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.opened import open_all
 from pipelines.evaluate.tasks import DIMENSIONS, load_rows, load_tasks
@@ -146,9 +145,7 @@ def _old_tasks(config: SweepConfig, path: Path) -> tuple[list[str], dict[str, st
 def _listed_tasks(config: SweepConfig) -> dict[str, str]:
     """The fingerprints of the tasks of a list; checks that the metric is one number."""
     tasks, groups = open_all(_evaluation(config, Path(CANDIDATE)))
-    metrics = {
-        each.name: metric_names(each.task) for each in tasks if isinstance(each, LibraryTask)
-    }
+    metrics = {each.name: each.metric_names for each in tasks if isinstance(each, LibraryTask)}
     chosen = Group(members=[config.metric])
     try:
         resolve_groups({**groups, _CHOSEN: chosen}, metrics)

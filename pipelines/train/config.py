@@ -1,10 +1,12 @@
 """The config of `poise align`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipelines.config import Config, NamedIn
 from pipelines.train.architecture import RewardHead
@@ -12,6 +14,7 @@ from pipelines.train.data.sets import DataField, DataSet, ReadingConfig, check_s
 from pipelines.train.evaluation_config import EvaluationConfig
 from pipelines.train.objective_config import ObjectiveConfig
 from pipelines.train.optimizer_config import ONLINE, OptimizerConfig
+from pipelines.train.other_names import OTHER_NAMES
 from pipelines.train.schedules import ScheduleConfig, ScheduleName
 from pipelines.train.strategy_table import STRATEGIES, Traits, those_that
 
@@ -28,6 +31,17 @@ ATTENTION: dict[str, tuple[bool, str | None]] = {
 
 SavedDtype = Literal["source", "float32", "bfloat16"]
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def router_weight(value: Any) -> Any:
+    """What `router_loss` may be; YAML reads a bare `off` as false."""
+    if value is False:
+        return "off"
+    is_weight = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    if is_weight or value in ("auto", "off"):
+        return value
+    expected = "'auto', 'off' or a weight above 0"
+    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
 
 
 class LoraSettings(Config):
@@ -67,6 +81,8 @@ class SaveSettings(Config):
 class AlignConfig(ReadingConfig):
     """An alignment run."""
 
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
+
     model: Path = Field(description="checkpoint to start from: a folder, or a name on the hub")
     init: Literal["checkpoint", "random"] = Field(
         "checkpoint",
@@ -92,7 +108,7 @@ class AlignConfig(ReadingConfig):
     )
     max_bad_share: float = Field(0.0, ge=0, lt=1, description="share of rows that may be unusable")
     objective: ObjectiveConfig = ObjectiveConfig()
-    router_loss: Literal["auto", "off"] | PositiveFloat = Field(
+    router_loss: Annotated[Literal["auto", "off"] | float, BeforeValidator(router_weight)] = Field(
         "auto",
         description="weight of the router's loss of a mixture of experts; auto: "
         "router_aux_loss_coef if the model's config has output_router_logits, else none",

@@ -95,7 +95,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         lambda folder: None,
         ["learning_rate=1"],
         "{folder}/config.yaml: learning_rate: unknown field; allowed: "
-        + ", ".join(sorted(AlignConfig.model_fields)),
+        + ", ".join(sorted(AlignConfig.model_fields))
+        + "; did you mean optimizer.learning_rate?",
     ),
     "another run": (
         lambda folder: (

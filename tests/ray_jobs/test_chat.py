@@ -4,12 +4,15 @@ Oracle: the greedy answers of one batch without the command.
 """
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.digests import model_digest
 from ray_jobs.chat import run_chat
 from tests.generator import Generator
 from tests.hub_stub import Stub
@@ -61,10 +64,28 @@ def test_a_question_longer_than_the_model_reads(
 ) -> None:
     model = save_tiny_llama(tmp_path / "model")
     monkeypatch.setattr("sys.stdin", io.StringIO("a " * 200 + "\nyes\n"))
-    run_chat(model)
+    assert run_chat([str(model)])
     shown = capsys.readouterr()
     assert shown.out == expected(model, "yes")
     assert "too long" in shown.err and "128" in shown.err
+
+
+def test_two_checkpoints_and_a_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (save_tiny_llama(tmp_path / name, seed) for seed, name in enumerate("xy"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a b\nhello\n"))
+    options = ["--compare", two, "--conversation", "--json", "--max-tokens", 5]
+    assert poise(monkeypatch, "chat", one, *options) == 0
+    turns = [json.loads(line)["answers"] for line in capsys.readouterr().out.splitlines()]
+    for place, path in enumerate((one, two)):
+        messages = []
+        for question, answers in zip(("a b", "hello"), turns, strict=True):
+            messages.append({"role": "user", "content": question})
+            [text] = Generator(path).complete([messages], max_new_tokens=5, batch_size=1)
+            assert answers[place]["text"].strip() == text
+            assert answers[place]["weights"] == model_digest(Checkpoint.open(path)).weights
+            messages.append({"role": "assistant", "content": answers[place]["text"]})
 
 
 def test_a_folder_without_a_model(

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
 
+from pipelines.evaluate.groups import Group
 from pipelines.evaluate.interface import Sample
-from pipelines.evaluate.store import Cell, Store
+from tests.pipelines.report.made_up_evaluation import save_evaluation
 from tests.ray_jobs.command_line import poise
 
 N = 200
@@ -35,32 +34,20 @@ def answers(model: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished evaluation, whose last model failed on a task."""
-    out = tmp_path_factory.mktemp("matrix") / "out"
-    store, numbers = Store(out), []
-    store.begin()
-    models: dict[str, Any] = {}
-    for model in (*SHARES, "broken"):
-        tasks, groups = {}, {}
-        for goal, own in zip(GOALS, answers(model if model in SHARES else "start"), strict=True):
-            task = f"{goal} task"
-            if (model, goal) == ("broken", "truth"):
-                groups[goal] = {"value": None, "stderr": None, "missing": [f"{task}.acc"]}
-                continue
-            cell = Cell(task, f"{model} {goal}", N, {"documents": N})
-            store.describe(cell)
-            samples = [
-                Sample(i, str(i), str(i), [], [], {"acc": value}) for i, value in enumerate(own)
+    samples = {
+        model: {
+            f"{goal} task": [
+                Sample(i, str(i), str(i), [], [], {"acc": float(value)})
+                for i, value in enumerate(own)
             ]
-            store.write(cell, 0, samples)
-            tasks[task] = {"acc": {"value": own.mean(), "stderr": 0.0, "n": N}}
-            groups[goal] = {"value": 100 * own.mean(), "stderr": 0.0}
-            numbers.append({"model": model, "task": task, "key": cell.key})
-        models[model] = {"digest": model, "groups": groups, "tasks": tasks}
-    parquet.write_table(pa.Table.from_pylist(numbers), out / "numbers.parquet")
-    groups = {goal: {"members": [f"{goal} task"], "scale": 100.0} for goal in GOALS}
-    summary = {"schema": 2, "config": {}, "groups": groups, "models": models, "failed": []}
-    (out / "evaluation.json").write_text(json.dumps(summary))
-    return out
+            for goal, own in zip(GOALS, answers(model), strict=True)
+        }
+        for model in SHARES
+    }
+    task = f"{GOALS[0]} task"
+    samples["broken"] = {task: samples["start"][task]}
+    groups = {goal: Group(members=[f"{goal} task"], scale=100) for goal in GOALS}
+    return save_evaluation(tmp_path_factory.mktemp("matrix") / "out", samples, groups)
 
 
 @pytest.fixture

@@ -21,14 +21,14 @@ def averages_of(groups: "Sequence[LibraryGroup]", tasks: Sequence[Task]) -> dict
     Args:
         tasks: those of the groups, and perhaps others.
     """
-    measured = {task.name: set(_filtered(task)) for task in tasks}
+    measured = {task.name: set(filtered_metrics(task)) for task in tasks}
     found = {}
     for group in groups:
         names = [task.task_name for task in group.get_all_tasks()]
         for wanted in group.aggregate_metric_list or []:
             have = {f for name in names for metric, f in measured[name] if metric == wanted.metric}
             for filtered in wanted.filter_list or sorted(have):
-                key = _named(wanted.metric, filtered)
+                key = metric_name(wanted.metric, filtered)
                 own = [name for name in names if (wanted.metric, filtered) in measured[name]]
                 if own:
                     found[f"{group.name}.{key}"] = Group(
@@ -38,15 +38,11 @@ def averages_of(groups: "Sequence[LibraryGroup]", tasks: Sequence[Task]) -> dict
     return found
 
 
-def metric_names(task: Task) -> list[str]:
-    """The names of a task's metrics in results; functions may give more."""
-    return [_named(*each) for each in _filtered(task)]
-
-
-def _filtered(task: Task) -> list[tuple[str, str]]:
-    """Each metric with each filter."""
+def filtered_metrics(task: Task) -> list[tuple[str, str]]:
+    """Each metric of a task after each of its filters; functions may give more."""
     return [(metric, each.name) for metric in task.metrics for each in task.library._filters]
 
 
-def _named(metric: str, filtered: str) -> str:
+def metric_name(metric: str, filtered: str) -> str:
+    """A metric's name in results, with the filter unless it is "none"."""
     return f"{metric},{filtered}".removesuffix(",none")

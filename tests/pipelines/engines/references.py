@@ -1,7 +1,9 @@
 """Slow references for the engines: one prompt at a time, in float64, straight from the formulas."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from operators.counter_random import WORDS, counter_key, counter_words
 from pipelines.engines import Sampling
+from pipelines.engines.transformers_engine import TransformersEngine
 from tests.tiny_models import save_tiny_llama
 
 SIZES = {
@@ -35,6 +38,19 @@ def damage(path: Path, name: str, value: float = float("nan")) -> Path:
 def long_prompts(num_tokens: int, count: int = 3) -> list[list[int]]:
     """Prompts that are longer than a block of vLLM's prefix cache."""
     return [[1] + [(7 * i + j * j) % 40 + 6 for j in range(num_tokens)] for i in range(count)]
+
+
+def count_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on, the numbers of prompts that engines on transformers are asked, call by call."""
+    counts: list[int] = []
+    plain = TransformersEngine.generate
+
+    def counting(self: TransformersEngine, prompts: Any, *rest: Any) -> Any:
+        counts.append(len(prompts))
+        return plain(self, prompts, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "generate", counting)
+    return counts
 
 
 class Reference:

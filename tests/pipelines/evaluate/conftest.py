@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipelines.engines import Engine, EngineConfig, open_engine
-from pipelines.engines.transformers_engine import TransformersEngine
-from tests.pipelines.engines.references import save_chatty
+from tests.pipelines.engines.references import count_prompts, save_chatty
 from tests.pipelines.evaluate.made_up_tasks import save_tasks
 
 
@@ -46,12 +44,4 @@ def engine(chatty_model: Path) -> Iterator[Engine]:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of prompts that engines are asked."""
-    counts: list[int] = []
-    plain = TransformersEngine.generate
-
-    def counting(self: TransformersEngine, prompts: Any, *rest: Any) -> Any:
-        counts.append(len(prompts))
-        return plain(self, prompts, *rest)
-
-    monkeypatch.setattr(TransformersEngine, "generate", counting)
-    return counts
+    return count_prompts(monkeypatch)

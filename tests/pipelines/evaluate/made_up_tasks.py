@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from pipelines.evaluate.harness import Task, load_tasks
+from pipelines.evaluate.store import BLOCK_DOCUMENTS
 
 SEED = 77
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -234,3 +235,21 @@ def made(folder: Path, tmp_path: Path, **fields: Any) -> Path:
         (place / f"{split}.jsonl").symlink_to(folder / f"{split}.jsonl")
     save_task(place, "odd", **{**TASKS["choice"], **fields})
     return place
+
+
+def save_letters(folder: Path, num_blocks: int) -> Path:
+    """Write a `tasks.yaml` with a task of so many blocks of a store, the last not full."""
+    rows = [
+        {"id": str(i), "prompt": f"{chr(97 + i % 26)} b", "cluster": str(i)}
+        for i in range(num_blocks * BLOCK_DOCUMENTS - 9)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "name": "words",
+        "prompt": "text",
+        "grader": {"name": "ends_with", "text": "a"},
+        "files": {"test": "rows.jsonl"},
+    }
+    path = folder / "tasks.yaml"
+    path.write_text(yaml.safe_dump([task]))
+    return path

@@ -1,6 +1,5 @@
 """Several processes fill one matrix, and die. Oracle: the bytes of a run that nobody touched."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,10 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pipelines.evaluate import EvaluateConfig, evaluate
-from pipelines.evaluate.store import BLOCK_DOCUMENTS
+from tests.pipelines.evaluate.made_up_tasks import save_letters
 from tests.tiny_models import save_tiny_llama
 
 NUM_BLOCKS = 4
@@ -45,20 +43,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
     for seed, name in enumerate("ab"):
         save_tiny_llama(root / name, seed)
-    rows = [
-        {"id": str(i), "prompt": f"{chr(97 + i % 26)} b", "cluster": str(i)}
-        for i in range(NUM_BLOCKS * BLOCK_DOCUMENTS - 9)
-    ]
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "name": "words",
-        "prompt": "text",
-        "grader": {"name": "ends_with", "text": "a"},
-        "files": {"test": "rows.jsonl"},
-    }
-    (root / "tasks.yaml").write_text(yaml.safe_dump([task]))
+    tasks = save_letters(root, NUM_BLOCKS)
     models = {name: root / name for name in ("a", "b")}
-    config = EvaluateConfig(models=models, tasks=root / "tasks.yaml", max_new_tokens=2)
+    config = EvaluateConfig(models=models, tasks=tasks, max_new_tokens=2)
     evaluate(config, root / "whole", executor="local")
     return root
 

@@ -13,13 +13,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate, writer
 from pipelines.evaluate.places import ObjectFolder, open_place
 from pipelines.evaluate.results import Evaluation
-from pipelines.evaluate.store import BLOCK_DOCUMENTS
+from tests.pipelines.evaluate.made_up_tasks import save_letters
 from tests.tiny_models import save_tiny_llama
 
 NUM_BLOCKS = 3
@@ -140,18 +139,7 @@ evaluate(config, out, executor="local")
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
     save_tiny_llama(tmp_path / "a", 0)
-    rows = [
-        {"id": str(i), "prompt": f"{chr(97 + i % 26)} b", "cluster": str(i)}
-        for i in range(NUM_BLOCKS * BLOCK_DOCUMENTS - 9)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "name": "words",
-        "prompt": "text",
-        "grader": {"name": "ends_with", "text": "a"},
-        "files": {"test": "rows.jsonl"},
-    }
-    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump([task]))
+    save_letters(tmp_path, NUM_BLOCKS)
     return tmp_path
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.engines.transformers_engine import TransformersEngine
 from pipelines.evaluate import EvaluateConfig
-from tests.pipelines.engines.references import save_chatty
+from tests.pipelines.engines.references import count_prompts, save_chatty
 
 Judged = Callable[..., EvaluateConfig]
 
@@ -44,12 +43,4 @@ def judged(tmp_path: Path, judged_model: Path) -> Judged:
 @pytest.fixture
 def asked_models(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of prompts that engines are asked."""
-    counts: list[int] = []
-    plain = TransformersEngine.generate
-
-    def counting(self: TransformersEngine, prompts: Any, *rest: Any) -> Any:
-        counts.append(len(prompts))
-        return plain(self, prompts, *rest)
-
-    monkeypatch.setattr(TransformersEngine, "generate", counting)
-    return counts
+    return count_prompts(monkeypatch)

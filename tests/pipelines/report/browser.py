@@ -1,27 +1,38 @@
-"""Headless Chromium over its DevTools protocol, for tests of the page."""
+"""Headless Chromium over its DevTools protocol, for tests of the page.
 
-import base64
+Commands go through a pipe. It closes when the tests' process ends, however it ends, and the browser
+ends with it.
+"""
+
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chromium-headless-shell")
 LIMIT_S = 30
+# The browser reads commands at 3 and answers at 4.
+PIPED = ["sh", "-c", 'exec "$@" 3<&0 4>&1 0</dev/null 1>&2', "sh"]
 
 
 class Browser:
-    """One page of a browser; it notes requests, and what the console says of errors."""
+    """One page of a browser; it notes requests, and what the console says of errors.
 
-    def __init__(self, socket: Any) -> None:
-        self._socket, self._numbers = socket, itertools.count(1)
+    Args:
+        commands, answers: the ends of its pipes, for JSON that ends in a zero byte.
+    """
+
+    def __init__(self, commands: IO[bytes], answers: IO[bytes]) -> None:
+        self._commands, self._answers, self._read = commands, answers, b""
+        self._numbers = itertools.count(1)
         self.errors: list[str] = []
         self.requests: list[str] = []
         target = self._send("Target.createTarget", url="about:blank")["targetId"]
@@ -37,13 +48,25 @@ class Browser:
     def _send(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": parameters}
-        self._socket.send(json.dumps(message | ({"sessionId": session} if session else {})))
+        text = json.dumps(message | ({"sessionId": session} if session else {}))
+        self._commands.write(text.encode() + b"\0")
+        self._commands.flush()
         while True:
-            answer = json.loads(self._socket.recv(LIMIT_S))
+            answer = json.loads(self._next())
             if answer.get("id") == number:
                 assert "error" not in answer, answer
                 return answer["result"]
             self._note(answer.get("method", ""), answer.get("params", {}))
+
+    def _next(self) -> bytes:
+        """The next message of the browser."""
+        while b"\0" not in self._read:
+            assert select.select([self._answers], [], [], LIMIT_S)[0], "the browser says nothing"
+            part = os.read(self._answers.fileno(), 1 << 20)
+            assert part, "the browser has ended"
+            self._read += part
+        message, _, self._read = self._read.partition(b"\0")
+        return message
 
     def _note(self, method: str, parameters: dict[str, Any]) -> None:
         if method == "Network.requestWillBeSent":
@@ -108,11 +131,6 @@ class Browser:
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
         self.settle()
 
-    def picture(self, path: Path, *, whole: bool = False) -> None:
-        """Write a screenshot, for people to look at."""
-        shot = self.send("Page.captureScreenshot", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(shot["data"]))
-
 
 @contextmanager
 def running_browser(folder: Path) -> Iterator[Browser]:
@@ -121,19 +139,15 @@ def running_browser(folder: Path) -> Iterator[Browser]:
     program = next((each for each in found if each), None)
     if program is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is there, and CHROMIUM names none")
-    from websockets.sync.client import connect
-
-    command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+    command = [*PIPED, program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                "--no-first-run", "--disable-extensions", "--disable-dev-shm-usage",
-               "--disable-background-networking", "--remote-debugging-port=0",
+               "--disable-background-networking", "--remote-debugging-pipe",
                f"--user-data-dir={folder}", "about:blank"]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
         try:
-            assert process.stderr is not None
-            address = next(
-                line.split()[-1] for line in process.stderr if line.startswith("DevTools listening")
-            )
-            with connect(address, max_size=None, proxy=None) as socket:
-                yield Browser(socket)
+            yield Browser(process.stdin, process.stdout)
         finally:
             process.kill()

@@ -47,38 +47,17 @@ def save_evaluation(
     rows: list[dict[str, Any]] = []
     models: dict[str, Any] = {}
     for model, tasks in samples.items():
-        digest = fingerprint(model)
         numbers: dict[str, Any] = {}
         for task, own in tasks.items():
             key = fingerprint([model, task, split, limit])
-            described: dict[str, Any] = {
-                "task": task,
-                "documents": len(own),
-                "task_fingerprint": task,
-            }
-            if answered := (answers or {}).get((model, task)):
-                described |= {"answers": ["answered", fingerprint([key])]}
-                _write(store, Cell(*described["answers"], len(own), described), answered)
-            _write(store, Cell(task, key, len(own), described), own)
+            _write_cells(store, task, key, own, (answers or {}).get((model, task), ()))
             numbers[task] = _numbers(task, own, other_numbers or {})
             rows += [
                 {"model": model, "task": task, "metric": metric, **number, "key": key}
                 for metric, number in numbers[task].items()
             ]
-        models[model] = {"digest": digest, "tasks": numbers}
-    metrics: dict[str, list[str]] = {}
-    for entry in models.values():
-        metrics |= {task: list(of) for task, of in entry["tasks"].items()}
-    resolved = resolve_groups(groups, metrics)
-    for entry in models.values():
-        measured = {
-            task: {name: Measure(**number) for name, number in of.items()}
-            for task, of in entry["tasks"].items()
-        }
-        entry["groups"] = {
-            name: {"value": each.value, "stderr": each.stderr}
-            for name, each in resolved.averages(measured).items()
-        }
+        models[model] = {"digest": fingerprint(model), "tasks": numbers}
+    _add_groups(models, groups)
     parquet.write_table(pa.Table.from_pylist(rows), folder / "numbers.parquet")
     summary = {
         "schema": 2,
@@ -96,6 +75,38 @@ def save_evaluation(
     }
     (folder / "evaluation.json").write_text(json.dumps(summary))
     return folder
+
+
+def _add_groups(models: Mapping[str, dict[str, Any]], groups: Mapping[str, Group]) -> None:
+    """Add each model's averages to its entry."""
+    metrics: dict[str, list[str]] = {}
+    for entry in models.values():
+        metrics |= {task: list(of) for task, of in entry["tasks"].items()}
+    resolved = resolve_groups(groups, metrics)
+    for entry in models.values():
+        measured = {
+            task: {name: Measure(**number) for name, number in of.items()}
+            for task, of in entry["tasks"].items()
+        }
+        entry["groups"] = {
+            name: {"value": each.value, "stderr": each.stderr}
+            for name, each in resolved.averages(measured).items()
+        }
+
+
+def _write_cells(
+    store: Store, task: str, key: str, samples: Sequence[Sample], answers: Sequence[Sample]
+) -> None:
+    """Write a cell, and that of its answers where it holds scores of them."""
+    described: dict[str, Any] = {
+        "task": task,
+        "documents": len(samples),
+        "task_fingerprint": task,
+    }
+    if answers:
+        described |= {"answers": ["answered", fingerprint([key])]}
+        _write(store, Cell(*described["answers"], len(samples), described), answers)
+    _write(store, Cell(task, key, len(samples), described), samples)
 
 
 def _write(store: Store, cell: Cell, samples: Sequence[Sample]) -> None:

@@ -18,3 +18,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty preferences as JSONL."""
     return write_rows(tmp_path_factory.mktemp("data") / "preferences.jsonl", preference_rows(40))
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nineteen other preferences."""
+    return write_rows(tmp_path_factory.mktemp("data") / "held-out.jsonl", preference_rows(19, 7))

@@ -15,15 +15,24 @@ import torch
 from training_files import align_config, metrics, preference_rows, run_here, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipelines.config import load_config, tell_once
+from pipelines.config import Config, check, load_config, tell_once
 from pipelines.errors import InputError
 from pipelines.train import AlignConfig
 from pipelines.train.config import LoraSettings, OptimizerConfig
+from pipelines.train.evaluation_config import EvaluationConfig
 from pipelines.train.memory import Memory, estimate_memory, shape_of
+from pipelines.train.objective_config import ObjectiveConfig
+from pipelines.train.other_names import OTHER_NAMES
 from pipelines.train.run import Plan, _unfinished_run
 from ray_jobs.align import describe_plan
 from tests.tiny_models import tiny_tokenizer
 
+SECTIONS: dict[str, type[Config]] = {
+    "evaluation": EvaluationConfig,
+    "lora": LoraSettings,
+    "objective": ObjectiveConfig,
+    "optimizer": OptimizerConfig,
+}
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "align"
 QWEN: dict[str, Any] = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 PAPERS = {
@@ -318,3 +327,24 @@ def test_old_names_are_the_same_run(
         _unfinished_run(run, changed, force=False),
     ):
         pass
+
+
+def test_names_of_other_tools() -> None:
+    """Each is no field here and leads to one; the line of an unknown field names it."""
+    for theirs, ours in OTHER_NAMES.items():
+        assert theirs not in AlignConfig.model_fields
+        section, _, field = ours.rpartition(".")
+        assert field in (SECTIONS[section] if section else AlignConfig).model_fields, ours
+    fields = {"model": "m", "data": "d", "optimizer": {"learning_rate": 1e-3}}
+    for theirs, ours in (("warmup_ratio", "warmup_share"), ("beta", "objective.beta")):
+        message = rf"^here: {theirs}: unknown field; allowed: .*; did you mean {ours}\?$"
+        with pytest.raises(InputError, match=message):
+            check(fields | {theirs: 0.1}, AlignConfig, "here")
+
+
+def test_a_form_that_fits_says_what_is_wrong() -> None:
+    """Of a field with several forms, the line is of the one that was written."""
+    schedule = {"name": "cosine", "min_lr_rate": 0.1}
+    fields = {"model": "m", "data": "d", "optimizer": {"learning_rate": 1e-3}, "num_steps": 1}
+    with pytest.raises(InputError, match=r"min_lr_rate: has no effect on cosine; allowed with"):
+        check(fields | {"schedule": schedule}, AlignConfig, "here")

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from training_files import align_config, metrics, preference_rows, run_here, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipelines.config import load_config
 from pipelines.errors import InputError
-from pipelines.train import plan_alignment
+from pipelines.train import AlignConfig, plan_alignment
 from pipelines.train.inputs import check_inputs
 from tests.hub_models import save_as_on_hub
 
@@ -182,6 +183,20 @@ def test_off_and_unasked(at_once: Path, mixture: Path, preferences: Path, tmp_pa
     asked = align_config(mixture, preferences, **RUN)
     keys = [plan_alignment(config, tmp_path / "cache").fingerprint for config in (off, asked)]
     assert keys[0] != keys[1]
+
+
+def test_off_in_a_file(tmp_path: Path) -> None:
+    """A bare `off` is false for YAML; what is neither name nor weight is refused."""
+    path = tmp_path / "config.yml"
+    path.write_text(
+        "{model: m, data: d, optimizer: {learning_rate: 0.1},num_steps: 1, router_loss: off}"
+    )
+    assert load_config(path, AlignConfig).router_loss == "off"
+    assert load_config(path, AlignConfig, ["router_loss=0.5"]).router_loss == 0.5
+    for given, found in (("on", "True"), ("-1", "-1"), (".nan", "nan"), ("of", "'of'")):
+        message = rf"router_loss: found {found}; allowed: 'auto', 'off' or a weight above 0$"
+        with pytest.raises(InputError, match=message):
+            load_config(path, AlignConfig, [f"router_loss={given}"])
 
 
 def test_models_without_such_a_loss(

@@ -77,6 +77,15 @@ def seeded_metrics(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in MEASURED} for line in metrics(folder)]
 
 
+def evaluated(folder: Path) -> dict[int, dict[str, float]]:
+    """The numbers of held-out rows by step, without their prefix."""
+    found = {
+        line["step"]: {k.removeprefix("eval_"): v for k, v in line.items() if k[:5] == "eval_"}
+        for line in metrics(folder)
+    }
+    return {step: numbers for step, numbers in found.items() if numbers}
+
+
 def stop_at_the_fourth_step(
     config: AlignConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, *, earlier: int = 0
 ) -> None:
