@@ -171,9 +171,20 @@ class Search:
         left = self.count - seen.above
         if left <= 0 or left > int(seen.inside.sum()):
             return self._beside(above=left <= 0)
+        bucket, left, in_bucket = self._bucket_of(seen.inside, left)
         if seen.kept is None:
-            return self._narrow(seen.inside, left)
-        return self._choose(seen.kept, left)
+            return self._narrow(bucket, left, in_bucket)
+        return self._choose(seen.kept[seen.kept >> self.shift == bucket], left)
+
+    def _bucket_of(self, counts: Keys, left: int) -> tuple[int, int, int]:
+        """The part that holds the `left`-th largest key of the bracket, the key's place in it from
+        the largest (1 is the first), and how many keys it holds.
+        """
+        at_least = counts[::-1].cumsum()
+        place = int(np.searchsorted(at_least, left))
+        bucket = len(counts) - 1 - place
+        in_bucket = int(counts[bucket])
+        return bucket, left - int(at_least[place]) + in_bucket, in_bucket
 
     def _beside(self, *, above: bool) -> "Search | TopCut":
         """The range above or below a bracket that does not hold the key."""
@@ -185,7 +196,7 @@ class Search:
         return replace(self, low=ends[0], high=ends[1])
 
     def _choose(self, keys: Keys, left: int) -> TopCut:
-        """The cut at the `left`-th largest of the keys in the bracket."""
+        """The cut at the `left`-th largest of all keys in a part of the bracket."""
         place = len(keys) - left
         key = int(np.partition(keys, place)[place]) + self.low
         magnitude = key >> self.bits
@@ -194,13 +205,8 @@ class Search:
             return self.cut(magnitude, None)
         return self.cut(magnitude, self._mask - (key & self._mask))
 
-    def _narrow(self, counts: Keys, left: int) -> "Search | TopCut":
+    def _narrow(self, bucket: int, left: int, in_bucket: int) -> "Search | TopCut":
         """The cut, or the part of the bracket that holds it as the next bracket."""
-        at_least = counts[::-1].cumsum()
-        place = int(np.searchsorted(at_least, left))
-        bucket = len(counts) - 1 - place
-        in_bucket = int(counts[bucket])
-        left -= int(at_least[place]) - in_bucket
         low = self.low + (bucket << self.shift)
         if not self.tied and self.shift == self.bits:
             return self._among_equals(low >> self.bits, left, in_bucket)

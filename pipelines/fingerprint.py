@@ -13,7 +13,7 @@ CHECKPOINT_FILES = ("*.safetensors", "*.json")  # of a model, in the inputs of a
 # The version of the meaning of each kind of work. Raise it when the same config and inputs give
 # another result (because a default, a formula or a prompt changed). Then older results no longer
 # count as finished, and older unfinished work is not resumed. Version 1 is not in fingerprints.
-MEANING = {"merge": 1, "align": 1, "evaluate": 2, "sweep": 1, "extract": 1, "score": 1}
+MEANING = {"merge": 1, "align": 1, "evaluate": 2, "sweep": 1, "extract": 1, "score": 1, "dam": 1}
 
 
 def fingerprint(value: Any) -> str:

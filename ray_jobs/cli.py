@@ -5,9 +5,10 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from pipelines.errors import InputError
 from ray_jobs.session import log_directory, quiet_environment
@@ -46,6 +47,20 @@ Force = Annotated[
 ]
 Plan = Annotated[bool, typer.Option("--plan", help="only show the plan and its cost")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
+Address = Annotated[
+    str | None, typer.Argument(metavar="[ADDRESS]", help="of the head, as http://HOST:8265")
+]
+AFTER_DASHES = "poise.after_dashes"
+
+
+class CommandAfterDashes(TyperCommand):
+    """A command that leaves what follows `--` as it is, in `context.meta[AFTER_DASHES]`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what stands before `--`."""
+        at = args.index("--") if "--" in args else len(args)
+        ctx.meta[AFTER_DASHES] = args[at + 1 :]
+        return super().parse_args(ctx, args[:at])
 
 
 @app.command(epilog="Example: `poise demo --smoke --out runs/first --seed 1`")
@@ -111,6 +126,20 @@ def merge(
     if (out is None) == (out_option is None) and not (plan and out is None):
         raise InputError("OUT: give it once, as the second argument or as --out")
     run_merge(config, out or out_option, given, plan=plan, force=force)
+
+
+@app.command(epilog="Example: `poise dam configs/dam.yaml --out runs/dam`")
+def dam(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Out = Path("runs/dam"),
+    plan: Plan = False,
+    force: Force = False,
+) -> None:
+    """Merge models by coefficients that are learned on a little of each model's data."""
+    from ray_jobs.dam import run_dam
+
+    run_dam(config, out, overrides or [], plan=plan, force=force)
 
 
 @app.command(epilog="Example: `poise extract-lora runs/sft runs/dpo --rank 16 --out runs/lora`")
@@ -181,12 +210,34 @@ def tasks(
 
 @app.command(epilog="Example: `poise diff runs/a runs/b --base runs/sft`")
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="a checkpoint or adapter, or ORG/NAME")],
-    b: Annotated[str, typer.Argument(metavar="B", help="another one")],
+    a: Annotated[
+        str | None, typer.Argument(metavar="A", help="a checkpoint or adapter, or ORG/NAME")
+    ] = None,
+    b: Annotated[str | None, typer.Argument(metavar="B", help="another one")] = None,
     base: Annotated[str | None, typer.Option("--base", help="their common ancestor")] = None,
+    coefficients: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="instead of A and B: of `poise dam`; of several the mean"
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="with --coefficients: write a heat map (PNG)")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two models tensor by tensor before merging: norms, cosine, sign conflicts."""
+    if coefficients:
+        if a is not None or base is not None:
+            raise InputError("--coefficients: found with A, B or --base; allowed: alone")
+        from ray_jobs.coefficients import run_coefficients
+
+        run_coefficients(coefficients, plot, as_json=as_json)
+        return
+    if a is None or b is None:
+        raise InputError("A, B: give two models, or --coefficients FILE")
+    if plot is not None:
+        raise InputError("--plot: has no effect without --coefficients")
     from ray_jobs.diff import run_diff
 
     run_diff(a, b, base, as_json=as_json)
@@ -471,6 +522,62 @@ def chat(
         as_json=as_json,
     ):
         raise typer.Exit(1)
+
+
+@app.command(
+    cls=CommandAfterDashes,
+    epilog="Example: `poise submit http://head:8265 -- poise merge /shared/ties.yaml ties "
+    "storage=/shared/runs`",
+)
+def submit(
+    context: typer.Context,
+    address: Address = None,
+    attach: Annotated[
+        str | None, typer.Option(metavar="ID", help="follow this job instead of submitting one")
+    ] = None,
+    cpus: Annotated[float, typer.Option(min=0, help="that the command itself needs")] = 0,
+    gpus: Annotated[float, typer.Option(min=0, help="that the command itself needs")] = 0,
+    memory: Annotated[float, typer.Option(min=0, help="GB that the command itself needs")] = 0,
+    resource: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=N", help="of your own; repeatable")
+    ] = None,
+    workers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=N", help="to await for its workers, as GPU=8; repeatable"),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="submit although no node could run it now")
+    ] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="do not follow the job")] = False,
+    working_dir: Annotated[Path, typer.Option(help="what the job takes along")] = Path(),
+    limit_mb: Annotated[int, typer.Option(min=1, max=500, help="of what it takes along")] = 100,
+) -> None:
+    """Run a command, after `--`, on a cluster as a Ray job; ends with the command's own status."""
+    from ray_jobs.submission.look import Asked
+    from ray_jobs.submit import Manner, amounts, run_attach, run_submit, whole_amounts
+
+    command = context.meta[AFTER_DASHES]
+    if (attach is None) == (not command):
+        raise InputError("submit: give either -- COMMAND... or --attach ID")
+    if attach is not None:
+        sys.exit(run_attach(address, attach))  # typer would take 130 for a Ctrl-C of its own
+    asked = Asked(cpus, gpus, memory, amounts("--resource", resource or []))
+    needed = whole_amounts("--workers", workers or [])
+    manner = Manner(working_dir, limit_mb, needed, wait=wait, detach=detach)
+    sys.exit(run_submit(address, command, asked, manner))
+
+
+@app.command(epilog="Example: `poise jobs` or `poise jobs stop poise-12ab`")
+def jobs(
+    action: Annotated[str | None, typer.Argument(metavar="[stop]")] = None,
+    job: Annotated[str | None, typer.Argument(metavar="[ID]")] = None,
+    address: Annotated[str | None, typer.Option(help="of the head, as http://HOST:8265")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The jobs of a cluster; `stop ID` ends one."""
+    from ray_jobs.jobs import run_jobs
+
+    run_jobs(action, job, address, as_json=as_json)
 
 
 def main() -> None:

@@ -25,6 +25,8 @@ from pipelines.serve.app import targets
 from pipelines.serve.keys import DEPLOY_VARIABLE, keys_in_environment
 from ray_jobs.session import quiet_environment, ray_session, worker_environment
 
+# Serve looks at its proxy every ten seconds and waits for three misses, in which nobody is heard.
+ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2"}
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A server on any other host is open to everyone who can reach it.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -49,7 +51,8 @@ def run_serve(paths: list[Path], overrides: Sequence[str] = (), *, host: str, po
             Ray Serve.
     """
     quiet_environment()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     _quiet_loggers()
     with _config_of(paths, overrides) as config:
         keys, deploy_keys = keys_in_environment(), keys_in_environment(DEPLOY_VARIABLE)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines.errors import InputError
 from pipelines.hub.offline import ASKED_OFFLINE, is_offline
+from ray_jobs.submission.workers import await_workers
 
 POLL_S = 0.5
 PROJECT_ROOT = Path(__file__).resolve().parent.parent  # the checkout, or site-packages
@@ -58,7 +59,7 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
     also after Ctrl-C. Workers import this project from the driver's path.
 
     Raises:
-        InputError: the head in `RAY_ADDRESS` does not answer.
+        InputError: the head in `RAY_ADDRESS` does not answer, or POISE_WORKERS is no JSON.
     """
     quiet_environment()
     import ray
@@ -81,6 +82,8 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
             configure_logging=False,
         )
     try:
+        if joins:
+            await_workers()
         with nullcontext() if joins else told_of_a_loss():
             yield
     finally:

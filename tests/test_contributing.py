@@ -43,6 +43,7 @@ NAMES_OF_OTHER_THINGS = {
     *(
         "ties",
         "expo",
+        "dam",
         "sign",
         "breadcrumbs",
         "mixup",

@@ -32,29 +32,45 @@ static inline uint32_t bits_of(float x) {
     return bits;
 }
 
-/* Writes the places of the flags that are 1, in order, and returns their number. */
-static inline int list_flags(const uint8_t *flags, int *places) {
-    int num = 0;
+/* The FEW flags from `flags` on as the bits of a number, the first flag as the lowest bit. */
+static inline uint64_t bits_of_flags(const uint8_t *flags) {
+    uint64_t bits = 0;
     for (int first = 0; first < FEW; first += 8) {
-        uint64_t eight; /* eight flags at once, because most are 0 */
+        uint64_t eight; /* a product collects the flags of its eight bytes in its highest byte */
         memcpy(&eight, flags + first, 8);
         if (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) eight = __builtin_bswap64(eight);
-        for (; eight; eight &= eight - 1) places[num++] = first + (__builtin_ctzll(eight) >> 3);
+        bits |= (eight * 0x0102040810204080u >> 56) << first;
+    }
+    return bits;
+}
+
+/* Writes the places of the flags that are 1, in order, and returns their number. `flags` are 0 from
+ * `length` to the next multiple of FEW. */
+static inline int list_flags(const uint8_t *flags, int length, int *places) {
+    int num = 0;
+    for (int first = 0; first < length; first += FEW) {
+        uint64_t bits = bits_of_flags(flags + first);
+        for (; bits; bits &= bits - 1) places[num++] = first + __builtin_ctzll(bits);
     }
     return num;
 }
 
-/* Counts a key of the bracket (minus `low`), and keeps it if there is room. `has_word`: the lower
- * half is set. */
-static inline void take_key(Look *look, uint64_t key, int has_word) {
-    look->buckets[key >> look->shift]++;
-    if (has_word && look->inside < look->room) look->found[look->inside] = key;
-    look->inside++;
+/* Counts keys of the bracket (minus `low`), and keeps the first `num_kept` of them. */
+static inline void take_keys(Look *look, const uint64_t *keys, int num, int num_kept) {
+    for (int i = 0; i < num; i++) look->buckets[keys[i] >> look->shift]++;
+    memcpy(look->found + look->inside, keys, (size_t)num_kept * sizeof *keys);
+    look->inside += num;
 }
 
-/* Looks at up to FEW magnitudes if the bracket holds whole magnitudes. */
-static inline __attribute__((always_inline)) void look_by_magnitude(
-    const uint32_t *magnitude, int length, uint64_t index, Look *look) {
+/* How many of `num` more keys there is room for. */
+static inline int room_of(const Look *look, int num) {
+    const int64_t room = look->room - look->inside;
+    return room <= 0 ? 0 : room < num ? (int)room : num;
+}
+
+/* Looks at up to BLOCK magnitudes if the bracket holds whole magnitudes. */
+static inline void look_by_magnitude(const uint32_t *magnitude, int length, uint64_t index,
+                                     Look *look) {
     const uint32_t low = (uint32_t)(look->low >> 32), high = (uint32_t)(look->high >> 32);
     int above = 0, at_least = 0;
     for (int i = 0; i < length; i++) {
@@ -68,21 +84,19 @@ static inline __attribute__((always_inline)) void look_by_magnitude(
         look->buckets[0] += at_least - above;
         return;
     }
-    uint8_t flags[FEW] = {0};
-    int places[FEW];
+    uint8_t flags[BLOCK] = {0};
+    int places[BLOCK];
+    uint64_t keys[BLOCK];
     for (int i = 0; i < length; i++) flags[i] = magnitude[i] - low <= high - low;
-    const int num = list_flags(flags, places);
-    for (int i = 0; i < num; i++) {
-        const uint64_t key = (uint64_t)(magnitude[places[i]] - low) << 32;
-        const int has_word = look->inside < look->room;
-        const uint32_t word = has_word ? hash_word(index + (uint64_t)places[i], look->key) : 0;
-        take_key(look, key | (uint32_t)~word, has_word);
-    }
+    const int num = list_flags(flags, length, places), num_kept = room_of(look, num);
+    for (int i = 0; i < num; i++) keys[i] = (uint64_t)(magnitude[places[i]] - low) << 32;
+    for (int i = 0; i < num_kept; i++) /* only kept keys need their words */
+        keys[i] |= (uint32_t)~hash_word(index + (uint64_t)places[i], look->key);
+    take_keys(look, keys, num, num_kept);
 }
 
-/* The same if the bracket lies inside one magnitude. */
-static inline __attribute__((always_inline)) void look_by_word(
-    const uint32_t *magnitude, int length, uint64_t index, Look *look) {
+/* The same for up to FEW magnitudes if the bracket lies inside one magnitude. */
+static inline void look_by_word(const uint32_t *magnitude, int length, uint64_t index, Look *look) {
     const uint32_t own = (uint32_t)(look->low >> 32);
     const uint32_t low = (uint32_t)look->low, high = (uint32_t)look->high;
     int above = 0, equal = 0;
@@ -93,6 +107,7 @@ static inline __attribute__((always_inline)) void look_by_word(
     look->above += above;
     if (equal == 0) return;
     uint32_t words[FEW];
+    uint64_t keys[FEW];
     uint8_t flags[FEW] = {0};
     int places[FEW], more = 0;
     for (int done = 0; done < length;)
@@ -103,21 +118,21 @@ static inline __attribute__((always_inline)) void look_by_word(
         flags[i] = (magnitude[i] == own) & (turned >= low) & (turned <= high);
     }
     look->above += more;
-    const int num = list_flags(flags, places);
-    for (int i = 0; i < num; i++) take_key(look, (uint64_t)(~words[places[i]] - low), 1);
+    const int num = list_flags(flags, length, places);
+    for (int i = 0; i < num; i++) keys[i] = ~words[places[i]] - low;
+    take_keys(look, keys, num, room_of(look, num));
 }
 
-/* Looks at the magnitudes of a range's elements from `first` on. */
+/* Looks at the magnitudes of up to BLOCK of a range's elements, from `first` on. */
 static inline void look_at(const uint32_t *magnitude, int length, int64_t first, Look *look) {
+    const uint64_t index = look->start + (uint64_t)first;
+    if (!look->one_magnitude) {
+        look_by_magnitude(magnitude, length, index, look);
+        return;
+    }
     for (int done = 0; done < length; done += FEW) {
         const int left = length - done;
-        const uint64_t index = look->start + (uint64_t)(first + done);
-        if (look->one_magnitude)
-            look_by_word(magnitude + done, left < FEW ? left : FEW, index, look);
-        else if (left >= FEW)
-            look_by_magnitude(magnitude + done, FEW, index, look);
-        else
-            look_by_magnitude(magnitude + done, left, index, look);
+        look_by_word(magnitude + done, left < FEW ? left : FEW, index + (uint64_t)done, look);
     }
 }
 

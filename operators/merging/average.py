@@ -33,6 +33,24 @@ def passthrough(work: MergeInput) -> Tensor:
     return model.clone() if scale == 1 else model * scale
 
 
+def dam(work: MergeInput) -> Tensor:
+    """DAM (Gauthier-Caron et al. 2024, section 3.1): `W = sum_i W_i diag(c_i)` with the learned
+    `context.columns`; the base where a tensor has none. One row of them more than there are models
+    is the base's.
+    """
+    columns = work.context.columns
+    if columns is None:
+        return work.origin().clone()
+    experts = work.weights()
+    if len(columns) > len(experts):
+        experts.append(work.origin())
+    offset, total = work.start % work.width, torch.zeros(work.count, device=experts[0].device)
+    for expert, own in zip(experts, torch.from_numpy(columns).to(total.device), strict=True):
+        repeats = -(-(offset + work.count) // len(own))
+        total += expert * own.repeat(repeats)[offset : offset + work.count]
+    return total
+
+
 def rewarded_soup(work: MergeInput) -> Tensor:
     """Rewarded soups (Rame et al. 2023): `sum_i w_i W_i`, w on the simplex of preferences."""
     return weighted_sum(

@@ -63,6 +63,7 @@ class MergeContext:
         rows: for each row of the tensor, a number that the method needs, float64.
         gram: inner products of the method's vectors over the tensor, float64.
         mixup_lambda: M3's lambda, drawn once for the merge.
+        columns: for each expert, a learned factor of each column, or one for all: float32.
     """
 
     cuts: tuple[tuple[TopCut, ...], ...] = ()
@@ -72,6 +73,7 @@ class MergeContext:
     rows: NDArray[np.float64] | None = None
     gram: tuple[tuple[float, ...], ...] = ()
     mixup_lambda: float | None = None
+    columns: NDArray[np.float32] | None = None
 
 
 class Kept(Protocol):
@@ -280,6 +282,7 @@ class Method:
         ungathered: parameters that contexts do not depend on.
         check: raises ValueError for parameters that contradict each other.
         chosen: parameters -> the method that they name (only for `composed`).
+        has_coefficients: whether its contexts have `columns`, which come from a file.
     """
 
     merge: MergeFunction
@@ -294,6 +297,7 @@ class Method:
     ungathered: frozenset[str] = frozenset()
     check: Callable[[Mapping[str, Any]], None] | None = None
     chosen: "Callable[[Mapping[str, Any]], Method] | None" = None
+    has_coefficients: bool = False
 
     def unit_of(self, parameters: Mapping[str, Any]) -> Unit:
         """The smallest part that can be merged alone, given these parameters and a context."""

@@ -7,6 +7,7 @@ from typing import Any
 from operators.consensus import FIDELITY, MIXUP_PARAMETERS
 from operators.merging.average import (
     check_simplex,
+    dam,
     linear,
     model_stock,
     passthrough,
@@ -83,6 +84,12 @@ METHODS: dict[str, Method] = {
         {"weight": replace(WEIGHT, default=REQUIRED, low=0)},
         needs_base=False,
         check=check_simplex,
+    ),
+    "dam": Method(
+        dam,
+        "sum of the models, each column of their linear layers times a learned coefficient",
+        {},
+        has_coefficients=True,
     ),
     "task_arithmetic": composition("identity", "sum", "base plus the sum of the task vectors"),
     "ties": composition(

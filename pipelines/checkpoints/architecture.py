@@ -103,6 +103,27 @@ class Architecture:
         return found
 
     @property
+    def parameter_kinds(self) -> dict[str, str]:
+        """The kind of module that each parameter belongs to: `linear`, `embedding`, `transposed`
+        (transformers' Conv1D) or `other`.
+        """
+
+        def ask() -> dict[str, str]:
+            from transformers.pytorch_utils import Conv1D
+
+            classes = {"linear": nn.Linear, "embedding": nn.Embedding, "transposed": Conv1D}
+            found = {}
+            for place, module in self.model.named_modules():
+                fitting = (kind for kind, each in classes.items() if isinstance(module, each))
+                kind = next(fitting, "other")
+                for name, _ in module.named_parameters(place, recurse=False):
+                    found[name] = kind
+            return found
+
+        kinds: dict[str, str] = self._answer(ask, "kinds of parameters")
+        return kinds
+
+    @property
     def token_dimensions(self) -> dict[str, int]:
         """The tensors that have an entry for each token, under any name, and the dimension of the
         tokens: embeddings, heads, heads' biases. They are those that grow with the vocabulary.

@@ -92,6 +92,7 @@ def provenance(
             "drawn": draws,
             "settings": plan.settings_key,
             "rounding": rounding,
+            **({"coefficients": dict(plan.coefficients)} if plan.coefficients else {}),
             **recorded(each.path for each in plan.checkpoints.values()),
         },
         title=f"Merge by {plan.config.merge_method}",

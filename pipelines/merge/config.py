@@ -82,6 +82,9 @@ class MergeConfig(Config):
     )
     base_model: str | None = Field(None, description="W0, the models' common ancestor")
     parameters: Parameters = Field({}, description="of the method, for all models")
+    coefficients: str | list[str] | None = Field(
+        None, description="of dam: a file of learned coefficients, or several, whose mean counts"
+    )
     dtype: DtypeName | None = Field(None, description="the output's, if out_dtype is not given")
     out_dtype: DtypeName | None = Field(None, description="the output's; default the base's own")
     tokenizer_source: str | None = Field(None, description="union, base or a model; mergekit's")
@@ -152,6 +155,7 @@ class MergeConfig(Config):
             raise ValueError(
                 f"device: has no effect with {self.merge_method}; allowed with {', '.join(takes)}"
             )
+        self._check_coefficients()
         for module, recipe in self.recipes.items():
             for group in recipe.groups():
                 if not module or not self._is_base_alone(module, recipe, group):
@@ -267,6 +271,32 @@ class MergeConfig(Config):
         self.method.check_models(len(entries), has_base=has_base, parameters=None)
         if self.uses_base and not has_base:
             raise ValueError("base_model: required, not given")
+
+    def _check_coefficients(self) -> None:
+        """Raise ValueError unless the method and the other fields go with `coefficients`."""
+        if not self.method.has_coefficients:
+            if self.coefficients is not None:
+                takes = [name for name, each in METHODS.items() if each.has_coefficients]
+                raise ValueError(
+                    f"coefficients: has no effect with {self.merge_method}; allowed with "
+                    f"{', '.join(takes)}"
+                )
+            return
+        if not self.coefficients:
+            raise ValueError(
+                "coefficients: required, not given; allowed: a file, or a list of them"
+            )
+        for field in ("slices", "modules", "allow_missing"):
+            if getattr(self, field):
+                raise ValueError(
+                    f"{field}: cannot be used with {self.merge_method}; allowed: models, whole"
+                )
+
+    @property
+    def coefficient_files(self) -> list[str]:
+        """The files of coefficients."""
+        given = self.coefficients or []
+        return [given] if isinstance(given, str) else given
 
     def _check_parameters(self, entries: list[ModelEntry], common: list[Mapping[str, Any]]) -> None:
         """Raise ValueError for an unknown name, a value out of range or a missing value."""

@@ -18,8 +18,9 @@ from pipelines.checkpoints.digests import (
 from pipelines.checkpoints.hub import described
 from pipelines.checkpoints.named_like import named_like
 from pipelines.errors import InputError
-from pipelines.fingerprint import fingerprint_work
+from pipelines.fingerprint import fingerprint_file, fingerprint_work
 from pipelines.merge.chain import MergedSource
+from pipelines.merge.coefficients import mean_of_files, with_coefficients
 from pipelines.merge.config import OF_THE_FILE, MergeConfig
 from pipelines.merge.fitting import check_fitting, integer_lines
 from pipelines.merge.graph import kind_of, output_tensors
@@ -70,6 +71,7 @@ class MergePlan:
     kind: Source  # whose config.json the output has
     lines: list[str]  # about the tensors, for the user; of named merges too
     named: Mapping[str, "MergePlan"] = field(default_factory=dict)  # named merges with an `out`
+    coefficients: Mapping[str, str] = field(default_factory=dict)  # files -> their fingerprints
 
     @property
     def reference(self) -> Source:
@@ -140,6 +142,7 @@ class MergePlan:
             "copies": copies,
         }
         changed = [self.files.meaning, *(part for part, is_there in parts.items() if is_there)]
+        changed += sorted(self.coefficients.values())
         return value if changed == [None] else [changed, value]
 
     def notices(self) -> list[str]:
@@ -255,6 +258,8 @@ def _plan(config: MergeConfig, named: Mapping[str, Source], opened: Opened) -> M
     parts = parts_of(config, models, sources[reference])
     tensors = output_tensors(config, parts, models, base)
     own = sources[reference]
+    if config.coefficient_files:
+        tensors = with_coefficients(tensors, mean_of_files(config.coefficient_files), own)
     kind = own if config.has_slices else kind_of(tensors, own, models.values())
     tensors, of_kind = _of_kind(tensors, own, kind)
     templates = wanted_templates(config.chat_template, models, own)
@@ -283,6 +288,11 @@ def _plan(config: MergeConfig, named: Mapping[str, Source], opened: Opened) -> M
         files=files,
         kind=kind,
         lines=lines,
+        coefficients={
+            file: fingerprint_file(file)
+            for each in (config, *config.merges.values())
+            for file in each.coefficient_files
+        },
     )
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from operators.kernels.choice import merging_kernels
@@ -75,6 +77,7 @@ class TensorMerge:
     all tensors of the merge, which decides about compiled passes. `values_of` is the name of the
     tensor that this one is a copy of, if it is one: random choices are those of that tensor.
     `known` is what earlier merges of the same inputs have left, if that is kept.
+    `columns` are learned coefficients: float32 (T, columns) or (T, 1).
     """
 
     name: str
@@ -90,6 +93,7 @@ class TensorMerge:
     num_merged: int = 0
     values_of: str | None = None
     known: Known | None = None
+    columns: NDArray[np.float32] | None = None
 
     @property
     def kernels(self) -> MergingKernels | None:
@@ -386,7 +390,10 @@ def gather_contexts(
         for seen in map_ranges(partial(_observed, gathering), _wanted(once, gathering)):
             total = seen if total is None else gathering.add(total, seen)
         gathering = gathering.advance(total)
-    return {name: gathering.context(each.values_of or name) for name, each in tensors.items()}
+    return {
+        name: replace(gathering.context(each.values_of or name), columns=each.columns)
+        for name, each in tensors.items()
+    }
 
 
 def _wanted(tensors: Mapping[str, TensorMerge], gathering: Gathering) -> Iterator[Range]:

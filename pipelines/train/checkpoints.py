@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from pipelines.commit import commit_directory, partial_path
 from pipelines.errors import InputError
-from pipelines.train.config import AlignConfig
 from pipelines.train.errors import NO_ROOM
-from pipelines.train.strategies import StagingStrategy, Strategy, first_rank, wait_for_all
+from pipelines.train.interfaces import KeepsCheckpoints, Saves
+from pipelines.train.strategies import StagingStrategy, first_rank, wait_for_all
 
 CHECKPOINTS = "checkpoints"
 # Messages of torch's writer after an incomplete write, and when it then closes the file.
@@ -58,7 +58,7 @@ class CheckpointWriter:
     There is at most one write at a time: the next one waits for it and raises its error.
     """
 
-    def __init__(self, folder: Path, config: AlignConfig) -> None:
+    def __init__(self, folder: Path, config: KeepsCheckpoints) -> None:
         self._folder, self._num_kept = folder, config.keep_checkpoints
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
@@ -68,7 +68,7 @@ class CheckpointWriter:
             self._thread = ThreadPoolExecutor(1, "checkpoint")
             self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
-    def save(self, step: int, strategy: Strategy, *, best: int | None = None) -> None:
+    def save(self, step: int, strategy: Saves, *, best: int | None = None) -> None:
         """Write the state after `step`; asynchronously, only copy it and start the write.
 
         Args:

@@ -103,7 +103,7 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
         return False
     config = AlignConfig.model_validate_json(settings["config"])
     try:
-        with _alone(folder):
+        with alone(folder):
             bring(model_paths(config).values(), offline=settings["offline"])
             run = Run(config, settings, device)
             run.train()
@@ -129,7 +129,7 @@ def _train_run(settings: dict[str, Any], device: torch.device) -> bool:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Wait until the first worker of a killed attempt is gone, and block later ones."""
     if not first_rank():
         yield

@@ -19,6 +19,7 @@ from operators.optim import OnlineMergingAdamW, Tau
 from pipelines.train.config import AlignConfig
 from pipelines.train.errors import DivergenceError
 from pipelines.train.files import METRICS_FILE, TENSORBOARD_FOLDER
+from pipelines.train.interfaces import Tracked
 from pipelines.train.optimizer import delta_of
 from pipelines.train.strategies import Strategy, first_rank
 from pipelines.train.trackers import Tracker, open_trackers
@@ -30,7 +31,7 @@ MEASURED = ("tokens_per_s", "seconds", "memory_bytes")  # not determined by the 
 class MetricsWriter:
     """Writes the lines of metrics.jsonl, on the first rank only; a context manager."""
 
-    def __init__(self, folder: Path, steps_done: int, config: AlignConfig) -> None:
+    def __init__(self, folder: Path, steps_done: int, config: Tracked) -> None:
         self._path = folder / METRICS_FILE
         self._board = None
         self._trackers: list[Tracker] = []

@@ -290,12 +290,12 @@ def worker_settings(config: AlignConfig, plan: Plan, folder: Path, cache: Path) 
         and {"tokens": str(plan.held_out.folder), "key": plan.held_out_key},
         "reference_key": plan.inputs.get("reference_model", plan.inputs["model"]),
         "num_steps": plan.num_steps,
-        "num_threads": _asked_threads(),
+        "num_threads": asked_threads(),
         "offline": is_offline(),
     }
 
 
-def _asked_threads() -> int | None:
+def asked_threads() -> int | None:
     """The user's OMP_NUM_THREADS. It is read here, because Ray overwrites it in the workers."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     return int(first) if first.isdigit() and int(first) else None

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from pipelines.commit import write_atomically
 from pipelines.errors import InputError
-from pipelines.train.config import AlignConfig
+from pipelines.train.interfaces import Tracked
 
 PROJECT = "poise"
 RUNS_FILE = "trackers.json"  # in the run's folder: each tracker's id of this run
@@ -34,7 +34,7 @@ class Tracker(Protocol):
 class WandbTracker:
     """Weights & Biases: offline, into `wandb/`, unless WANDB_MODE or an API key says otherwise."""
 
-    def __init__(self, config: AlignConfig, name: str, place: Path, run_id: str | None) -> None:
+    def __init__(self, config: Tracked, name: str, place: Path, run_id: str | None) -> None:
         import wandb
 
         online = "online" if os.environ.get("WANDB_API_KEY") else "offline"
@@ -62,7 +62,7 @@ class WandbTracker:
 class MlflowTracker:
     """MLflow: into the folder `mlruns/`, unless MLFLOW_TRACKING_URI names another place."""
 
-    def __init__(self, config: AlignConfig, name: str, place: Path, run_id: str | None) -> None:
+    def __init__(self, config: Tracked, name: str, place: Path, run_id: str | None) -> None:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow.entities import Param
@@ -98,7 +98,7 @@ class MlflowTracker:
         self._client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
-TRACKERS: dict[str, Callable[[AlignConfig, str, Path, str | None], Tracker]] = {
+TRACKERS: dict[str, Callable[[Tracked, str, Path, str | None], Tracker]] = {
     "wandb": WandbTracker,
     "mlflow": MlflowTracker,
 }
@@ -111,7 +111,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise InputError(f"trackers: {name} is not installed; pip install 'poise[tracking]'")
 
 
-def open_trackers(config: AlignConfig, folder: Path) -> list[Tracker]:
+def open_trackers(config: Tracked, folder: Path) -> list[Tracker]:
     """The trackers of a config; each continues this run's record if there is one.
 
     Local trackers write beside the output, for all runs there together.

@@ -20,6 +20,7 @@ from pipelines.train.config import ATTENTION, AlignConfig
 from pipelines.train.errors import first_line, forget_failure, has_failed, raise_failure
 from pipelines.train.evaluation_config import PREFIX
 from pipelines.train.files import EXPORTED_FILE, METRICS_FILE, REFERENCE_FILE, REMARK_FILE
+from pipelines.train.interfaces import OnWorkers
 
 POLL_S = 0.5
 
@@ -66,11 +67,15 @@ class Job:
             self.committed = True
 
 
-def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
+def run_workers(
+    config: OnWorkers, jobs: Sequence[Job], worker: Callable[[dict[str, Any]], None] | None = None
+) -> None:
     """Train the jobs; lost workers are restarted and continue from the last checkpoint.
 
     Args:
         config: gives the number of workers and the allowed number of failures.
+        worker: what each worker runs, with the jobs' settings as `runs`; an alignment's unless
+            given.
 
     Raises:
         InputError, TrainingError: the failure of a run; the runs before it are committed.
@@ -81,7 +86,7 @@ def run_workers(config: AlignConfig, jobs: Sequence[Job]) -> None:
         (job.folder / REFERENCE_FILE).unlink(missing_ok=True)
         (job.folder / REMARK_FILE).unlink(missing_ok=True)
     with _watched(jobs), _usual_interrupt():
-        failure = with_restarts(partial(_attempt, config, jobs), jobs, config.max_failures)
+        failure = with_restarts(partial(_attempt, config, jobs, worker), jobs, config.max_failures)
     for job in jobs:
         job.finish()
         if not job.committed:
@@ -111,7 +116,9 @@ def with_restarts(
     return failure
 
 
-def _attempt(config: AlignConfig, jobs: Sequence[Job]) -> Exception | None:
+def _attempt(
+    config: OnWorkers, jobs: Sequence[Job], worker: Callable[[dict[str, Any]], None] | None
+) -> Exception | None:
     """Start the workers once and let them train the open jobs; returns their failure, if any."""
     # The interval at which the controller checks its workers; the run's end waits for a check.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
@@ -123,7 +130,7 @@ def _attempt(config: AlignConfig, jobs: Sequence[Job]) -> Exception | None:
 
     on_gpu = _on_gpu()
     trainer = TorchTrainer(
-        train_worker,
+        worker or train_worker,
         train_loop_config={"runs": [job.settings for job in jobs]},
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,

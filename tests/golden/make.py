@@ -78,6 +78,26 @@ def make_models(folder: Path) -> None:
         (folder / name / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
 
 
+def make_coefficients(folder: Path) -> None:
+    """Coefficients of all tensors of the three models, near equal weights, as DAM learns them."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(20241008)
+    found = {
+        name: 1 / 3 + 0.1 * torch.randn(3, shape[-1], generator=generator)
+        for name, shape in sorted(shapes().items())
+    }
+    settings = {
+        "models": ["./one", "./two", "./three"],
+        "base_model": "./base",
+        "embeddings": True,
+        "norms": True,
+    }
+    metadata = {"coefficients": json.dumps(settings)}
+    save_file(found, folder / "dam.safetensors", metadata=metadata)
+
+
 def make_merges(folder: Path) -> None:
     """Run mergekit on every config."""
     from safetensors.torch import load_file, save_file
@@ -199,6 +219,7 @@ def main() -> None:
     shutil.rmtree(folder / "models", ignore_errors=True)
     shutil.rmtree(folder / "merged", ignore_errors=True)
     make_models(folder / "models")
+    make_coefficients(folder / "models")
     make_merges(folder)
     make_defects(folder)
 

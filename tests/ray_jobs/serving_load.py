@@ -71,7 +71,7 @@ def load(url: str, expected: dict[str, dict[str, str]], clients: int) -> Iterato
         if response.status_code != 200:
             outcome.counts["refused"] += 1
             outcome.errors[str(response.status_code)] += 1
-            time.sleep(0.05)
+            time.sleep(0.5 if "retry-after" in response.headers else 0.05)
             return
         is_right = response.json()["choices"][0]["text"].split() == right.split()
         outcome.counts["right" if is_right else "wrong"] += 1

@@ -67,7 +67,7 @@ def running(
         },
         "engine": {"name": "transformers"},
         "state": str(folder / "state"),
-        "limits": {"turn_s": 0.2, "max_running": 4, "timeout_s": 40, "body_timeout_s": 2},
+        "limits": {"turn_s": 0.2, "max_running": 4, "timeout_s": 40},
     }
     file = folder / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
@@ -149,8 +149,8 @@ def test_twice_what_it_can_do(running: tuple, expected: dict) -> None:
     with load(url, expected, 2) as quiet:
         quiet.wait_for(30, 60)
     before = memory()
-    with load(url, expected, 200) as outcome:
-        time.sleep(8)
+    with load(url, expected, 170) as outcome:
+        time.sleep(6)
     assert set(outcome.counts) <= {"right", "refused"}, outcome
     assert set(outcome.errors) <= {"429"}, outcome
     assert memory() < before + (400 << 20)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from pipelines.merge import load_merge_config, merge
 from tests.pipelines.checkpoints.test_lora_adapters import save_adapter
 from tests.pipelines.merge.conftest import Family, weights_of
+from tests.pipelines.merge.test_merge_coefficients import drawn, is_layer, write
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "configs" / "merge").glob("*.yaml"))
 
@@ -25,6 +26,10 @@ def test_example(family: Family, tmp_path: Path, example: Path) -> None:
         for seed, name in enumerate(("helpful", "harmless")):
             save_adapter(family.base, tmp_path / "adapters" / name, seed=seed, **settings)
         text = text.replace("runs/adapters", str(tmp_path / "adapters"))
+    if "./dam.safetensors" in text:
+        own = drawn(weights_of(family.base), 3, is_layer)
+        file = write(tmp_path / "dam.safetensors", family, own)
+        text = text.replace("./dam.safetensors", str(file))
     names = ("dpo-helpful", "dpo-honest", "dpo-harmless")
     for name, short, path in zip(names, ("one", "two", "three"), family.models, strict=True):
         text = text.replace(f"runs/demo/models/{name}", str(path)).replace(f"./{short}", str(path))
