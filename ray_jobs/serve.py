@@ -1,6 +1,7 @@
 """`poise serve`: answers and rewards of checkpoints over HTTP, with Ray Serve."""
 
 import errno
+import io
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -168,7 +169,9 @@ def _serve_instance(host: str, port: int) -> Iterator[None]:
     finally:
         # A second Ctrl-C must not interrupt the shutdown and leave actors behind.
         handlers = {name: signal.signal(name, signal.SIG_IGN) for name in _ENDING_SIGNALS}
-        serve.shutdown()
+        # What Ray says of actors that are ended here is of no use.
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            serve.shutdown()
         for name, handler in handlers.items():
             signal.signal(name, handler)
 

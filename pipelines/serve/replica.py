@@ -106,7 +106,8 @@ async def _current(group: Group) -> Version:
 
 def _own_cores(group: Group, locks: Path) -> Cores:
     """Take cores for this process and its engine, unless a GPU does the work."""
-    cores = Cores(group.cpus, locks)
+    num_workers = group.engine.tensor_parallel
+    cores = Cores(max(group.cpus, num_workers), locks)
     if group.engine.need().num_gpus:
         cores.release()
     if cores.taken:
@@ -115,5 +116,7 @@ def _own_cores(group: Group, locks: Path) -> Cores:
         cores.bind()
         torch.set_num_threads(len(cores.taken))
         os.environ["OMP_NUM_THREADS"] = str(len(cores.taken))
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores.taken))
+        shares = [cores.taken[rank::num_workers] for rank in range(num_workers)]
+        bound = "|".join(",".join(map(str, share)) for share in shares)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bound  # vLLM's form: a list for each worker
     return cores

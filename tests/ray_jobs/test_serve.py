@@ -107,6 +107,33 @@ def test_a_taken_port_is_an_error_before_ray_starts(
     assert not started
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "models:\n  a: {path: x}\n  a: {path: y}\n",
+            "line 3: not valid YAML: found the key 'a' twi",
+        ),
+        ("models: {a: {path: absent}}\n", "model absent: no such directory"),
+        ("models: {a: {path: x, kinds: reward}}\n", "models.a.kinds: unknown field"),
+        ("models: {a: {path: x}}\nkeys_file: absent\n", "keys_file: absent: cannot be read"),
+    ],
+)
+def test_a_config_that_cannot_be_served(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    said: str,
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    assert poise(monkeypatch, "serve", file, "--port", free_port()) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.count("\n") == 1 and not shown.out
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_missing_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="absent: no such directory"):
         run_serve([tmp_path / "absent"], host="127.0.0.1", port=free_port())

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -63,7 +64,11 @@ def running(
         "models": {
             "x": {"path": str(models["x"]), "replicas": 2},
             "y": {"path": str(models["y"]), "replicas": 2},
-            "reward": {"path": str(models["reward"]), "kind": "reward"},
+            "reward": {
+                "path": str(models["reward"]),
+                "kind": "reward",
+                "replicas": {"min": 1, "max": 2},
+            },
         },
         "engine": {"name": "transformers"},
         "state": str(folder / "state"),
@@ -136,6 +141,33 @@ def test_a_death_under_load(running: tuple, expected: dict, death: str) -> None:
     with load(url, expected, 2) as outcome:
         outcome.wait_for(20, 60)
     assert set(outcome.counts) == {"right"}, outcome
+
+
+def test_another_engine_comes_with_the_load(running: tuple) -> None:
+    url, _, _ = running
+    body = {"model": "reward", "prompt": "a", "responses": ["b"] * 400}
+    ended = threading.Event()
+
+    def ask() -> None:
+        with httpx2.Client(timeout=60) as own:
+            while not ended.is_set():
+                own.post(f"{url}/v1/rewards", json=body)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        end = time.monotonic() + 90
+        while True:
+            found = httpx2.get(f"{url}/v1/models/reward", timeout=60).json()["residency"]
+            if found == {"engines": 2, "resident": 2}:
+                return
+            assert time.monotonic() < end, found
+            time.sleep(0.5)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_twice_what_it_can_do(running: tuple, expected: dict) -> None:
