@@ -116,7 +116,7 @@ class ServeEngines:
         """As `examine`, in a process of its own."""
         import ray
 
-        task = ray.remote(examine).options(
+        task: Any = ray.remote(examine).options(
             num_cpus=0, max_retries=2, runtime_env={"env_vars": self.environment}
         )
         try:
