@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 
 def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float]:
@@ -75,3 +76,38 @@ def cohen_kappa(first: Sequence[object], second: Sequence[object]) -> float:
     counts, others = Counter(first), Counter(second)
     expected = sum(count * others[category] for category, count in counts.items()) / n**2
     return (observed - expected) / (1 - expected) if expected < 1 else float("nan")
+
+
+def clustered_regression(
+    columns: Sequence[ArrayLike], values: ArrayLike, clusters: Sequence[str]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """The least-squares coefficients of columns, and their cluster-robust standard errors.
+
+    `b = (X'X)^-1 X'y`, with the sandwich of Liang and Zeger (1986):
+    `(X'X)^-1 [G/(G-1) sum_g u_g u_g'] (X'X)^-1`, `u_g` the sum of `x_i (y_i - x_i b)` in cluster g.
+    With one column of ones this is `clustered_mean`.
+
+    Args:
+        columns: K columns of n numbers each, a column of ones among them where a constant is meant.
+        values: n numbers.
+        clusters: the cluster of each.
+
+    Returns:
+        K coefficients and K errors, float64; NaN as the errors of a single cluster. None where the
+        columns do not determine the coefficients.
+    """
+    x = np.column_stack([np.asarray(column, np.float64) for column in columns])
+    y = np.asarray(values, np.float64)
+    scale = np.abs(x).max(axis=0, initial=0)
+    if len(y) == 0 or not scale.all() or np.linalg.matrix_rank(x / scale) < x.shape[1]:
+        return None
+    inverse = np.linalg.inv(x.T @ x)
+    line = inverse @ x.T @ y
+    index = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sums = np.zeros((int(index.max()) + 1, x.shape[1]))
+    np.add.at(sums, index, x * (y - x @ line)[:, None])
+    groups = len(sums)
+    if groups < 2:
+        return line, np.full(len(line), np.nan)
+    middle = sums.T @ sums * groups / (groups - 1)
+    return line, np.sqrt(np.diag(inverse @ middle @ inverse))

@@ -1,1 +1,1 @@
-"""Whole-model work: train, merge, evaluate, sweep, serve, report."""
+"""Whole-model work: train, merge, evaluate, search, serve, report."""

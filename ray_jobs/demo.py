@@ -21,8 +21,8 @@ from pipelines.config import apply_overrides, load_config, load_yaml
 from pipelines.evaluate import EvaluateConfig, best_model, evaluate_together, percentages
 from pipelines.merge import load_merge_config, merge
 from pipelines.provenance import read_record
+from pipelines.search import StudyConfig, plan_study, search
 from pipelines.storage import resolve_output
-from pipelines.sweep import SweepConfig, sweep
 from pipelines.tiny_world import SIZES, build_world
 from pipelines.train import AlignConfig, align, align_in_turn
 from pipelines.train.files import METRICS_FILE
@@ -190,10 +190,9 @@ class Demo:
 
     def _sweep(self, name: str) -> Callable[[], None]:
         def run() -> None:
-            self._ray()
             self._write_config(f"merge/{name}")
-            config = load_config(self._write_config(f"sweep/{name}"), SweepConfig)
-            sweep(config, self.paths.result(f"sweep-{name}"))
+            config = load_config(self._write_config(f"sweep/{name}"), StudyConfig)
+            search(plan_study(config), self.paths.result(f"sweep-{name}"))
 
         return run
 

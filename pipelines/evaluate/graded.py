@@ -30,6 +30,7 @@ class GradedTask:
         self._task, self._rows = task, load_rows(task, split)[:limit]
         self.sampling = Sampling(max_tokens=max_tokens)
         self.name, self.num_documents, self.remark = task.name, len(self._rows), ""
+        self.metric = task.grader.name
         self.fingerprint = fingerprint(
             [
                 fingerprint_file(task.files[split]),
@@ -69,7 +70,7 @@ class GradedTask:
 
     def numbers(self, samples: Sequence[Sample]) -> dict[str, Number]:
         """As `EvaluationTask.numbers`: the share of right answers, clustered."""
-        metric = self._task.grader.name
+        metric = self.metric
         values = [sample.values[metric] for sample in samples]
         mean, error = clustered_mean(values, [sample.cluster for sample in samples])
         return {metric: Number(mean, error, len(samples))}

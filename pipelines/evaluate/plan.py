@@ -90,7 +90,7 @@ def plan_evaluation(
     for name, task in itertools.product(models, tasks):
         if isinstance(task, ScoredTask):
             answers[name, task.name] = cell_of(config, name, digests[name], task.answered)
-            cells[name, task.name] = _scored_cell(answers[name, task.name], task)
+            cells[name, task.name] = scored_cell(answers[name, task.name], task)
         else:
             cells[name, task.name] = cell_of(config, name, digests[name], task)
     return EvaluationPlan(config, place, tasks, models, headers, groups, cells, answers, memory)
@@ -153,7 +153,7 @@ def cell_of(config: EvaluateConfig, name: str, digest: ModelDigest, task: Evalua
     return Cell(task.name, key, task.num_documents, described)
 
 
-def _scored_cell(answers: Cell, task: ScoredTask) -> Cell:
+def scored_cell(answers: Cell, task: ScoredTask) -> Cell:
     """The cell of the scores of a cell of answers."""
     key = fingerprint([answers.key, task.scorer.fingerprint])
     described = answers.described | {

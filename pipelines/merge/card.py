@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,11 @@ from pipelines.rounding import rounding_record, rounding_text
 
 
 def write_companions(
-    plan: MergePlan, folder: Path, results: Sequence[Mapping[str, Any]], memory: DigestMemory
+    plan: MergePlan,
+    folder: Path,
+    results: Sequence[Mapping[str, Any]],
+    memory: DigestMemory,
+    details: Mapping[str, Any] | None = None,
 ) -> None:
     """Write everything but the weights into the output's folder.
 
@@ -30,10 +35,12 @@ def write_companions(
         results: of the workers: digests of the blocks that they read and wrote, and what rounding
             keeps.
         memory: known digests of inputs; new ones are added.
+        details: further fields of the record.
     """
     _write_files(plan.files, folder)
     output = Checkpoint(folder, plan.files.config, plan.layout.stored(folder))
-    provenance(plan, output, results, memory).write(folder)
+    made = provenance(plan, output, results, memory)
+    replace(made, details={**made.details, **(details or {})}).write(folder)
 
 
 def digest_of_companions(files: OutputFiles) -> str:

@@ -1,6 +1,7 @@
 """The config of `poise merge`: mergekit's YAML for the methods that both have."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -321,7 +322,9 @@ class MergeConfig(Config):
                 continue
             if name not in self.method.parameters:
                 allowed = ", ".join(self.method.parameters) or "none"
-                raise ValueError(f"{name}: unknown parameter; allowed: {allowed}")
+                near = get_close_matches(name, self.method.parameters, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"{name}: unknown parameter; allowed: {allowed}{hint}")
             parameter = self.method.parameters[name]
             try:
                 value_for(setting, "", 0.0)

@@ -57,17 +57,21 @@ def merge_planned(
     force: bool = False,
     executor: ExecutorName = "local",
     memory: DigestMemory | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> Path | str:
     """As `merge`, for a plan. Named merges with their own `out` are written first.
 
     Args:
         memory: known digests of inputs; new ones are added.
+        details: further fields of the record, such as why this merge was chosen; not for an
+            address.
     """
     memory = memory or DigestMemory()
     for name, named in plan.named.items():
         place = output_place(str(plan.config.merges[name].out), plan.config.storage)
         merge_planned(named, place, force=force, executor=executor, memory=memory)
     if "://" in str(out):
+        assert not details, "an address's record has none"
         return merge_to_url(plan, str(out), memory, force=force, executor=executor)
     out = Path(out).absolute()
     refuse_inputs(out, plan.checkpoints, "merge")
@@ -78,7 +82,7 @@ def merge_planned(
     make_folder(folder)
     with lock(folder):
         try:
-            _fill(plan, folder, executor, memory)
+            _fill(plan, folder, executor, memory, details or {})
         except InputError:
             shutil.rmtree(folder)  # the inputs must change, so its content is useless
             raise
@@ -130,7 +134,13 @@ def is_finished(plan: Planned, out: Path) -> bool:
     return not any(changed_parts(checkpoints[name], known) for name, known in inputs.items())
 
 
-def _fill(plan: MergePlan, folder: Path, executor: ExecutorName, memory: DigestMemory) -> None:
+def _fill(
+    plan: MergePlan,
+    folder: Path,
+    executor: ExecutorName,
+    memory: DigestMemory,
+    details: Mapping[str, Any],
+) -> None:
     """Finish the unfinished output."""
     journal = Journal(folder, plan.layout)
     try:
@@ -143,7 +153,7 @@ def _fill(plan: MergePlan, folder: Path, executor: ExecutorName, memory: DigestM
                 work = EXECUTORS[executor](plan, folder, items, contexts)
                 for _ in journal.record(work):
                     progress.advance()
-        write_companions(plan, folder, journal.results, memory)
+        write_companions(plan, folder, journal.results, memory, details)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -162,13 +162,13 @@ def _library_task(of: str | dict[str, Any], config: "EvaluateConfig") -> Library
 
 
 def _prompts(entry: RewardedSet, name: str, config: "EvaluateConfig") -> ConversationTask:
-    """The prompts of a file, answered greedily in a chat."""
+    """The prompts of a file, answered in a chat."""
     file = file_of_split(entry.data, config.split)
     if file is None:
         raise InputError(f"tasks: data: {entry.data}: has no {config.split} split")
     given: Mapping[Any, str] = entry.columns
     names = {each: given.get(each, each) for each in ("prompt", "id", "cluster")}
-    sampling = Sampling(max_tokens=entry.max_new_tokens)
+    sampling = entry.decoding.sampling(entry.max_new_tokens)
     rows: list[Conversation] = []
     for part in parts_of(source_files(data_folder(file, None))):
         for number, row in read_part(part):

@@ -6,7 +6,34 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipelines.config import Config
+from pipelines.engines.interface import Sampling
 from pipelines.rewards.config import RewardEngine, reward_engine
+
+
+class Decoding(Config):
+    """How answers are drawn, as `pipelines.engines.interface.Sampling`; the default is greedy."""
+
+    section = "decoding."
+
+    temperature: float = Field(0.0, description="0: greedy")
+    top_k: int = Field(0, description="0: all tokens")
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "Decoding":
+        self.sampling(1)
+        return self
+
+    def sampling(self, max_tokens: int) -> Sampling:
+        """The same for an engine.
+
+        Raises:
+            InputError: a value out of range, or one that greedy decoding ignores.
+        """
+        return Sampling(**self.model_dump(), max_tokens=max_tokens)
 
 
 class RewardedSet(Config):
@@ -31,6 +58,9 @@ class RewardedSet(Config):
         {}, description="what the data calls them"
     )
     max_new_tokens: int = Field(256, ge=1, description="of an answer to the data's prompts")
+    decoding: Decoding = Field(
+        Decoding(), description="of the answers to the data's prompts; default greedy"
+    )
     too_long: Literal["error", "cut_prompt"] = Field(
         "error", description="conversations that the reward model cannot read"
     )
@@ -40,7 +70,7 @@ class RewardedSet(Config):
     def _one_source(self) -> "RewardedSet":
         if (self.of is None) == (self.data is None):
             raise ValueError("of, data: allowed: one of them")
-        for field in ("columns", "max_new_tokens"):
+        for field in ("columns", "max_new_tokens", "decoding"):
             default = type(self).model_fields[field].default
             if self.of is not None and getattr(self, field) != default:
                 raise ValueError(f"{field}: has no effect with of")

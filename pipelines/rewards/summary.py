@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from operators.statistics import clustered_mean
+from operators.statistics import clustered_mean, clustered_regression
 from pipelines.rewards.rewardbench import section_scores
 
 NUM_BINS = 5
@@ -78,14 +78,14 @@ def mean(values: Any, clusters: Any) -> Values:
     if not len(values):
         return {"value": None, "stderr": None, "n": 0}
     value, stderr = clustered_mean(list(map(float, values)), list(clusters))
-    return {"value": value, "stderr": _known(stderr), "n": len(values)}
+    return {"value": value, "stderr": known(stderr), "n": len(values)}
 
 
 def spread(scores: pd.DataFrame) -> Values:
     """The mean of rewards, their standard deviation and range."""
     rewards = scores["reward"]
     return mean(rewards, scores["cluster"]) | {
-        "deviation": _known(float(rewards.std())),
+        "deviation": known(float(rewards.std())),
         "min": float(rewards.min()),
         "max": float(rewards.max()),
     }
@@ -148,24 +148,19 @@ def intercept(tokens: Any, differences: Any, clusters: Any) -> Values:
     """The difference of rewards at equal length: the constant of the least-squares line of the
     pairs' differences on their difference in tokens, with its cluster-robust error.
 
-    The error is the sandwich of `clustered_mean`, with the line's residuals in the place of those
-    of the mean: factor `G/(G-1)` for G clusters.
+    The error is that of `clustered_regression`.
     """
-    x = np.column_stack([np.ones(len(tokens)), np.asarray(tokens, np.float64)])
     y = np.asarray(differences, np.float64)
-    if len(y) < 3 or np.ptp(x[:, 1]) == 0:
+    found = clustered_regression([np.ones(len(y)), tokens], y, list(clusters))
+    if len(y) < 3 or found is None:
         return {"value": None, "stderr": None, "slope": None, "n": len(y)}
-    inverse = np.linalg.inv(x.T @ x)
-    line = inverse @ x.T @ y
-    index = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    sums = np.zeros((int(index.max()) + 1, 2))
-    np.add.at(sums, index, x * (y - x @ line)[:, None])
-    groups = len(sums)
-    stderr = None
-    if groups > 1:
-        middle = sums.T @ sums * groups / (groups - 1)
-        stderr = math.sqrt((inverse @ middle @ inverse)[0, 0])
-    return {"value": float(line[0]), "stderr": stderr, "slope": float(line[1]), "n": len(y)}
+    line, stderr = found
+    return {
+        "value": float(line[0]),
+        "stderr": known(float(stderr[0])),
+        "slope": float(line[1]),
+        "n": len(y),
+    }
 
 
 def _bins(scores: pd.DataFrame) -> list[Values]:
@@ -185,5 +180,6 @@ def _bins(scores: pd.DataFrame) -> list[Values]:
     return found
 
 
-def _known(value: float) -> float | None:
+def known(value: float) -> float | None:
+    """A number for JSON, which has no NaN."""
     return None if math.isnan(value) else value

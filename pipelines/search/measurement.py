@@ -5,16 +5,11 @@ answers the prompts of an evaluation's tasks. Nothing is written, and yet a cand
 that `poise merge` would write: digests, answers and the cells of a store are the same.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipelines.checkpoints.digests import ModelDigest
-from pipelines.checkpoints.hub import bring
-from pipelines.config import check
-from pipelines.engines import open_engine
-from pipelines.engines.transformers_engine import TransformersEngine
-from pipelines.engines.weights import MergeWeights, Weights
 from pipelines.errors import InputError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.graded import GradedTask
@@ -24,21 +19,19 @@ from pipelines.evaluate.library_task import LibraryTask
 from pipelines.evaluate.opened import open_all
 from pipelines.evaluate.places import Folder, open_place
 from pipelines.evaluate.plan import cell_of
+from pipelines.evaluate.scoring import ScoredTask
 from pipelines.evaluate.store import Cell, DamagedBlockError, Store
 from pipelines.evaluate.workers import set_up
-from pipelines.fingerprint import fingerprint
-from pipelines.merge import MergeConfig, plan_merge
-from pipelines.merge.card import digest_of_companions
-from pipelines.merge.kept import Kept
-from pipelines.merge.plan import MergePlan, Opened
+from pipelines.merge import MergeConfig
+from pipelines.merge.plan import MergePlan
+from pipelines.search.answering import Documents, answers, series_of
+from pipelines.search.candidates import CANDIDATE, Candidates
+from pipelines.search.goals import short_names
 from pipelines.search.racing import Race
-from pipelines.search.timing import Clock, TimedWeights
+from pipelines.search.timing import Clock
 
 if TYPE_CHECKING:
-    from pipelines.engines.interface import Engine
-
-CANDIDATE = "candidate"
-Documents = Mapping[str, Sequence[int]]  # by task
+    pass
 
 
 @dataclass(frozen=True)
@@ -79,6 +72,9 @@ class Measurer:
         num_threads: of torch; 0 leaves them.
         directory: which relative paths begin in; Ray starts actors elsewhere.
         offline: fetch nothing of the hub's models.
+        scores: a folder where scorers may keep files, such as verdicts.
+        keeps_models: whether they stay open from one candidate to the next; not where they come and
+            go.
 
     Raises:
         InputError: tasks or a model that cannot be read.
@@ -93,21 +89,24 @@ class Measurer:
         num_threads: int = 0,
         directory: str = "",
         offline: bool = False,
+        scores: str = "",
+        keeps_models: bool = True,
     ) -> None:
         set_up(num_threads, directory)
-        self._config, self._offline = evaluation, offline
+        self._config = evaluation
         tasks, self._groups = open_all(evaluation)
         for task in tasks:
-            if not isinstance(task, GradedTask | LibraryTask):
-                raise InputError(
-                    f"tasks: {task.name} is judged, rewarded or attacked; candidates in memory are "
-                    "measured on tasks that value their own answers"
-                )
+            _check_task(task, has_store=store is not None)
         self._tasks: dict[str, EvaluationTask] = {task.name: task for task in tasks}
-        self._opened, self._kept = Opened(), Kept(kept_bytes)
+        self._scores = scores
+        self._candidates = Candidates(
+            evaluation.engine,
+            next(iter(evaluation.models.values())),
+            kept_bytes=kept_bytes,
+            keeps_models=keeps_models,
+            offline=offline,
+        )
         self._store = None if store is None else _begun(store)
-        self._companions: dict[str, str] = {}
-        self._engine: Engine | None = None
 
     def measure(
         self,
@@ -130,8 +129,8 @@ class Measurer:
             raise InputError("documents: have no effect in a race; give one of them")
         clock = Clock()
         with clock.part("checks"):
-            plan = self._planned(candidate)
-        digest = self._swapped(plan, clock)
+            plan = self._candidates.planned(candidate)
+        digest = self._candidates.put(plan, clock)
         with clock.part("checks"):
             cells = self._cells(plan, digest) if documents is None else {}
         known = self._read(cells, clock)
@@ -142,58 +141,21 @@ class Measurer:
 
     def cells(self, candidate: MergeConfig | Mapping[str, Any]) -> dict[str, Cell]:
         """The cells of a candidate by task, as an evaluation of the written merge has them."""
-        plan = self._planned(candidate)
-        return self._cells(plan, self._swapped(plan, Clock()), always=True)
+        plan = self._candidates.planned(candidate)
+        return self._cells(plan, self._candidates.put(plan, Clock()), always=True)
 
     def close(self) -> None:
         """Free the engine; the next candidate starts it again."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = None
-
-    def _planned(self, candidate: MergeConfig | Mapping[str, Any]) -> MergePlan:
-        if not isinstance(candidate, MergeConfig):
-            candidate = check(dict(candidate), MergeConfig, CANDIDATE)
-        self._opened.check_unchanged()
-        plan = plan_merge(candidate, self._opened)
-        for name in plan.named:
-            raise InputError(f"merges.{name}.out: has no effect in a merge that is not written")
-        return plan
-
-    def _swapped(self, plan: MergePlan, clock: Clock) -> str:
-        """Put a candidate into the engine, which may have to start; returns the digest."""
-        weights = TimedWeights(MergeWeights(plan, self._kept))
-        is_local = self._config.engine.name == "transformers"
-        source: Weights = weights if is_local else weights.weights
-        with clock.part("swap"):
-            if self._engine is None and is_local:
-                self._engine = TransformersEngine(source, self._config.engine)
-            else:
-                self._start().swap(source)
-        clock.move("swap", "merge", weights.seconds)
-        assert self._engine is not None
-        return self._engine.weights
-
-    def _start(self) -> "Engine":
-        """The engine; vLLM starts from a folder."""
-        if self._engine is None:
-            path = next(iter(self._config.models.values()))
-            bring([str(path)], offline=self._offline)
-            self._engine = open_engine(path, self._config.engine)
-        return self._engine
+        self._candidates.close()
+        for task in self._tasks.values():
+            if isinstance(task, ScoredTask):
+                task.scorer.close()
 
     def _cells(self, plan: MergePlan, digest: str, always: bool = False) -> dict[str, Cell]:
         """The candidate's cells by task; none where there is no store."""
         if self._store is None and not always:
             return {}
-        files = plan.files
-        copied = {
-            place: [str(path), path.stat().st_mtime_ns] for place, path in files.copied.items()
-        }
-        key = fingerprint([files.config, files.written, copied])
-        if key not in self._companions:
-            self._companions[key] = digest_of_companions(files)
-        model = ModelDigest(digest, self._companions[key])
+        model = ModelDigest(digest, self._candidates.companions(plan))
         return {
             name: cell_of(self._config, CANDIDATE, model, task)
             for name, task in self._tasks.items()
@@ -274,8 +236,7 @@ class Measurer:
             for name, places in documents.items()
         }
         with clock.part("answering"):
-            assert self._engine is not None
-            answered = answers(self._engine, self._tasks, new)
+            answered = answers(self._candidates.engine, self._tasks, new, self._scores)
         found = {name: {each.document: each for each in of} for name, of in answered.items()}
         return {
             name: [found[name].get(place) or known[name][place] for place in places]
@@ -310,6 +271,8 @@ class Measurer:
                 found[f"{task}.{metric}"] = number.value, number.stderr
                 if len(by_metric) == 1:
                     found[task] = number.value, number.stderr
+            for short, metric in short_names([*by_metric]).items():
+                found[f"{task}.{short}"] = found[f"{task}.{metric}"]
         if numbers.keys() == self._tasks.keys():
             groups = resolve_groups(self._groups, {t: list(of) for t, of in numbers.items()})
             measured = {
@@ -336,50 +299,13 @@ def _begun(place: str) -> Store:
     return store
 
 
-def answers(
-    engine: "Engine", tasks: Mapping[str, EvaluationTask], documents: Documents
-) -> dict[str, list[Sample]]:
-    """The samples of some documents of each task. Tasks with the same decoding are asked at once,
-    as an engine answers many prompts faster together; answers do not depend on it.
-    """
-    found: dict[str, list[Sample]] = {}
-    together: dict[Any, list[GradedTask]] = {}
-    for name, places in documents.items():
-        task = tasks[name]
-        if isinstance(task, GradedTask):
-            together.setdefault(task.sampling, []).append(task)
-        else:
-            found[name] = [
-                sample
-                for first, last in _runs(places)
-                for sample in task.measure(engine, first, last)
-            ]
-    for sampling, graded in together.items():
-        prompts = [prompt for task in graded for prompt in task.prompts(documents[task.name])]
-        completions = iter(engine.generate(prompts, sampling) if prompts else [])
-        for task in graded:
-            places = documents[task.name]
-            found[task.name] = task.graded(places, [next(completions) for _ in places])
-    return {name: found[name] for name in documents}
-
-
-def series_of(samples: Mapping[str, list[Sample]]) -> dict[str, list[float]]:
-    """By `task.metric`: the scores of samples; metrics that are not a number a sample are not in
-    it.
-    """
-    found: dict[str, list[float]] = {}
-    for task, of in samples.items():
-        for metric in of[0].values if of else ():
-            scores = [sample.values.get(metric) for sample in of]
-            if all(isinstance(score, int | float) for score in scores):
-                found[f"{task}.{metric}"] = [float(score) for score in scores]  # type: ignore[arg-type]
-    return found
-
-
-def _runs(places: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Rising numbers as ranges [first, last) of neighbours."""
-    first = 0
-    for end in range(1, len(places) + 1):
-        if end == len(places) or places[end] != places[end - 1] + 1:
-            yield places[first], places[end - 1] + 1
-            first = end
+def _check_task(task: EvaluationTask, *, has_store: bool) -> None:
+    """Raise InputError for a task that candidates in memory are not measured on."""
+    if isinstance(task, ScoredTask):
+        if has_store:
+            raise InputError(f"store: {task.name} is scored; allowed with it: other tasks")
+    elif not isinstance(task, GradedTask | LibraryTask):
+        raise InputError(
+            f"tasks: {task.name} is attacked anew for each model; allowed for candidates: other "
+            "tasks"
+        )

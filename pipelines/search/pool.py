@@ -2,8 +2,8 @@
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +40,51 @@ class _Actor(Measurer):
             return Failed("failed", error_line(error))
 
 
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """In the block, torch has so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class LocalPool:
+    """One worker, in this process.
+
+    Args:
+        places, arguments: of `Measurer`.
+        num_threads: of torch while it measures. Several that other work keeps busy wait for one
+            another, so that small models take many times as long.
+    """
+
+    size = 1
+
+    def __init__(self, *places: Any, num_threads: int = 1, **arguments: Any) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of each model that is loaded
+        self._worker = _Actor(*places, **arguments)
+        self._given: tuple[Any, ...] = ()
+        self._num_threads = num_threads
+
+    def start(self, worker: int, candidate: Any, documents: Any = None, race: Any = None) -> None:
+        """As of `MeasurerPool`; the work is done in `finished`."""
+        self._given = candidate, documents, race
+
+    def finished(self) -> tuple[int, Measurement | Failed]:
+        with _threads(self._num_threads):
+            return 0, self._worker.measured(*self._given)
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._worker.close()
+
+
 class MeasurerPool:
     """Workers by number. Each is an actor with what its engine needs, started by its first
     candidate, ended after a rest, and started again by the next one.
@@ -49,6 +94,9 @@ class MeasurerPool:
         engine: says what an actor needs.
         size: the most actors; fewer where the cluster has no room for them.
         rest_s: seconds without a candidate after which an actor ends.
+
+    Raises:
+        InputError: an engine for which no node of the cluster has room.
     """
 
     def __init__(
@@ -63,6 +111,7 @@ class MeasurerPool:
 
         cluster = ray.cluster_resources()
         need = engine.need(cluster)
+        check_room(need.bundle, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         self.size, self._rest_s = max(1, min(size, need.most(cluster))), rest_s
         remote: Any = ray.remote(_Actor).options(**need.options)
         self._new = functools.partial(remote.remote, *places, **arguments)
@@ -135,3 +184,24 @@ class MeasurerPool:
         if actor is not None:
             with suppress(ray.exceptions.RayError):
                 ray.kill(actor)
+
+
+def check_room(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Check that what an engine needs fits on a node, or it would be waited for without an end.
+
+    Args:
+        bundle: amounts by resource.
+        nodes: of each node its resources.
+
+    Raises:
+        InputError: it does not.
+    """
+    if any(all(node.get(name, 0) >= amount for name, amount in bundle.items()) for node in nodes):
+        return
+    needed = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+    found = "; ".join(
+        ", ".join(f"{node.get(name, 0):g} {name}" for name in bundle) for node in nodes
+    )
+    raise InputError(
+        f"engine: one trial needs {needed} on a node; the cluster's nodes have {found}"
+    )

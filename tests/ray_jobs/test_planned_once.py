@@ -14,7 +14,7 @@ from ray_jobs import cli
 from tests.tiny_models import save_tiny_llama
 
 LOOKS = ("pipelines.merge.plan._plan", "pipelines.evaluate.opened.load_tasks")
-LOOKS += ("pipelines.sweep.run.load_tasks", "pipelines.checkpoints.digests.tensor_digests")
+LOOKS += ("pipelines.checkpoints.digests.tensor_digests",)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(target, counting)
 
-    import pipelines.sweep.run  # noqa: F401
+    import pipelines.search  # noqa: F401
 
     for target in LOOKS:
         counted(target)
@@ -72,9 +72,10 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "evaluate": {"models": {"a": "m0", "b": "m1"}, "tasks": "tasks.yaml", "max_new_tokens": 2},
         "sweep": {
             "merge": "plain.yaml",
-            "search": {"seed": [0]},
-            "tasks": "tasks.yaml",
-            "max_new_tokens": 2,
+            "space": {"seed": [0]},
+            "sampler": {"name": "grid"},
+            "evaluation": {"tasks": "tasks.yaml", "max_new_tokens": 2},
+            "baselines": False,
         },
         "plain": {"merge_method": "linear", "models": [{"model": "m0"}, {"model": "m1"}]},
     }
@@ -123,14 +124,11 @@ def test_evaluate(
     }
 
 
-@pytest.mark.ray
-def test_sweep(
-    ray_cluster: None, world: Path, counts: Counter[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sweep(world: Path, counts: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     poise(monkeypatch, "sweep", "sweep.yaml", "--out", "out")
     assert counts == {
-        "pipelines.sweep.run.load_tasks": 1,
-        "pipelines.merge.plan._plan": 1,
-        "m0": 1,
-        "m1": 1,
+        "pipelines.evaluate.opened.load_tasks": 4,  # of both splits, here and where is measured
+        "pipelines.merge.plan._plan": 4,  # the study, the winner, and the trial on both splits
+        "m0": 4,
+        "m1": 4,
     }

@@ -1,4 +1,4 @@
-"""What engines ask of a cluster; whether evaluations and sweeps ask for it.
+"""What engines ask of a cluster; whether evaluations and searches ask for it.
 
 Oracle: the GPUs that Ray gives, in a Ray of its own with two made-up ones.
 """
@@ -14,8 +14,7 @@ import pytest
 from pipelines.config import check
 from pipelines.engines import EngineConfig, Need
 from pipelines.errors import InputError
-from pipelines.sweep import SweepConfig
-from pipelines.sweep.run import trial_need
+from pipelines.search.pool import check_room
 
 CPUS, GPUS = {"CPU": 4.0}, {"CPU": 4.0, "GPU": 2.0}
 
@@ -54,10 +53,11 @@ def test_fields_without_effect(fields: dict) -> None:
         check(fields, EngineConfig, "engine")
 
 
-def test_what_a_trial_needs(tmp_path: Path) -> None:
-    config = SweepConfig(merge=tmp_path, search={"x": [1]}, tasks=tmp_path, cpus_per_trial=2.0)
-    assert trial_need(config, CPUS) == {"CPU": 2.0}
-    assert trial_need(config, GPUS) == {"CPU": 2.0, "GPU": 1}
+def test_a_trial_that_never_fits_is_an_error() -> None:
+    nodes = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 0.5, "GPU": 2.0}]
+    check_room({"CPU": 4.0, "GPU": 1}, nodes)
+    with pytest.raises(InputError, match=r"needs 0\.9 CPU, 2 GPU on a node; .* 4 CPU, 1 GPU; 0\.5"):
+        check_room({"CPU": 0.9, "GPU": 2}, nodes)
 
 
 def by_begin(trial: list) -> float:
@@ -66,13 +66,14 @@ def by_begin(trial: list) -> float:
 
 
 SCRIPT = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 import ray, yaml
 from pipelines.evaluate import run as evaluation
 from pipelines.evaluate import pools
 from pipelines.evaluate.workers import Worker
-from pipelines.sweep import run as sweeping
+from pipelines.engines import EngineConfig
+from pipelines.search import pool as searching
 from ray_jobs.session import quiet_environment, worker_environment
 from tests.tiny_models import save_tiny_llama
 
@@ -85,25 +86,20 @@ row = {"id": "0", "prompt": [{"role": "user", "content": "a"}], "answer": "a", "
 task = {"name": "t", "dimension": "honesty", "grader": {"name": "exact"}}
 task["files"] = {"test": "rows.jsonl", "development": "rows.jsonl"}
 (root / "tasks.yaml").write_text(yaml.safe_dump([task]))
-merge = {"merge_method": "linear", "models": [{"model": str(root / n)} for n in "xy"]}
-merge["parameters"] = {"weight": 1.0}
-(root / "merge.yaml").write_text(yaml.safe_dump(merge))
 
 class Spy(Worker):
     def measure(self, block):
         (root / f"{block.model.name}.seen").write_text(json.dumps(ray.get_gpu_ids()))
         return super().measure(block)
 
-def trial(parameters, **unused):
-    import time
-    from ray import tune
-    begin, name = time.time(), parameters["parameters.weight"]
-    time.sleep(1)
-    seen = [ray.get_gpu_ids(), begin, time.time()]
-    (root / f"{name}.seen").write_text(json.dumps(seen))
-    tune.report({"trial": {"parameters": parameters, "value": 0.0}})
+class Timed:
+    def measured(self, candidate, documents, race):
+        begin = time.time()
+        time.sleep(1)
+        seen = [ray.get_gpu_ids(), begin, time.time()]
+        (root / f"{candidate}.seen").write_text(json.dumps(seen))
 
-pools.Worker, sweeping._trial = Spy, trial
+pools.Worker, searching._Actor = Spy, Timed
 ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False,
          runtime_env={"env_vars": worker_environment()})
 try:
@@ -112,12 +108,14 @@ try:
         models=models, tasks=root / "tasks.yaml", max_new_tokens=2, num_workers=3
     )
     evaluation.evaluate(config, root / "out")
-    search = {"parameters.weight": [1.0, 2.0, 3.0]}
-    swept = sweeping.SweepConfig(
-        merge=root / "merge.yaml", tasks=root / "tasks.yaml", search=search,
-        max_concurrent_trials=3,
-    )
-    sweeping.sweep(swept, root / "swept")
+    pool = searching.MeasurerPool([], {}, EngineConfig(), 3)
+    assert pool.size == 2
+    for worker in range(2):
+        pool.start(worker, float(worker + 1))
+    pool.start(pool.finished()[0], 3.0)
+    for _ in range(2):
+        pool.finished()
+    pool.close()
 finally:
     ray.shutdown()
 """

@@ -14,8 +14,7 @@ from pipelines.engines.transformers_engine import TransformersEngine
 from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate, evaluate_together, plan_evaluation
 from pipelines.fingerprint import MEANING
-from pipelines.sweep import SweepConfig, plan_sweep
-from pipelines.sweep.run import _measure
+from pipelines.search import Measurer, StudyConfig, plan_study
 from tests.pipelines.checkpoints.digest_definition import blake2, described
 from tests.tiny_models import save_tiny_llama
 
@@ -169,18 +168,18 @@ def test_a_raised_meaning_measures_again(
     evaluate(config, out, executor="local")
     assert asked == [2, 2]
     swept = sweep_of(world)
-    keys = [plan_sweep(swept).fingerprint]
+    keys = [plan_study(swept).key]
     for kind in ("evaluate", "merge", "sweep"):
         monkeypatch.setitem(MEANING, kind, MEANING[kind] + 1)
-        keys.append(plan_sweep(swept).fingerprint)
+        keys.append(plan_study(swept).key)
     assert len(set(keys)) == 4
 
 
-def sweep_of(world: Path) -> SweepConfig:
+def sweep_of(world: Path) -> StudyConfig:
     models = [{"model": str(world / f"model-{seed}")} for seed in (0, 1)]
     merge = {"merge_method": "linear", "models": models}
     (world / "merge.yaml").write_text(yaml.safe_dump(merge))
-    return SweepConfig(
+    return StudyConfig(
         merge=world / "merge.yaml",
         search={"seed": [0]},
         tasks=world / "tasks.yaml",
@@ -188,16 +187,13 @@ def sweep_of(world: Path) -> SweepConfig:
     )
 
 
-def test_a_trial_does_not_read_what_it_has_just_written(world: Path, read: list[str]) -> None:
-    from pipelines.merge import load_merge_config, merge
-
-    swept = sweep_of(world)
-    model = Path(merge(load_merge_config(swept.merge), world / "trial" / "candidate"))
-    assert read == []  # neither inputs nor output: both were hashed on their way
-    found, decides = _measure(swept, model)
-    assert set(found) == {"honesty", "average", "tasks"}
-    assert decides == found["average"]["value"]
-    assert read == []
+def test_a_trial_reads_no_files_for_a_digest(world: Path, read: list[str]) -> None:
+    plan = plan_study(sweep_of(world))
+    measurer = Measurer(plan.evaluation)
+    found = measurer.measure(plan.candidate({"seed": 0}))
+    measurer.close()
+    assert {"honesty", "average"} < found.values.keys()
+    assert read == []  # neither inputs nor output: both are hashed on their way
 
 
 def test_an_adapter_beside_a_model_is_refused(world: Path) -> None:

@@ -104,6 +104,11 @@ BAD = {
         {"data": None, "of": "x", "columns": {"id": "n"}},
         "columns: has no effect with of",
     ),
+    "nothing drawn": (
+        {"data": None, "of": "x", "decoding": {"temperature": 1}},
+        "decoding: has no effect with of",
+    ),
+    "greedy": ({"decoding": {"top_k": 3}}, "top_k: has no effect at temperature 0"),
     "no such head": ({"head": "nice"}, "head: found 'nice'; allowed: 0 to 2, or LABEL_0"),
     "no label chosen": ({"head": None}, "found 3 labels"),
     "a causal model": ({"reward": "a"}, "found LlamaForCausalLM; allowed: a sequence class"),

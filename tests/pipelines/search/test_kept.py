@@ -23,6 +23,7 @@ from pipelines.engines.weights import MergeWeights
 from pipelines.errors import InputError
 from pipelines.merge import MergeConfig, merge, plan_merge
 from pipelines.merge.card import digest_of_companions
+from pipelines.merge.coefficients import Coefficients, Settings
 from pipelines.merge.kept import Kept
 from pipelines.merge.plan import Opened
 from tests.tiny_models import save_tiny_llama
@@ -58,6 +59,7 @@ PARAMETERS: dict[str, tuple[dict[str, Any], ...]] = {
     "sce": ({"select_topk": 0.4}, {"select_topk": 0.7}),
     "tsvm": ({}, {"lambda": 0.5}),
     "r_tsvm": ({}, {"lambda": 0.5}, {"rank_coupling": 0.5}),
+    "dam": ({"coefficients": 1}, {"coefficients": 2}),  # the seed of a file
 }
 
 
@@ -94,6 +96,20 @@ def kept() -> Kept:
     return Kept(1 << 26)
 
 
+def coefficients_of(models: list[Path], seed: int) -> str:
+    """A file of random coefficients of the linear layers."""
+    random, base = torch.Generator().manual_seed(seed), Checkpoint.open(models[0])
+    tensors = {
+        name: torch.randn((2, each.shape[-1]), generator=random)
+        for name, each in base.tensors.items()
+        if "proj" in name
+    }
+    settings = Settings(models=[str(each) for each in models[1:]], base_model=str(models[0]))
+    path = models[0].parent / f"coefficients-{seed}.safetensors"
+    Coefficients(str(path), settings, tensors).write(path)
+    return str(path)
+
+
 def config_of(models: list[Path], method: str, parameters: dict[str, Any]) -> MergeConfig:
     """A merge of as many models as the method takes; a list of weights is one for each."""
     entry, own = METHODS[method], dict(parameters)
@@ -103,6 +119,8 @@ def config_of(models: list[Path], method: str, parameters: dict[str, Any]) -> Me
     for weight, each in zip(listed or [], entries, strict=False):
         each["parameters"] = {"weight": weight}
     fields: dict[str, Any] = {"merge_method": method, "models": entries, "parameters": own}
+    if "coefficients" in own:
+        fields["coefficients"] = coefficients_of(models, own.pop("coefficients"))
     if entry.needs_base not in (False, "dare_density"):
         fields["base_model"] = str(models[0])
     return MergeConfig.model_validate(fields)

@@ -3,19 +3,22 @@
 Oracle: `evaluate` of the same merge, written by `merge`.
 """
 
+import itertools
+import json
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from pipelines.errors import InputError
-from pipelines.evaluate import evaluate
+from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.evaluate.plan import plan_evaluation
 from pipelines.evaluate.store import Store
 from pipelines.merge import MergeConfig, merge
 from pipelines.search import Bound, Measurer, Objective, Race
+from tests.pipelines.rewards.reward_models import save_reward_model
 from tests.pipelines.search.conftest import DIMENSIONS, NUM_ROWS, evaluation_of, ties
-from tests.tiny_models import save_tiny_llama
+from tests.tiny_models import WORDS, save_tiny_llama
 
 
 def test_a_candidate_has_the_numbers_and_the_cells_of_its_written_merge(
@@ -125,3 +128,41 @@ def test_bad_candidates_are_named_and_the_next_one_is_measured(
             measurer.measure(candidate, documents)
         again = measurer.measure(ties(models, weight=0.5), {"third": [0]})
         assert (again.digest, again.samples) == (good.digest, good.samples)
+
+
+def test_rewards_are_values_of_a_candidate(models: list[Path], tmp_path: Path) -> None:
+    """As an evaluation of the written merge has them; answers that two models value are one."""
+    pairs = itertools.pairwise(WORDS)
+    rows = [{"prompt": f"{a} {b}", "id": f"{a}{b}"} for a, b in pairs]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scorers = [save_reward_model(tmp_path / f"reward-{seed}", seed) for seed in (5, 6)]
+    entries = [
+        {
+            "reward": str(path),
+            "name": path.name,
+            "data": {"development": str(tmp_path / "rows.jsonl")},
+            "max_new_tokens": 4,
+        }
+        for path in scorers
+    ]
+    config = EvaluateConfig(
+        models={"m": tmp_path / "written"},
+        tasks=entries,
+        split="development",
+        groups={"both": {"members": ["reward-5.reward", "reward-6.reward"]}},
+    )
+    merge(MergeConfig.model_validate(ties(models, weight=0.7)), tmp_path / "written")
+    written = evaluate(config, tmp_path / "evaluation", executor="local")["models"]["m"]
+    measurer = Measurer(config.model_copy(update={"models": {"m": models[0]}}))
+    found = measurer.measure(ties(models, weight=0.7))
+    some = measurer.measure(ties(models, weight=0.7), {"reward-5": [1, 4]})
+    measurer.close()
+    for path in scorers:
+        number = written["tasks"][path.name]["reward"]
+        assert found.values[f"{path.name}.reward"] == pytest.approx(number["value"], rel=1e-6)
+        assert found.stderr[f"{path.name}.reward"] == pytest.approx(number["stderr"], rel=1e-6)
+    assert found.values["both"] == pytest.approx(written["groups"]["both"]["value"], rel=1e-6)
+    whole = found.samples["reward-5.reward"]
+    assert some.samples["reward-5.reward"] == pytest.approx([whole[1], whole[4]], rel=1e-5)
+    with pytest.raises(InputError, match="store: reward-5 is scored; allowed with it: other tasks"):
+        Measurer(config, store=str(tmp_path / "store"))

@@ -1,4 +1,4 @@
-"""Sweeps: every value tried, the best chosen by the metric, finished trials kept.
+"""Sweeps with the config of earlier versions: every value tried, the best chosen by the metric.
 
 Oracle: each trial's merge and evaluation, done by hand.
 """
@@ -6,6 +6,7 @@ Oracle: each trial's merge and evaluation, done by hand.
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -14,7 +15,8 @@ from pipelines.config import check, load_yaml
 from pipelines.errors import InputError
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.merge import load_merge_config, merge
-from pipelines.sweep import SweepConfig, plan_sweep, sweep
+from pipelines.provenance import read_record
+from pipelines.search import StudyConfig, plan_study, search
 from tests.tiny_models import save_tiny_llama
 
 
@@ -57,22 +59,29 @@ def in_their_folder(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(inputs)
 
 
-def config_of(inputs: Path, **changes: object) -> SweepConfig:
+def config_of(inputs: Path, **changes: object) -> StudyConfig:
     values = {
         "merge": "merge.yaml",
         "search": {"parameters.lambda": [0.5, 1.0]},
         "tasks": "tasks.yaml",
         "max_new_tokens": 2,
     }
-    return check({**values, **changes}, SweepConfig, "sweep.yaml")
+    return check({**values, **changes}, StudyConfig, "sweep.yaml")
 
 
-@pytest.mark.ray
+@pytest.mark.parametrize(
+    "executor", ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])]
+)
 def test_every_value_is_tried_and_measured_as_by_hand(
-    ray_cluster: None, inputs: Path, tmp_path: Path
+    executor: Literal["local", "ray"],
+    inputs: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if executor == "ray":
+        request.getfixturevalue("ray_cluster")
     config = config_of(inputs)
-    result = sweep(config, tmp_path / "out")
+    result = search(plan_study(config), tmp_path / "out", executor=executor)
     assert [t["parameters"] for t in result["trials"]] == [
         {"parameters.lambda": 0.5},
         {"parameters.lambda": 1.0},
@@ -83,22 +92,27 @@ def test_every_value_is_tried_and_measured_as_by_hand(
         merge(load_merge_config(config.merge, [f"parameters.lambda={value}"]), model)
         measured = evaluate(
             EvaluateConfig(
-                models={"m": model}, tasks=config.tasks, split="development", max_new_tokens=2
+                models={"m": model}, tasks="tasks.yaml", split="development", max_new_tokens=2
             ),
             tmp_path / f"evaluation-{value}",
             executor="local",
         )
-        assert trial["value"] == measured["models"]["m"]["groups"]["average"]["value"]
-    best = max(result["trials"], key=lambda trial: trial["value"])
-    assert result["best"] == best
+        average = measured["models"]["m"]["groups"]["average"]
+        assert trial["values"] == {"average": average["value"]}
+        assert trial["stderr"] == {"average": average["stderr"]}
+    best = max(result["trials"], key=lambda trial: trial["values"]["average"])
+    assert result["best"].items() >= best.items()
     chosen = load_yaml(tmp_path / "out" / "merge.yaml")
     assert chosen["parameters"]["lambda"] == best["parameters"]["parameters.lambda"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["merge.yaml", "sweep.json"]
+    written = read_record(tmp_path / "out" / "best")
+    by_hand = read_record(tmp_path / f"by-hand-{chosen['parameters']['lambda']}")
+    assert written is not None and by_hand is not None
+    assert written["weights"] == by_hand["weights"]
     stamp = (tmp_path / "out" / "sweep.json").stat().st_mtime_ns
-    assert sweep(config, tmp_path / "out") == result  # read, not done again
+    assert search(plan_study(config), tmp_path / "out") == result  # read, not done again
     assert (tmp_path / "out" / "sweep.json").stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match="exists already"):
-        sweep(config_of(inputs, seed=5), tmp_path / "out")
+        search(plan_study(config_of(inputs, seed=5)), tmp_path / "out")
 
 
 LETTERS = {
@@ -127,33 +141,40 @@ def listed(inputs: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.ray
+@pytest.mark.parametrize("metric", ["all", "letters.not_phrase"])
 def test_a_list_of_tasks_decides_as_by_hand(
-    ray_cluster: None, inputs: Path, tmp_path: Path, listed: dict[str, object]
+    inputs: Path, tmp_path: Path, listed: dict[str, object], metric: str
 ) -> None:
     """By a group and by a task's metric, on the development half of a task with one split."""
-    values = {"merge": "merge.yaml", "search": {"parameters.lambda": [0.5]}, **listed}
-    config = check(values, SweepConfig, "sweep.yaml")
-    [trial] = sweep(config, tmp_path / "out")["trials"]
+    config = config_of_list(listed, metric=metric)
+    [trial] = search(plan_study(config), tmp_path / "out")["trials"]
     model = tmp_path / "by-hand"
     merge(load_merge_config(config.merge, ["parameters.lambda=0.5"]), model)
     measured = evaluate(
-        EvaluateConfig(models={"m": model}, tasks=config.tasks, split="development"),
+        EvaluateConfig(models={"m": model}, tasks=listed["tasks"], split="development"),
         tmp_path / "evaluation",
         executor="local",
     )
     number = measured["models"]["m"]["tasks"]["letters"]["not_phrase"]
-    assert trial["value"] == 100 * number["value"]
-    assert trial["metrics"]["tasks"]["letters"]["not_phrase"] == number
+    scale = 100 if metric == "all" else 1
+    assert trial["values"] == {metric: scale * number["value"]}
+    assert trial["stderr"] == {metric: pytest.approx(scale * number["stderr"])}
     assert 0 < number["n"] < 8
+
+
+def config_of_list(listed: dict[str, object], **changes: object) -> StudyConfig:
+    values = {"merge": "merge.yaml", "search": {"parameters.lambda": [0.5]}, **listed, **changes}
+    return check(values, StudyConfig, "sweep.yaml")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metric": "average"}, "metric: found 'average'; allowed: all, letters.not_phrase"),
+        (
+            {"metric": "average"},
+            "objectives: found 'average'; allowed: all, letters, letters.not_phrase, seconds",
+        ),
         ({"only": ["letters"]}, "only: has no effect with a list of tasks"),
-        ({"tasks": "tasks.yaml"}, "groups: has no effect with a tasks.yaml"),
         (
             {"groups": {"all": {"members": ["lettres"]}}},
             "found 'lettres'; allowed: a group, a task",
@@ -163,15 +184,14 @@ def test_a_list_of_tasks_decides_as_by_hand(
 def test_mistakes_in_lists_of_tasks(
     inputs: Path, listed: dict[str, object], changes: dict[str, object], message: str
 ) -> None:
-    values = {"merge": "merge.yaml", "search": {"parameters.lambda": [0.5]}, **listed, **changes}
     with pytest.raises(InputError, match=message):
-        plan_sweep(check(values, SweepConfig, "sweep.yaml"))
+        plan_study(config_of_list(listed, **changes))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metric": "speed"}, "metric: found 'speed'; allowed: average, helpfulness"),
+        ({"metric": "speed"}, "found 'speed'; allowed: helpfulness, average"),
         ({"search": {"parameters.lamda": [1.0]}}, "lamda: unknown parameter"),
         ({"merge": "none.yaml"}, "none.yaml: no such file"),
     ],
@@ -180,7 +200,7 @@ def test_mistakes_are_found_before_the_first_trial(
     inputs: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        sweep(config_of(inputs, **changes), tmp_path / "out")
+        search(plan_study(config_of(inputs, **changes)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -189,9 +209,11 @@ def test_mistakes_are_found_before_the_first_trial(
     [
         ({"search": {"parameters.lambda": []}}, "the list is empty"),
         ({"split": "test"}, "found test, choose_on: development; allowed: development for both"),
-        ({"choose_on": "test"}, "split: found development, choose_on: test; allowed"),
         ({"num_samples": 3}, "num_samples: has no effect when every search is a list"),
-        ({"search": {"parameters.lambda": {"uniform": [1, 0]}}}, "expected low < high"),
+        (
+            {"search": {"parameters.lambda": {"uniform": [1, 0]}}, "num_samples": 1},
+            "expected low < high",
+        ),
         ({"search": {"parameters.lambda": {"uniform": [0, 1]}}}, "num_samples: required"),
     ],
 )
@@ -207,14 +229,14 @@ def test_every_value_is_looked_at_before_the_first_trial(inputs: Path) -> None:
         changes = {"search": {"parameters.lambda": values}}
         if isinstance(values, list):
             with pytest.raises(InputError, match="lambda: found 'much'; allowed"):
-                plan_sweep(config_of(inputs, **changes))
+                plan_study(config_of(inputs, **changes))
         else:
-            plan_sweep(config_of(inputs, **changes, num_samples=1))
+            plan_study(config_of(inputs, **changes, num_samples=1))
 
 
 def test_changed_weights_are_another_sweep(inputs: Path, tmp_path: Path) -> None:
-    before = plan_sweep(config_of(inputs))
+    before = plan_study(config_of(inputs)).key
     weights = inputs / "tuned" / "model.safetensors"
     times = weights.stat()
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
-    assert plan_sweep(config_of(inputs)) != before
+    assert plan_study(config_of(inputs)).key != before
