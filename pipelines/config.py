@@ -89,7 +89,21 @@ _TYPE_NAME = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that also reads 1e-5 as a number, as in YAML 1.2."""
+    """YAML that also reads 1e-5 as a number, as in YAML 1.2, and in which a mapping has each key
+    once: of two, one would have no effect.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A mapping; keys that are taken over from another one (`<<`) may be there again."""
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                continue
+            if key.value in seen:
+                problem = f"found the key {key.value!r} twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -149,6 +163,18 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
         except yaml.YAMLError:
             raise InputError(f"override {override!r}: the value is not valid YAML") from None
         _set(result, key.split("."), value, override)
+    return result
+
+
+def apply_values(values: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """As `apply_overrides`, for values by `key.sub` that have been read.
+
+    Raises:
+        InputError: a key whose path does not lead into a mapping or list.
+    """
+    result = copy.deepcopy(values)
+    for key, value in fields.items():
+        _set(result, key.split("."), value, key)
     return result
 
 

@@ -78,6 +78,23 @@ def demo(
     run_demo(out, seed=seed, size="smoke" if smoke else "default", force=force)
 
 
+@app.command(epilog="Example: `poise real pairs=hh/harmless.jsonl.gz gsm8k=test.jsonl`")
+def real(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="over configs/real/real.yaml; limit= is all"),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", callback=_no_address, help="folder of the run")
+    ] = Path("runs/real"),
+    force: Force = False,
+) -> None:
+    """A real small model from packages: aligned twice, merged, measured (`make real`)."""
+    from ray_jobs.real import run_real
+
+    run_real(out, overrides or [], force=force)
+
+
 @app.command(epilog="Example: `poise align configs/demo/align/dpo-helpful.yaml --out runs/helpful`")
 def align(
     config: ConfigPath,
@@ -394,7 +411,7 @@ def sweep(
     out: Out = Path("runs/sweep"),
     plan: Annotated[bool, typer.Option("--plan", help="only show the space and the plan")] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="few trials and prompts, to try a config")
+        bool, typer.Option("--smoke", help="few trials, prompts and steps, to try a config")
     ] = False,
     more: Annotated[
         int | None,
@@ -403,7 +420,7 @@ def sweep(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search a space of merges: measured in memory, chosen on development, the best written."""
+    """Search a space of merges, measured in memory, or of trainings; the best is written."""
     from ray_jobs.sweep import run_sweep
 
     run_sweep(
@@ -472,18 +489,95 @@ def report(
     run_report(runs, out, force=force, settings=settings)
 
 
-@app.command(epilog="Example: `poise serve runs/demo/models/linear --port 8000`")
+@app.command(epilog="Example: `poise pipeline configs/demo/pipeline.yaml --plan`")
+def pipeline(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="only show the stages and which of them stand")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="replace results of another config or of other inputs"),
+    ] = False,
+) -> None:
+    """Run stages (align, merge, evaluate, ...) that need each other, from one file."""
+    from ray_jobs.pipeline import run_pipeline_file
+
+    if not run_pipeline_file(config, overrides or [], only_plan=plan, force=force):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `poise status runs/demo` or `poise status runs --prune`")
+def status(
+    storage: Annotated[
+        str, typer.Argument(metavar="STORAGE", help="a folder of results, or its address")
+    ],
+    prune: Annotated[
+        bool, typer.Option("--prune", help="show which unfinished runs are old; --yes removes")
+    ] = False,
+    days: Annotated[float, typer.Option(help="with --prune: not changed for so long", min=0)] = 7,
+    yes: Annotated[bool, typer.Option("--yes", help="with --prune: remove them")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What runs, what stands, what failed and why, and what it takes on the disk."""
+    from ray_jobs.status import run_status
+
+    if yes and not prune:
+        raise InputError("--yes: has no effect without --prune")
+    run_status(storage, prune=prune, days=days, yes=yes, as_json=as_json)
+
+
+@app.command(epilog="Example: `poise serve serve.yaml`, `poise serve runs/demo/models/linear`")
 def serve(
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="MODEL...", help="checkpoints, or names on the hub")
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG|MODEL... [KEY=VALUE]...",
+            help="a YAML file; or checkpoints, also on the hub; then fields of the config",
+        ),
     ],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
 ) -> None:
-    """Serve checkpoints through an OpenAI-compatible API with Ray Serve and vLLM."""
+    """Serve answers and rewards over HTTP (OpenAI's API), each signed by its weights."""
     from ray_jobs.serve import run_serve
 
-    run_serve(paths, host=host, port=port)
+    paths = [Path(word) for word in words if "=" not in word]
+    run_serve(paths, [word for word in words if "=" in word], host=host, port=port)
+
+
+@app.command(
+    epilog="Example: `poise deploy linear runs/ties --url http://127.0.0.1:8000 --canary 10`"
+)
+def deploy(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="of a served model")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="PATH", help="the checkpoint that it is to mean")
+    ] = None,
+    url: Annotated[
+        str, typer.Option(help="of the server, as http://HOST:PORT")
+    ] = "http://127.0.0.1:8000",
+    canary: Annotated[
+        int | None, typer.Option(help="percent of the requests; all", min=1, max=99)
+    ] = None,
+    promote: Annotated[
+        str | None, typer.Option(metavar="NAME", help="let it mean its canary")
+    ] = None,
+    rollback: Annotated[
+        str | None, typer.Option(metavar="NAME", help="end its canary, or its last change")
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="with the server's key; default POISE_DEPLOY_KEY")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change what a name means on a running server, which goes on answering."""
+    from ray_jobs.deploy import Asked, run_deploy
+
+    asked = Asked(name, path, canary, promote, rollback)
+    if not run_deploy(asked, url, key_file=key_file, as_json=as_json):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: `echo 'reverse a b c' | poise chat runs/demo/models/linear`")

@@ -1,5 +1,6 @@
 """One Ray session for a command: join the user's cluster, or start a local one and stop it."""
 
+import importlib
 import logging
 import os
 import socket
@@ -88,6 +89,14 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
             yield
     finally:
         ray.shutdown()
+
+
+def never_start_ray_again() -> None:
+    """Before an interrupted process ends: what its threads ask Ray after the shutdown must not
+    start a local Ray, which most of Ray's functions would do.
+    """
+    hook = importlib.import_module("ray._private.auto_init_hook")
+    hook.enable_auto_connect = False  # type: ignore[attr-defined]
 
 
 @contextmanager

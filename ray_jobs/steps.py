@@ -15,6 +15,21 @@ from pipelines.errors import InputError
 STATE_FILE = "steps.json"
 
 
+def move_aside(out: Path, old: Path, result_file: str) -> None:
+    """Make room for a new run; the last finished run stays at `old` until the new one finishes.
+
+    Args:
+        result_file: that a finished run has.
+    """
+    if not (out / STATE_FILE).is_file():
+        return  # no run: a new one begins here, or `Steps` refuses the other files
+    if old.exists() and not (out / result_file).is_file():
+        shutil.rmtree(out)  # a new run that was never finished
+        return
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One piece of work, its (last) output, and its expected time on two idle cores. A step that

@@ -17,6 +17,7 @@ from rich.table import Table
 from pipelines.config import load_config
 from pipelines.progress import PLAIN_INTERVAL_S
 from pipelines.search import Search, StudyConfig, StudyPlan, plan_study, search
+from pipelines.search.page import PAGE_FILE, write_page
 from pipelines.search.results import choose, front
 from pipelines.search.run import ALIGN_FILE, MERGE_FILE
 from pipelines.storage import resolve_output
@@ -45,11 +46,13 @@ def run_sweep(
         _print_plan(plan)
         return
     on_ray = plan.trains or config.max_concurrent_trials != 1 or bool(os.environ.get("RAY_ADDRESS"))
-    with ray_session() if on_ray else nullcontext(), _Display() as display:
+    # A training shows its own progress.
+    with ray_session() if on_ray else nullcontext(), _Display(live=not plan.trains) as display:
         executor: Literal["local", "ray"] = "ray" if on_ray else "local"
         result = search(
             plan, out, more=more, force=force, executor=executor, on_change=display.show
         )
+    write_page(out, result)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
@@ -60,14 +63,19 @@ def run_sweep(
 
 
 class _Display:
-    """A table on a terminal, which changes as the study goes on; elsewhere a line now and then."""
+    """A table on a terminal, which changes as the study goes on; elsewhere a line now and then.
 
-    def __init__(self) -> None:
+    Args:
+        live: whether there may be a table.
+    """
+
+    def __init__(self, *, live: bool) -> None:
         self._live: Live | None = None
+        self._may_live = live
         self._last = time.monotonic()
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
+        if self._may_live and sys.stderr.isatty():
             self._live = Live(console=Console(stderr=True), transient=True, refresh_per_second=2)
             self._live.start()
         return self
@@ -223,4 +231,4 @@ def _tell(result: Mapping[str, Any], out: Path) -> None:
             print(f"the best on test: {text}", file=sys.stderr)
         name = next(name for name in (MERGE_FILE, ALIGN_FILE) if (out / name).is_file())
         print(f"the best model: {out / 'best'}; its config: {out / name}", file=sys.stderr)
-    print(f"sweep: {out / 'sweep.json'}; its trials: {out / 'trials.csv'}", file=sys.stderr)
+    print(f"sweep: {out / 'sweep.json'}; its page: {out / PAGE_FILE}", file=sys.stderr)

@@ -32,10 +32,13 @@ TABLES = {
 }
 # Entries of that name in two tables, defaults, and what reads methods from the other tables.
 ELSEWHERE = {
-    "ray_jobs/demo.py": {"merge method", "objective"},  # the demo's own story
+    "ray_jobs/demo_results.py": {"merge method", "objective"},  # the demo's own story
+    "pipelines/real_model/data.py": {"grader of tasks"},  # of the real model's tasks
+    "pipelines/real_model/pairs.py": {"grader of tasks"},
     "operators/merging/table.py": {"sparsifier", "consensus"},
     "operators/optim/options.py": {"sparsifier", "consensus"},
     "operators/merging/method.py": {"sparsifier", "consensus"},
+    "pipelines/serve/protocol.py": {"grader of tasks"},  # json_schema is a field of OpenAI's API
     "pipelines/rewards/rows.py": {"reader of a published set"},  # RewardBench's sections are there
 }
 NAMES_OF_OTHER_THINGS = {

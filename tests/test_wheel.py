@@ -132,6 +132,7 @@ def test_the_demo_begins(installed: Installed, tmp_path: Path) -> None:
         assert process.wait(timeout=120) == 130, "".join(said)
     assert said[-1] == "poise: interrupted; run the same command again to go on\n"
     run = tmp_path / "run"
-    assert list(json.loads((run / "steps.json").read_text())["seconds"]) == ["world"]
+    stages = json.loads((run / ".pipelines" / "pipeline" / "state.json").read_text())["stages"]
+    assert [name for name, each in stages.items() if each["state"] == "done"] == ["world"]
     assert (run / "world" / "tasks" / "tasks.yaml").is_file()
-    assert (run / "configs" / "world.yaml").is_file()
+    assert (run / "configs" / "align" / "base.yaml").is_file()

@@ -98,6 +98,18 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """What one more step, or a few, have brought to an answer.
+
+    Attributes:
+        logprobs: as in `Completion`, for each of these tokens.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[Mapping[int, float], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LogLikelihood:
     """A continuation's sum of log-probabilities, whether greedy decoding would give just it, and
     how many tokens it has.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from operators.counter_random import WORDS, counter_key, unsigned_words
-from pipelines.engines.interface import Sampling
+from pipelines.engines.interface import Piece, Sampling
 
 if TYPE_CHECKING:
     from pipelines.engines.text import Text
@@ -118,7 +118,7 @@ class StopTexts:
     def __init__(self, text: "Text", stop: Sequence[str], width: int, num_rows: int) -> None:
         self._decode: Callable[[Sequence[int]], str] = text.decode
         self._stop, self._width = stop, width
-        self._tail = _tail(stop)
+        self._tail = stop_tail(stop)
         self.lengths: list[int | None] = [None] * num_rows
 
     def __call__(self, tokens: Tensor, scores: Tensor, **unused: object) -> Tensor:
@@ -132,11 +132,41 @@ class StopTexts:
         return torch.tensor(ended, device=tokens.device)
 
 
+class Watched:
+    """Tells of each new token, and ends the rows that nobody wants any more; a `StoppingCriteria`
+    of transformers.
+
+    Args:
+        watch: called with a row and its new token; the row ends where it returns False.
+        ends: the tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        watch: Callable[[int, Piece], bool],
+        sampler: Sampler,
+        ends: frozenset[int],
+        width: int,
+        num_rows: int,
+    ) -> None:
+        self._watch, self._sampler, self._ends, self._width = watch, sampler, ends, width
+        self._goes_on = [True] * num_rows
+
+    def __call__(self, tokens: Tensor, scores: Tensor, **unused: object) -> Tensor:
+        """Which rows are at their end: (batch,) bool."""
+        for row, token in enumerate(tokens[:, -1].tolist()):
+            if self._goes_on[row]:
+                found = self._sampler.logprobs[row]
+                piece = Piece((token,), (found[-1],) if found else None)
+                self._goes_on[row] = self._watch(row, piece) and token not in self._ends
+        return torch.tensor([not each for each in self._goes_on], device=tokens.device)
+
+
 def stopped_at(text: "Text", tokens: Sequence[int], stop: Sequence[str]) -> int | None:
     """How many of an answer's tokens bring the first stop text, as `StopTexts` counts; None: it
     has none.
     """
-    tail = _tail(stop)
+    tail = stop_tail(stop)
     for length in range(1, len(tokens) + 1):
         end = text.decode(tokens[max(0, length - tail) : length])
         if any(each in end for each in stop):
@@ -144,7 +174,7 @@ def stopped_at(text: "Text", tokens: Sequence[int], stop: Sequence[str]) -> int 
     return None
 
 
-def _tail(stop: Sequence[str]) -> int:
+def stop_tail(stop: Sequence[str]) -> int:
     """In how many of the last tokens a stop text is looked for: a text of n bytes ends in at most
     the last n tokens, and special ones between them.
     """

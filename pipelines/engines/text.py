@@ -174,6 +174,11 @@ def _load(weights: Weights, folder: Path) -> "PreTrainedTokenizerBase":
         raise InputError(f"model {weights.name}: its tokenizer does not load: {first}") from None
 
 
+def tokens_key(text: Text) -> str:
+    """32 hex digits of a tokenizer's tokens with their numbers."""
+    return fingerprint(text.tokenizer.get_vocab())
+
+
 def _key(weights: Weights) -> str:
     """What the tokenizer and the ends depend on; a text and a file that holds it are one."""
     digests = {

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,14 @@ from pipelines.engines.interface import (
     Completion,
     Conversation,
     LogLikelihood,
+    Piece,
     Prompt,
     Sampling,
     check_seeds,
 )
 from pipelines.engines.models import check_kind, context_of, head_of
 from pipelines.engines.places import Places
-from pipelines.engines.sampling import Sampler, StopTexts
+from pipelines.engines.sampling import Sampler, StopTexts, Watched
 from pipelines.engines.state import EngineState
 from pipelines.engines.text import Text
 from pipelines.engines.weights import Inspection, Weights, weights_of
@@ -89,11 +91,14 @@ class TransformersEngine:
         sampling: Sampling,
         seeds: Sequence[int] | None = None,
         progress: Callable[[int], Any] = lambda done: None,
+        watch: Callable[[int, Piece], bool] | None = None,
     ) -> list[Completion]:
         """As `Engine.generate`; prompts of similar length share a batch, with little padding.
 
         Args:
             progress: called with the number of answers of each finished batch.
+            watch: called with a prompt's place and each new token of its answer; the answer ends
+                where it returns False.
         """
         self._state.check("generate")
         check_seeds(prompts, sampling, seeds)
@@ -102,7 +107,8 @@ class TransformersEngine:
         answers: dict[int, Completion] = {}
         for limit, batch in self._batches(encoded, sampling.max_tokens):
             own = None if seeds is None else [seeds[place] for place in batch]
-            found = self._answers([encoded[place] for place in batch], sampling, own, limit)
+            seen = None if watch is None else partial(_watched, watch, batch)
+            found = self._answers([encoded[place] for place in batch], sampling, own, limit, seen)
             answers.update(zip(batch, found, strict=True))
             progress(len(batch))
         return [answers[place] for place in range(len(prompts))]
@@ -125,24 +131,31 @@ class TransformersEngine:
         return [found[place] for place in range(len(pairs))]
 
     @torch.inference_mode()
-    def rewards(self, conversations: Sequence[Conversation]) -> list[float]:
-        """As `Engine.rewards`. transformers' classes look for the last token that is no padding, so
-        without a padding token in config.json conversations are scored one by one.
+    def scores(self, conversations: Sequence[Conversation]) -> list[list[float]]:
+        """The raw scores of all labels, for each conversation. transformers' classes look for the
+        last token that is no padding, so without a padding token in config.json conversations are
+        scored one by one.
         """
         self._state.check("reward")
-        model, head = self._running, head_of(self._running.config.to_dict(), self.config.head)
+        model = self._running
         pad = model.config.get_text_config().pad_token_id
         encoded = [self._text.conversation(each) for each in conversations]
         self._text.check_room([len(each) for each in encoded], self.context, "conversations")
         order = sorted(range(len(encoded)), key=lambda place: (-len(encoded[place]), place))
         size = 1 if pad is None else self.config.batch_size
-        found: dict[int, float] = {}
+        found: dict[int, list[float]] = {}
         for first in range(0, len(order), size):
             batch = order[first : first + size]
             ids, mask = self._padded([encoded[place] for place in batch], pad or 0)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            found.update(zip(batch, logits[:, head].to(torch.float32).tolist(), strict=True))
+            found.update(zip(batch, logits.to(torch.float32).tolist(), strict=True))
         return [found[place] for place in range(len(encoded))]
+
+    def rewards(self, conversations: Sequence[Conversation]) -> list[float]:
+        """As `Engine.rewards`."""
+        self._state.check("reward")
+        head = head_of(self._running.config.to_dict(), self.config.head)
+        return [row[head] for row in self.scores(conversations)]
 
     def swap(self, source: "str | Path | MergePlan | Weights") -> str:
         """As `Engine.swap`. Where the model holds the checkpoint's tensors as they are, new values
@@ -221,6 +234,7 @@ class TransformersEngine:
         sampling: Sampling,
         seeds: Sequence[int] | None,
         limit: int,
+        watch: Callable[[int, Piece], bool] | None = None,
     ) -> list[Completion]:
         """The answers to one batch."""
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -230,6 +244,9 @@ class TransformersEngine:
         width = ids.shape[1]
         sampler = Sampler(sampling, prompts, width, seeds)
         stops = StopTexts(self._text, sampling.stop, width, len(prompts)) if sampling.stop else None
+        ends = self._text.ends
+        watched = None if watch is None else Watched(watch, sampler, ends, width, len(prompts))
+        criteria = StoppingCriteriaList([each for each in (stops, watched) if each is not None])
         # transformers' types do not say which models can generate.
         output = self._running.generate(  # type: ignore[operator]
             input_ids=ids,
@@ -241,7 +258,7 @@ class TransformersEngine:
                 eos_token_id=sorted(self._text.ends) or None,
             ),
             logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=None if stops is None else StoppingCriteriaList([stops]),
+            stopping_criteria=criteria or None,
         )
         lengths = [None] * len(prompts) if stops is None else stops.lengths
         return [
@@ -310,6 +327,13 @@ class TransformersEngine:
             ids[place, span] = torch.tensor(row)
             mask[place, span] = 1
         return ids.to(self._device), mask.to(self._device)
+
+
+def _watched(
+    watch: Callable[[int, Piece], bool], batch: Sequence[int], row: int, piece: Piece
+) -> bool:
+    """Tell of a batch's row by its prompt's place."""
+    return watch(batch[row], piece)
 
 
 def _made(

@@ -6,8 +6,9 @@ that come out, so answers can be compared with those of other engines.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,12 @@ from pipelines.engines.interface import (
     Completion,
     Conversation,
     LogLikelihood,
+    Piece,
     Prompt,
     Sampling,
 )
 from pipelines.engines.text import Text
-from pipelines.engines.vllm_requests import VllmModel, scored, starting
+from pipelines.engines.vllm_requests import VllmModel, in_pieces, logprobs_of, scored, starting
 from pipelines.engines.weights import CheckpointWeights, weights_of
 
 if TYPE_CHECKING:
@@ -176,12 +178,34 @@ class AsyncVllmEngine(_Known):
             outputs = await _all(self._answer(first + last, params) for first, last in pairs)
             return [scored(output, *pair) for output, pair in zip(outputs, pairs, strict=True)]
 
-    async def rewards(self, conversations: Sequence[Conversation]) -> list[float]:
-        """As `Engine.rewards`."""
+    async def stream(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        seed: int | None = None,
+        schema: str | None = None,
+    ) -> AsyncGenerator[Piece, None]:
+        """As `LiveEngine.stream`."""
+        async with self._under_way():
+            seeds = None if seed is None else [seed]
+            [(tokens, params)] = self._model.prompts([prompt], replace(sampling, stop=()), seeds)
+            request = self._llm.generate(_prompt(tokens), in_pieces(params, schema), self._number())
+            async with aclosing(request) as outputs:  # closed early, vLLM drops the request
+                async for output in outputs:
+                    [answer] = output.outputs
+                    if answer.token_ids:
+                        yield Piece(tuple(answer.token_ids), logprobs_of(answer))
+
+    async def scores(self, conversations: Sequence[Conversation]) -> list[list[float]]:
+        """As `LiveEngine.scores`."""
         async with self._under_way():
             encoded = self._model.conversations(conversations)
             outputs = await _all(self._scores(tokens) for tokens in encoded)
-            return [float(output.outputs.data[self._model.head]) for output in outputs]
+            return [output.outputs.data.tolist() for output in outputs]
+
+    async def rewards(self, conversations: Sequence[Conversation]) -> list[float]:
+        """As `Engine.rewards`."""
+        return [row[self._model.head] for row in await self.scores(conversations)]
 
     async def swap(self, source: "str | Path | MergePlan | Weights") -> str:
         """As `Engine.swap`, when the requests under way are answered."""
@@ -196,6 +220,12 @@ class AsyncVllmEngine(_Known):
                 self._model.failed(error)
                 raise
             return self._model.end_swap(text, results, is_reset)
+
+    async def check_health(self) -> None:
+        """As `LiveEngine.check_health`."""
+        if self._swaps == 0:
+            _ = self.weights  # an engine whose swap failed is of no use
+        await self._llm.check_health()
 
     def close(self) -> None:
         """As `Engine.close`."""

@@ -175,12 +175,8 @@ class VllmModel:
         if len(self._seen_stops(sampling)) < len(sampling.stop):
             tokens = tokens[: stopped_at(self.text, tokens, sampling.stop)]
         text, finish = self.text.answer(tokens, sampling.stop)
-        logprobs = None
-        if answer.logprobs is not None:
-            logprobs = tuple(
-                {token: found.logprob for token, found in each.items()}
-                for each in answer.logprobs[: len(tokens)]
-            )
+        logprobs = logprobs_of(answer)
+        logprobs = None if logprobs is None else logprobs[: len(tokens)]
         return Completion(text, tokens, finish, logprobs, self.state.digest)
 
     def begin_swap(self, weights: Weights) -> tuple[Text, bytes]:
@@ -251,6 +247,27 @@ def scored(output: Any, first: Tokens, last: Tokens) -> LogLikelihood:
     return LogLikelihood(
         sum(each.logprob for each in found), all(each.rank == 1 for each in found), len(last)
     )
+
+
+def logprobs_of(answer: Any) -> tuple[dict[int, float], ...] | None:
+    """The log-probabilities in a part of vLLM's output, as in `Completion`."""
+    if answer.logprobs is None:
+        return None
+    return tuple({t: found.logprob for t, found in each.items()} for each in answer.logprobs)
+
+
+def in_pieces(params: "SamplingParams", schema: str | None) -> "SamplingParams":
+    """The parameters of one answer, of which each output is to hold what is new.
+
+    Args:
+        schema: a JSON schema that the answer is to fit.
+    """
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    params.output_kind = RequestOutputKind.DELTA
+    if schema is not None:
+        params.structured_outputs = StructuredOutputsParams(json=schema)
+    return params
 
 
 def _check_heads(weights: Weights, device: str) -> None:

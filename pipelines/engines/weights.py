@@ -291,6 +291,12 @@ def check_same_config(new: Weights, old: Mapping[str, Any]) -> None:
             )
 
 
+def comparable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config.json weights must have in common to be computed with in one way."""
+    found = _comparable(config)
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def _comparable(value: Any) -> Any:
     """A config's value without what has no effect; absent and null are one."""
     if isinstance(value, Mapping):

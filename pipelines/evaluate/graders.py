@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.util import find_spec
 from typing import Any
 
 from pydantic import Field, field_validator
 
 from pipelines.config import Config
 from pipelines.errors import InputError
+from pipelines.evaluate.instructions import Checkers, instructions
 from pipelines.evaluate.languages import code_of, is_in_language
 from pipelines.evaluate.programs import programs
 from pipelines.evaluate.structured import function_calls, json_schema
@@ -189,6 +191,7 @@ class GraderEntry:
     needs_answers: bool = True
     is_normalised: bool = True  # white space in the completion is no part of the answer
     runs_code: bool = False  # only with `allow_code: true`
+    module: str | None = None  # of a package that is not always installed
 
     @property
     def needed(self) -> set[str]:
@@ -208,6 +211,9 @@ GRADERS: dict[str, GraderEntry] = {
     "function_calls": GraderEntry(function_calls, is_normalised=False),
     "json_schema": GraderEntry(json_schema, is_normalised=False),
     "programs": GraderEntry(programs, Limits, is_normalised=False, runs_code=True),
+    "instructions": GraderEntry(
+        instructions, Checkers, is_normalised=False, module="if_verifiable"
+    ),
 }
 
 
@@ -215,8 +221,13 @@ def require_code(name: str, allow_code: bool) -> None:
     """Make sure that the grader `name` may run, and can: to be asked before any answer is made.
 
     Raises:
-        InputError: it runs programs, and `allow_code` is false or this machine gives no sandbox.
+        InputError: it runs programs, and `allow_code` is false or this machine gives no sandbox; or
+            it needs a package that is not installed.
     """
+    module = GRADERS[name].module
+    if module is not None and find_spec(module) is None:
+        package = module.replace("_", "-")
+        raise InputError(f"grader {name!r}: needs the package {package}: pip install {package}")
     if not GRADERS[name].runs_code:
         return
     if not allow_code:

@@ -15,7 +15,7 @@ from pipelines.config import (
     Config,
     apply_overrides,
     check,
-    load_config,
+    load_yaml,
     parse_documents,
     tell_once,
 )
@@ -351,23 +351,35 @@ def leaves(setting: Any) -> Iterator[Any]:
 
 
 def load_merge_config(path: str | Path, overrides: Iterable[str] = ()) -> MergeConfig:
-    """Read a merge's YAML.
+    """Read a merge's YAML, as `read_merge` does, apply overrides and check it.
+
+    Raises:
+        InputError: the first mistake, with file and field.
+    """
+    values = read_merge(path)
+    if isinstance(values, dict):
+        values = apply_overrides(values, overrides)
+    return check(values, MergeConfig, str(path))
+
+
+def read_merge(path: str | Path) -> Any:
+    """The content of a merge's YAML, unchecked.
 
     In a file with several documents, the last one is the merge, and the others, which need a
     `name`, are its `merges`. The merge's own `name` has no effect; a line on stderr says so.
 
     Raises:
-        InputError: the first mistake, with file and field.
+        InputError: the file cannot be read, is not YAML, or its documents do not fit together.
     """
     path = Path(path)
     try:
         documents = [each for each in parse_documents(path.read_text("utf-8")) if each]
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        documents = []  # load_config reports the error
+        documents = []  # load_yaml reports the error
     if len(documents) < 2:
         if documents and isinstance(documents[0], dict) and "name" in documents[0]:
-            return check(_unnamed(documents[0], overrides), MergeConfig, str(path))
-        return load_config(path, MergeConfig, overrides)
+            return _unnamed(documents[0])
+        return load_yaml(path)
     *named, last = documents
     merges = {}
     for number, document in enumerate(named, start=1):
@@ -379,13 +391,11 @@ def load_merge_config(path: str | Path, overrides: Iterable[str] = ()) -> MergeC
         merges[name] = document
     if not isinstance(last, dict):
         raise InputError(f"{path}: the last document: expected a mapping of fields")
-    fields = _unnamed(last | {"merges": merges}, overrides)
-    return check(fields, MergeConfig, str(path))
+    return _unnamed(last | {"merges": merges})
 
 
-def _unnamed(fields: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """The fields of a file's last merge, with overrides and without its name."""
+def _unnamed(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a file's last merge without its name."""
     if "name" in fields:
         tell_once("name: has no effect: no later merge of the file can use this one as a model")
-    own = {field: value for field, value in fields.items() if field != "name"}
-    return apply_overrides(own, overrides)
+    return {field: value for field, value in fields.items() if field != "name"}

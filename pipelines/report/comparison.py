@@ -49,6 +49,16 @@ def difference(a: Measurement, b: Measurement) -> Difference:
     return Difference(a.value - b.value, math.hypot(a.stderr, b.stderr))
 
 
+def compared(results: Results, first: str, second: str, column: str) -> Difference:
+    """A model's number in a column less another's. Its error is paired by prompt where the results
+    have it; else it is that of `difference`.
+    """
+    a, b = (results.models[name].measurement(column) for name in (first, second))
+    paired = (results.paired_stderrs or {}).get(column, {})
+    error = paired.get(first, {}).get(second, paired.get(second, {}).get(first))
+    return difference(a, b) if error is None else Difference(a.value - b.value, error)
+
+
 def own_strength(name: str, model: ModelResults) -> str | None:
     """The single strength that a model was aligned to; None if there are several or none."""
     return SINGLE_STRENGTH.get(name.rsplit("-", 1)[-1]) if model.kind == "aligned" else None
@@ -76,8 +86,8 @@ def losses(
 ) -> list[tuple[str, str, Difference]]:
     """The tax: (model, strength, difference from SFT) of every clear loss, the largest first."""
     found = [
-        (name, strength, difference(model.measurement(strength), results.sft.measurement(strength)))
-        for name, model in models.items()
+        (name, strength, compared(results, name, results.sft_name, strength))
+        for name in models
         for strength in STRENGTHS
     ]
     return sorted((item for item in found if item[2].is_loss), key=lambda item: item[2].value)

@@ -128,9 +128,7 @@ def page_of_demo(folder: Path, results: Results, settings: Settings) -> Page:
         reference=matrix.rows.index(results.sft_name),
         axes=_axes(matrix, replace(settings, axes=settings.axes or (COLUMNS[0], COLUMNS[2]))),
         findings=[sentence.split(": ", 1) for sentence in findings(results)],
-        findings_note="Errors in these sentences are those of independent measurements. Models "
-        "answer the same prompts, so the true errors of differences are mostly smaller"
-        + (": the table below has them, paired by prompt." if paired else ".")
+        findings_note=_errors_in_words(results, paired)
         + " A standard error of 0 (every prompt right, or none) understates the uncertainty.",
         samples=samples,
         origins=_with_parents(lineage, results),
@@ -138,6 +136,21 @@ def page_of_demo(folder: Path, results: Results, settings: Settings) -> Page:
         configs=_configs(folder, results),
         timings_s=results.timings_s,
         versions=results.versions,
+    )
+
+
+def _errors_in_words(results: Results, paired: bool) -> str:
+    """What the errors of the findings are.
+
+    Args:
+        paired: whether the page's table has paired ones.
+    """
+    if results.paired_stderrs is not None:
+        return "Errors of differences are paired by prompt, as all models answer the same."
+    below = ": the table below has them, paired by prompt." if paired else "."
+    return (
+        "Errors in these sentences are those of independent measurements. Models answer the same "
+        f"prompts, so the true errors of differences are mostly smaller{below}"
     )
 
 

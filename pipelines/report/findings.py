@@ -1,18 +1,20 @@
 """The findings in sentences, computed from the numbers alone, good or bad."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from pipelines.report.comparison import (
     SAME_LENGTH,
     Difference,
-    difference,
+    compared,
     have_one_length,
     losses,
     mixture_aligned,
     own_strength,
     single_strength,
 )
-from pipelines.report.results import ModelResults, Results
+from pipelines.report.results import COLUMNS, ModelResults, Results
+
+_AVERAGE = COLUMNS[-1]
 
 
 def findings(results: Results) -> list[str]:
@@ -54,7 +56,7 @@ def findings_over_runs(runs: Sequence[Results]) -> list[str]:
 
 def _against_sft(results: Results, name: str, column: str) -> Difference:
     """The difference between a model and SFT."""
-    return difference(results.models[name].measurement(column), results.sft.measurement(column))
+    return compared(results, name, results.sft_name, column)
 
 
 def _own_strengths(results: Results) -> list[str]:
@@ -101,12 +103,11 @@ def _tax(results: Results, group: str, models: dict[str, ModelResults]) -> str:
 
 def _merge_against_singles(results: Results) -> tuple[str, str, Difference | None]:
     """The best merge, the best single-strength model by average, and their difference."""
-    merge = results.models[results.best_merge]
     singles = single_strength(results)
     if not singles:
         return results.best_merge, "", None
     best = max(singles, key=lambda name: singles[name].average.value)
-    return results.best_merge, best, difference(merge.average, singles[best].average)
+    return results.best_merge, best, compared(results, results.best_merge, best, _AVERAGE)
 
 
 def _best_merge(results: Results) -> list[str]:
@@ -131,22 +132,21 @@ def _mixtures(results: Results) -> list[str]:
     mixtures = mixture_aligned(results)
     if not mixtures:
         return []
-    merge = results.models[results.best_merge]
     best = max(mixtures, key=lambda name: mixtures[name].average.value)
-    delta = difference(merge.average, mixtures[best].average)
+    delta = compared(results, results.best_merge, best, _AVERAGE)
     sentences = [
         f"Mixture: on average, {results.best_merge} is {_place(delta, best)}, the best of the "
         "models trained on the mixture."
     ]
     plain, *others = mixtures
-    return sentences + [_optimizers(mixtures, name, plain) for name in others]
+    return sentences + [_optimizers(results, name, plain) for name in others]
 
 
-def _optimizers(mixtures: Mapping[str, ModelResults], name: str, plain: str) -> str:
+def _optimizers(results: Results, name: str, plain: str) -> str:
     """One optimizer against another, if both have moved the weights by one length: a longer way
     alone changes the scores as another optimizer would.
     """
-    norms = mixtures[name].delta_norm, mixtures[plain].delta_norm
+    norms = results.models[name].delta_norm, results.models[plain].delta_norm
     if norms[0] is None or norms[1] is None:
         return (
             f"Optimizers: {name} and {plain} are not compared: the norms of their deltas are not "
@@ -157,7 +157,7 @@ def _optimizers(mixtures: Mapping[str, ModelResults], name: str, plain: str) -> 
             f"Optimizers: {name} and {plain} are not compared: the norms of their deltas, "
             f"{norms[0]:.2f} and {norms[1]:.2f}, differ by more than {SAME_LENGTH:.0%}."
         )
-    delta = difference(mixtures[name].average, mixtures[plain].average)
+    delta = compared(results, name, plain, _AVERAGE)
     return (
         f"Optimizers: on average, {name} is {_place(delta, plain)}, at deltas of norms "
         f"{norms[0]:.2f} and {norms[1]:.2f}."
@@ -171,7 +171,7 @@ def _choice(results: Results) -> list[str]:
     best = max(merges, key=lambda name: merges[name].average.value)
     if merges[best].average.value <= chosen.average.value:
         return [f"Choice: {results.best_merge} is the best merge on test, too."]
-    delta = difference(merges[best].average, chosen.average)
+    delta = compared(results, best, results.best_merge, _AVERAGE)
     return [
         f"Choice: on test another merge averages more: {best} is "
         f"{_place(delta, results.best_merge)}."

@@ -21,6 +21,7 @@ from pipelines.report.matrix import measurements
 from pipelines.report.results import COLUMNS, KINDS, STRENGTHS, Measurement, Results
 
 DPI = 150
+_METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}  # by form
 Pictures = dict[str, bytes]  # by form, "png" and "svg"
 INK, FAINT = "#222222", "#8a8a8a"
 # Okabe and Ito's colours, which colour-blind readers can distinguish; markers differ, too.
@@ -34,10 +35,10 @@ GROUP_NAMES = {
 }
 
 
-def saved(figure: Figure) -> Pictures:
+def saved(figure: Figure, forms: Sequence[str] = tuple(_METADATA)) -> Pictures:
     """A figure as PNG and SVG; the background is white, also on a dark page."""
     found = {}
-    for form, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+    for form in forms:
         buffer = io.BytesIO()
         # Names of an SVG's parts are hashes with this salt, by default a random one.
         with rc_context({"svg.hashsalt": "poise"}):
@@ -47,7 +48,7 @@ def saved(figure: Figure) -> Pictures:
                 dpi=DPI,
                 facecolor="white",
                 bbox_inches="tight",
-                metadata=metadata,
+                metadata=_METADATA[form],
             )
         found[form] = buffer.getvalue()
         figure.set_layout_engine("none")  # it has its layout, which takes most of the time

@@ -84,6 +84,11 @@ class Results(_Record):
     split: Literal["test"]
     models: dict[Name, ModelResults] = Field(min_length=1)
     best_merge: Name = Field(description="the merge with the best average on development")
+    paired_stderrs: dict[Name, dict[Name, dict[Name, Length]]] | None = Field(
+        None,
+        description="column -> model -> each later model: the standard error of their difference, "
+        "paired by prompt; unknown in older files",
+    )
     timings_s: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     versions: dict[str, str]
 

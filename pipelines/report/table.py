@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.errors import InputError
-from pipelines.report.comparison import difference
+from pipelines.report.comparison import compared
 from pipelines.report.results import COLUMNS, KINDS, ModelResults, Results
 
 # The width of output that is not a terminal; fixed, so that equal results give equal bytes.
@@ -84,22 +84,23 @@ def table_rows(results: Results) -> list[Row]:
             kind,
             (*([chosen_text(model.chosen)] if model.chosen else []), *lengths_text([model])),
             CHOSEN if name == results.best_merge else "",
-            tuple(_cell(results, model, column) for column in COLUMNS),
+            tuple(_cell(results, name, column) for column in COLUMNS),
         )
         for kind in KINDS
         for name, model in results.of_kind(kind).items()
     ]
 
 
-def _cell(results: Results, model: ModelResults, column: str) -> Cell:
+def _cell(results: Results, name: str, column: str) -> Cell:
     """One number of a run's table."""
+    model = results.models[name]
     measured = model.measurement(column)
     # Numbers that are equal after rounding are all marked as best.
     best = max(round(other.measurement(column).value, 1) for other in results.models.values())
     is_best = round(measured.value, 1) == best
     if model.kind == "sft":
         return Cell(measured.value, measured.stderr, None, False, is_best, "")
-    delta = difference(measured, results.sft.measurement(column))
+    delta = compared(results, name, results.sft_name, column)
     # The base model comes before SFT, so its low numbers are not a tax.
     tax = TAX if delta.is_loss and model.kind != "base" else ""
     return Cell(measured.value, measured.stderr, delta.value, delta.is_clear, is_best, tax)

@@ -67,6 +67,7 @@ class Attack:
             ],
             "kept": sorted({label.casefold() for label in labels}),
             "stop_words": fingerprint(sorted(STOP_WORDS)),
+            **({"joined": True} if config.attack == "bertattack" and not config.mask else {}),
         }
 
     @property

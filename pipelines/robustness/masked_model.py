@@ -2,11 +2,14 @@
 encoder of sentences. Both are checkpoints of the user: safetensors, without code of their own.
 """
 
+import heapq
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pipelines.errors import InputError
 from pipelines.fingerprint import fingerprint_directory
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 _MARKS = ("\u0120", "\u2581")  # begin a token that begins a word, in BPE and in SentencePiece
+_GOES_ON = "##"  # begins a token that goes on with a word, in WordPiece
 
 
 class MaskedModel:
@@ -36,7 +40,12 @@ class MaskedModel:
             raise InputError(f"model: {folder}: allowed: a fast tokenizer with a mask token")
         positions = getattr(self._model.config, "max_position_embeddings", None) or 512
         self._most = min(positions, self._tokenizer.model_max_length)
-        self._words = _whole_words(self._tokenizer)
+        self._first, self._inner = _pieces(self._tokenizer)
+        self._words = {
+            number: text
+            for number, text in self._first.items()
+            if len(text) > 1 and text.casefold() not in STOP_WORDS
+        }
 
     @torch.inference_mode()
     def words(self, before: str, word: str, after: str, count: int, *, mask: bool) -> list[str]:
@@ -47,34 +56,65 @@ class MaskedModel:
             after: the text after it.
             count: how many at most.
             mask: with the word masked, as in BAE; otherwise it is read in its place, as in
-                BERT-Attack. A word of several tokens is always masked.
+                BERT-Attack. In place of a word of several tokens words of as many tokens are
+                written, ranked by the product of their tokens' probabilities (Li et al. 2020,
+                section 3.2, where it is called perplexity).
         """
-        tokens, place = self._tokens(before, word, after, mask)
-        logits = self._model(torch.tensor([tokens])).logits[0, place]
-        found: list[str] = []
-        for token in logits.argsort(descending=True, stable=True).tolist():
-            other = self._words.get(token)
-            if other is not None and other.casefold() != word.casefold():
-                found.append(in_case_of(word, other))
-                found = list(dict.fromkeys(found))
+        tokens, place, length = self._tokens(before, word, after, mask)
+        logits = self._model(torch.tensor([tokens])).logits[0, place : place + length]
+        found: dict[str, None] = {}
+        others = self._single(logits[0]) if length == 1 else self._joined(logits, count)
+        for other in others:
+            if other.casefold() != word.casefold():
+                found[in_case_of(word, other)] = None
                 if len(found) == count:
                     break
-        return found
+        return list(found)
 
-    def _tokens(self, before: str, word: str, after: str, mask: bool) -> tuple[list[int], int]:
-        """The tokens of the text, with one in the word's place, and that place. Of a long text so
-        many as the model has positions, around the word.
+    def _single(self, logits: Tensor) -> Iterator[str]:
+        """The words of one token, the likeliest first."""
+        for token in logits.argsort(descending=True, stable=True).tolist():
+            if token in self._words:
+                yield self._words[token]
+
+    def _joined(self, logits: Tensor, count: int) -> Iterator[str]:
+        """Words of as many tokens as there are rows, the likeliest first: so many that `count` are
+        left without the word itself and without stop words. The best of all products, because a
+        beam loses none where each factor depends on its place alone.
+        """
+        most = count + 1 + len(STOP_WORDS)
+        beam = [(0.0, "")]
+        for number, row in enumerate(logits.log_softmax(-1)):
+            pieces = self._inner if number else self._first
+            numbers = torch.tensor(list(pieces))
+            if not len(numbers):
+                return
+            best = row[numbers].topk(min(most, len(numbers)))
+            likely = [
+                (value, pieces[int(numbers[at])])
+                for value, at in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+            grown = [(sum_ + value, text + piece) for sum_, text in beam for value, piece in likely]
+            beam = heapq.nlargest(most, grown, key=lambda pair: pair[0])
+        for _, text in beam:
+            if is_word(text) and text.casefold() not in STOP_WORDS:
+                yield text
+
+    def _tokens(self, before: str, word: str, after: str, mask: bool) -> tuple[list[int], int, int]:
+        """The tokens of the text, the first of the word's place, and how many are there: one mask,
+        or the word's own. Of a long text so many as the model has positions, around the word.
         """
         encoded = self._tokenizer(before + word + after, return_offsets_mapping=True, verbose=False)
         start, end = len(before), len(before) + len(word)
         own = [n for n, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > start]
         tokens = list(encoded["input_ids"])
         middle = tokens[own[0] : own[-1] + 1]
-        if mask or len(middle) > 1:
+        if mask:
             middle = [self._tokenizer.mask_token_id]
         tokens = tokens[: own[0]] + middle + tokens[own[-1] + 1 :]
         first = max(0, min(own[0] - self._most // 2, len(tokens) - self._most))
-        return tokens[first : first + self._most], own[0] - first
+        kept = tokens[first : first + self._most]
+        return kept, own[0] - first, min(len(middle), len(kept) - (own[0] - first))
 
 
 class SentenceEncoder:
@@ -142,14 +182,16 @@ def _loaded(
     return tokenizer, model.eval()
 
 
-def _whole_words(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
-    """The tokens that are words of two letters or more and no stop words."""
+def _pieces(tokenizer: "PreTrainedTokenizerBase") -> tuple[dict[int, str], dict[int, str]]:
+    """The letters of tokens that begin a word, and of those that go on with one."""
     tokens = tokenizer.get_vocab()
     mark = next((each for each in _MARKS if any(t.startswith(each) for t in tokens)), "")
-    found = {}
-    for token, number in tokens.items():
-        text = token.removeprefix(mark)
-        is_whole = token.startswith(mark) and is_word(text) and len(text) > 1
-        if is_whole and text.casefold() not in STOP_WORDS:
-            found[number] = text
-    return found
+    going_on = "" if mark else _GOES_ON
+    first: dict[int, str] = {}
+    inner: dict[int, str] = {}
+    for token, number in sorted(tokens.items(), key=lambda pair: pair[1]):
+        begins = token.startswith(mark) if mark else not token.startswith(going_on)
+        text = token.removeprefix(mark if begins else going_on)
+        if is_word(text):
+            (first if begins else inner)[number] = text
+    return first, inner

@@ -11,6 +11,7 @@ from pipelines.config import Config, tell_once
 from pipelines.search.entries import Entry
 from pipelines.search.goals import Constraint, Objective
 from pipelines.search.samplers import SamplerConfig
+from pipelines.search.stopping import StoppingConfig
 
 # Fields of the form of earlier versions, and the evaluation's field that each one is.
 _OF_EVALUATION = {
@@ -47,6 +48,9 @@ class StudyConfig(Config):
         "the model that they start from",
     )
     racing: bool = Field(False, description="hopeless candidates stop after part of the prompts")
+    stopping: StoppingConfig | None = Field(
+        None, description="trainings that fall behind end early, by the align config's evaluation"
+    )
     evaluation: dict[str, Any] = Field(description="fields of `poise evaluate`, without models")
     choose_on: Literal["development", "test"] = Field(
         "development", description="test: the test split decides, which marks all output"
@@ -58,6 +62,9 @@ class StudyConfig(Config):
         "at once, to train in turn on the same workers",
     )
     seed: int = 0
+    optuna_storage: str | None = Field(
+        None, description="URL of a storage of Optuna that gets a copy, for its dashboards"
+    )
     storage: Path | None = Field(None, description="where relative outputs live")
 
     @model_validator(mode="before")
@@ -73,6 +80,8 @@ class StudyConfig(Config):
             raise ValueError("merge, align: give exactly one of them")
         if self.align is not None:
             self._check_training()
+        elif self.stopping is not None:
+            raise ValueError("stopping: has no effect with merge; allowed with align")
         is_grid = self.sampler.name == "grid"
         if is_grid and self.num_trials is not None:
             raise ValueError("num_trials: has no effect with grid, which has as many as points")

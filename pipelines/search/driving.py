@@ -89,7 +89,7 @@ class Search:
         assert isinstance(number, int)
         point = self.study.trials[number].point
         if self.plan.trains:
-            return self.plan.training(number, point, self._folder)
+            return self.plan.training(number, point, self._folder, self.study)
         return self.plan.candidate(point)
 
     def _numbers(self, goals: Goals) -> Iterator[int]:

@@ -199,9 +199,10 @@ class Simplex(Config):
                 f"least: found {self.least}; allowed: at most 1/{len(self.simplex)}, or no shares "
                 "add up to 1"
             )
-        for name, value in (("step", 1.0), ("least", self.least)):
-            if self.step is not None and abs(value / self.step - round(value / self.step)) > 1e-6:
-                raise ValueError(f"step: found {self.step}; allowed: what divides {name} {value}")
+        if self.step is not None and abs(self.free / self.step - self.num_steps) > 1e-6:
+            raise ValueError(
+                f"step: found {self.step}; allowed: what divides {self.free:g}, which is to share"
+            )
         return self
 
     @property

@@ -7,7 +7,7 @@ that `poise merge` would write: digests, answers and the cells of a store are th
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.checkpoints.digests import ModelDigest
 from pipelines.errors import InputError
@@ -30,9 +30,6 @@ from pipelines.search.goals import short_names
 from pipelines.search.racing import Race
 from pipelines.search.timing import Clock
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -47,8 +44,9 @@ class Measurement:
         seconds: by part: checks (config, plan, digests), merge, swap, answering, store. With vLLM
             the merge runs in the engine's process and is in swap.
         digest: of the weights.
-        stopped: whether a race ended it before all documents were answered; then values are of the
-            answered ones.
+        stopped: whether a race ended it before all documents were answered, when values are of the
+            answered ones; or a training that was behind ended early.
+        curve: of a training with held-out rows: its metric on them by step.
     """
 
     values: dict[str, float]
@@ -59,6 +57,7 @@ class Measurement:
     clusters: dict[str, list[str]] = field(default_factory=dict)
     documents: dict[str, list[int]] = field(default_factory=dict)
     stopped: bool = False
+    curve: dict[int, float] = field(default_factory=dict)
 
 
 class Measurer:

@@ -22,8 +22,11 @@ from pipelines.search.config import StudyConfig
 from pipelines.search.goals import COSTS, SECONDS, check_metrics
 from pipelines.search.samplers import GridSampler, Sampler, make_sampler
 from pipelines.search.space import Point, Space
+from pipelines.search.stopping import bounds_of
+from pipelines.search.study import Study
 from pipelines.search.trainings import (
     Training,
+    check_stopping,
     identities_of,
     load_training,
     model_of,
@@ -35,6 +38,8 @@ CANDIDATE = "candidate"
 AVERAGE, TASK_ARITHMETIC = "average", "task_arithmetic"
 # Ilharco et al. 2023 (arXiv 2212.04089) find 0.3 to 0.5 good where nothing can be tuned.
 LAMBDA = 0.4
+# Settings that may change while a study stays the same one; configs count by what is in them.
+_IMMATERIAL = {"max_concurrent_trials", "retries", "storage", "optuna_storage", "merge", "align"}
 SMOKE_TRIALS, SMOKE_LIMIT = 4, 8
 _NOT_METHOD = {"dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template"}
 _NOT_METHOD |= {"allow_missing", "allow_nonfinite"}
@@ -115,18 +120,28 @@ class StudyPlan:
         """
         return with_pins(_merge(self.config, self.space.fields(point)), self.subject.pins)
 
-    def training(self, number: int, point: Point, folder: Path) -> Training:
+    def training(self, number: int, point: Point, folder: Path, study: Study) -> Training:
         """The training of a trial at a point of the space.
 
         Args:
             folder: of the study.
+            study: what is known of other trials.
 
         Raises:
             InputError: fields that do not go together.
         """
         assert self.config.align is not None
         config = load_training(self.config.align, self.space.fields(point), smoke=self.smoke)
-        return Training(config, model_of(folder, number))
+        bounds = None
+        if self.config.stopping is not None and config.evaluation is not None:
+            trials = [study.trials[each] for each in study.order]
+            bounds = bounds_of(
+                self.config.stopping,
+                config.evaluation,
+                [trial.curve for trial in trials],
+                [trial.curve for trial in trials if trial.state == "complete"],
+            )
+        return Training(config, model_of(folder, number), bounds)
 
 
 def plan_study(config: StudyConfig, *, smoke: bool = False) -> StudyPlan:
@@ -162,9 +177,7 @@ def plan_study(config: StudyConfig, *, smoke: bool = False) -> StudyPlan:
                 f"constraints: {constraint.label}: not_below: found {constraint.not_below!r}; "
                 f"allowed: {', '.join(others) or 'none, as there are no references'}"
             )
-    settings = config.model_dump(
-        mode="json", exclude={"max_concurrent_trials", "retries", "storage", "merge", "align"}
-    )
+    settings = config.model_dump(mode="json", exclude=_IMMATERIAL)
     made = [each.model_dump(mode="json") for each in others.values()]
     parts = [settings, smoke, subject.parts, made, [task.fingerprint for task in tasks]]
     count = len(config.objectives), len(config.constraints)
@@ -230,6 +243,8 @@ def _trainings(config: StudyConfig, space: Space, smoke: bool) -> Subject:
     """
     assert config.align is not None
     runs = [load_training(config.align, fields, smoke=smoke) for fields in space.ends()]
+    if config.stopping is not None:
+        check_stopping(config.align, config.stopping, runs, smoke=smoke)
     parts = [identities_of(each) for each in runs]
     paths = [str(path) for each in runs for path in model_paths(each).values()]
     data = [str(each.path) for run in runs for each in (*run.sets, *run.held_out_sets)]

@@ -21,10 +21,10 @@ from pipelines.merge import MergeConfig, merge_planned, plan_merge
 from pipelines.merge.run import is_finished, refuse_inputs
 from pipelines.search.driving import Pool, Search, is_done, series_of_study
 from pipelines.search.journal import JOURNAL_FILE
+from pipelines.search.mirror import Mirror
 from pipelines.search.plan import StudyPlan
 from pipelines.search.pool import LocalPool, MeasurerPool
 from pipelines.search.results import OF_TEST, RESULT_FILE, choose, result_of, write_tables
-from pipelines.search.space import Point
 from pipelines.search.study import Study
 from pipelines.search.trainings import (
     LARGEST_GROUP,
@@ -80,7 +80,7 @@ def search(
             return finished
         elif not study.wanted:
             study.want(plan.num_trials)
-        result = _run(plan, study, folder, executor, on_change)
+        result = _run(plan, study, folder, out.name, executor, on_change)
         write_atomically(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
         if folder != out:
             shutil.rmtree(out)
@@ -139,18 +139,29 @@ def _run(
     plan: StudyPlan,
     study: Study,
     folder: Path,
+    name: str,
     executor: Literal["local", "ray"],
     on_change: Callable[[Search], None],
 ) -> dict[str, Any]:
     """Search, choose, write the winner, and measure it on test."""
+    url = plan.config.optuna_storage
+    mirror = None if url is None else Mirror(plan, url, name)
+
+    def changed(search: Search) -> None:
+        if mirror is not None and search.goals is not None:
+            mirror.update(study, search.goals)
+        on_change(search)
+
     with closing(_pool(plan, plan.evaluation, executor, folder)) as pool:
-        goals = Search(plan, study, pool, on_change, folder).run()
+        goals = Search(plan, study, pool, changed, folder).run()
+        if mirror is not None:  # what an earlier run had finished
+            mirror.update(study, goals)
     if not study.complete:
         reasons = [trial.reason for trial in study.trials.values() if trial.reason]
         raise InputError(f"no trial could be measured: {reasons[0] if reasons else 'none began'}")
     best = choose(plan.config, study, goals)
     if best is not None:
-        chosen = _write_best(plan, study.trials[best].point, best, folder)
+        chosen = _write_best(plan, study, best, folder)
         if plan.test is not None:
             models = {f"{OF_TEST}{name}": each for name, each in plan.others.items()}
             models[f"{OF_TEST}{best}"] = chosen
@@ -163,15 +174,16 @@ def _run(
     return result
 
 
-def _write_best(plan: StudyPlan, point: Point, number: int, folder: Path) -> MergeConfig:
+def _write_best(plan: StudyPlan, study: Study, number: int, folder: Path) -> MergeConfig:
     """Write the winner and its config; returns it as a merge.
 
     Args:
         folder: of the study.
     """
     place, on_test = folder / BEST, plan.config.choose_on == "test"
+    point = study.trials[number].point
     if plan.trains:
-        training = plan.training(number, point, folder)
+        training = plan.training(number, point, folder, study)
         publish(training.out, place)
         _write_config(folder / ALIGN_FILE, training.config, on_test)
         return as_it_is(training.out)
@@ -200,7 +212,7 @@ def _pool(
     if not plan.trains:
         return measurers
     assert isinstance(plan.config.max_concurrent_trials, int)
-    foreseen = plan.config.sampler.name in ("grid", "random")
+    foreseen = plan.config.sampler.name in ("grid", "random") and plan.config.stopping is None
     size = max(plan.config.max_concurrent_trials, LARGEST_GROUP if foreseen else 1)
     return TrainingPool(measurers, size)
 

@@ -9,7 +9,7 @@ a search that was killed goes on as one that was not, and no state is stored.
 import itertools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -176,11 +176,11 @@ class OptunaSampler:
     """
 
     def __init__(self, config: SamplerConfig, space: Space, seed: int, num_objectives: int) -> None:
-        self._optuna = _library("optuna")
+        self._optuna = library("optuna")
         self._config, self._space, self._seed = config, space, seed
         self._study = self._optuna.create_study(directions=["minimize"] * num_objectives)
         self._num_told = 0
-        self._distributions = {each.name: self._distribution(each) for each in space.variables}
+        self._distributions = distributions_of(space)
 
     def suggest(self, number: int, told: Sequence[Told]) -> Point:
         for place in range(self._num_told, len(told)):
@@ -217,14 +217,25 @@ class OptunaSampler:
             attributes[key] = place // self._population
         return self._optuna.trial.create_trial(
             values=list(told.losses),
-            params={name: self._internal(name, value) for name, value in told.point.items()},
-            distributions={name: self._distributions[name] for name in told.point},
+            **as_parameters(told.point, self._distributions),
             system_attrs=attributes,
             constraints={str(i): value for i, value in enumerate(told.violations)} or None,
         )
 
-    def _distribution(self, variable: Variable) -> "BaseDistribution":
-        kinds = self._optuna.distributions
+    def _suggested(self, trial: Any, variable: Variable) -> Any:
+        kind: Any = self._distributions[variable.name]
+        if variable.values:
+            return json.loads(trial.suggest_categorical(variable.name, kind.choices))
+        suggest = trial.suggest_int if variable.integer else trial.suggest_float
+        value = suggest(variable.name, kind.low, kind.high, step=kind.step, log=kind.log)
+        return variable.snapped(value)
+
+
+def distributions_of(space: Space) -> "dict[str, BaseDistribution]":
+    """Optuna's distributions of the variables, by name; values of choices are JSON."""
+    kinds = library("optuna").distributions
+
+    def distribution(variable: Variable) -> "BaseDistribution":
         if variable.values:
             return kinds.CategoricalDistribution([json.dumps(each) for each in variable.values])
         low, high, step = variable.low, variable.high, variable.step
@@ -234,17 +245,19 @@ class OptunaSampler:
             return kinds.IntDistribution(int(low), int(high), variable.log, int(step or 1))
         return kinds.FloatDistribution(low, high, variable.log, step)
 
-    def _internal(self, name: str, value: Any) -> Any:
-        categorical = hasattr(self._distributions[name], "choices")
-        return json.dumps(value) if categorical else value
+    return {each.name: distribution(each) for each in space.variables}
 
-    def _suggested(self, trial: Any, variable: Variable) -> Any:
-        kind: Any = self._distributions[variable.name]
-        if variable.values:
-            return json.loads(trial.suggest_categorical(variable.name, kind.choices))
-        suggest = trial.suggest_int if variable.integer else trial.suggest_float
-        value = suggest(variable.name, kind.low, kind.high, step=kind.step, log=kind.log)
-        return variable.snapped(value)
+
+def as_parameters(
+    point: Point, distributions: "Mapping[str, BaseDistribution]"
+) -> dict[str, dict[str, Any]]:
+    """A point as Optuna's `create_trial` takes it."""
+    own = {name: distributions[name] for name in point}
+    values = {
+        name: json.dumps(value) if hasattr(own[name], "choices") else value
+        for name, value in point.items()
+    }
+    return {"params": values, "distributions": own}
 
 
 class CmaEsSampler:
@@ -256,7 +269,7 @@ class CmaEsSampler:
     """
 
     def __init__(self, config: SamplerConfig, space: Space, seed: int) -> None:
-        self._cmaes = _library("cmaes")
+        self._cmaes = library("cmaes")
         self._config, self._variables, self._seed = config, space.variables, seed
         for name in config.start:
             if name not in [each.name for each in self._variables]:
@@ -327,7 +340,7 @@ def _refuse_for_cma_es(space: Space, num_objectives: int, num_constraints: int) 
         raise InputError("sampler: cma_es: knows no constraints; allowed: tpe, nsga2, nsga3")
 
 
-def _library(name: str) -> ModuleType:
+def library(name: str) -> ModuleType:
     """Optuna or cmaes.
 
     Raises:

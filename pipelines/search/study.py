@@ -26,11 +26,13 @@ class Trial:
 
     Attributes:
         point: of the space; empty for a model beside them.
-        state: `stopped` by a race; `failed`: set aside after its tries.
+        state: `stopped` by a race, or a training that was behind; `failed`: set aside after its
+            tries.
         values, stderr: by metric; of the answered prompts where it was stopped.
         seconds: that measuring took, without those of failed tries.
         num_failures: tries that failed.
         reason: of the last failure.
+        curve: as of `Measurement`.
     """
 
     point: Point = field(default_factory=dict)
@@ -41,6 +43,7 @@ class Trial:
     digest: str = ""
     num_failures: int = 0
     reason: str = ""
+    curve: dict[int, float] = field(default_factory=dict)
 
 
 class Study:
@@ -101,6 +104,7 @@ class Study:
                 "seconds": round(sum(measured.seconds.values()), 3),
                 "digest": measured.digest,
                 "stopped": measured.stopped,
+                **({"curve": measured.curve} if measured.curve else {}),
             }
         )
 
@@ -156,6 +160,7 @@ class Study:
         elif kind == "finished":
             trial = self._of(event["of"])
             trial.state = "stopped" if event["stopped"] else "complete"
+            trial.curve = {int(step): value for step, value in event.get("curve", {}).items()}
             for name in ("values", "stderr", "seconds", "digest"):
                 setattr(trial, name, event[name])
             trial.values["seconds"], trial.stderr["seconds"] = trial.seconds, 0.0

@@ -16,14 +16,17 @@ from typing import Any
 from pipelines.commit import partial_path
 from pipelines.config import check, load_config
 from pipelines.errors import InputError
+from pipelines.evaluate.workers import error_line
 from pipelines.fingerprint import fingerprint_directory, fingerprint_file
 from pipelines.merge import MergeConfig
 from pipelines.provenance import read_record
 from pipelines.search.measurement import Measurement
 from pipelines.search.pool import Failed, LocalPool, MeasurerPool
+from pipelines.search.stopping import StoppingConfig
 from pipelines.train import AlignConfig, align_in_turn, check_inputs, plan_alignment
 from pipelines.train.data import source_files
 from pipelines.train.errors import DivergenceError, TrainingError
+from pipelines.train.evaluation import Bounds
 from pipelines.train.files import METRICS_FILE
 from pipelines.train.material import material
 from pipelines.train.models import model_paths, with_folders
@@ -42,10 +45,12 @@ class Training:
 
     Attributes:
         out: the folder of its model.
+        bounds: where it ends if it is behind the trials before it.
     """
 
     config: AlignConfig
     out: Path
+    bounds: Bounds | None = None
 
 
 def load_training(path: Path, fields: Mapping[str, Any], *, smoke: bool = False) -> AlignConfig:
@@ -89,6 +94,23 @@ def identities_of(config: AlignConfig) -> dict[str, Any]:
     return {"models": models, "data": files, "config": material(config)}
 
 
+def check_stopping(
+    path: Path, stopping: StoppingConfig, runs: Sequence[AlignConfig], *, smoke: bool
+) -> None:
+    """Raise InputError for trainings that can never stop early, which short ones to try may."""
+    for run in runs:
+        if run.evaluation is None:
+            raise InputError(
+                f"stopping: needs held-out rows; {path} has none: give it evaluation, with every"
+            )
+        short = run.num_steps is not None and stopping.min_steps >= run.num_steps
+        if short and not smoke:
+            raise InputError(
+                f"stopping.min_steps: found {stopping.min_steps}; allowed: less than the "
+                f"{run.num_steps} steps of a training"
+            )
+
+
 def as_it_is(model: Path) -> MergeConfig:
     """A model as a candidate."""
     fields = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
@@ -125,8 +147,7 @@ class TrainingPool:
         self._measurer.start(0, candidate)
         _, measured = self._measurer.finished()
         if isinstance(measured, Measurement):
-            lines = [] if folder is None else (folder / METRICS_FILE).read_text().splitlines()
-            measured = _with_training(measured, [json.loads(line) for line in lines])
+            measured = _with_training(measured, folder)
         return worker, measured
 
     def close(self) -> None:
@@ -169,11 +190,14 @@ class TrainingPool:
 def _train(group: Collection[Training]) -> Failed | None:
     """Train in turn; returns the first failure, with which it ends."""
     try:
-        align_in_turn([(each.config, each.out) for each in group])
+        bounds = {each.out: each.bounds for each in group if each.bounds is not None}
+        align_in_turn([(each.config, each.out) for each in group], bounds=bounds)
     except (InputError, DivergenceError) as error:  # which would come again
         return Failed("refused", str(error))
     except TrainingError as error:
         return Failed("failed", str(error))
+    except Exception as error:  # whatever a library raises: the other trials go on
+        return Failed("failed", error_line(error))
     return None
 
 
@@ -182,19 +206,25 @@ def _cache(training: Training) -> Path:
     return (training.config.cache or training.out.parent / CACHE_FOLDER).absolute()
 
 
-def _with_training(measured: Measurement, lines: Sequence[Mapping[str, float]]) -> Measurement:
-    """A measurement with the seconds of a training's steps, and its tokens as a metric.
+def _with_training(measured: Measurement, folder: Path | None) -> Measurement:
+    """A measurement with the seconds of a training's steps, its tokens as a metric, and its curve.
 
     Args:
-        lines: of its metrics; none of a model that is not trained here.
+        folder: of its model; None of a model that is not trained here.
     """
+    text = "" if folder is None else (folder / METRICS_FILE).read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     steps = [line for line in lines if "seconds" in line]
     tokens = sum(round(line["tokens_per_s"] * line["seconds"]) for line in steps)
+    told = (read_record(folder) or {}).get("evaluation") if folder is not None else None
+    metric = None if told is None else told["metric"]
     return replace(
         measured,
         values=measured.values | {"tokens": float(tokens)},
         stderr=measured.stderr | {"tokens": 0.0},
         seconds=measured.seconds | {"training": sum(line["seconds"] for line in steps)},
+        stopped=told is not None and told.get("behind", False),
+        curve={line["step"]: line[metric] for line in steps if metric in line},
     )
 
 

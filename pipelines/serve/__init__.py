@@ -1,13 +1,18 @@
-"""Serving finished checkpoints through an OpenAI-compatible API with Ray Serve and vLLM."""
+"""Serving: answers and rewards over HTTP, each signed by the digest of the weights that made it."""
 
-from pipelines.serve.app import build_app, check_servable, engine_device, needed_resources
-from pipelines.serve.models import ServedModel, find_models
+from pipelines.serve.config import ServeConfig
+from pipelines.serve.models import ServedModel, check_servable, engine_device, find_models
+from pipelines.serve.names import Version
+from pipelines.serve.plan import ServerPlan, needed_resources, plan_server
 
 __all__ = [
+    "ServeConfig",
     "ServedModel",
-    "build_app",
+    "ServerPlan",
+    "Version",
     "check_servable",
     "engine_device",
     "find_models",
     "needed_resources",
+    "plan_server",
 ]

@@ -16,8 +16,8 @@ import httpx2
 
 from pipelines.engines.interface import Message
 from pipelines.errors import InputError
+from pipelines.serve.names import SIGNATURE
 
-SIGNATURE = "x-poise-weights"
 KEY_VARIABLE = "POISE_API_KEY"
 CONNECT_S, ANSWER_S = 10.0, 900.0
 ATTEMPTS, MOST_WAIT_S = 5, 30.0  # where the server says that it is busy (429, 503)
@@ -56,13 +56,18 @@ class Client:
         url: such as http://127.0.0.1:8000, with or without /v1.
         key: sent as `Authorization: Bearer`; None: no key.
         told: gets a line where a request waits for a busy server.
+        answer_s: the longest wait for an answer; None: for ever.
 
     Raises:
         InputError: an address that is none, or that holds a password or a query.
     """
 
     def __init__(
-        self, url: str, key: str | None = None, told: Callable[[str], None] = lambda line: None
+        self,
+        url: str,
+        key: str | None = None,
+        told: Callable[[str], None] = lambda line: None,
+        answer_s: float | None = ANSWER_S,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -74,7 +79,7 @@ class Client:
             )
         self.url, self._key, self._told = url.rstrip("/").removesuffix("/v1"), key, told
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        timeout = httpx2.Timeout(ANSWER_S, connect=CONNECT_S)
+        timeout = httpx2.Timeout(answer_s, connect=CONNECT_S)
         self._http = httpx2.Client(headers=headers, timeout=timeout)
 
     def close(self) -> None:

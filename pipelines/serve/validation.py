@@ -31,6 +31,10 @@ from pipelines.engines.models import check_kind
 from pipelines.engines.weights import CheckpointWeights
 from pipelines.errors import InputError
 from pipelines.provenance import read_record, recorded_digest
+from pipelines.serve.config import DeployConfig, ServeConfig
+from pipelines.serve.groups import Group, groups_of
+from pipelines.serve.models import check_servable, engine_device, look_at
+from pipelines.serve.names import Version
 
 NUM_LISTED = 3
 
@@ -86,6 +90,38 @@ def validated(
     return ValidCheckpoint(
         checkpoint, digest, sum(each.num_bytes for each in checkpoint.tensors.values())
     )
+
+
+def examine(name: str, path: str, config: ServeConfig, *, is_known: bool = False) -> Group:
+    """Read a checkpoint whole that a name is to mean; returns the group that its shape makes.
+
+    Args:
+        is_known: it was served already, wherever it lies.
+
+    Raises:
+        InputError: it is outside the allowed folders, or not fit to be served under this name.
+    """
+    model = config.models[name]
+    assert config.deploy is not None
+    folder = Path(path) if is_known else _allowed(path, config.deploy)
+    for file in [] if is_known else sorted(folder.glob("*")):
+        _allowed(str(file), config.deploy)  # where a link leads
+    found = validated(folder, kind=model.kind, head=model.head)
+    if config.engine.name == "vllm":
+        check_servable([look_at(folder)], engine_device())
+    version = Version(found.weights, str(folder))
+    alone = config.model_copy(update={"models": {name: model}})
+    [group] = groups_of(alone, {name: version}, {}, 1)
+    return group
+
+
+def _allowed(path: str, config: DeployConfig) -> Path:
+    """A path without its links, below one of the allowed folders."""
+    found = Path(path).expanduser().resolve()
+    folders = [Path(each).expanduser().resolve() for each in config.folders]
+    if not any(found.is_relative_to(folder) for folder in folders):
+        raise InputError(f"path: found {path}; allowed: below {', '.join(config.folders)}")
+    return found
 
 
 def _check_files(checkpoint: Checkpoint) -> None:

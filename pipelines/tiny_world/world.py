@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_world(out: str | Path, seed: int, size: str) -> Path:
+def build_world(out: str | Path, seed: int, size: str, *, force: bool = False) -> Path:
     """Make the world of a seed and write it below `out`; equal seeds give equal bytes.
 
     Files: `model/` (config.json and the tokenizer, from which models of this world begin),
@@ -39,13 +39,13 @@ def build_world(out: str | Path, seed: int, size: str) -> Path:
     `tasks/harness/*.yaml`.
 
     Raises:
-        InputError: `out` exists.
+        InputError: `out` exists and `force` is false.
     """
     import pyarrow
     import pyarrow.parquet
 
     content = make_content(seed, SIZES[size].num_known_people)
-    with staged_directory(out) as folder:
+    with staged_directory(out, force=force) as folder:
         (folder / "data" / "preferences").mkdir(parents=True, exist_ok=True)
         (folder / "tasks" / "harness").mkdir(parents=True, exist_ok=True)
         texts = [f"{BEGIN} {text}" for text in pretraining_documents(content, seed)]

@@ -2,6 +2,14 @@
 
 from pipelines.train.config import AlignConfig
 from pipelines.train.inputs import check_inputs, remarks
-from pipelines.train.run import align, align_in_turn, plan_alignment
+from pipelines.train.run import align, align_in_turn, is_aligned, plan_alignment
 
-__all__ = ["AlignConfig", "align", "align_in_turn", "check_inputs", "plan_alignment", "remarks"]
+__all__ = [
+    "AlignConfig",
+    "align",
+    "align_in_turn",
+    "check_inputs",
+    "is_aligned",
+    "plan_alignment",
+    "remarks",
+]

@@ -3,7 +3,7 @@ one.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,16 +147,37 @@ def _points(
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a run must reach to go on, as a study asks of it.
+
+    Attributes:
+        by_step: the worst value of the metric with which it goes on, by step.
+        of_best: whether the best value so far counts, or that of the step.
+    """
+
+    by_step: Mapping[int, float]
+    of_best: bool
+
+
 class Evaluations:
     """The evaluations of a run so far.
 
     Args:
+        bounds: where the run ends if it is behind.
         folder: of the run; its lines up to `first_step` are read, so that a resumed run decides as
             an undisturbed one. All ranks call together.
     """
 
-    def __init__(self, config: EvaluationConfig, folder: Path, first_step: int) -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        folder: Path,
+        first_step: int,
+        bounds: Bounds | None = None,
+    ) -> None:
+        self._config, self._bounds = config, bounds
+        self.is_behind = False
         self.best: tuple[int, float] | None = None  # step and value
         self.last_step = first_step
         self._num_since = 0  # evaluations after the best one
@@ -175,15 +196,20 @@ class Evaluations:
             self.best, self._num_since = (step, value), 0
         else:
             self._num_since += 1
+        bound = None if self._bounds is None else self._bounds.by_step.get(step)
+        if self._bounds is not None and bound is not None:
+            if self._bounds.of_best:
+                value = math.nan if self.best is None else self.best[1]
+            self.is_behind |= math.isnan(value) or self._is_better(bound, value)
 
     def _is_better(self, value: float, than: float) -> bool:
         return value < than if self._config.less_is_better else value > than
 
     @property
     def is_over(self) -> bool:
-        """Whether the run stops here, because patience is at its end."""
+        """Whether the run stops here, because patience is at its end or it is behind others."""
         patience = self._config.patience
-        return patience is not None and self._num_since >= patience
+        return self.is_behind or (patience is not None and self._num_since >= patience)
 
     @property
     def kept_step(self) -> int | None:
@@ -201,4 +227,6 @@ class Evaluations:
             told["written_step"] = self.kept_step
         if self.last_step < num_steps:
             told["stopped_at"] = self.last_step
+            if self.is_behind:
+                told["behind"] = True
         return told

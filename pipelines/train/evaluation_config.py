@@ -100,6 +100,8 @@ def evaluation_text(told: dict[str, Any]) -> str:
     parts = []
     if "best" in told:
         parts.append(f"{told['metric']} was best at step {told['best_step']} ({told['best']:.4g})")
-    if "stopped_at" in told:
+    if told.get("behind"):
+        parts.append(f"it was behind other trials, so the run stopped at step {told['stopped_at']}")
+    elif "stopped_at" in told:
         parts.append(f"no better one followed, so the run stopped at step {told['stopped_at']}")
     return "; ".join([*parts, f"the model of step {told['written_step']} is written"])

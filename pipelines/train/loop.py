@@ -69,7 +69,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     Args:
         settings: `runs`, each with `config` (an AlignConfig as JSON), `folder` of the run, `cache`,
             the `tokens` below it and their fingerprint `data_key`, `held_out`
-            rows (`tokens` and `key`) or None, the reference model's
+            rows (`tokens` and `key`) or None, `bounds` that a study asks of it or None, the
+            reference model's
             fingerprint `reference_key`, `num_steps`, `num_threads` of each worker on a CPU, or
             None, and `offline`: whether the hub may not be asked. All workers must be able to
             reach the folders, but for the hub's models, which a node fetches that lacks them.
@@ -169,7 +170,9 @@ class Run:
         self.first_step = self.last_step = self._resume()
         self.evaluations: Evaluations | None = None
         if config.evaluation is not None:
-            self.evaluations = Evaluations(config.evaluation, self.folder, self.first_step)
+            self.evaluations = Evaluations(
+                config.evaluation, self.folder, self.first_step, settings.get("bounds")
+            )
         self.model.train()
 
     def _scorer(self, settings: dict[str, Any]) -> Scorer:

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -46,6 +46,7 @@ from pipelines.train.data import (
     split_table,
     token_table,
 )
+from pipelines.train.evaluation import Bounds
 from pipelines.train.evaluation_config import evaluation_text
 from pipelines.train.export import provenance
 from pipelines.train.files import (
@@ -124,12 +125,18 @@ def align(config: AlignConfig, out: str | Path, *, force: bool = False) -> Path:
 
 
 def align_in_turn(
-    runs: Sequence[tuple[AlignConfig, str | Path]], *, force: bool = False
+    runs: Sequence[tuple[AlignConfig, str | Path]],
+    *,
+    force: bool = False,
+    bounds: Mapping[Path, Bounds] | None = None,
 ) -> list[Path]:
     """As `align`, for several configs in turn on the same workers (starting workers takes longer
     than training a small model). Each output has the same bytes as from `align`.
 
     Each output gets its name as soon as it is finished.
+
+    Args:
+        bounds: by output, where a run ends if it is behind others.
 
     Raises:
         InputError, TrainingError: as `align`; or the configs need different workers.
@@ -139,7 +146,7 @@ def align_in_turn(
     outs, jobs = [Path(out).absolute() for _, out in runs], []
     with ExitStack() as stack:
         for (config, _), out in zip(runs, outs, strict=True):
-            cache = (config.cache or out.parent / CACHE_FOLDER).absolute()
+            cache = _cache_of(config, out)
             is_new = not out.exists()
             if is_new:
                 check_cluster(config)  # early, before all data are read
@@ -155,10 +162,28 @@ def align_in_turn(
             folder = partial_path(out)
             stack.enter_context(_unfinished_run(folder, plan, force=force))
             settings = worker_settings(config, plan, folder, cache)
+            settings["bounds"] = (bounds or {}).get(out)
             jobs.append(Job(out.name, settings, partial(_commit, config, plan, out, force=force)))
         if jobs:
             run_workers(runs[0][0], jobs)
     return outs
+
+
+def is_aligned(config: AlignConfig, out: str | Path) -> bool:
+    """Whether `out` is the finished result of a config and its inputs, which are read.
+
+    Raises:
+        InputError: as `align`.
+    """
+    out = Path(out).absolute()
+    if read_record(out) is None:
+        return False
+    return _finished(out, plan_alignment(with_folders(config), _cache_of(config, out)))
+
+
+def _cache_of(config: AlignConfig, out: Path) -> Path:
+    """The folder for tokens of a run."""
+    return (config.cache or out.parent / CACHE_FOLDER).absolute()
 
 
 def check_same_workers(configs: Sequence[OnWorkers]) -> None:

@@ -1,5 +1,6 @@
 """Runs under Ray Train: workers start once and train each run in turn; the driver watches them."""
 
+import contextvars
 import json
 import os
 import signal
@@ -158,14 +159,30 @@ def _on_gpu() -> bool:
     may be a head node without a GPU.
     """
     import ray
+
+    return torch_has_cuda() and ray.cluster_resources().get("GPU", 0) > 0
+
+
+def torch_has_cuda() -> bool:
+    """Whether torch was built for CUDA, with or without a GPU here."""
     import torch
 
-    return torch.version.cuda is not None and ray.cluster_resources().get("GPU", 0) > 0
+    return torch.version.cuda is not None
 
 
 def _resources(on_gpu: bool) -> dict[str, float]:
     """The resources of one worker."""
     return {"GPU": 1.0} if on_gpu else {"CPU": 0.9}
+
+
+def resources_of(config: OnWorkers, cluster: dict[str, float]) -> dict[str, float]:
+    """What all workers of a run take together.
+
+    Args:
+        cluster: resources by name.
+    """
+    on_gpu = torch_has_cuda() and cluster.get("GPU", 0) > 0
+    return {kind: share * config.num_workers for kind, share in _resources(on_gpu).items()}
 
 
 def check_cluster(config: OnWorkers) -> None:
@@ -247,7 +264,8 @@ def _watched(jobs: Sequence[Job]) -> Iterator[None]:
             errors.append(error)
 
     with _Screen(jobs) as screen:
-        thread = threading.Thread(target=guarded, args=(screen,), daemon=True)
+        context = contextvars.copy_context()  # with whoever is told of progress
+        thread = threading.Thread(target=context.run, args=(guarded, screen), daemon=True)
         thread.start()
         try:
             yield

@@ -1,6 +1,7 @@
 """What a job takes along: the working directory without results, keys and caches."""
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def measure(folder: Path, limit_mb: int) -> Package:
     Raises:
         InputError: no such folder, or more than `limit_mb` MB; the largest files are named.
     """
-    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private import ray_constants
     from ray._private.runtime_env import packaging
 
     folder = folder.expanduser().absolute()
@@ -85,9 +86,12 @@ def measure(folder: Path, limit_mb: int) -> Package:
         if path.is_file():
             sizes[str(path.relative_to(folder))] = path.stat().st_size
 
-    excludes = packaging._get_excludes(folder, [*get_runtime_env_default_excludes(), *EXCLUDES])
+    excludes = packaging._get_excludes(
+        folder, [*ray_constants.get_runtime_env_default_excludes(), *EXCLUDES]
+    )
     quiet = logging.getLogger(__name__)
-    packaging._dir_travel(folder, [excludes], add, include_gitignore=True, logger=quiet)
+    ignores = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"  # as Ray
+    packaging._dir_travel(folder, [excludes], add, include_gitignore=ignores, logger=quiet)
     package = Package(folder, dict(sorted(sizes.items())))
     if package.num_bytes > limit_mb * 1e6:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:5]

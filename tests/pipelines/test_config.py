@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import pytest
 from pydantic import Field
 
-from pipelines.config import Config, NamedIn, apply_overrides, check, load_config
+from pipelines.config import Config, NamedIn, apply_overrides, check, load_config, parse_yaml
 from pipelines.errors import InputError
 
 
@@ -35,6 +35,10 @@ def test_overrides_reach_into_mappings_and_lists(tmp_path: Path) -> None:
     assert config == Outer(name="b", inner=Inner(density=0.25), items=[1, 7])
 
 
+def test_a_key_that_is_taken_over_may_be_there_again() -> None:
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}")["b"] == {"x": 3, "y": 2}
+
+
 def test_overrides_leave_the_given_values_alone() -> None:
     values = {"a": {"b": 1}}
     assert apply_overrides(values, ["a.b=2"]) == {"a": {"b": 2}}
@@ -54,6 +58,7 @@ def test_overrides_leave_the_given_values_alone() -> None:
         ("- a\n", [], "expected a mapping of fields, found list"),
         ("", [], "expected a mapping of fields, found nothing"),
         ("name: [a\n", [], "line 2: not valid YAML"),
+        ("name: a\nname: b\n", [], "line 2: not valid YAML: found the key 'name' twice"),
         ("name: a\n", ["name"], "override 'name': expected key=value"),
         ("name: a\nitems: []\n", ["items.0=1"], "override 'items.0=1'"),
     ],

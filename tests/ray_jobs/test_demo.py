@@ -20,8 +20,9 @@ from typing import Any
 import psutil
 import pytest
 
+from pipelines.evaluate.results import Evaluation
 from ray_jobs.cli import main
-from ray_jobs.demo import ALIGNED, MERGES, MIXTURES, SINGLE
+from ray_jobs.demo_results import ALIGNED, MERGES, MIXTURES, SINGLE
 from ray_jobs.session import ray_session
 from tests.ray_jobs.command_line import poise
 
@@ -75,7 +76,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     process = start(out)
     output, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, errors[-3000:]
-    assert "train base" not in errors  # finished before the interruption
+    assert "  base: stands\n" in errors  # finished before the interruption
     assert (out / "models" / "dpo-helpful" / "model.safetensors").stat().st_mtime_ns == finished
     return out, output
 
@@ -122,6 +123,16 @@ def test_the_tax_is_there_to_be_seen(results: dict[str, Any]) -> None:
             if before - after > 2 * (error**2 + other**2) ** 0.5:
                 taxed.append((name, strength))
     assert taxed
+
+
+def test_errors_of_differences_are_those_of_the_evaluation(
+    demo: tuple[Path, str], results: dict[str, Any]
+) -> None:
+    """As `poise results --compare` has them: paired by document."""
+    found = Evaluation(demo[0] / "results" / "evaluation-test").differences("sft", "linear")
+    for name in (*DIMENSIONS, "average"):
+        error = results["paired_stderrs"][name]["sft"]["linear"]
+        assert error == pytest.approx(found[name, "group"].stderr, rel=1e-9)
 
 
 def test_the_table_names_the_best_merge(demo: tuple[Path, str], results: dict[str, Any]) -> None:

@@ -5,13 +5,12 @@ Oracle: the files of a run, looked at after each start.
 
 from pathlib import Path
 
-from ray_jobs.demo import RESULT_FILE, _move_aside
-from ray_jobs.steps import STATE_FILE
+from ray_jobs.demo import RESULT_FILE, _config_of, _move_aside
 
 
 def run_in(folder: Path, *, finished: bool) -> Path:
-    folder.mkdir()
-    (folder / STATE_FILE).write_text("{}")
+    _config_of(folder).parent.mkdir(parents=True)
+    _config_of(folder).write_text("{}")
     if finished:
         (folder / RESULT_FILE).write_text(folder.name)
     return folder

@@ -10,11 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,80 +19,16 @@ from pipelines.errors import InputError
 from ray_jobs.serve import run_serve
 from tests.generator import Generator
 from tests.ray_jobs.command_line import poise
+from tests.ray_jobs.server_process import (
+    assert_nothing_remains,
+    free_port,
+    save_servable_llama,
+    server,
+    wait_for_process,
+)
 from tests.tiny_models import save_tiny_llama
 
-MARK = "POISE_TEST_SERVER"
 QUESTION = [{"role": "user", "content": "a b"}]
-
-
-def save_servable_llama(path: Path, seed: int) -> Path:
-    """A tiny random Llama with heads of 32, the smallest that vLLM has on the CPU.
-
-    Its weights are large, so that greedy answers are long, varied and far from a tie.
-    """
-    return save_tiny_llama(path, seed, hidden_size=64, intermediate_size=96, initializer_range=0.5)
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def processes_with(mark: str) -> list[str]:
-    """Command lines of the living processes whose environment holds `mark`."""
-    found = []
-    for environment in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in environment.read_bytes():
-                command = (environment.parent / "cmdline").read_bytes()
-                found.append(command.replace(b"\0", b" ").decode())
-        except OSError:  # another user's, or gone meanwhile
-            continue
-    return found
-
-
-def wait_for_process(name: str, mark: str, command: subprocess.Popen[str]) -> None:
-    """Wait until a running command has started a process of this name."""
-    deadline = time.monotonic() + 240
-    while not any(name in line for line in processes_with(mark)):
-        assert command.poll() is None and time.monotonic() < deadline, f"no process {name}"
-        time.sleep(0.2)
-
-
-def assert_nothing_remains(mark: str) -> None:
-    """Processes that were told to end get half a minute for it."""
-    deadline = time.monotonic() + 30
-    while (left := processes_with(mark)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert left == []
-
-
-def _hear_interrupts() -> None:
-    """As in a terminal; whoever runs the tests in the background may have Ctrl-C ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@contextmanager
-def server(paths: list[Path], port: int, root: Path, mark: str) -> Iterator[subprocess.Popen[str]]:
-    """`poise serve PATHS --port PORT` in a process group of its own, killed at the latest here."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ray_jobs.cli", "serve", *map(str, paths), "--port", str(port)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=root,
-        env={**os.environ, MARK: mark},
-        start_new_session=True,
-        preexec_fn=_hear_interrupts,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=300)
 
 
 @pytest.mark.slow
@@ -173,6 +105,33 @@ def test_a_taken_port_is_an_error_before_ray_starts(
     assert shown.out == ""
     assert shown.err == f"poise: --port {port}: taken on 127.0.0.1; choose another\n"
     assert not started
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "models:\n  a: {path: x}\n  a: {path: y}\n",
+            "line 3: not valid YAML: found the key 'a' twi",
+        ),
+        ("models: {a: {path: absent}}\n", "model absent: no such directory"),
+        ("models: {a: {path: x, kinds: reward}}\n", "models.a.kinds: unknown field"),
+        ("models: {a: {path: x}}\nkeys_file: absent\n", "keys_file: absent: cannot be read"),
+    ],
+)
+def test_a_config_that_cannot_be_served(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    said: str,
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    assert poise(monkeypatch, "serve", file, "--port", free_port()) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.count("\n") == 1 and not shown.out
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_missing_model_is_an_error(tmp_path: Path) -> None:

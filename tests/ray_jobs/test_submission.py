@@ -76,6 +76,13 @@ def test_results_keys_and_caches_stay_here(tmp_path: Path) -> None:
     assert set(measure(fill(tmp_path), 1).sizes) == set(GOES.split())
 
 
+def test_a_gitignore_is_left_aside_as_ray_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
+    assert set(measure(fill(tmp_path), 1).sizes) == {*GOES.split(), "ignored.txt"}
+
+
 def test_ray_packs_what_was_measured(tmp_path: Path) -> None:
     """Ray's own packing of the job's environment has the same files."""
     import zipfile

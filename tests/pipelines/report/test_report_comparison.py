@@ -8,15 +8,16 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.report import load_results
+from pipelines.report import load_results, table_rows
 from pipelines.report.comparison import (
+    compared,
     difference,
     losses,
     mixture_aligned,
     pareto_front,
     single_strength,
 )
-from pipelines.report.results import Measurement
+from pipelines.report.results import COLUMNS, STRENGTHS, Measurement
 
 
 def test_difference_in_closed_form() -> None:
@@ -52,6 +53,29 @@ def test_the_tax_is_every_clear_loss_largest_first(make_run, content) -> None:
         "dpo-helpful",
         "dpo-harmless",
     ]
+
+
+def test_paired_errors_are_taken_where_they_are_known(make_run, content) -> None:
+    """A loss of 3 points is clear at an error of 1, and its sign follows the order of the names."""
+    content["paired_stderrs"] = {"honesty": {"sft": {"dpo-harmless": 1.0}}}
+    content["models"]["dpo-harmless"]["honesty"]["value"] = (
+        content["models"]["sft"]["honesty"]["value"] - 3
+    )
+    content["models"]["dpo-harmless"]["average"]["value"] = (
+        sum(content["models"]["dpo-harmless"][name]["value"] for name in STRENGTHS) / 3
+    )
+    results = load_results(make_run("a", content))
+    found = compared(results, "dpo-harmless", "sft", "honesty")
+    assert (found.value, found.stderr, found.is_loss) == (-3, 1, True)
+    back = compared(results, "sft", "dpo-harmless", "honesty")
+    assert (back.value, back.stderr) == (3, 1)
+    assert ("dpo-harmless", "honesty") in [
+        (name, column) for name, column, _ in losses(results, single_strength(results))
+    ]
+    other = compared(results, "dpo-harmless", "sft", "helpfulness")
+    assert other == difference(results.models["dpo-harmless"].helpfulness, results.sft.helpfulness)
+    cells = {row.name: row.cells[COLUMNS.index("honesty")] for row in table_rows(results)}
+    assert cells["dpo-harmless"].tax and cells["dpo-harmless"].is_clear
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))

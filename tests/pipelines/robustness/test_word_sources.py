@@ -2,7 +2,9 @@
 WordNet (wndb(5)) and nlpaug; a masked model whose weights say which word it likes.
 """
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from pipelines.robustness.attacks import Attack
 from pipelines.robustness.config import AttackConfig
 from pipelines.robustness.masked_model import MaskedModel, SentenceEncoder, checkpoint_digest
 from pipelines.robustness.sources import Table, WordNet, open_source
-from pipelines.robustness.template import PromptTemplate
+from pipelines.robustness.template import STOP_WORDS, PromptTemplate
 
 WORDS = "quick fast the brown fox big large dog ##ly quickly".split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -112,9 +114,10 @@ def test_a_package_is_read_without_being_imported(
     assert open_source("nlpaug:ocr").words("o") == ["0"]
 
 
-def save_bert(kind: type, folder: Path, **likes: float) -> Path:
+def save_bert(kind: type, folder: Path, also: Sequence[str] = (), **likes: float) -> Path:
     """A random BERT; a masked one has a bias for some words."""
-    vocabulary = {word: n for n, word in enumerate([*SPECIAL, *WORDS, *"abcdefgh.,:"])}
+    tokens = [*SPECIAL, *WORDS, *"abcdefgh.,:", *also]
+    vocabulary = {word: n for n, word in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -162,6 +165,38 @@ def test_the_model_reads_the_word_or_a_mask_in_its_place(tmp_path: Path) -> None
         words = tokenizer.convert_ids_to_tokens(logits.argsort(descending=True).tolist())
         whole = [w for w in words if w in WORDS and w not in ("the", "##ly", "quick")]
         assert model.words("the ", "quick", " brown fox", 3, mask=mask) == whole[:3]
+
+
+ENDINGS = ("##er", "##ing", "##s", "##x1", "##e", "##y", "th")
+
+
+@pytest.mark.parametrize("word", ["foxly", "doging", "Bigger"])
+def test_words_of_several_tokens_are_ranked_by_the_product(tmp_path: Path, word: str) -> None:
+    """Against all combinations in float64: a beginning and as many other pieces as the word has."""
+    folder = save_bert(BertForMaskedLM, tmp_path / "m", (*ENDINGS, "##g", "##ers"))
+    plain = BertForMaskedLM.from_pretrained(folder).eval()
+    model = MaskedModel(folder)
+    tokenizer = model._tokenizer
+    own = tokenizer.tokenize(word)
+    assert len(own) >= 2
+    ids = tokenizer(f"the {word} fox", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        logits = plain(ids).logits[0, 1 : 1 + len(own)].double().log_softmax(-1)
+    names = tokenizer.get_vocab()
+    first = [each for each in names if each.isalpha()]
+    inner = [each for each in names if each.startswith("##") and each[2:].isalpha()]
+    scored = sorted(
+        (
+            -sum(float(logits[n, names[piece]]) for n, piece in enumerate(pieces)),
+            "".join(piece.removeprefix("##") for piece in pieces),
+        )
+        for pieces in itertools.product(first, *[inner] * (len(own) - 1))
+    )
+    expected = [text for _, text in scored if text != word.lower() and text not in STOP_WORDS]
+    expected = list(dict.fromkeys(expected))[:9]
+    found = model.words("the ", word, " fox", 9, mask=False)
+    assert [each.lower() for each in found] == expected
+    assert all(each[0].isupper() == word[0].isupper() for each in found)
 
 
 def test_an_encoder_averages_vectors(tmp_path: Path) -> None:

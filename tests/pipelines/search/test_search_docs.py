@@ -90,10 +90,17 @@ def test_from_an_align_config_to_a_study(
         for a, b in itertools.product(WORDS[:6], WORDS[6:12])
     ]
     Path("data/preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    for command in commands.splitlines():
+    _, [ready] = section_of(project_root, "## Studies that are ready")
+    Path("configs").symlink_to(project_root / "configs")
+    for name in ("dpo-helpful", "dpo-honest", "dpo-harmless"):
+        shutil.copytree(models[1], Path("runs/demo/models") / name)
+    shutil.copytree(tasks.parent, "runs/demo/world/tasks")
+    for command in [*commands.splitlines(), *ready.splitlines()]:
         program, *arguments = shlex.split(command)
         assert program == "poise"
         assert poise(monkeypatch, *arguments) == 0, capsys.readouterr().err
+    for name in ("soup", "rate"):
+        assert len(json.loads(Path(f"runs/{name}/sweep.json").read_text())["trials"]) == 4
     result = json.loads(Path("runs/alpha/sweep.json").read_text())
     assert [t["state"] for t in result["trials"]] == ["complete"] * 4
     assert list(result["baselines"]) == ["sft"]

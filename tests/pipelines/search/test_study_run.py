@@ -333,6 +333,7 @@ def test_a_race_gets_what_has_finished(
         ({"evaluation": {"split": "test"}}, "split: found test, choose_on: development; allowed"),
         ({"evaluation": {"models": {}}}, "evaluation.models: has no effect"),
         ({"racing": True, "baselines": False}, "racing: needs baselines or references"),
+        ({"stopping": {"name": "asha", "min_steps": 1}}, "stopping: has no effect with merge"),
         ({"max_concurrent_trials": 0}, "max_concurrent_trials: allowed: auto, or 1 or more"),
         ({"tasks": "x", "search": {"a": [1]}}, "are of two forms of this config"),
     ],
@@ -362,3 +363,49 @@ def test_outputs_that_cannot_be_are_refused(
     running.Study(tmp_path / "begun", plan.key)
     with pytest.raises(InputError, match="the study is not finished: 0 of 12 trials"):
         run_made_up(plan, tmp_path / "begun", more=2)
+
+
+def test_optuna_reads_a_copy_of_the_trials(
+    config: dict[str, Any],
+    tmp_path: Path,
+    run_made_up: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also of a run that was killed after a trial was in the journal and not in the storage."""
+    optuna = pytest.importorskip("optuna")
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    changes: dict[str, Any] = {
+        "objectives": ["helpfulness", {"metric": "seconds", "mode": "min"}],
+        "constraints": [{"metric": "honesty", "at_least": 50}],
+        "num_trials": 6,
+        "optuna_storage": url,
+    }
+    plan = plan_of(config, **changes)
+    real = running.Mirror.update
+    calls: list[None] = []
+
+    def killed(self: Any, *arguments: Any) -> None:
+        calls.append(None)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        real(self, *arguments)
+
+    monkeypatch.setattr(running.Mirror, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_made_up(plan, tmp_path / "out")
+    monkeypatch.setattr(running.Mirror, "update", real)
+    result, _ = run_made_up(plan, tmp_path / "out")
+    copy = optuna.load_study(study_name="out", storage=url)
+    assert copy.directions == [optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection(1)]
+    assert len(copy.trials) == 6
+    for own, trial in zip(copy.trials, result["trials"], strict=True):
+        assert own.params[FIELD] == trial["parameters"][FIELD]
+        assert own.values == list(trial["values"].values())
+        assert own.user_attrs["number"] == trial["number"]
+    feasible = {trial["number"] for trial in result["trials"] if trial["meets_constraints"]}
+    assert {trial.user_attrs["number"] for trial in copy.best_trials} <= feasible
+    with pytest.raises(InputError, match="optuna_storage: holds another study 'out'"):
+        run_made_up(plan_of(config, **changes, seed=9), tmp_path / "other" / "out")
+    with pytest.raises(InputError, match="optuna_storage: cannot be opened"):
+        changes["optuna_storage"] = "nothing://user:secret@host/db"
+        run_made_up(plan_of(config, **changes), tmp_path / "bad")

@@ -6,7 +6,7 @@ Oracle: a made-up training whose model's numbers are known, and a record of who 
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipelines.search import run as running
 from pipelines.search.trainings import TrainingPool, model_of
 from pipelines.train import AlignConfig
 from pipelines.train.errors import DivergenceError, TrainingError
+from pipelines.train.evaluation import Bounds, Evaluations
 from tests.pipelines.search.test_study_run import measured
 from tests.tiny_models import WORDS
 
@@ -55,7 +56,9 @@ class MadeUpTraining:
         self.trained: list[float] = []
         self._fails = fails
 
-    def __call__(self, runs: Sequence[tuple[AlignConfig, Path]]) -> None:
+    def __call__(
+        self, runs: Sequence[tuple[AlignConfig, Path]], bounds: Mapping[Path, Bounds]
+    ) -> None:
         self.groups.append([config.optimizer.learning_rate for config, _ in runs])
         for config, out in runs:
             if out.exists():
@@ -64,9 +67,27 @@ class MadeUpTraining:
             self.trained.append(config.optimizer.learning_rate)
             out.mkdir(parents=True)
             (out / "rate").write_text(str(config.optimizer.learning_rate))
-            steps = [{"step": 0}] + 3 * [{"seconds": 0.5, "tokens_per_s": 200.0}]
-            (out / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
-            (out / "poise.json").write_text(json.dumps({"weights": "w"}))
+            told = self._curve(config, bounds.get(out), out / "metrics.jsonl")
+            (out / "poise.json").write_text(json.dumps({"weights": "w", "evaluation": told}))
+
+    def _curve(
+        self, config: AlignConfig, bounds: Bounds | None, metrics: Path
+    ) -> dict[str, Any] | None:
+        """Three steps, whose held-out loss is 1 less the rate, up to where it is behind."""
+        evaluation = config.evaluation
+        told = None
+        if evaluation is not None:
+            told = Evaluations(evaluation, Path("none"), 0, bounds)
+        lines: list[dict[str, float]] = [{"step": 0}]
+        for step in (1, 2, 3):
+            loss = {"eval_loss": 1 - config.optimizer.learning_rate}
+            lines.append({"step": step, "seconds": 0.5, "tokens_per_s": 200.0, **loss})
+            if told is not None:
+                told.add(step, loss)
+                if told.is_over:
+                    break
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return None if told is None else told.told(3)
 
 
 @pytest.fixture
@@ -194,6 +215,35 @@ def test_a_killed_study_trains_nothing_again(
     assert result["trials"] == whole["trials"]
 
 
+def test_trainings_that_are_behind_stop(
+    config: dict[str, Any], tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    """The lower the rate, the higher the loss; one in two goes on at steps 1 and 2."""
+    align = yaml.safe_load(Path(config["align"]).read_text())
+    Path(config["align"]).write_text(
+        yaml.safe_dump(align | {"evaluation": {"share": 0.1, "every": 1}})
+    )
+    rates = [0.4, 0.3, 0.5, 0.2, 0.6]
+    stopping = {"name": "asha", "min_steps": 1, "reduction": 2}
+    plan = plan_of(config, space={RATE: rates}, stopping=stopping)
+    plan_of(config, stopping={"name": "asha", "min_steps": 5})
+    with pytest.raises(InputError, match="min_steps: found 6; allowed: less than the 6 steps"):
+        plan_of(config, stopping={"name": "asha", "min_steps": 6})
+    study = check(
+        config | {"stopping": {"name": "asha", "min_steps": 600}}, StudyConfig, "study.yaml"
+    )
+    plan_study(study, smoke=True)
+    result, training = run(plan, tmp_path / "out")
+    assert training.groups == [[rate] for rate in rates]  # each knows of those before it
+    states = [trial["state"] for trial in result["trials"]]
+    assert states == ["complete", "stopped", "complete", "stopped", "complete"]
+    seconds = [trial["seconds"] for trial in result["trials"]]
+    assert seconds == [2.5, 1.5, 2.5, 1.5, 2.5]
+    assert result["front"] == [4] and result["evaluations"] == 5
+    again, training = run(plan, tmp_path / "out")
+    assert (again, training.groups) == (result, [])
+
+
 def test_groups_are_as_large_as_asked_where_points_depend_on_results(
     config: dict[str, Any], tmp_path: Path, run: Callable[..., Any]
 ) -> None:
@@ -228,6 +278,7 @@ def test_other_workers_are_another_group(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ({"merge": "merge.yaml"}, "merge, align: give exactly one of them"),
         ({"align": None}, "merge, align: give exactly one of them"),
+        ({"stopping": {"name": "asha", "min_steps": 2}}, "stopping: needs held-out rows; .*align"),
         ({"racing": True}, "racing: has no effect with align"),
         ({"max_concurrent_trials": "auto"}, "found auto; allowed with align: a number"),
         ({"space": {"optimizer.learning_rat": [1]}}, "learning_rat: unknown.*learning_rate"),

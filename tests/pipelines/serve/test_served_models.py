@@ -6,15 +6,31 @@ Oracle: checkpoints with exactly one defect each, and vLLM's own list of head si
 import asyncio
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.digests import model_digest
+from pipelines.config import check
+from pipelines.engines import EngineConfig
 from pipelines.errors import InputError
-from pipelines.serve import ServedModel, check_servable, engine_device, find_models
-from pipelines.serve.app import needed_resources
+from pipelines.serve import (
+    ServeConfig,
+    ServedModel,
+    Version,
+    check_servable,
+    engine_device,
+    find_models,
+    needed_resources,
+    plan_server,
+)
+from pipelines.serve.config import Limits, Replicas
+from pipelines.serve.groups import Group
+from pipelines.serve.host import EngineHost
+from pipelines.serve.plan import check_memory
 from tests.hub_stub import Stub
 from tests.tiny_models import save_tiny_llama
 
@@ -122,12 +138,54 @@ def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         engine_device()
 
 
-def test_resources_grow_with_the_models(tmp_path: Path) -> None:
-    models = [ServedModel(name, tmp_path, "auto", 64) for name in ("one", "two")]
-    one, two = needed_resources(models[:1], "gpu"), needed_resources(models, "gpu")
-    assert (one["GPU"], two["GPU"]) == (1, 2)
-    assert two["CPU"] - one["CPU"] >= 1
-    assert "GPU" not in needed_resources(models, "cpu")
+def group(path: Path, *, replicas: int = 1, cpus: int = 1, device: str = "cpu") -> Group:
+    engine = EngineConfig(name="transformers", device=device)
+    bounds = Replicas(min=replicas, max=replicas)
+    return Group(f"{path.name}-key", engine, bounds, cpus, Version("w", str(path)), (path.name,))
+
+
+def test_resources_grow_with_the_engines(tmp_path: Path) -> None:
+    one = needed_resources([group(tmp_path, device="cuda")])
+    three = needed_resources([group(tmp_path, replicas=2, device="cuda"), group(tmp_path)])
+    assert (one["GPU"], three["GPU"]) == (1, 2)
+    assert three["CPU"] - one["CPU"] >= 1
+    assert "GPU" not in needed_resources([group(tmp_path)])
+    assert needed_resources([group(tmp_path, cpus=4)])["CPU"] > 4
+
+
+def test_models_of_one_shape_share_engines(tmp_path: Path) -> None:
+    paths = {name: save_tiny_llama(tmp_path / name, seed) for seed, name in enumerate("abc")}
+    paths["wide"] = save_tiny_llama(tmp_path / "wide", hidden_size=64)
+    models = {name: {"path": str(path)} for name, path in paths.items()}
+    models["b"] |= {"replicas": {"min": 1, "max": 3}}
+    models["c"] |= {"share": False}
+    values = {"models": models, "engine": {"name": "transformers"}, "state": str(tmp_path / "s")}
+    plan = plan_server(check(values, ServeConfig, "test"))
+    assert [each.names for each in plan.groups] == [("a", "b"), ("c",), ("wide",)]
+    assert [(g.replicas.min, g.replicas.max) for g in plan.groups] == [(1, 3), (1, 1), (1, 1)]
+    assert plan.configured["a"] == Version(
+        model_digest(Checkpoint.open(paths["a"])).weights, str(paths["a"])
+    )
+    (paths["a"] / "chat_template.jinja").unlink()
+    assert plan_server(check(values, ServeConfig, "test")).notes == [
+        "a: has no chat template; completions alone are answered"
+    ]
+
+
+def test_a_model_that_does_not_fit_the_memory_is_named_before_it_is_loaded(tmp_path: Path) -> None:
+    model = group(save_tiny_llama(tmp_path / "big"), replicas=2)
+    size = sum(e.num_elements for e in Checkpoint.open(tmp_path / "big").tensors.values()) * 4
+    check_memory([model], int(2 * size / 0.95) + 1)
+    with pytest.raises(InputError, match=r"models\.big: needs 0\.00 GiB for each of 2 engines"):
+        check_memory([model], size)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = save_tiny_llama(tmp_path / "chat")
+    models = {"r": {"path": str(path), "kind": "reward"}}
+    values = {"models": models, "engine": {"name": "transformers"}, "state": str(tmp_path / "s")}
+    with pytest.raises(InputError, match="found LlamaForCausalLM; allowed: a sequence class"):
+        plan_server(check(values, ServeConfig, "test"))
 
 
 def test_a_model_of_the_hub_has_its_name_there(hub: Stub, tmp_path: Path) -> None:
@@ -141,14 +199,17 @@ def test_a_model_of_the_hub_has_its_name_there(hub: Stub, tmp_path: Path) -> Non
 
 
 def test_the_engine_fetches_what_its_node_lacks(hub: Stub, tmp_path: Path) -> None:
-    """The hook that the engine calls, with the driver's cache out of its reach."""
-    from pipelines.serve.local_files import LocalFiles
-
+    """The engine's start, with the driver's cache out of its reach."""
     hub.add("org/name", save_tiny_llama(tmp_path / "any"))
     [model] = find_models([Path("org/name")])
+    weights = model_digest(Checkpoint.open(model.path)).weights
     shutil.rmtree(model.path)
-    loading = {"model_loading_config": {"model_id": "name", "model_source": str(model.path)}}
-    hook = LocalFiles(SimpleNamespace(**loading))
-    asyncio.run(hook.on_before_node_init())
+    found = replace(group(model.path), first=Version(weights, str(model.path)))
+
+    async def run() -> str:
+        host = await EngineHost.started(found, Limits(), "host")
+        host.close()
+        return host.announced.weights
+
+    assert asyncio.run(run()) == weights
     assert (model.path / "model.safetensors").is_file()
-    assert hook.ctx.run_init_node is False
