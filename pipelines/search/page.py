@@ -152,11 +152,16 @@ def _front(result: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Fi
     places = [axes for row in rows for axes in row]
     on_front = [trial for trial in trials if trial["number"] in result["front"]]
     for (x, y), axes in zip(pairs, places, strict=False):
-        axes.plot(*_columns(trials, x, y), "o", color=FAINT, markersize=3)
-        across, up = _columns(on_front, x, y)
+        axes.plot(
+            [trial["values"][x] for trial in trials],
+            [trial["values"][y] for trial in trials],
+            "o",
+            color=FAINT,
+            markersize=3,
+        )
         axes.errorbar(
-            across,
-            up,
+            [trial["values"][x] for trial in on_front],
+            [trial["values"][y] for trial in on_front],
             xerr=[trial["stderr"][x] or 0.0 for trial in on_front],
             yerr=[trial["stderr"][y] or 0.0 for trial in on_front],
             fmt="o",
@@ -274,10 +279,6 @@ def _varied(trials: Sequence[Mapping[str, Any]]) -> list[str]:
         for name, value in trial["parameters"].items():
             seen.setdefault(name, set()).add(json.dumps(value))
     return [name for name, values in seen.items() if len(values) > 1]
-
-
-def _columns(trials: Sequence[Mapping[str, Any]], *names: str) -> list[list[float]]:
-    return [[trial["values"][name] for trial in trials] for name in names]
 
 
 def _heights(values: Sequence[Any]) -> np.ndarray[Any, Any]:
