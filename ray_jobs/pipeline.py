@@ -1,10 +1,11 @@
 """`poise pipeline`: stages with their dependencies in one file, in one process on one Ray."""
 
+import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,9 +28,11 @@ from pipelines.pipeline import (
 from pipelines.pipeline.probe import check_storage, on_ray_nodes
 from pipelines.pipeline.run import Listener
 from pipelines.progress import PLAIN_INTERVAL_S, Progress
-from ray_jobs.session import never_start_ray_again, ray_session
+from ray_jobs.session import kill_local_ray, ray_session
 from ray_jobs.stage_metrics import StageMetrics
 from ray_jobs.tables import print_table
+
+INTERRUPTED = 130
 
 
 def run_pipeline_file(
@@ -104,15 +107,17 @@ class _Both:
 class _Ray:
     """The Ray of a run."""
 
-    @contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self) -> AbstractContextManager[None]:
         """As `ray_session`."""
-        with ray_session():
-            try:
-                yield
-            except KeyboardInterrupt:
-                never_start_ray_again()
-                raise
+        return ray_session()
+
+    def abandon(self) -> None:
+        """End this process and its local Ray at once; a shutdown would wait for the threads."""
+        print(
+            "poise: interrupted; run the same command again to go on", file=sys.stderr, flush=True
+        )
+        kill_local_ray()
+        os._exit(INTERRUPTED)
 
     def resources(self) -> dict[str, float]:
         """What the cluster has now, by name."""

@@ -1,6 +1,5 @@
 """One Ray session for a command: join the user's cluster, or start a local one and stop it."""
 
-import importlib
 import logging
 import os
 import socket
@@ -91,12 +90,11 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
         ray.shutdown()
 
 
-def never_start_ray_again() -> None:
-    """Before an interrupted process ends: what its threads ask Ray after the shutdown must not
-    start a local Ray, which most of Ray's functions would do.
-    """
-    hook = importlib.import_module("ray._private.auto_init_hook")
-    hook.enable_auto_connect = False  # type: ignore[attr-defined]
+def kill_local_ray() -> None:
+    """End the processes of the Ray that this process has started, without their leave."""
+    kill = getattr(_local_node(), "kill_all_processes", None)
+    if kill is not None and not os.environ.get("RAY_ADDRESS"):
+        kill(check_alive=False, allow_graceful=False)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ A run that is killed leaves nothing to repair: results appear whole, unfinished 
 with by their own commands, and what stands is found by fingerprints.
 """
 
-import contextvars
 import queue
 import re
 import threading
@@ -54,6 +53,9 @@ class Cluster(Protocol):
     def resources(self) -> Resources:
         """What the running Ray has, by name."""
 
+    def abandon(self) -> None:
+        """Called after Ctrl-C where threads are in the midst of calls, which nothing can stop."""
+
 
 def run_pipeline(
     plan: PipelinePlan,
@@ -78,7 +80,13 @@ def run_pipeline(
     """
     with state.writing(), ExitStack() as stack:
         state.keep(list(plan.stages))
-        return _Run(plan, state, cluster, listener, force, stack, on_start).run()
+        run = _Run(plan, state, cluster, listener, force, stack, on_start)
+        try:
+            return run.run()
+        except KeyboardInterrupt:
+            if run.has_threads:
+                cluster.abandon()
+            raise
 
 
 def is_standing(stage: Stage, state: State) -> bool:
@@ -96,7 +104,11 @@ def is_standing(stage: Stage, state: State) -> bool:
 
 
 class _Run:
-    """One run: which stages wait, which run, and what they take."""
+    """One run: which stages wait, which run, and what they take.
+
+    Attributes:
+        has_threads: whether calls run in threads of their own now.
+    """
 
     def __init__(
         self,
@@ -118,6 +130,7 @@ class _Run:
         self._open: set[str] = set()  # stages that do not stand
         self._alone: set[str] = set()  # of a call that failed
         self._has_ray = False
+        self.has_threads = False
         self._spent = self._expected = 0.0
 
     def run(self) -> dict[str, StageRecord]:
@@ -125,11 +138,17 @@ class _Run:
         while True:
             while any(self._left_alone(stage) for stage in self._ready()):
                 pass  # others may be ready now
-            for call in self._calls(self._ready()):
-                self._begin(call)
+            begun = [call for call in self._calls(self._ready()) if self._begin(call)]
             if not self._taken:
                 break
+            if len(begun) == len(self._taken) == 1:
+                self._work(begun[0])  # in the main thread, which Ctrl-C interrupts as it should
+            else:
+                self.has_threads = True
+                for call in begun:
+                    threading.Thread(target=self._work, args=(call,), daemon=True).start()
             self._end(*self._ends.get())
+            self.has_threads &= bool(self._taken)
         for name, stage in self._plan.stages.items():
             if name not in self._outcomes:
                 missing = [each for each in stage.after if not self._stands(each)]
@@ -173,8 +192,8 @@ class _Run:
             calls.setdefault(key, []).append(stage)
         return list(calls.values())
 
-    def _begin(self, call: list[Stage]) -> None:
-        """Start a call in a thread, if the cluster has room for it."""
+    def _begin(self, call: list[Stage]) -> bool:
+        """Take what a call needs, if the cluster has room for it; whether it may run."""
         if any(stage.kind.on_ray(stage.config) for stage in call) and not self._has_ray:
             self._stack.enter_context(self._cluster.session())
             self._has_ray = True
@@ -185,9 +204,9 @@ class _Run:
         except InputError as error:
             for stage in call:
                 self._fail(stage, error)
-            return
+            return False
         if self._taken and not self._has_room(need, has):
-            return
+            return False
         names = tuple(stage.name for stage in call)
         self._taken[names] = need
         for stage in call:
@@ -200,9 +219,7 @@ class _Run:
             self._state.place.write(f"{CONFIGS}/{stage.name}.yaml", text)
             self._state.set(stage.name, self._record(stage, "running", key=key))
         self._listener.began(names, self._seconds_left())
-        context = contextvars.copy_context()
-        target = (self._work, call, names)
-        threading.Thread(target=context.run, args=target, daemon=True).start()
+        return True
 
     def _has_room(self, need: Resources, has: Resources) -> bool:
         """Whether the cluster has what a call needs beside those that run."""
@@ -212,8 +229,9 @@ class _Run:
                 return False
         return True
 
-    def _work(self, call: list[Stage], names: tuple[str, ...]) -> None:
-        """Run a call, in its thread."""
+    def _work(self, call: list[Stage]) -> None:
+        """Run a call, in this thread or in its own."""
+        names = tuple(stage.name for stage in call)
         start = time.time()
         error: Exception | None = None
         try:

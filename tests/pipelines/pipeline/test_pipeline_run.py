@@ -7,6 +7,7 @@ Oracle: the calls that toys remember, and the texts that they nest.
 import multiprocessing
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,27 @@ def test_side_by_side_as_far_as_there_is_room(tmp_path: Path) -> None:
     del stages["large"]
     run(small.plan(tmp_path / "runs", stages))
     assert small.most == 3
+
+
+def test_what_runs_alone_is_in_the_main_thread(tmp_path: Path) -> None:
+    """Where Ctrl-C reaches it, and the libraries that handle it."""
+    alone, both = Toys(), Toys()
+    run(alone.plan(tmp_path, CHAIN))
+    assert alone.threads == {threading.main_thread()}
+    run(both.plan(tmp_path / "runs", {"a": reading(seconds=0.2), "b": reading(seconds=0.2)}))
+    assert len(both.threads - {threading.main_thread()}) == 2
+
+
+@pytest.mark.parametrize("num_beside", [0, 1])
+def test_an_interrupt_is_raised_and_threads_are_given_up(tmp_path: Path, num_beside: int) -> None:
+    cluster = FourCores()
+    stages = {f"s{n}": reading(seconds=1, text=str(n)) for n in range(num_beside)}
+    stages["last"] = reading(text="interrupt")
+    plan = Toys().plan(tmp_path, stages)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, cluster)
+    assert cluster.is_abandoned == (num_beside > 0)
+    assert State(plan.storage, plan.name).stages["last"].state == "running"
 
 
 def test_what_fails_stops_what_needs_it_alone(tmp_path: Path) -> None:

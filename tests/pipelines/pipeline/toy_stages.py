@@ -1,5 +1,6 @@
 """A kind of stage that writes a file, to test order, groups and room without models."""
 
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ class Toys:
         self.calls: list[list[str]] = []
         self.most = self._now = 0.0
         self.breaks: set[str] = set()
+        self.threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
 
     @property
@@ -62,6 +64,7 @@ class Toys:
         return plan_pipeline(load_config(path, PipelineConfig), self.kinds, "line.yaml")
 
     def _run(self, jobs: Sequence[Job]) -> None:
+        self.threads |= {threading.current_thread()}
         with self._lock:
             self.calls.append([job.name for job in jobs])
             self._now += jobs[0].config.need
@@ -76,6 +79,8 @@ class Toys:
     def _make(self, job: Job) -> None:
         with Progress(1, "toys") as progress:
             time.sleep(job.config.seconds)
+            if job.config.text == "interrupt":
+                signal.raise_signal(signal.SIGINT)
             if job.config.fails or job.name in self.breaks:
                 raise RuntimeError(f"{job.name} broke")
             Path(job.out).parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +103,7 @@ class FourCores:
     """A cluster without Ray, with four CPUs; counts its starts."""
 
     def __init__(self) -> None:
-        self.starts = 0
+        self.starts, self.is_abandoned = 0, False
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -107,6 +112,9 @@ class FourCores:
 
     def resources(self) -> dict[str, float]:
         return {"CPU": 4.0}
+
+    def abandon(self) -> None:
+        self.is_abandoned = True
 
 
 class Heard:
