@@ -1,0 +1,1 @@
+"""The commands of `poise`, by what they are about; each calls one entry point of `ray_jobs`."""
