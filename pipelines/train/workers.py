@@ -123,6 +123,7 @@ def _attempt(
     """Start the workers once and let them train the open jobs; returns their failure, if any."""
     # The interval at which the controller checks its workers; the run's end waits for a check.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -149,8 +150,8 @@ def _attempt(
     )
     try:
         trainer.fit()
-    except TrainingFailedError as error:
-        return error
+    except (TrainingFailedError, RayActorError) as error:
+        return error  # the latter if a node is lost on which Ray Train's controller was
     return None
 
 

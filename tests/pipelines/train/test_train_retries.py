@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayActorError
 from training_files import align_config, metrics
 
 from pipelines.errors import InputError
@@ -153,6 +154,25 @@ def test_an_error_that_may_pass_is_tried_again(
     assert len(metrics(tmp_path / "out")) == 6
     said = "  worker 0: OSError: [Errno 5] Input/output error; the workers start again\n"
     assert said in capsys.readouterr().err
+
+
+def test_a_lost_controller_is_a_loss_as_any(
+    tiny_llama: Path, preferences: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray may put Ray Train's controller on any node, and then raises another error with it."""
+    lost = RayActorError()
+
+    class LosesItsController:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def fit(self) -> None:
+            raise lost
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", LosesItsController)
+    config = align_config(tiny_llama, preferences)
+    job = workers.Job("out", {"folder": str(tmp_path), "num_steps": 50}, lambda: None)
+    assert workers._attempt(config, [job], None) is lost
 
 
 @pytest.mark.ray
