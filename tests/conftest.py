@@ -1,6 +1,7 @@
 """Fixtures for all tests: one Ray for the whole run, a hub and an object store on loopback."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,14 @@ LONGEST = ("test_demo.py", "test_align_kills.py")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the real hub
 quiet_environment()
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C act in tests: a shell's background job begins with SIGINT ignored, and so would
+    the processes that tests start and interrupt.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
