@@ -39,6 +39,8 @@ QUIET_ENVIRONMENT = {
 
 # A single machine is not preempted, and the watcher process would cost seconds.
 LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+STARTS = 3  # of a local Ray
+SLOW_START = "timed out during startup"
 
 
 def quiet_environment() -> None:
@@ -48,6 +50,20 @@ def quiet_environment() -> None:
         os.environ.setdefault(name, value)
     # When transformers saves, it loads DeepSpeed, which warns on machines without a GPU.
     logging.getLogger("DeepSpeed").disabled = True
+
+
+def _started(**options: Any) -> None:
+    """`ray.init`, again where a node was not up in Ray's 30 s, as on a busy machine."""
+    import ray
+
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises no narrower one
+            if SLOW_START not in str(error) or not left:
+                raise
+            ray.shutdown()
 
 
 @contextmanager
@@ -72,7 +88,7 @@ def ray_session(num_cpus: int | None = None, *, log_to_driver: bool = False) -> 
     if joins:
         check_head(os.environ["RAY_ADDRESS"])
     with _native_logs_off_the_terminal():
-        ray.init(
+        _started(
             address=None if joins else "local",
             num_cpus=None if joins else num_cpus or max(2, os.cpu_count() or 1),
             include_dashboard=None if joins else False,

@@ -52,7 +52,9 @@ def wait_for(path: Path, started: Started, lines: int = 0) -> None:
     """Return when a file is there, with so many lines."""
     deadline = time.monotonic() + 240
     while not path.is_file() or path.read_bytes().count(b"\n") < lines:
-        assert started.process.poll() is None and time.monotonic() < deadline
+        if started.process.poll() is not None:
+            started.end()
+        assert started.process.poll() is None and time.monotonic() < deadline, started.said
         time.sleep(0.01)
 
 

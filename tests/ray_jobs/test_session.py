@@ -55,3 +55,28 @@ def test_a_ray_that_keeps_its_node_elsewhere_costs_its_words_alone(
     with told_of_a_loss():
         done = True
     assert done
+
+
+@pytest.mark.parametrize(("slow", "starts"), [(2, 3), (3, 3)])
+def test_a_slow_start_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, slow: int, starts: int
+) -> None:
+    """Ray's own words where a node was not up in time; at most three starts."""
+    tried = []
+
+    def init(**_: object) -> None:
+        tried.append(1)
+        if len(tried) <= slow:
+            raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if slow < starts:
+        with ray_session():
+            pass
+    else:
+        with pytest.raises(Exception, match="timed out during startup"), ray_session():
+            pass
+    assert len(tried) == starts
